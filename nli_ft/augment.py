@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['THINK_SYSTEM', 'THINK_USER', 'REFLECT_SYSTEM', 'REFLECT_USER', 'REPROMPT', 'THINK', 'REFLECT', 'FORMATS',
-           'EVAL_SPLITS', 'ADDED', 'GUESSED_COMPLETION', 'Answer', 'Thought', 'Reflection', 'response_schema', 'fill',
-           'Stage', 'add_thought', 'add_reflection', 'not_gold', 'ContentError', 'reply_object', 'read_reply',
-           'Endpoint', 'request_body', 'read_prices', 'cost', 'estimate_tokens', 'BadReply', 'Halted', 'Unreachable',
-           'Refused', 'retry_after', 'transient', 'server_words', 'Tally', 'Session', 'make_client', 'Trail', 'digest',
-           'settings', 'row_hash', 'Journal', 'whole_bytes', 'iter_written', 'Before', 'content_part', 'read_before',
-           'settings_differ', 'is_eval', 'Source', 'wanted_rows', 'Survey', 'survey', 'Run', 'failed_path',
-           'tidy_failed', 'check_options', 'dry_report', 'summary', 'say_summary', 'cut_torn', 'look_before', 'augment',
-           'sampling_params', 'add_arguments', 'add_run_arguments', 'stage_cli', 'think_cli', 'reflect_cli']
+           'EVAL_SPLITS', 'ADDED', 'GUESSED_COMPLETION', 'PATIENCE', 'Answer', 'Thought', 'Reflection',
+           'response_schema', 'fill', 'Stage', 'add_thought', 'add_reflection', 'not_gold', 'ContentError',
+           'reply_object', 'read_reply', 'Endpoint', 'request_body', 'read_prices', 'cost', 'estimate_tokens',
+           'BadReply', 'Halted', 'Unreachable', 'Refused', 'retry_after', 'transient', 'server_words', 'Tally',
+           'Session', 'make_client', 'Trail', 'digest', 'settings', 'row_hash', 'Journal', 'whole_bytes',
+           'iter_written', 'Before', 'content_part', 'read_before', 'settings_differ', 'is_eval', 'Source',
+           'wanted_rows', 'Survey', 'survey', 'Run', 'failed_path', 'tidy_failed', 'check_options', 'dry_report',
+           'summary', 'say_summary', 'cut_torn', 'look_before', 'augment', 'sampling_params', 'add_arguments',
+           'add_run_arguments', 'stage_cli', 'think_cli', 'reflect_cli']
 
 # %% ../nbs/04_augment.ipynb #bca1d5d0
 import argparse, asyncio, hashlib, json, os, random, re, signal, sys, threading, time, tomllib
@@ -498,7 +499,7 @@ def row_hash(stage: Stage, row: dict) -> str:
     "Hash of the content of a row: 32 hex digits."
     return digest([row.get(k) for k in stage.content])
 
-# %% ../nbs/04_augment.ipynb #665b4803
+# %% ../nbs/04_augment.ipynb #de6a31e6
 class Journal:
     "An append-only JSONL file: every row is written at once, and forced to disk every `batch` rows or `every` seconds."
     def __init__(self, path, batch=32, every=2.):
@@ -506,8 +507,12 @@ class Journal:
         self.batch, self.every, self.pending, self.last = batch, every, 0, time.monotonic()
 
     def append(self, row):
-        data = memoryview(json_line(row).encode())
-        while data: data = data[os.write(self.fd, data):] # a disk may take less than it is given
+        data, start = memoryview(json_line(row).encode()), os.fstat(self.fd).st_size
+        try:
+            while data: data = data[os.write(self.fd, data):] # a disk may take less than it is given
+        except OSError:
+            os.ftruncate(self.fd, start) # half a line would spoil the next one too
+            raise
         self.pending += 1
         if self.pending >= self.batch or time.monotonic() - self.last > self.every: self.sync()
 
@@ -565,7 +570,7 @@ def content_part(row) -> bytes:
     "The content half of a row's key."
     return bytes.fromhex(row["key"].split("-")[1])
 
-# %% ../nbs/04_augment.ipynb #82e24140
+# %% ../nbs/04_augment.ipynb #e36bcf19
 def read_before(
     output: Path,
     failed: Path,
@@ -581,7 +586,7 @@ def read_before(
             b.mixed += 1
         b.done.add(content_part(row))
         b.cost += row["provenance"].get("cost") or 0.
-        b.completion_tokens += row["provenance"]["usage"]["completion_tokens"]
+        b.completion_tokens += row["provenance"].get("usage", {}).get("completion_tokens", 0)
     for n, row in iter_written(failed):
         if content_part(row) not in b.done: b.failures[content_part(row)] = row["tries"], row["provenance"].get("cost") or 0.
     b.cost += sum(c for _, c in b.failures.values())
@@ -716,7 +721,7 @@ def keep(self:Run, row, trail, answer=None, why=None):
         self.failures[bytes.fromhex(h)] = tries, p["cost"] or 0.
         s.tally.failed += 1
 
-# %% ../nbs/04_augment.ipynb #358a783e
+# %% ../nbs/04_augment.ipynb #e32678ae
 @patch
 async def do_row(self:Run, row):
     "One row from question to file."
@@ -733,6 +738,7 @@ async def do_row(self:Run, row):
         self.down += 1
         if s.format is None or self.down >= max(3, self.workers): s.halt(f"the endpoint does not answer: {e}")
     except Refused as e: s.halt(f"the server refused (row id {row.get('id')}): {e}")
+    except OSError as e: s.halt(f"cannot write {self.output}: {e.strerror}")
     except Halted: pass
 
 # %% ../nbs/04_augment.ipynb #6c1c6f1c
@@ -848,7 +854,7 @@ def dry_report(s: Survey, before: Before, prices, input) -> dict:
           f"\ncost: {'unknown without --prices' if price is None else f'about {price:.4f}'}")
     return dict(use, rows=s.rows, todo=len(s.todo), finished=s.finished, cost=price, exit_code=0)
 
-# %% ../nbs/04_augment.ipynb #a497bbf0
+# %% ../nbs/04_augment.ipynb #055c747a
 def summary(run: Run, sv: Survey) -> dict:
     "Counts of a run, with the exit code they mean: 1 when a row failed or the run ended early."
     s, t = run.session, run.session.tally
@@ -861,7 +867,8 @@ def say_summary(r: dict, run: Run):
     "The closing lines on stderr."
     say = partial(print, file=sys.stderr)
     price = f", cost {r['cost']:.6f} (file so far {r['cost_of_file']:.6f})" if run.session.prices else ""
-    say(f"{run.session.stage.name}: {r['written']:,} written to {run.output}, {r['failed']:,} failed, {r['left']:,} left, {r['finished_before']:,} were finished before")
+    say(f"{run.session.stage.name}: {r['written']:,} written to {run.output}, {r['failed']:,} failed, {r['left']:,} left, "
+        f"{r['finished_before']:,} were finished before")
     say(f"{r['calls']:,} calls ({r['retries']:,} retried, {r['reprompts']:,} reprompted, {r['wrong_label']:,} with a label that was not gold), "
         f"{r['prompt_tokens']:,} tokens in, {r['completion_tokens']:,} out{price}; response format {r['response_format']}")
     for fmt, why in r["formats_refused"].items(): say(f"  {fmt} was refused: {why}")
@@ -938,11 +945,16 @@ def sampling_params(ns) -> dict:
         raise ConfigError(f"--extra_body may not hold {', '.join(sorted(taken))}")
     return {**given, **extra}
 
-# %% ../nbs/04_augment.ipynb #cd510181
+# %% ../nbs/04_augment.ipynb #78aaa3d2
+PATIENCE = dict(timeout="seconds for one call", max_attempts="calls per question before a row is given up",
+                max_reprompts="times a model is shown what was wrong",
+                max_retry_after="seconds; a server that asks for a longer wait ends the run")
+
 def add_arguments(p, stage):
     "Arguments of both commands; `default` values are those of `Endpoint`."
     d, a = Endpoint(), p.add_argument
-    a("--input", required=True, help="pairs with premise, hypothesis, label (CSV, JSON Lines)" if stage is THINK else "thoughts (JSON Lines); the wrong ones are reflected on")
+    a("--input", required=True, help="thoughts (JSON Lines); the wrong ones are reflected on" if stage.saw_gold else
+      "pairs with premise, hypothesis, label (CSV, JSON Lines)")
     a("--output", required=True, help="JSON Lines, appended to; rows that stay bad go to OUTPUT.failed.jsonl")
     a("--base_url", help="address of the endpoint, e.g. http://localhost:8000/v1")
     a("--model", help="model name as the server knows it")
@@ -951,9 +963,7 @@ def add_arguments(p, stage):
     a("--extra_body", default="{}", metavar="JSON", help='further fields of the request, e.g. \'{"max_completion_tokens": 400}\'')
     a("--response_format", default=d.response_format, choices=("auto", *FORMATS), help="how JSON is asked for [auto: the first that the server takes]")
     a("--api_key_env", default=d.api_key_env, help=f"environment variable that holds the key [{d.api_key_env}]; a local server may need none")
-    for k, u in dict(timeout="seconds for one call", max_attempts="calls per question before a row is given up", max_reprompts="times a model is shown what was wrong",
-                     max_retry_after="seconds; a server that asks for a longer wait ends the run").items():
-        a(f"--{k}", type=type(getattr(d, k)), default=getattr(d, k), help=f"{u} [{getattr(d, k):g}]")
+    for k, u in PATIENCE.items(): a(f"--{k}", type=type(getattr(d, k)), default=getattr(d, k), help=f"{u} [{getattr(d, k):g}]")
     add_run_arguments(p, stage)
 
 # %% ../nbs/04_augment.ipynb #e13a733a
@@ -969,15 +979,15 @@ def add_run_arguments(p, stage):
     a("--allow_mixed", action="store_true", help="go on in an output that holds rows of another model, prompt or sampling")
     if stage.saw_gold: a("--allow_eval_rows", action="store_true", help="reflect on rows marked dev or test too; recorded in provenance")
 
-# %% ../nbs/04_augment.ipynb #bcbc9211
+# %% ../nbs/04_augment.ipynb #ae992a88
 def stage_cli(stage, argv, description) -> int:
     "The body of both commands."
     p = argparse.ArgumentParser(prog=f"nli_{stage.name}", description=description)
     add_arguments(p, stage)
     ns = p.parse_args(argv)
     if ns.limit is not None and ns.limit < 1: raise ConfigError(f"--limit must be at least 1, not {ns.limit}")
-    ep = Endpoint(**{k: getattr(ns, k) for k in ("base_url", "model", "response_format", "api_key_env", "timeout", "max_attempts", "max_reprompts", "max_retry_after")},
-                  params=sampling_params(ns))
+    given = {k: getattr(ns, k) for k in ("base_url", "model", "response_format", "api_key_env", *PATIENCE)}
+    ep = Endpoint(**given, params=sampling_params(ns))
     prices = read_prices(ns.prices, ns.model) if ns.prices else None
     return augment(stage, ns.input, ns.output, ep, ns.workers, prices, ns.max_cost, ns.allow_mixed, getattr(ns, "allow_eval_rows", False), ns.dry_run,
                    contract=ns.contract, max_bad=ns.max_bad, limit=ns.limit)["exit_code"]

@@ -16,7 +16,7 @@ __all__ = ['CARRIED', 'NO_ANSWER', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'NEGATIONS
            'reasoning', 'altered_thoughts', 'probe_thoughts', 'report', 'report_text', 'save_report', 'open_run',
            'question', 'evaluation_rows', 'evaluation_dir', 'evaluate_cli', 'read_pairs', 'answer_pairs', 'predict_cli']
 
-# %% ../nbs/07_evaluate.ipynb #3702f3a4
+# %% ../nbs/07_evaluate.ipynb #4465dc44
 import argparse, bisect, csv, hashlib, html, json, math, os, re, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from .config_loader import DataError, RecordError, command, config_from_json, project_root
-from .data import prompt_messages, read_rows, render_completion
+from .data import prompt_messages, read_rows, render_completion, spread
 from .prompt import encode_prompt, encode_row, end_of_turn, json_closed, parse_completion
 
 # %% ../nbs/07_evaluate.ipynb #0a164527
@@ -40,8 +40,8 @@ def digit_pairs(tok, # tokenizer
         if pair not in pairs: pairs.append(pair)
     return tuple(pairs)
 
-# %% ../nbs/07_evaluate.ipynb #3443362d
-_STRICT_LABEL = re.compile(r'(?<!\\)"predicted_label"\s*:\s*"?([01])(?!\d)')
+# %% ../nbs/07_evaluate.ipynb #9b4ae385
+_STRICT_LABEL = re.compile(r'"predicted_label"\s*:\s*"?([01])(?!\d)')
 _LOOSE_LABEL = re.compile(r'predicted_label\W{1,8}([01])(?!\d)')   # repaired completions: single quotes, lost quotes
 
 def _decode(tok, ids): return tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -978,7 +978,7 @@ def open_run(run, # a run's folder
     template = cfg.prompt_template if cfg.prompt_template != "auto" else env.get("prompt", {}).get("template", "auto")
     return run, cfg.replace(**changes) if changes else cfg, project_root()/summary["adapter"], template
 
-# %% ../nbs/07_evaluate.ipynb #e1463f28
+# %% ../nbs/07_evaluate.ipynb #69be4522
 def question(row:dict, # a row with premise and hypothesis, maybe with a prompt
              template:str, # the run's prompt wording; "auto" when it has no name
              ) -> dict: # the row with `prompt`
@@ -989,9 +989,9 @@ def question(row:dict, # a row with premise and hypothesis, maybe with a prompt
 
 def evaluation_rows(path, # data file: SFT rows, `text` rows, or labelled pairs
                     cfg, template:str, # Config of the run; its prompt wording
-                    ) -> list: # SFT rows, the first `max_eval_samples`
+                    ) -> list: # SFT rows, `max_eval_samples` of them, evenly spaced
     "Rows to be scored; `DataError` for unusable ones. A wording named in the config replaces the rows' own."
-    rows = read_rows(path, max_bad=cfg.max_bad_rows)[:cfg.max_eval_samples]
+    rows = spread(read_rows(path, max_bad=cfg.max_bad_rows), cfg.max_eval_samples)
     if cfg.prompt_template != "auto": rows = [{k: v for k, v in r.items() if k != "prompt"} for r in rows]
     return [question(r, template) for r in rows]
 
@@ -1012,14 +1012,14 @@ def _model_args(p):
     p.add_argument("--max_new_tokens", type=int, metavar="N", help="token budget of a completion [the run's]")
     p.add_argument("--device", choices=("auto", "cuda", "cpu"), help="where to run [the run's]")
 
-# %% ../nbs/07_evaluate.ipynb #650172e3
+# %% ../nbs/07_evaluate.ipynb #92e00776
 @command
 def evaluate_cli(argv=None) -> int:
     "Predict a file with a run's model and report scores, intervals, slices and baselines into the record."
     p = argparse.ArgumentParser(prog="nli_evaluate", description=evaluate_cli.__doc__, epilog="example: nli_evaluate --run runs/cpu_demo/… --mode forced")
     _model_args(p)
     p.add_argument("--data", metavar="FILE", help="rows to score [the run's eval_data]")
-    p.add_argument("--max_eval_samples", type=int, metavar="N", help="score only the first N rows [the run's]")
+    p.add_argument("--max_eval_samples", type=int, metavar="N", help="score only N rows, evenly spaced [the run's]")
     p.add_argument("--untuned", action="store_true", help="ask the base model without the adapter")
     p.add_argument("--probe", type=int, default=0, metavar="N", help="also probe faithfulness on N rows: cut, swap, remove the thought")
     ns = p.parse_args(argv)
@@ -1029,7 +1029,7 @@ def evaluate_cli(argv=None) -> int:
     data = cfg.path("eval_data") if own else Path(ns.data)
     rows, out = evaluation_rows(data, cfg, template), evaluation_dir(run, data, own, ns.mode, ns.untuned)
     resume_predictions(out/"predictions.jsonl", rows, ns.mode)         # other rows or another mode: said before the model is loaded
-    train = read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows)[:cfg.max_train_samples] if cfg.path("train_data").is_file() else None
+    train = _learnt_pairs(cfg) if cfg.path("train_data").is_file() else None
     before = run/"predictions_before.jsonl"
     preds, extra = _predict_and_probe(cfg, None if ns.untuned else adapter, rows, out, ns)
     made = save_report(out, preds, extra, train=train, before=read_predictions(before) if out == run and before.is_file() else None)
@@ -1038,6 +1038,11 @@ def evaluate_cli(argv=None) -> int:
     if train is None: print(f"\nno shortcut baselines: {cfg.train_data} is not there to learn them from")
     print(f"\n{os.path.relpath(out)}: predictions.jsonl, report.json and plots")
     return 0
+
+def _learnt_pairs(cfg):
+    "The pairs the run learnt from, so that the baselines learn from no others."
+    rows = read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows)
+    return spread([r for r in rows if cfg.data_strategy != "correct_only" or r.get("source") != "reflection"], cfg.max_train_samples)
 
 def _predict_and_probe(cfg, adapter, rows, out, ns):
     "Predictions and what else the report says; the model is loaded only when something is left to ask."

