@@ -16,8 +16,8 @@ __all__ = ['QUANTIFIERS', 'COUNTS', 'ATTITUDES', 'CONTRADICTORY', 'VERDICTS', 'C
            'pair_says', 'logic_deep', 'logic_says', 'atoms', 'cases', 'logic_thought', 'projected', 'embedding_rule',
            'fact', 'attitude', 'literals', 'embedding_hyps', 'conditional', 'embedding_deep', 'embedding_says',
            'embedding_thought', 'plural', 'lexicon', 'draw', 'Category', 'words', 'named', 'features',
-           'checked_relations', 'explained', 'Quad', 'gap', 'is_held', 'moves', 'quads', 'cost', 'choose', 'quad_rows',
-           'category_groups', 'generate', 'write_corpus', 'corpus_cli']
+           'checked_relations', 'explained', 'Quad', 'gap', 'is_held', 'about', 'crossed', 'quads', 'cost', 'choose',
+           'quad_rows', 'category_groups', 'generate', 'write_corpus', 'corpus_cli']
 
 # %% ../nbs/02_corpus.ipynb #876abffa
 import argparse, json, re
@@ -596,7 +596,7 @@ def embedding_thought(p:Says, h:Says, rel:str) -> str:
     does = SAYS[0] if not known else SAYS[1] if ("true",x) in known else SAYS[-1]
     return f"the premise says if {fact(cond[1])}, {fact(cond[2])}. The rest {does}, {compared(rel)}"
 
-# %% ../nbs/02_corpus.ipynb #8cf325fb
+# %% ../nbs/02_corpus.ipynb #8c054914
 LEXICON = dict(
     train=dict(
         names="Ann Bob Carl Dan Eva Fred Hugo Jane Kate Leo Mary Nina Oscar Paul Rosa Sam Tom Vera Adam Beth Chris Emma Frank Grace Henry Iris "
@@ -604,13 +604,13 @@ LEXICON = dict(
         acts="chase/chased help/helped call/called visit/visited follow/followed blame/blamed praise/praised push/pushed invite/invited warn/warned "
              "hire/hired watch/watched admire/admired accuse/accused save/saved ignore/ignored pull/pulled carry/carried guide/guided question/questioned",
         scales="taller/shorter older/younger richer/poorer faster/slower heavier/lighter louder/quieter",
-        deeds="sing/sang dance/danced laugh/laughed smile/smiled jump/jumped walk/walked talk/talked cook/cooked vote/voted wait/waited "
+        deeds="sing/sang dance/danced laugh/laughed smile/smiled jump/jumped walk/walked talk/talked study/studied vote/voted wait/waited "
               "stay/stayed pray/prayed climb/climbed relax/relaxed",
         nouns="nurse doctor pilot singer farmer baker teacher student sailor soldier driver dancer lawyer king prince hunter coach child neighbor tourist",
         adjectives="happy angry tired brave calm proud polite famous kind lucky", traits="small young tall rich blind local",
         adverbs="quietly happily gently calmly proudly", places="outside today downtown",
         antonyms="open/closed:door,gate,window,shop,lid,box alive/dead:fish,plant,tree,insect,spider,bird legal/illegal:act,deal,plan,contract,sale,trade "
-                 "paid/unpaid:bill,debt,ticket,fine,loan,invoice occupied/vacant:seat,room,desk,house,flat,office true/false:claim,story,rumor,statement,reply,theory "
+                 "paid/unpaid:bill,debt,ticket,fine,loan,invoice occupied/vacant:seat,room,desk,house,flat,office signed/unsigned:claim,note,memo,petition,message,statement "
                  "permanent/temporary:job,camp,road,wall,bridge,tattoo locked/unlocked:safe,drawer,cage,car,phone,cabin"),
     dev=dict(
         names="Owen Peter Ruth Sara Victor Wendy Alice Ben Claire David Ella Felix George Helen Ivan Julia Karen Andrew Anne Carol Gary Harry Larry Louis",
@@ -620,8 +620,8 @@ LEXICON = dict(
         nouns="guard actor writer judge chef queen visitor manager",
         adjectives="sad hungry shy rude", traits="big weak",
         adverbs="loudly sadly nervously", places="inside upstairs",
-        antonyms="visible/invisible:star,sign,mark,hill guilty/innocent:suspect,thief,officer,clerk finished/unfinished:report,letter,novel,song "
-                 "valid/invalid:passport,permit,license,coupon"),
+        antonyms="visible/invisible:star,sign,mark,hill,line,stain guilty/innocent:prisoner,thief,officer,clerk,guide,banker finished/unfinished:report,letter,novel,song,poem,essay "
+                 "valid/invalid:passport,voucher,license,coupon,vote,key"),
     test=dict(
         names="Luke Maria Noah Philip Rachel Simon Tara Alan Brian Diana Eric Greg Hannah James Linda Martin Naomi Oliver Steve Walter Tony Ron Ross Roy Sally "
               "Sarah Scott Sean Ted Tim Nick Matt Jeff Ken Kelly Jenny",
@@ -631,8 +631,10 @@ LEXICON = dict(
         nouns="artist painter priest knight miner player captain robot poet worker builder pirate",
         adjectives="clever lonely busy noisy cheerful", traits="old sick poor strong foreign",
         adverbs="softly politely carefully silently eagerly", places="nearby indoors abroad yesterday",
-        antonyms="correct/incorrect:sum,result,guess,date awake/asleep:baby,guest,lion,tiger broken/intact:cup,vase,plate,bottle public/private:record,file,park,beach "
-                 "raw/cooked:egg,steak,carrot,potato even/odd:number,digit,score,total"))
+        antonyms="correct/incorrect:sum,result,guess,date,address,spelling awake/asleep:baby,guest,lion,tiger,puppy,owl "
+                 "broken/intact:cup,vase,plate,bottle,mirror,toy public/private:record,file,park,beach,lake,garden "
+                 "raw/cooked:egg,steak,carrot,potato,onion,sausage even/odd:number,digit,score,total,page "
+                 "accurate/inaccurate:map,chart,forecast,estimate,clock,survey edible/inedible:mushroom,berry,root,flower,seed,nut"))
 ATTITUDE_WORDS = dict(factive="know/knows realize/realizes remember/remembers".split(), # the first of each kind names the slots
                       plain="think/thinks believe/believes assume/assumes suspect/suspects".split())
 
@@ -680,7 +682,7 @@ CATEGORIES = dict(
 VARIANTS = dict(demo=("role_swap","comparatives"), plain=tuple(CATEGORIES), templates=tuple(CATEGORIES), pairs=tuple(HELD_OUT),
                 depth3=("role_swap","comparatives","connectives","embedding"))
 
-# %% ../nbs/02_corpus.ipynb #0133e801
+# %% ../nbs/02_corpus.ipynb #96b8bf8b
 NEGATIONS = {"not","no","never","neither","nor"}
 
 def words(text:str) -> list: return re.findall(r"\{?\w+\}?", text.lower())
@@ -691,10 +693,10 @@ def named(text:str) -> list: # slots of people, in order of first mention
 
 @lru_cache(None)
 def features(p:str, h:str) -> dict: # name -> value
-    "What a shallow reader sees of a pair: shared words, negation words, difference in length, whether the same person comes first."
+    "What a shallow reader sees of a pair: shared words, negation words, difference in length (`shape`: all three at once), whether the same person comes first."
     wp, wh = words(p), words(h)
-    return dict(overlap=len(set(wp)&set(wh)), negation=(bool(NEGATIONS&set(wp)), bool(NEGATIONS&set(wh))), length=len(wh)-len(wp),
-                first=named(p)[:1]==named(h)[:1])
+    overlap, negation, length = len(set(wp)&set(wh)), (bool(NEGATIONS&set(wp)), bool(NEGATIONS&set(wh))), len(wh)-len(wp)
+    return dict(overlap=overlap, negation=negation, length=length, shape=(overlap,*negation,length), first=named(p)[:1]==named(h)[:1])
 
 # %% ../nbs/02_corpus.ipynb #3f3d2bfa
 def checked_relations(category:str, variant:str) -> dict: # (premise, hypothesis) skeletons -> relation
@@ -711,20 +713,20 @@ def checked_relations(category:str, variant:str) -> dict: # (premise, hypothesis
         out[p,h] = rel
     return out
 
-# %% ../nbs/02_corpus.ipynb #2b1ee154
+# %% ../nbs/02_corpus.ipynb #152d685a
 def explained(category:str, pair:tuple, rel:str): # the thought's skeleton, or None
     "The thought of a pair, unless the sentences are the same, the hypothesis names someone new, or the category cannot explain it in a line."
     p, h = pair
     if p.text==h.text or not set(named(h.text))<=set(named(p.text)): return None
     return CATEGORIES[category].thought(*(replace(s, form=normal(s.form)) for s in pair), rel)
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quad:
     "A crossed quadruple of skeletons: (premise, hypothesis, relation, thought) in the order 11, 12, 21, 22."
     pairs:tuple
     gap:tuple # ((feature, value), surplus among entailed pairs)
 
-# %% ../nbs/02_corpus.ipynb #8fbe0796
+# %% ../nbs/02_corpus.ipynb #1061441d
 def gap(pairs:tuple, mixed:bool) -> tuple: # ((feature, value), surplus)
     "What the entailed pairs show a shallow reader more often than the others; `mixed` also counts neutral against contradiction."
     out = Counter()
@@ -732,56 +734,66 @@ def gap(pairs:tuple, mixed:bool) -> tuple: # ((feature, value), surplus)
         sign = 1 if rel=="entailment" else -1
         for key in features(p.text, h.text).items(): out[key] += sign
         out["thought"] += sign*len(thought.split())
-        if mixed and sign<0: out["relation"] += 1 if rel=="neutral" else -1
+        if mixed and sign<0: out["relation"] += 1 if rel=="neutral" else -1 # demo has one kind per category
     return tuple(sorted(((k,v) for k,v in out.items() if v), key=str))
 
 def is_held(s:Says, category:str) -> bool:
     "Does the sentence use a quantifier held out of this category, in words or in meaning?"
     return any(f[0]=="q" and f[1] in HELD_OUT.get(category, ()) for f in (s.form, s.form[1], normal(s.form)))
-def moves(p:Says, h:Says) -> bool: return normal(p.form)[2:]!=normal(h.form)[2:] # is it about monotonicity at all?
+def about(category:str, p:Says, h:Says) -> bool:
+    "Is the step from `p` to `h` what the category is about? (Monotonicity asks that an argument moves.)"
+    return category not in ARGUMENTS or normal(p.form)[2:]!=normal(h.form)[2:]
 
-# %% ../nbs/02_corpus.ipynb #21f629cd
-@lru_cache(None)
-def quads(category:str, variant:str="plain", # key of `VARIANTS`
-          most:int=12 # kept per pair of premises
-         ) -> tuple: # of `Quad`
-    "The crossed quadruples of a category. In variant *pairs* every row uses a held-out quantifier."
-    rel, rng, out = checked_relations(category, variant), Random(f"{category}/{variant}"), []
-    thought = {pair:t for pair,r in rel.items() if (t := explained(category, pair, r))}
+# %% ../nbs/02_corpus.ipynb #564822b1
+def crossed(category:str, variant:str, rel:dict, thought:dict, rng:Random):
+    "Yield, per pair of premises, the pairs of hypotheses that make a crossed quadruple with it."
     ps, hs = ({pair[i]:0 for pair in rel} for i in (0,1))
     held = {s: variant!="pairs" or is_held(s, category) for s in (*ps,*hs)}
     firsts = [p for p in ps if named(p.text)==sorted(named(p.text))] # the others are the same again under other names
     both = [(p1,p2) for p1 in firsts for p2 in ps if p1!=p2]
-    for p1,p2 in rng.sample(both, min(1200, len(both))):
+    for p1,p2 in rng.sample(both, min(4000, len(both))):
         ok = [h for h in hs if (p1,h) in thought and (p2,h) in thought and (held[h] or held[p1] and held[p2])]
-        h1s = [h for h in ok if rel[p1,h]=="entailment"!=rel[p2,h]]
-        h2s = [h for h in ok if rel[p2,h]=="entailment"!=rel[p1,h]]
-        found = list(product(h1s, h2s))
-        found = [(h1,h2) for h1,h2 in found if category not in ARGUMENTS or moves(p1,h1) and moves(p2,h2)]
-        for h1,h2 in rng.sample(found, min(most, len(found))):
+        h1s = [h for h in ok if rel[p1,h]=="entailment"!=rel[p2,h] and about(category, p1, h)]
+        h2s = [h for h in ok if rel[p2,h]=="entailment"!=rel[p1,h] and about(category, p2, h)]
+        yield p1, p2, list(product(h1s, h2s))
+
+# %% ../nbs/02_corpus.ipynb #5e39129c
+@lru_cache(None)
+def quads(category:str, variant:str="plain", # key of `VARIANTS`
+          most:int=3 # kept per pair of premises, of each sort
+         ) -> tuple: # of `Quad`
+    "Crossed quadruples of a category: those that are even by themselves, and others. In variant *pairs* every row uses a held-out quantifier."
+    rel, rng, out = checked_relations(category, variant), Random(f"{category}/{variant}"), []
+    thought = {pair:t for pair,r in rel.items() if (t := explained(category, pair, r))}
+    shape = {(p,h): features(p.text, h.text)["shape"] for p,h in thought}
+    for p1,p2,found in crossed(category, variant, rel, thought, rng):
+        even = [(h1,h2) for h1,h2 in found if sorted((shape[p1,h1],shape[p2,h2]))==sorted((shape[p1,h2],shape[p2,h1]))]
+        for h1,h2 in rng.sample(found, min(most, len(found))) + rng.sample(even, min(most, len(even))):
             pairs = tuple((p,h,rel[p,h],thought[p,h]) for p in (p1,p2) for h in (h1,h2))
             out.append(Quad(pairs, gap(pairs, variant!="demo")))
     return tuple(out)
 
-# %% ../nbs/02_corpus.ipynb #fd2e23d3
+# %% ../nbs/02_corpus.ipynb #5d73a78a
 def cost(total:Counter, change:dict) -> float:
     "By how much `change` moves the surpluses in `total` away from zero; relation counts most, a word of thought least."
     return sum({"relation":9, "thought":1/9}.get(k, 1) * v*(2*total[k]+v) for k,v in change.items())
 
-def choose(pool:tuple, n:int, rng:Random, tries:int=24) -> list: # n quadruples
-    "A varied choice from `pool` whose shallow features are as even over the labels as it can find."
-    by_gap = defaultdict(list)
-    for q in pool: by_gap[q.gap].append(q)
-    gaps, total, out = sorted(by_gap, key=str), Counter(), []
-    def draws(): return [rng.choice(pool).gap if i%2 else rng.choice(gaps) for i in range(tries)]
+def choose(pool:tuple, n:int, rng:Random, tries:int=40, swaps:int=100) -> list: # n quadruples
+    "A choice from `pool` whose shallow features are as even over the labels as it can find, with no pair of skeletons used much more than others."
+    even = [q for q in pool if not any(k[0]=="shape" for k,_ in q.gap)] or pool
+    gaps, pairs = ({q:f(q) for q in pool} for f in (lambda q: dict(q.gap), lambda q: [q.pairs[i][:2] for i in (0,3)]))
+    total, used, out = Counter(), Counter(), []
+    def one(): return rng.choice(rng.choice((pool, even)))
+    def worn(q): return sum(used[p] for p in pairs[q])/4 # a repeated pair weighs less than an uneven feature
     for _ in range(n):
-        out.append(min(draws(), key=lambda g: cost(total, dict(g))))
-        total.update(dict(out[-1]))
-    for _ in range(60*n):
-        i, change = rng.randrange(n), Counter(dict(new := rng.choice(gaps)))
-        change.subtract(dict(out[i]))
-        if cost(total, change)<0: out[i] = new; total.update(change)
-    return [rng.choice(by_gap[g]) for g in out]
+        q = min((one() for _ in range(tries)), key=lambda q: cost(total, gaps[q]) + worn(q))
+        out.append(q); total.update(gaps[q]); used.update(pairs[q])
+    for _ in range(swaps*n):
+        i, new = rng.randrange(n), one()
+        change = Counter(gaps[new]); change.subtract(gaps[out[i]])
+        if cost(total, change) + worn(new) + 2 < worn(out[i]):
+            used.subtract(pairs[out[i]]); used.update(pairs[new]); total.update(change); out[i] = new
+    return out
 
 # %% ../nbs/02_corpus.ipynb #7790210a
 SIZES = dict( # split -> quadruples per category
@@ -795,10 +807,12 @@ def quad_rows(q:Quad, words:dict, head:dict, template:str) -> list: # of four SF
                     template=template, **head, relation=rel, meaning=json.dumps([p.form, h.form]))
             for i,(p,h,rel,thought) in zip(("11","12","21","22"), q.pairs)]
 
-# %% ../nbs/02_corpus.ipynb #7d31cf13
-def category_groups(category:str, split:str, n:int, seed:int, variant:str="plain", template:str="brief") -> list: # of lists of four rows
+# %% ../nbs/02_corpus.ipynb #00faf610
+def category_groups(category:str, split:str, n:int, seed:int, variant:str, template:str,
+                    seen:set # (premise, hypothesis) pairs used so far; added to
+                   ) -> list: # of lists of four rows
     "`n` quadruples of a category without a repeated pair. Raises ConfigError where the lexicon is too small for `n`."
-    rng, seen, out = Random(f"{seed}/{split}/{category}"), set(), []
+    rng, out = Random(f"{seed}/{split}/{category}"), []
     for q in choose(quads(category, variant), n, rng):
         for _ in range(1000):
             head = dict(category=category, group_id=f"{split}-{category}-{len(out):04d}")
@@ -810,7 +824,7 @@ def category_groups(category:str, split:str, n:int, seed:int, variant:str="plain
         out.append(rng.sample(rows, 4))
     return out
 
-# %% ../nbs/02_corpus.ipynb #a7d9868a
+# %% ../nbs/02_corpus.ipynb #00e32776
 def generate(size:str="tiny", # key of `SIZES`
              seed:int=0,
              template:str="brief" # prompt template, a name in `data.PROMPTS`
@@ -819,9 +833,9 @@ def generate(size:str="tiny", # key of `SIZES`
     if size not in SIZES: raise ConfigError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
     plan = {split: ("demo" if size=="demo" else "plain", n) for split,n in SIZES[size].items()}
     if size!="demo": plan |= {split: (variant, SIZES[size]["test"]) for split,variant in HARDER.items()}
-    out = {}
+    out, seen = {}, set()
     for split,(variant,n) in plan.items():
-        groups = [g for c in VARIANTS[variant] for g in category_groups(c, split, n, seed, variant, template)]
+        groups = [g for c in VARIANTS[variant] for g in category_groups(c, split, n, seed, variant, template, seen)]
         Random(f"{seed}/{split}").shuffle(groups)
         out[split] = [r for g in groups for r in g]
     return out

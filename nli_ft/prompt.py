@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'THOUGHT', 'LABEL', 'OUTCOMES', 'mistral_v3_tokenizer', 'prompt_form', 'refuse_control_tokens',
-           'encode_prompt', 'end_of_turn', 'Encoded', 'encode_row', 'encode_rows', 'Parsed', 'json_closed',
-           'parse_completion', 'show_mask']
+           'encode_prompt', 'mistral_reference', 'end_of_turn', 'Encoded', 'encode_row', 'encode_rows', 'Parsed',
+           'json_closed', 'parse_completion', 'show_mask']
 
-# %% ../nbs/03_prompt.ipynb #e8d477b5
-import json, re, tempfile
+# %% ../nbs/03_prompt.ipynb #7568cab7
+import json, re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,19 +16,23 @@ from pathlib import Path
 from .config_loader import DataError
 from .data import render_completion
 
-# %% ../nbs/03_prompt.ipynb #0435715e
+# %% ../nbs/03_prompt.ipynb #e5169412
 def mistral_v3_tokenizer():
-    "The Mistral v3 tokenizer (32,768 pieces) read from the SentencePiece file that `mistral-common` ships."
-    import mistral_common, shutil
-    from transformers import LlamaTokenizer
-    src = Path(mistral_common.__file__).parent/"data"/"mistral_instruct_tokenizer_240323.model.v3"
-    with tempfile.TemporaryDirectory() as d:
-        shutil.copy(src, Path(d)/"tokenizer.model")
-        tok = LlamaTokenizer.from_pretrained(d)
+    "The Mistral v3 tokenizer (32,768 pieces), exact, from the SentencePiece file that `mistral-common` ships."
+    import mistral_common, sentencepiece
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import generate_merges
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(Path(mistral_common.__file__).parent/"data"/"mistral_instruct_tokenizer_240323.model.v3"))
+    pieces = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
+    control = [p for p, i in pieces.items() if sp.is_control(i) or sp.is_unknown(i)]
+    merges = generate_merges(pieces, {p: sp.get_score(i) for p, i in pieces.items()}, skip_tokens=control)
+    bpe = Tokenizer(models.BPE(vocab=pieces, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)])
     # `<unk>` never occurs (bytes fall back), so padding with it cannot be mistaken for EOS by anything downstream.
-    tok.pad_token = tok.unk_token
-    tok.padding_side = "right"
-    return tok
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>", padding_side="right",
+                                   additional_special_tokens=[c for c in control if c not in ("<s>", "</s>", "<unk>")])
 
 # %% ../nbs/03_prompt.ipynb #cd7d1bb3
 def prompt_form(tok, # a tokenizer
@@ -69,6 +73,23 @@ def encode_prompt(tok, # a tokenizer
         raise DataError(f"a prompt is one user turn, with a system turn before it or without; got {[m['role'] for m in messages]}")
     inst, end = tok.convert_tokens_to_ids(["[INST]", "[/INST]"])
     return [tok.bos_token_id, inst, *tok("\n\n".join(system + user), add_special_tokens=False)["input_ids"], end]
+
+# %% ../nbs/03_prompt.ipynb #641a31f5
+@lru_cache(maxsize=1)
+def _mistral_common():
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+    return MistralTokenizer.v3()
+
+def mistral_reference(messages:list, # prompt messages
+                      answer:str|None=None, # the completion, if wanted
+                     ) -> list: # token ids
+    "Ids that `mistral-common`'s own v3 encoder gives to a prompt, and to the completion with EOS after it."
+    from mistral_common.protocol.instruct.messages import SystemMessage, UserMessage
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    kinds = dict(system=SystemMessage, user=UserMessage)
+    ref = _mistral_common()
+    ids = ref.encode_chat_completion(ChatCompletionRequest(messages=[kinds[m["role"]](content=m["content"]) for m in messages])).tokens
+    return ids if answer is None else ids + ref.instruct_tokenizer.tokenizer.encode(answer, bos=False, eos=True)
 
 # %% ../nbs/03_prompt.ipynb #5e436a4b
 @lru_cache(maxsize=8)

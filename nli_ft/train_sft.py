@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['embedded_data', 'make_embedded_data', 'choose_gpu', 'check_ready', 'Prepared', 'training_rows', 'prepare', 'proofs',
-           'estimate_memory', 'world_size', 'step_counts', 'preflight', 'preflight_text', 'plot_lengths',
-           'patch_forward', 'KindCollator', 'make_trainer_class', 'resolved_optim', 'training_args', 'to_dataset',
-           'print_log', 'fit', 'Session', 'judge', 'tracker', 'launch_command', 'launch', 'run_training', 'train_cli']
+           'estimate_memory', 'world_size', 'step_counts', 'preflight', 'preflight_text', 'refuse_failed_proofs',
+           'plot_lengths', 'patch_forward', 'KindCollator', 'make_trainer_class', 'resolved_optim', 'training_args',
+           'to_dataset', 'print_log', 'fit', 'Session', 'judge', 'tracker', 'launch_command', 'launch', 'run_training',
+           'train_cli']
 
-# %% ../nbs/08_train_sft.ipynb #d65d8dc9
+# %% ../nbs/08_train_sft.ipynb #d9f25215
 import argparse, contextlib, html, json, math, os, shutil, signal, subprocess, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from .config_loader import (Config, ConfigError, DataError, NliError, add_config
 from .corpus import write_corpus
 from .data import read_rows, render_completion, shuffle_thoughts, spread, template_of
 from .evaluate import evaluation_rows, predict_rows, question, score
-from .prompt import LABEL, PROMPT, THOUGHT, encode_prompt, encode_rows, end_of_turn, prompt_form
+from .prompt import LABEL, PROMPT, THOUGHT, encode_prompt, encode_rows, end_of_turn, mistral_reference, prompt_form
 from .records import append_metrics, finish_run, start_run
 
 # %% ../nbs/08_train_sft.ipynb #c0e31287
@@ -144,7 +145,7 @@ def prepare(cfg:Config, tok=None) -> Prepared:
         dropped += [("eval", *d) for d in out]
     return Prepared(cfg, tok, rows, train, judged, encoded, dropped, {"train": list(bad)}, template)
 
-# %% ../nbs/08_train_sft.ipynb #719f4ce4
+# %% ../nbs/08_train_sft.ipynb #e0ffa8e5
 def _worst(prep, bad):
     "(ok, detail) of a check given the indices of the rows that fail it."
     if not bad: return True, f"all {len(prep.train)} training rows"
@@ -163,9 +164,13 @@ def proofs(prep:Prepared) -> dict: # what is proved -> (holds, detail)
         "the label is inside the row and has loss": [i for i, (r, e) in enumerate(rows) if label_wrong(r, e)
                                                      or any(y == -100 for y, k in zip(e.labels, e.kind) if k != PROMPT)],
         "trained tokens spell the completion": [i for i, (r, e) in enumerate(rows) if completion_wrong(r, e)],
-        "training prompt ids = inference prompt ids": [i for i, (r, e) in enumerate(rows) if encode_prompt(tok, question(r, prep.template)["prompt"]) != e.input_ids[:e.n_prompt]],
+        "training prompt ids = inference prompt ids": [i for i, (r, e) in enumerate(rows)
+            if encode_prompt(tok, question(r, prep.template)["prompt"]) != e.input_ids[:e.n_prompt]],
         "no row is longer than max_seq_length": [i for i, (r, e) in enumerate(rows) if len(e) > prep.cfg.max_seq_length],
     }
+    if prompt_form(tok) == "mistral_instruct":
+        fails["ids = those of mistral-common's own encoder"] = [i for i, (r, e) in enumerate(rows) if e.input_ids != mistral_reference(
+            r["prompt"], render_completion(r["thought_process"], r["label"], style))]
     return {name: _worst(prep, bad) for name, bad in fails.items()}
 
 # %% ../nbs/08_train_sft.ipynb #f209c6f9
@@ -242,7 +247,7 @@ def preflight(prep:Prepared) -> dict: # ready for JSON: counts, balance, lengths
                 proofs={k: dict(holds=ok, detail=d) for k, (ok, d) in found.items()}, steps=step_counts(prep.cfg, len(prep.train)),
                 memory_gib=estimate_memory(prep), ok=all(ok for ok, _ in found.values()))
 
-# %% ../nbs/08_train_sft.ipynb #33881722
+# %% ../nbs/08_train_sft.ipynb #d6fb096d
 def preflight_text(p:dict # from `preflight`
                   ) -> str:
     "The preflight for a terminal or a notebook cell."
@@ -259,6 +264,11 @@ def preflight_text(p:dict # from `preflight`
     m = p["memory_gib"]
     lines += ["memory     " + f"about {m['total']:.1f} GiB at the peak (estimate): " + ", ".join(f"{k} {v:.2f}" for k, v in m.items() if k != "total" and v >= .005)]
     return "\n".join(lines)
+
+def refuse_failed_proofs(p:dict # from `preflight`
+                        ):
+    "Raise `DataError` naming every proof that failed."
+    if not p["ok"]: raise DataError("nothing was trained, a proof failed: " + "; ".join(f"{k} ({v['detail']})" for k, v in p["proofs"].items() if not v["holds"]))
 
 def plot_lengths(prep:Prepared): # a matplotlib Figure
     "Histogram of row lengths in tokens by label, with the limit."
@@ -558,7 +568,7 @@ def launch(cfg:Config, run, on_log=print_log) -> dict: # what `fit` returned in 
         raise RuntimeError(f"training in {world_size(cfg)} processes failed (exit code {child.returncode}); its last lines:\n" + "".join(last))
     return result
 
-# %% ../nbs/08_train_sft.ipynb #b7a7776b
+# %% ../nbs/08_train_sft.ipynb #654d53ec
 def _shared_run(cfg, given):
     "The record's folder, opened by the main process and told to the others."
     from accelerate.state import PartialState
@@ -584,7 +594,7 @@ def run_training(cfg:Config, run_dir=None, # an open record, or None to open one
         if main:
             p = preflight(ses.prep)
             if not only_train: print(preflight_text(p), flush=True)
-            if not p["ok"]: raise DataError("preflight failed:\n" + preflight_text(p))
+            refuse_failed_proofs(p)
         if main and not only_train and cfg.eval_before: summary["before"] = score(ses.judge("before"))
         state.wait_for_everyone()
         log = (lambda row: print("NLI_LOG " + json.dumps(row), flush=True)) if only_train else print_log
