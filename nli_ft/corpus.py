@@ -596,7 +596,7 @@ def embedding_thought(p:Says, h:Says, rel:str) -> str:
     does = SAYS[0] if not known else SAYS[1] if ("true",x) in known else SAYS[-1]
     return f"the premise says if {fact(cond[1])}, {fact(cond[2])}. The rest {does}, {compared(rel)}"
 
-# %% ../nbs/02_corpus.ipynb #8c054914
+# %% ../nbs/02_corpus.ipynb #c55f5095
 LEXICON = dict(
     train=dict(
         names="Ann Bob Carl Dan Eva Fred Hugo Jane Kate Leo Mary Nina Oscar Paul Rosa Sam Tom Vera Adam Beth Chris Emma Frank Grace Henry Iris "
@@ -620,8 +620,8 @@ LEXICON = dict(
         nouns="guard actor writer judge chef queen visitor manager",
         adjectives="sad hungry shy rude", traits="big weak",
         adverbs="loudly sadly nervously", places="inside upstairs",
-        antonyms="visible/invisible:star,sign,mark,hill,line,stain guilty/innocent:prisoner,thief,officer,clerk,guide,banker finished/unfinished:report,letter,novel,song,poem,essay "
-                 "valid/invalid:passport,voucher,license,coupon,vote,key"),
+        antonyms="visible/invisible:star,comet,symbol,hill,line,stain guilty/innocent:prisoner,thief,officer,clerk,butler,banker finished/unfinished:report,letter,novel,song,poem,essay "
+                 "valid/invalid:passport,voucher,license,coupon,visa,key"),
     test=dict(
         names="Luke Maria Noah Philip Rachel Simon Tara Alan Brian Diana Eric Greg Hannah James Linda Martin Naomi Oliver Steve Walter Tony Ron Ross Roy Sally "
               "Sarah Scott Sean Ted Tim Nick Matt Jeff Ken Kelly Jenny",

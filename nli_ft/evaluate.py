@@ -314,7 +314,7 @@ def resume_predictions(path, # predictions.jsonl, perhaps unfinished, perhaps ab
             if was != want: raise RecordError(f"{path} was made with another {what} for id {p['id']!r} ({was!r}, now {want!r}); choose another file")
     return {p["id"]: p for p in done}
 
-# %% ../nbs/07_evaluate.ipynb #242a090b
+# %% ../nbs/07_evaluate.ipynb #cbf83a91
 def _answer_cot(model, tok, rows, prompts, cfg, mode):
     made = generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion)
     return [prediction_row(r, m, cfg.completion, mode) for r, m in zip(rows, made)]
@@ -337,8 +337,9 @@ def _answer_forced(model, tok, rows, prompts, cfg, mode):
         except DataError: continue      # the thought spells a control token: no such completion could be trained on, the failure stands
         at.append((i, thought))
     for (i, thought), p in zip(at, score_labels(model, tok, asked, max(len(asked), 1))):
-        if p is not None: preds[i].update(generated_outcome=preds[i]["outcome"], outcome="forced", predicted_label=int(p >= .5), p_entail=p,
-                                          thought_process=thought or None)
+        if p is None: continue
+        if preds[i]["n_tokens"]: preds[i]["generated_outcome"] = preds[i]["outcome"]
+        preds[i].update(outcome="forced", predicted_label=int(p >= .5), p_entail=p, thought_process=thought or None)
     return preds
 
 # %% ../nbs/07_evaluate.ipynb #a1781d46
@@ -436,7 +437,7 @@ def accuracy(preds:list, # prediction rows
     right = int((y == a).sum())
     return dict(n=len(y), right=right, accuracy=right/len(y), accuracy_ci=wilson(right, len(y)))
 
-# %% ../nbs/07_evaluate.ipynb #7a6db463
+# %% ../nbs/07_evaluate.ipynb #cb6bde41
 def score(preds:list, # prediction rows
           ) -> dict: # see the list above and the example below; plain numbers and lists, ready for JSON
     "All label scores of a set of predictions; raises `DataError` without rows or gold labels, `RecordError` for rows that cannot be scored."
@@ -446,7 +447,7 @@ def score(preds:list, # prediction rows
     p, r, f, n = precision_recall_fscore_support(y, a, labels=[0, 1], average=None, zero_division=0)
     tokens, seconds = ([x[k] for x in preds if x.get(k) is not None] for k in ("n_tokens", "seconds"))
     mean = lambda xs: float(np.mean(xs)) if xs else None
-    return dict(accuracy(preds), coverage=float(answered.mean()), valid_rate=mean([x["outcome"] in ("strict", "forced") for x in preds]),
+    return dict(accuracy(preds), coverage=float(answered.mean()), valid_rate=mean([x.get("generated_outcome", x["outcome"]) in ("strict", "forced") for x in preds]),
                 parsed_accuracy=float((y == a)[answered].mean()) if answered.any() else None,
                 outcomes=dict(Counter(x["outcome"] for x in preds)),
                 per_class={str(c): dict(precision=float(p[c]), recall=float(r[c]), f1=float(f[c]), n=int(n[c])) for c in (0, 1)},
@@ -875,7 +876,7 @@ def reasoning(preds:list, # prediction rows
                 agreement=mean([s == a for s, a in stated]), grounded=mean([g for g, _ in ground]),
                 grounded_right=mean([g for g, ok in ground if ok]), grounded_wrong=mean([g for g, ok in ground if not ok]))
 
-# %% ../nbs/07_evaluate.ipynb #63665128
+# %% ../nbs/07_evaluate.ipynb #d04a3252
 def altered_thoughts(thoughts:list, # at least two
                      ) -> dict: # change -> thoughts, in order
     "The interventions: the first half of the words; the next row's thought; nothing."
@@ -885,9 +886,8 @@ def altered_thoughts(thoughts:list, # at least two
 def probe_thoughts(model, tok, rows:list, preds:list, cfg, # model; tokenizer; SFT rows; their predictions; Config
                    n:int=100, # rows to probe: the first ones with a thought
                    ) -> dict: # n, and for halved, swapped, removed: changed (share of labels), changed_ci, mean_shift of p(entailment)
-    "How much the label depends on the thought before it; only for `completion=cot`, where the thought comes first."
+    "How much the label depends on the thought before it (`completion=cot`); `DataError` with fewer than two thoughts to exchange."
     from nli_ft.model import autocast
-    if cfg.completion != "cot": raise DataError(f"the probe changes the thought before the label; with completion={cfg.completion} there is none")
     known = {p["id"]: p["thought_process"] for p in preds if p.get("thought_process")}
     has = [r for r in rows if r["id"] in known][:n]
     if len(has) < 2: raise DataError("the probe needs at least two predictions with a thought")
@@ -1012,7 +1012,7 @@ def _model_args(p):
     p.add_argument("--max_new_tokens", type=int, metavar="N", help="token budget of a completion [the run's]")
     p.add_argument("--device", choices=("auto", "cuda", "cpu"), help="where to run [the run's]")
 
-# %% ../nbs/07_evaluate.ipynb #92e00776
+# %% ../nbs/07_evaluate.ipynb #cf430a7f
 @command
 def evaluate_cli(argv=None) -> int:
     "Predict a file with a run's model and report scores, intervals, slices and baselines into the record."
@@ -1025,6 +1025,7 @@ def evaluate_cli(argv=None) -> int:
     ns = p.parse_args(argv)
     parse_mode(ns.mode)
     run, cfg, adapter, template = open_run(ns.run, **_changes(ns))
+    if ns.probe and cfg.completion != "cot": raise DataError(f"--probe changes the thought before the label; with completion={cfg.completion} there is none")
     own = ns.data is None or Path(ns.data).resolve() == cfg.path("eval_data").resolve()
     data = cfg.path("eval_data") if own else Path(ns.data)
     rows, out = evaluation_rows(data, cfg, template), evaluation_dir(run, data, own, ns.mode, ns.untuned)
@@ -1034,7 +1035,7 @@ def evaluate_cli(argv=None) -> int:
     preds, extra = _predict_and_probe(cfg, None if ns.untuned else adapter, rows, out, ns)
     made = save_report(out, preds, extra, train=train, before=read_predictions(before) if out == run and before.is_file() else None)
     print(report_text(made))
-    if ns.probe: print("\nlabels that change when the thought is " + ", ".join(f"{k} {v['changed']:.3f} {_interval(v['changed_ci'])}" for k, v in made["probe"].items() if k != "n"))
+    if ns.probe: print("\n" + _probe_text(made["probe"]))
     if train is None: print(f"\nno shortcut baselines: {cfg.train_data} is not there to learn them from")
     print(f"\n{os.path.relpath(out)}: predictions.jsonl, report.json and plots")
     return 0
@@ -1052,7 +1053,12 @@ def _predict_and_probe(cfg, adapter, rows, out, ns):
     from nli_ft.model import load_for_inference, load_tokenizer
     tok, model = load_tokenizer(cfg), load_for_inference(cfg, adapter)
     preds = predict_rows(model, tok, rows, cfg, out=path, mode=mode)
-    return preds, extra | (dict(probe=probe_thoughts(model, tok, rows, preds, cfg, ns.probe)) if ns.probe else {})
+    try: return preds, extra | (dict(probe=probe_thoughts(model, tok, rows, preds, cfg, ns.probe)) if ns.probe else {})
+    except DataError as e: return preds, extra | dict(probe=dict(n=0, why=str(e)))      # the scores stand without it
+
+def _probe_text(probe):
+    if not probe["n"]: return f"no probe: {probe['why']}"
+    return f"labels that change, of {probe['n']}, when the thought is " + ", ".join(f"{k} {v['changed']:.3f} {_interval(v['changed_ci'])}" for k, v in probe.items() if k != "n")
 
 # %% ../nbs/07_evaluate.ipynb #b63fcb18
 ANSWER_COLUMNS = ("predicted_label", "p_entail", "outcome", "thought_process", "problem")

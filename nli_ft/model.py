@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'device', 'bf16_in_hardware', 'compute_dtype', 'autocast', 'attention', 'cache_dir', 'file_sha256',
            'embedded_model', 'model_source', 'load_tokenizer', 'keep_unpacked', 'load_base', 'add_lora', 'seeded_lora',
-           'load_for_inference', 'save_adapter', 'merged']
+           'load_for_inference', 'save_adapter', 'merged', 'merge_adapter']
 
-# %% ../nbs/05_model.ipynb #c303991d
-import contextlib, hashlib, importlib.util, json, os, re, shutil, tempfile, warnings
+# %% ../nbs/05_model.ipynb #25e5f4de
+import contextlib, hashlib, importlib.util, json, logging, os, re, shutil, tempfile, warnings
 from pathlib import Path
 
 import torch
@@ -161,11 +161,13 @@ def keep_unpacked(model):
     for m in model.modules():
         if type(m).__name__ == "Linear4bit" and hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False
 
-# %% ../nbs/05_model.ipynb #e3d53084
+# %% ../nbs/05_model.ipynb #7d7237d3
 def load_base(cfg, # Config
               train:bool=True, # prepare it for training (norms in fp32, checkpointing as configured)
              ):
     "The frozen base: NF4 with double quantisation, or plain weights in the compute dtype with `quantization='none'`."
+    # an optional CPU kernel of bitsandbytes that is not used here (see `keep_unpacked`); its absence is no news
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     dev, nf4 = device(cfg), cfg.quantization == "nf4"
@@ -245,7 +247,7 @@ def save_adapter(model, # a PeftModel
     if (out/"README.md").exists(): (out/"README.md").unlink()  # peft's empty template of a model card, with that path in it
     return out
 
-# %% ../nbs/05_model.ipynb #fbecfad4
+# %% ../nbs/05_model.ipynb #73bd42f0
 def _plain_weight(m):
     "The weight a linear layer (NF4 or plain, with or without LoRA) applies, as one fp32 matrix."
     base = getattr(m, "base_layer", m)
@@ -257,18 +259,25 @@ def _plain_weight(m):
         if name in m.lora_A: w = w + m.get_delta_weight(name).to(torch.float32)
     return w, base.bias
 
+def _linear_layers(model):
+    "(name, module) of every linear layer that is quantised or carries LoRA; a LoRA layer stands for the base layer inside it."
+    from peft.tuners.lora import LoraLayer
+    inner = set()
+    for name, m in model.named_modules():
+        lora = isinstance(m, LoraLayer)
+        if id(m) in inner or not (lora or type(m).__name__ == "Linear4bit"): continue
+        if lora: inner.add(id(m.base_layer))
+        yield name, m
+
 @contextlib.contextmanager
 def merged(model, # a base or PeftModel
            dtype, # torch.dtype of the temporary weights
           ):
     "Context in which every linear layer applies one plain matrix; DoRA layers, whose merge is not a sum, are left as they are."
     from peft.tuners.lora import LoraLayer
-    swapped, inner = [], set()
-    for m in model.modules():
-        lora = isinstance(m, LoraLayer)
-        if id(m) in inner or not (lora or type(m).__name__ == "Linear4bit"): continue
-        if lora: inner.add(id(m.base_layer))
-        if lora and any(m.use_dora.values()): continue
+    swapped = []
+    for _, m in _linear_layers(model):
+        if isinstance(m, LoraLayer) and any(m.use_dora.values()): continue
         w, b = _plain_weight(m)
         w = w.to(dtype)
         m.forward = lambda x, *_, w=w, b=b, **__: torch.nn.functional.linear(x.to(w.dtype), w, b if b is None else b.to(w.dtype)).to(x.dtype)
@@ -276,3 +285,18 @@ def merged(model, # a base or PeftModel
     try: yield model
     finally:
         for m in swapped: del m.forward
+
+# %% ../nbs/05_model.ipynb #639f2981
+def merge_adapter(cfg, # Config of the run
+                  adapter_dir, # its adapter
+                  dtype=torch.bfloat16, # of the saved weights
+                 ): # a plain transformers model on the CPU
+    "Base and adapter as one model without quantisation or peft; raises `ConfigError` for DoRA, whose merge is not a sum."
+    from transformers import AutoModelForCausalLM
+    if cfg.use_dora: raise ConfigError("a DoRA adapter is not merged here; `PeftModel.merge_and_unload` on an unquantised base does it")
+    tuned = load_for_inference(cfg, adapter_dir)
+    plain = AutoModelForCausalLM.from_pretrained(model_source(cfg), revision=cfg.model_revision, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    layers = dict(plain.named_modules())
+    with torch.no_grad():
+        for name, m in _linear_layers(tuned.get_base_model()): layers[name].weight.copy_(_plain_weight(m)[0])
+    return plain.eval()

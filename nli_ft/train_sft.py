@@ -7,9 +7,9 @@ __all__ = ['embedded_data', 'make_embedded_data', 'choose_gpu', 'check_ready', '
            'estimate_memory', 'world_size', 'step_counts', 'preflight', 'preflight_text', 'refuse_failed_proofs',
            'plot_lengths', 'patch_forward', 'KindCollator', 'make_trainer_class', 'resolved_optim', 'training_args',
            'to_dataset', 'print_log', 'fit', 'Session', 'judge', 'tracker', 'launch_command', 'launch', 'run_training',
-           'train_cli']
+           'train_cli', 'merge_cli']
 
-# %% ../nbs/08_train_sft.ipynb #d9f25215
+# %% ../nbs/08_train_sft.ipynb #02a0cc5d
 import argparse, contextlib, html, json, math, os, shutil, signal, subprocess, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from .config_loader import (Config, ConfigError, DataError, NliError, add_config
                                   load_config, print_config, project_root)
 from .corpus import write_corpus
 from .data import read_rows, render_completion, shuffle_thoughts, spread, template_of
-from .evaluate import evaluation_rows, predict_rows, question, score
+from .evaluate import evaluation_rows, open_run, predict_rows, question, score
 from .prompt import LABEL, PROMPT, THOUGHT, encode_prompt, encode_rows, end_of_turn, mistral_reference, prompt_form
 from .records import append_metrics, finish_run, start_run
 
@@ -638,6 +638,25 @@ def _preflight_only(cfg):
     p = preflight(prepare(cfg))
     print(preflight_text(p))
     return 0 if p["ok"] else 2
+
+# %% ../nbs/08_train_sft.ipynb #33c27fee
+@command
+def merge_cli(argv=None) -> int:
+    "Merge a run's adapter into its dequantised base and save a plain safetensors model with its tokenizer."
+    p = argparse.ArgumentParser(prog="nli_merge", description=merge_cli.__doc__, epilog="example: nli_merge --run runs/cpu_demo/RUN_ID --out merged/")
+    p.add_argument("--run", required=True, help="folder of a finished run")
+    p.add_argument("--out", required=True, help="folder to write; must not exist or be empty")
+    p.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of the saved weights (default: bf16)")
+    ns = p.parse_args(argv)
+    out = Path(ns.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ConfigError(f"--out {out} already holds something; give a new folder")
+    _, cfg, adapter, _ = open_run(ns.run)
+    import torch
+    from nli_ft.model import load_tokenizer, merge_adapter
+    merge_adapter(cfg, adapter, dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[ns.dtype]).save_pretrained(out)
+    load_tokenizer(cfg).save_pretrained(out)
+    print(f"merged model: {out}")
+    return 0
 
 # %% ../nbs/08_train_sft.ipynb #8422c6a8
 #| eval: false

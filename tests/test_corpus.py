@@ -172,9 +172,11 @@ def test_content_words_are_disjoint_between_train_dev_and_test():
         for split, r in all_rows(size): used[split.split("_")[0]].update(tokens(r["premise"]+" "+r["hypothesis"]))
     for a, b in (("train", "dev"), ("train", "test"), ("dev", "test")): assert used[a] & used[b] - SHARED == set()
 
-def test_shared_words_are_not_in_any_lexicon():
-    for split, kinds in LEXICON.items():
-        assert not SHARED & set(tokens(" ".join(kinds.values()))), split
+def test_lexicons_share_no_word_with_each_other_or_with_the_closed_class():
+    vocabulary = {split: set(tokens(" ".join(kinds.values()))) for split, kinds in LEXICON.items()}
+    for split, words in vocabulary.items():
+        assert words & SHARED == set(), split
+        assert all(not {w, corpus.plural(w)} & other for s, other in vocabulary.items() if s != split for w in words), split
 
 def test_no_pair_of_sentences_appears_twice():
     pairs = Counter((r["premise"], r["hypothesis"]) for _, r in all_rows())

@@ -239,6 +239,7 @@ def test_forced_continues_the_generated_thought_even_if_it_was_cut_off(tok, cfg)
     model.script = {len(prompt): ids_of(tok, '{"thought_process": "it \\"runs\\" and runs and runs')}
     p = ev.predict_rows(model, tok, rows, cfg.replace(max_new_tokens=40), progress=False, mode="forced")[0]
     assert p["generated_outcome"] == "truncated" and p["outcome"] == "forced"
+    assert (ev.score([p])["coverage"], ev.score([p])["valid_rate"]) == (1., 0.)         # an answer was forced, the completion was no valid JSON
     assert p["thought_process"].startswith('it "runs" and')
     asked, (zero, one) = ev.forced_ids(tok, rows[0]["prompt"], p["thought_process"])
     assert tok.decode(asked).endswith(json.dumps(p["thought_process"]) + ', "predicted_label": ') and tok.decode([zero, one]) == "01"
@@ -253,6 +254,18 @@ def test_votes_are_seeded_and_cost_all_their_tokens(tok, cfg):
     assert texts(first) == texts(again) != texts(other)
     assert [len(p["votes"]) for p in first] == [3, 3] and first[0]["n_tokens"] > 20
     assert torch.get_rng_state().tolist() == state
+
+
+def test_the_probe_swaps_cuts_and_removes_thoughts_and_scores_each_as_training_would(tok, cfg):
+    model, rows = tiny(tok), rows_of(3)
+    preds = [dict(id=r["id"], thought_process=t) for r, t in zip(rows, ("It runs far away.", "No dog is here.", None))]
+    probe = ev.probe_thoughts(model, tok, rows, preds, cfg)
+    assert probe["n"] == 2
+    p = lambda r, thought: ev.score_labels(model, tok, [ev.forced_ids(tok, r["prompt"], thought)])[0]
+    own, other = p(rows[0], "It runs far away."), p(rows[1], "No dog is here.")
+    for change, (a, b) in dict(halved=("It runs", "No dog"), swapped=("No dog is here.", "It runs far away."), removed=("", "")).items():
+        assert probe[change]["mean_shift"] == pytest.approx((abs(p(rows[0], a) - own) + abs(p(rows[1], b) - other)) / 2, abs=1e-5)
+    with pytest.raises(DataError, match="at least two"): ev.probe_thoughts(model, tok, rows, preds[:1], cfg)
 
 
 # --- what a report may not do
@@ -322,7 +335,8 @@ def test_nli_evaluate_writes_predictions_report_and_plots_and_a_second_call_gene
 def test_other_modes_and_data_go_into_folders_of_their_own(run, tmp_path, capsys):
     csv_file = tmp_path/"other.csv"
     csv_file.write_text("premise,hypothesis,label\nA man sleeps.,A man rests.,1\nA man sleeps.,A man runs.,0\n")
-    assert ev.evaluate_cli(["--run", str(run), "--mode", "forced"]) == 0
+    assert ev.evaluate_cli(["--run", str(run), "--mode", "forced", "--probe", "4"]) == 0
+    assert "no probe: the probe needs at least two" in capsys.readouterr().out       # an untrained model writes no thoughts; its scores are reported all the same
     assert ev.evaluate_cli(["--run", str(run), "--data", str(csv_file), "--untuned"]) == 0
     names = sorted(p.name for p in (run/"evaluations").iterdir())
     assert [n.split("-")[0] for n in names] == ["dev", "other"] and names[0].endswith("-forced") and names[1].endswith("-cot-untuned")

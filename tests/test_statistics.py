@@ -69,8 +69,8 @@ def test_pairing_unequal_or_no_items_is_refused():
         with pytest.raises(RecordError, match="same items"): ev.paired_bootstrap(a, b)
 
 
-def test_holm_on_the_worked_example():
-    # the usual worked example of S. Holm (1979), Scand. J. Statist. 6:65-70: p = .01, .04, .03, .005 rejects the first and the last at 5 %
+def test_holm_steps_down_as_defined():
+    # by hand from the definition in S. Holm (1979), Scand. J. Statist. 6:65-70: 4 × .005, 3 × .01, 2 × .03, then never falling
     adjusted = ev.holm([.01, .04, .03, .005])
     assert adjusted == pytest.approx([.03, .06, .06, .02])
     assert ev.holm([]) == [] and ev.holm([.9, .8]) == [1., 1.]
@@ -96,7 +96,7 @@ def test_the_clustered_bootstrap_agrees_with_the_closed_form_of_a_ratio_of_clust
     d = np.clip(np.round(effect), -1, 1)
     a, b = (d < 0).astype(int), (d > 0).astype(int)
     totals, mean = np.bincount(groups, d), d.mean()
-    se = math.sqrt(((totals - mean * sizes)**2).sum()) / sizes.sum()      # linearised variance of a ratio estimator (Cochran 1977, eq. 2.39)
+    se = math.sqrt(((totals - mean * sizes)**2).sum()) / sizes.sum()      # linearised variance of a ratio estimator (Cochran 1977, Sampling Techniques, chapter 2)
     r = ev.paired_bootstrap(a, b, groups)
     assert r["n_groups"] == 250
     assert r["ci"] == pytest.approx([mean - 1.96 * se, mean + 1.96 * se], abs=.012)

@@ -1,0 +1,243 @@
+"Training: the mathematics against plain references, the doors (kernel, script, several processes), and what stops a run before it starts."
+import json, math, os, subprocess, sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nli_ft.config_loader import ConfigError, DataError, load_config, project_root
+from nli_ft.data import read_rows, write_jsonl
+from nli_ft.model import load_base, seeded_lora
+from nli_ft.prompt import encode_prompt
+from nli_ft.train_sft import (KindCollator, check_ready, fit, make_trainer_class, patch_forward, prepare, preflight, proofs, refuse_failed_proofs,
+                              step_counts, to_dataset, training_args)
+
+root = project_root()
+# fp32 and no dropout: what is compared here is arithmetic
+TINY = dict(model_id="tiny-mistral", device="cpu", compute_dtype="fp32", lora_dropout=0.0, learning_rate=1e-2, logging_steps=1)
+
+def tiny(tmp_path, **kw):
+    cfg = load_config("minimal_test", TINY | dict(output_dir=str(tmp_path/"models"), runs_dir=str(tmp_path/"runs")) | kw)
+    check_ready(cfg)
+    return cfg
+
+def trained(cfg, out):
+    logs, model = [], seeded_lora(load_base(cfg), cfg)
+    result = fit(prepare(cfg), model, out, on_log=logs.append)
+    return logs, model, result
+
+def adapter(model): return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if p.requires_grad])
+
+# -- mathematics
+
+# Losses of the first four steps, recorded on an x86-64 CPU in fp32. On one machine they repeat to the last bit; between CPUs the order
+# of sums differs, and 1e-3 is the tolerance for that.
+GOLDEN = [10.384272, 10.385620, 10.327404, 10.241380]
+
+def golden_rows(path):
+    "Rows of their own, so that a change of the corpus does not move the golden losses."
+    from nli_ft.data import sft_row
+    words = "red green blue black white grey brown pink".split()
+    write_jsonl(path, [sft_row(i, f"The {a} box holds a {b} ball.", f"The {b if i % 2 else a} ball is in the {a} box.", f"The {a} box holds the {b} ball.", i % 2, "test", "brief")
+                       for i, (a, b) in enumerate(zip(words*2, words[3:]*4))])
+    return str(path)
+
+def test_golden_losses_for_a_fixed_seed(tmp_path):
+    rows = golden_rows(tmp_path/"rows.jsonl")
+    def trained(cfg, out, real=globals()["trained"]): return real(cfg.replace(train_data=rows, eval_data=rows), out)
+    logs, model, _ = trained(tiny(tmp_path, max_steps=4), tmp_path/"a")
+    assert [l["loss"] for l in logs if "loss" in l] == pytest.approx(GOLDEN, rel=1e-3)
+    again, other, _ = trained(tiny(tmp_path, max_steps=4), tmp_path/"b")
+    assert [l["loss"] for l in again if "loss" in l] == [l["loss"] for l in logs if "loss" in l]
+    assert torch.equal(adapter(model), adapter(other))
+
+def test_loss_and_gradients_equal_the_models_own_completion_only_loss(tmp_path):
+    cfg = tiny(tmp_path)
+    prep, model = prepare(cfg), seeded_lora(load_base(cfg), cfg).eval()
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_B" in n: p.normal_(std=.05)
+    trainer = make_trainer_class()(model=model, args=training_args(cfg, tmp_path, False), train_dataset=to_dataset(prep.train[:8], cfg), processing_class=prep.tok)
+    batch = trainer.data_collator([dict(input_ids=e.input_ids, labels=e.labels, kind=e.kind) for e in prep.train[:8]])
+    plain = dict(batch)
+    plain.pop("kind")
+    def grads(loss):
+        model.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    want = model(**plain).loss
+    want_grad = grads(want)
+    got = trainer.compute_loss(model, dict(batch))
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    assert torch.allclose(grads(got), want_grad, rtol=1e-4, atol=1e-6*want_grad.abs().max().item())
+
+def test_accumulation_is_per_token_and_not_a_mean_of_means(tmp_path):
+    "8 x 1 rows and 1 x 8 rows of very different lengths are the same step."
+    finals, losses = [], []
+    for name, kw in (("one", dict(batch_size=8, grad_accumulation_steps=1)), ("eight", dict(batch_size=1, grad_accumulation_steps=8))):
+        cfg = tiny(tmp_path, max_steps=1, group_by_length=False, max_train_samples=8, lr_scheduler="constant", warmup_ratio=0.0, optim="sgd", max_grad_norm=None, **kw)
+        logs, model, _ = trained(cfg, tmp_path/name)
+        losses.append(logs[0]["loss"])
+        finals.append(adapter(model))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    start = adapter(seeded_lora(load_base(cfg), cfg))
+    assert (finals[0] - start).norm() > 0
+    assert (finals[0] - finals[1]).norm() <= 1e-4*(finals[0] - start).norm()
+
+def test_the_split_loss_adds_up_to_the_loss(tmp_path):
+    cfg = tiny(tmp_path, max_steps=2)
+    prep = prepare(cfg)
+    logs, _, _ = trained(cfg, tmp_path/"m")
+    ev = next(l for l in logs if "eval_loss" in l)
+    n_label, n_thought = (sum(k == kind for e in prep.eval for k in e.kind) for kind in (2, 1))
+    assert n_label == len(prep.eval)
+    assert ev["eval_loss"] == pytest.approx((ev["eval_loss_thought"]*n_thought + ev["eval_loss_label"]*n_label)/(n_thought + n_label), rel=1e-6)
+
+def test_a_quantised_models_adapter_is_trained_in_fp32(tmp_path):
+    _, model, _ = trained(tiny(tmp_path, max_steps=1), tmp_path/"m")
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+def test_the_head_is_applied_to_trained_positions_only(tmp_path, monkeypatch):
+    "What makes it fast: the number of scored rows is the number of labels, not of tokens."
+    import trl.kernels.chunked_logprob as kernel
+    cfg = tiny(tmp_path)
+    prep, model = prepare(cfg), seeded_lora(load_base(cfg), cfg)
+    seen, real = [], kernel.ChunkedLogProbFunction.apply
+    monkeypatch.setattr(kernel.ChunkedLogProbFunction, "apply", lambda hidden, *a: (seen.append(len(hidden)), real(hidden, *a))[1])
+    patch_forward(model)
+    e = prep.train[0]
+    model(input_ids=torch.tensor([e.input_ids]), labels=torch.tensor([e.labels]), completion_loss=True)
+    assert seen == [sum(y != -100 for y in e.labels)]
+
+def test_early_stopping_keeps_the_best_checkpoint(tmp_path):
+    cfg = tiny(tmp_path, max_steps=12, eval_steps=2, save_steps=2, early_stopping_patience=1, learning_rate=1.0, max_grad_norm=None, lr_scheduler="constant", warmup_ratio=0.0)
+    logs, model, result = trained(cfg, tmp_path/"m")
+    evals = [l["eval_loss"] for l in logs if "eval_loss" in l]
+    assert len(evals) < 6 and result["steps"] < 12, "a learning rate of 1 must get worse"
+    best = tmp_path/"m"/f"checkpoint-{2*(evals.index(min(evals)) + 1)}"
+    from safetensors.torch import load_file
+    kept, saved = load_file(tmp_path/"m"/"adapter"/"adapter_model.safetensors"), load_file(best/"adapter_model.safetensors")
+    assert saved and all(torch.equal(kept[k], saved[k]) for k in saved)
+
+# -- rows
+
+def test_older_text_rows_train_and_keep_their_own_wording(tmp_path):
+    rows = [dict(id=i, text=f'<s>[INST] Premise: Dog {i} barked.\nHypothesis: A dog barked.\n\nUse chain of thought reasoning to determine if the hypothesis is entailed by '
+                 'the premise. Provide your reasoning and the final label (0 or 1) in JSON format: {"thought_process": "...", "predicted_label": ...} [/INST] '
+                 f'{{"thought_process": "dog {i} is a dog.", "predicted_label": {i % 2}}} </s>') for i in range(8)]
+    write_jsonl(tmp_path/"t.jsonl", rows)
+    prep = prepare(tiny(tmp_path, train_data=str(tmp_path/"t.jsonl"), eval_data=str(tmp_path/"t.jsonl")))
+    assert prep.template == "standard" and len(prep.train) == 8
+    assert preflight(prep)["ok"] and preflight(prep)["pairs_in_both"] == 8
+
+def test_training_and_evaluation_rows_worded_differently_are_refused(tmp_path):
+    from nli_ft.data import sft_row
+    for name, template in (("a", "standard"), ("b", "brief")):
+        write_jsonl(tmp_path/f"{name}.jsonl", [sft_row(i, f"p{i}", "h", "t", i % 2, "test", template) for i in range(4)])
+    cfg = tiny(tmp_path, train_data=str(tmp_path/"a.jsonl"), eval_data=str(tmp_path/"b.jsonl"))
+    with pytest.raises(DataError, match="prompt_template"): prepare(cfg)
+    assert prepare(cfg.replace(prompt_template="brief")).template == "brief"
+
+@pytest.mark.parametrize("strategy, kept", [("all", 6), ("correct_only", 3), ("shuffled", 6)])
+def test_data_strategies_choose_the_rows_they_name(tmp_path, strategy, kept):
+    from nli_ft.data import sft_row
+    rows = [sft_row(i, f"p{i}", "h", f"thought {i}", i % 2, "thought" if i < 3 else "reflection", "brief") for i in range(6)]
+    write_jsonl(tmp_path/"t.jsonl", rows)
+    prep = prepare(tiny(tmp_path, train_data=str(tmp_path/"t.jsonl"), eval_data=str(tmp_path/"t.jsonl"), data_strategy=strategy))
+    assert len(prep.train) == kept
+    moved = [r["id"] for r in prep.train_rows if r["thought_process"] != f"thought {r['id']}"]
+    assert len(moved) == (6 if strategy == "shuffled" else 0)
+
+def test_preflight_refuses_rows_whose_proofs_fail(tmp_path):
+    prep = prepare(tiny(tmp_path))
+    e = prep.train[3]
+    broken = replace(prep, train=[*prep.train[:3], replace(e, labels=[*e.labels[:-1], -100]), *prep.train[4:]])
+    assert not proofs(broken)["the end of turn is learned"][0]
+    with pytest.raises(DataError, match=str(prep.train_rows[3]["id"])): refuse_failed_proofs(preflight(broken))
+
+def test_pairs_without_thoughts_can_be_judged_but_not_trained_on(tmp_path):
+    write_jsonl(tmp_path/"p.jsonl", [dict(id=i, premise=f"p{i}", hypothesis="h", label=i % 2) for i in range(4)])
+    with pytest.raises(DataError, match="nli_data prepare"): prepare(tiny(tmp_path, train_data=str(tmp_path/"p.jsonl")))
+    prep = prepare(tiny(tmp_path, eval_data=str(tmp_path/"p.jsonl")))
+    assert len(prep.eval_rows) == 4 and prep.eval == [] and prep.eval_rows[0]["prompt"][0]["role"] == "system"
+
+# -- what stops a run before it starts
+
+def script(*args, **env):
+    return subprocess.run([sys.executable, "-m", "nli_ft.train_sft", *args], cwd=root, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | env)
+
+def test_print_config_is_json_and_imports_no_torch():
+    r = subprocess.run([sys.executable, "-X", "importtime", "-m", "nli_ft.train_sft", "--config", "ablation2", "--learning_rate", "1e-4", "--print_config"],
+                       cwd=root, capture_output=True, text=True, timeout=60)
+    out = json.loads(r.stdout)
+    assert out["config"]["learning_rate"] == 1e-4 and out["changed_from_default"]["lora_r"]["value"] == 32
+    heavy = {"torch", "transformers", "trl", "datasets", "matplotlib", "pandas"} & {l.rpartition("|")[2].strip() for l in r.stderr.splitlines()}
+    assert not heavy
+
+def test_everything_missing_is_said_at_once_with_the_command_that_gets_it():
+    r = script("--config", "default")
+    assert r.returncode == 2 and "Traceback" not in r.stderr
+    for said in ("mistralai/Mistral-7B-v0.3", "CUDA", "hf download", "train_data", "eval_data", "nli_data", "cpu_demo", "minimal_test"): assert said in r.stderr
+
+def test_a_mistake_in_the_arguments_starts_nothing(tmp_path):
+    for args, said in ((["--config", "ablaton2"], "ablation2"), (["--learning_rat", "1"], "learning_rate"), (["--config", "minimal_test", "--lora_r", "0"], "lora_r")):
+        r = script(*args, "--runs_dir", str(tmp_path/"runs"))
+        assert r.returncode == 2 and said in r.stderr and not (tmp_path/"runs").exists()
+
+def test_preflight_prints_the_proofs_and_leaves_no_record(tmp_path):
+    r = script("--config", "minimal_test", "--model_id", "tiny-mistral", "--device", "cpu", "--preflight", "--runs_dir", str(tmp_path/"runs"))
+    assert r.returncode == 0, r.stderr
+    for said in ("exactly one BOS", "end of turn", "inference prompt ids", "GiB", "mistral-common"): assert said in r.stdout
+    assert not (tmp_path/"runs").exists()
+
+def test_step_counts_are_those_of_the_trainer(tmp_path):
+    cfg = tiny(tmp_path, max_steps=None, num_epochs=1.0, max_train_samples=21, batch_size=4, grad_accumulation_steps=2)
+    _, _, result = trained(cfg, tmp_path/"m")
+    assert result["steps"] == step_counts(cfg, 21)["steps"] == 3
+
+# -- the doors
+
+def records(tmp_path): return sorted((tmp_path/"runs").glob("*/*/summary.json"))
+
+def door_args(tmp_path, *more):
+    return ["--config", "minimal_test", "--model_id", "tiny-mistral", "--device", "cpu", "--compute_dtype", "fp32", "--lora_dropout", "0", "--max_new_tokens", "8",
+            "--runs_dir", str(tmp_path/"runs"), "--output_dir", str(tmp_path/"models"), *more]
+
+def check_record(summary_path, steps):
+    run, s = summary_path.parent, json.loads(summary_path.read_text())
+    assert s["status"] == "done" and s["steps"] == steps and s["after"]["n"] == 8 and s["before"]["n"] == 8
+    metrics = [json.loads(l) for l in (run/"metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics if "loss" in m] == list(range(1, steps + 1))
+    ids = [json.loads(l)["id"] for l in (run/"predictions.jsonl").read_text().splitlines()]
+    assert len(ids) == len(set(ids)) == 8
+    assert (root/s["adapter"]/"adapter_model.safetensors").exists()
+    return [m["loss"] for m in metrics if "loss" in m]
+
+@pytest.mark.slow
+def test_module_file_and_two_processes_leave_one_record_each_and_the_same_losses(tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
+    ways = {"module": [*launch, "--num_processes", "1", "-m", "nli_ft.train_sft", *door_args(tmp_path/"module")],
+            "file": [*launch, "--num_processes", "1", "nli_ft/train_sft.py", *door_args(tmp_path/"file")],
+            "two": [*launch, "--num_processes", "2", "-m", "nli_ft.train_sft", *door_args(tmp_path/"two", "--batch_size", "2")]}
+    losses = {}
+    for name, cmd in ways.items():
+        r = subprocess.run(cmd, cwd=root, capture_output=True, text=True, timeout=420, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert r.returncode == 0, f"{name}: {r.stdout[-2000:]}{r.stderr[-3000:]}"
+        found = records(tmp_path/name)
+        assert len(found) == 1, f"{name} left {len(found)} records"
+        losses[name] = check_record(found[0], 4)
+    assert losses["module"] == losses["file"]
+    # two processes of two rows make steps of four rows, as one process of four: the first step sees the same weights
+    assert all(math.isfinite(l) for l in losses["two"])
+
+@pytest.mark.slow
+def test_the_notebook_is_the_door_for_several_processes_too(tmp_path):
+    r = subprocess.run([sys.executable, "-m", "nli_ft.records", *door_args(tmp_path, "--distributed_training", "true", "--num_processes", "2", "--batch_size", "2")],
+                       cwd=root, capture_output=True, text=True, timeout=420, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-2000:]
+    found = records(tmp_path)
+    assert len(found) == 1
+    check_record(found[0], 4)
+    assert (found[0].parent/"train.ipynb").exists()
