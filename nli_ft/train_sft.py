@@ -9,6 +9,15 @@ __all__ = ['embedded_data', 'make_embedded_data', 'choose_gpu', 'check_ready', '
            'to_dataset', 'print_log', 'fit', 'Session', 'judge', 'tracker', 'launch_command', 'launch', 'run_training',
            'train_cli', 'merge_cli']
 
+# %% ../nbs/08_train_sft.ipynb #8b8d5252
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    # started by its path, as `accelerate launch nli_ft/train_sft.py`: go on as the module, whose imports are relative
+    import runpy, sys
+    from pathlib import Path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    runpy.run_module("nli_ft.train_sft", run_name="__main__", alter_sys=True)
+    raise SystemExit
+
 # %% ../nbs/08_train_sft.ipynb #02a0cc5d
 import argparse, contextlib, html, json, math, os, shutil, signal, subprocess, sys, time
 from dataclasses import dataclass, field
