@@ -18,8 +18,8 @@ if __name__ == "__main__" and "__file__" in globals() and not __package__:
     runpy.run_module("nli_ft.train_sft", run_name="__main__", alter_sys=True)
     raise SystemExit
 
-# %% ../nbs/08_train_sft.ipynb #02a0cc5d
-import argparse, contextlib, html, json, math, os, shutil, signal, subprocess, sys, time
+# %% ../nbs/08_train_sft.ipynb #9ab65a40
+import argparse, contextlib, json, math, os, signal, subprocess, sys, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from .config_loader import (Config, ConfigError, DataError, NliError, add_config
 from .corpus import write_corpus
 from .data import read_rows, render_completion, shuffle_thoughts, spread, template_of
 from .evaluate import evaluation_rows, open_run, predict_rows, question, score
-from .prompt import LABEL, PROMPT, THOUGHT, encode_prompt, encode_rows, end_of_turn, mistral_reference, prompt_form
+from .prompt import LABEL, PROMPT, encode_prompt, encode_rows, end_of_turn, mistral_reference, prompt_form
 from .records import append_metrics, finish_run, start_run
 
 # %% ../nbs/08_train_sft.ipynb #c0e31287
@@ -374,7 +374,7 @@ def make_trainer_class():
 
     return NliTrainer
 
-# %% ../nbs/08_train_sft.ipynb #c49e7cd8
+# %% ../nbs/08_train_sft.ipynb #90312580
 def resolved_optim(cfg:Config) -> str: # an `optim` of transformers
     "Paged 8-bit AdamW where there is a GPU, plain AdamW on a CPU, or what was asked for."
     from nli_ft.model import device
@@ -387,6 +387,8 @@ def training_args(cfg:Config, out, evaluates:bool): # folder of checkpoints; whe
     from nli_ft.model import compute_dtype, device
     from trl import SFTConfig
     dev, dtype = device(cfg), compute_dtype(cfg)
+    # transformers 5.23 renames gradient_checkpointing; TRL 1.16 still reads the old name
+    warnings.filterwarnings("ignore", message=".*(gradient_checkpointing|is_gradient_checkpointing).*deprecated", category=FutureWarning)
     every = lambda n: dict(strategy="steps", steps=n) if n else dict(strategy="epoch", steps=None)
     ev, save, stop = every(cfg.eval_steps), every(cfg.save_steps), cfg.early_stopping_patience is not None
     return SFTConfig(
