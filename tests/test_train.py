@@ -241,3 +241,36 @@ def test_the_notebook_is_the_door_for_several_processes_too(tmp_path):
     assert len(found) == 1
     check_record(found[0], 4)
     assert (found[0].parent/"train.ipynb").exists()
+
+# -- every key is read by a run
+
+class Watched:
+    "A Config that notes which keys are asked for from outside the config loader."
+    def __init__(self, cfg, seen): self.__dict__.update(_cfg=cfg, _seen=seen)
+    def __getattr__(self, name):
+        from nli_ft.config_loader import KEYS
+        if name in KEYS: self._seen.add(name)
+        return getattr(self._cfg, name)
+    def path(self, key):
+        self._seen.add(key)
+        return self._cfg.path(key)
+    def replace(self, **kw): return Watched(self._cfg.replace(**kw), self._seen)
+
+def test_a_run_reads_every_key(tmp_path, monkeypatch):
+    "No key is decoration: the code of one run, tracked and saved, asks for each of them."
+    import nli_ft.records
+    from nli_ft.config_loader import KEYS, print_config
+    from nli_ft.train_sft import run_training
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(nli_ft.records, "print_config", lambda c: print_config(c._cfg))  # printing the config would read all of it
+    monkeypatch.setattr(nli_ft.records, "config_hash", lambda c: "-")
+    monkeypatch.setattr(nli_ft.records, "run_command", lambda c: "-")
+    seen = set()
+    cfg = Watched(tiny(tmp_path, max_steps=1, max_eval_samples=2, max_new_tokens=4, use_wandb=True, wandb_run_id="abc123"), seen)
+    run = run_training(cfg)
+    assert json.loads((run/"summary.json").read_text())["status"] == "done"
+    # read only where several processes are asked for
+    from nli_ft.train_sft import world_size
+    world_size(Watched(tiny(tmp_path, distributed_training=True, num_processes=2), seen))
+    assert set(KEYS) - seen == set()
+    assert any((run/"wandb").glob("offline-run-*"))
