@@ -6,8 +6,8 @@
 __all__ = ['embedded_data', 'make_embedded_data', 'choose_gpu', 'check_ready', 'Prepared', 'training_rows', 'prepare', 'proofs',
            'estimate_memory', 'world_size', 'step_counts', 'preflight', 'preflight_text', 'refuse_failed_proofs',
            'plot_lengths', 'patch_forward', 'KindCollator', 'make_trainer_class', 'resolved_optim', 'training_args',
-           'to_dataset', 'print_log', 'fit', 'Session', 'judge', 'tracker', 'launch_command', 'launch', 'run_training',
-           'train_cli', 'merge_cli']
+           'to_dataset', 'print_log', 'fit', 'Session', 'judge', 'tracker', 'launch_command', 'launch',
+           'join_cpu_processes', 'run_training', 'train_cli', 'merge_cli']
 
 # %% ../nbs/08_train_sft.ipynb #8b8d5252
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -443,13 +443,13 @@ def _stream(on_log):
             if state.global_step == 1: control.should_log = True
     return Stream()
 
-# %% ../nbs/08_train_sft.ipynb #55bf3d6b
+# %% ../nbs/08_train_sft.ipynb #cf2111bf
 def fit(prep:Prepared, # from `prepare`
         model, # base with a fresh adapter
         out, # folder for checkpoints and adapter
         on_log=print_log, # called with every log, as it happens
-       ) -> dict: # steps, train_loss, seconds, tokens per second, adapter folder
-    "Train and save the adapter; returns what it cost."
+       ) -> dict: # processes, steps, train_loss, train_s, train_tokens, tokens_per_s
+    "Train and save the adapter in `out/adapter`; returns what it cost."
     from nli_ft.model import save_adapter
     from transformers import EarlyStoppingCallback
     cfg, out = prep.cfg, Path(out)
@@ -466,7 +466,7 @@ def fit(prep:Prepared, # from `prepare`
     if trainer.is_world_process_zero(): save_adapter(trainer.accelerator.unwrap_model(trainer.model), prep.tok, cfg, out/"adapter")
     trainer.accelerator.wait_for_everyone()
     seconds = result.metrics["train_runtime"]
-    return dict(steps=result.global_step, train_loss=result.training_loss, train_s=seconds, train_tokens=sum(tokens), tokens_per_s=sum(tokens)/seconds)
+    return dict(processes=trainer.accelerator.num_processes, steps=result.global_step, train_loss=result.training_loss, train_s=seconds, train_tokens=sum(tokens), tokens_per_s=sum(tokens)/seconds)
 
 def _checkpoint(cfg):
     "The folder to resume from: as given, or the newest checkpoint of this config for 'latest'."
@@ -579,6 +579,30 @@ def launch(cfg:Config, run, on_log=print_log) -> dict: # what `fit` returned in 
         raise RuntimeError(f"training in {world_size(cfg)} processes failed (exit code {child.returncode}); its last lines:\n" + "".join(last))
     return result
 
+# %% ../nbs/08_train_sft.ipynb #5d4a8177
+def _asked_processes():
+    "`--num_processes` of the `accelerate launch` that started this process, or None."
+    import psutil
+    argv = psutil.Process().parent().cmdline()
+    for i, word in enumerate(argv):
+        name, _, value = word.replace("-", "_").partition("=")
+        if name == "__num_processes": return int(value or argv[i + 1])
+
+def join_cpu_processes(argv):
+    """`accelerate launch --cpu --num_processes 2` (1.15) starts *one* process and only sets the master address. Several were asked for, so this
+    process becomes their launcher (`torchrun`); it would otherwise train alone without a word."""
+    e = os.environ
+    if e.get("ACCELERATE_USE_CPU") != "True" or "MASTER_PORT" not in e or "WORLD_SIZE" in e: return
+    n = _asked_processes()
+    if n is None: raise ConfigError("accelerate was asked for several processes on the CPU and started one; use `torchrun --nproc_per_node N -m nli_ft.train_sft …`")
+    import socket
+    with socket.socket() as s:  # accelerate's default port is one for all runs of a machine
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_addr", "127.0.0.1", "--master_port", str(port),
+                              "-m", "nli_ft.train_sft", *argv])
+
 # %% ../nbs/08_train_sft.ipynb #654d53ec
 def _shared_run(cfg, given):
     "The record's folder, opened by the main process and told to the others."
@@ -619,7 +643,7 @@ def run_training(cfg:Config, run_dir=None, # an open record, or None to open one
     if main and not only_train: finish_run(run, "done", **summary)
     return run
 
-# %% ../nbs/08_train_sft.ipynb #4a9889c2
+# %% ../nbs/08_train_sft.ipynb #bfe3a7f0
 @command
 def train_cli(argv=None) -> int:
     "Train one config in this process (or, under `accelerate launch`, as one of several)."
@@ -637,6 +661,7 @@ def train_cli(argv=None) -> int:
         print(print_config(cfg))
         return 0
     if ns.preflight: return _preflight_only(cfg)
+    join_cpu_processes(sys.argv[1:] if argv is None else argv)
     if world_size(cfg) > 1 and "WORLD_SIZE" not in os.environ:
         raise ConfigError(f"config {cfg.name!r} trains in {world_size(cfg)} processes: start it with `nli_run --config {cfg.spec}`, or with "
                           f"`accelerate launch --num_processes {world_size(cfg)} -m nli_ft.train_sft --config {cfg.spec}`")
