@@ -459,12 +459,16 @@ def read_rows(path, # JSON Lines or CSV, plain or gzip
     rows = list(iter_rows(path, kind, max_bad, contract, bad, meta))
     return Rows(rows, str(path), meta["kind"], bad, data_hash(path))
 
-# %% ../nbs/01_data.ipynb #a0303b50
+# %% ../nbs/01_data.ipynb #914d26ee
 def spread(rows:list, # any rows
-           n:int|None # how many; None: all
-          ) -> list: # at most `n`, evenly spaced, in order
-    "Every k-th row."
-    return list(rows) if n is None or n >= len(rows) else [rows[i*len(rows)//n] for i in range(n)]
+           n:int|None, # how many; None: all
+           block:int=4 # neighbours that stay together
+          ) -> list: # `n` rows at most, in order
+    "Evenly spaced blocks of rows."
+    if n is None or n >= len(rows): return list(rows)
+    wanted, there = -(-n//block), -(-len(rows)//block)
+    starts = (i*there//wanted*block for i in range(wanted))
+    return [r for at in starts for r in rows[at:at+block]][:n]
 
 # %% ../nbs/01_data.ipynb #a227d3da
 def template_of(rows:list # SFT rows

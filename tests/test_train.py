@@ -265,6 +265,8 @@ def test_a_run_reads_every_key(tmp_path, monkeypatch):
     from nli_ft.config_loader import KEYS, print_config
     from nli_ft.train_sft import run_training
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("nli_ft.train_sft._gpu", None)  # a GPU is chosen once in a process
     monkeypatch.setattr(nli_ft.records, "print_config", lambda c: print_config(c._cfg))  # printing the config would read all of it
     monkeypatch.setattr(nli_ft.records, "config_hash", lambda c: "-")
     monkeypatch.setattr(nli_ft.records, "run_command", lambda c: "-")
