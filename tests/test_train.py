@@ -266,12 +266,12 @@ def test_a_run_reads_every_key(tmp_path, monkeypatch):
     from nli_ft.train_sft import run_training
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr("nli_ft.train_sft._gpu", None)  # a GPU is chosen once in a process
     monkeypatch.setattr(nli_ft.records, "print_config", lambda c: print_config(c._cfg))  # printing the config would read all of it
     monkeypatch.setattr(nli_ft.records, "config_hash", lambda c: "-")
     monkeypatch.setattr(nli_ft.records, "run_command", lambda c: "-")
     seen = set()
     cfg = Watched(tiny(tmp_path, max_steps=1, max_eval_samples=2, max_new_tokens=4, use_wandb=True, wandb_run_id="abc123"), seen)
+    monkeypatch.setattr("nli_ft.train_sft._gpu", None)  # a GPU is chosen once in a process
     run = run_training(cfg)
     assert json.loads((run/"summary.json").read_text())["status"] == "done"
     # read only where several processes are asked for

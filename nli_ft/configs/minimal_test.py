@@ -13,6 +13,7 @@ lora_alpha = 16                    # twice r
 batch_size = 4
 grad_accumulation_steps = 1        # 4 rows x 1 accumulation = 4 rows a step
 max_steps = 4                      # 4 steps x 4 rows = 16 rows seen
+learning_rate = 1e-3               # as cpu_demo: a small model in few steps; the loss should be seen to fall
 max_grad_norm = 1.0
 gradient_checkpointing = False     # 135M parameters leave room for the activations
 max_new_tokens = 64                # long enough for the embedded thoughts
