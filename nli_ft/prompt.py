@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROMPT', 'THOUGHT', 'LABEL', 'OUTCOMES', 'mistral_v3_tokenizer', 'prompt_form', 'refuse_control_tokens',
            'encode_prompt', 'mistral_reference', 'end_of_turn', 'Encoded', 'encode_row', 'encode_rows', 'Parsed',
-           'json_closed', 'parse_completion', 'show_mask']
+           'json_closed', 'parse_completion', 'show_mask', 'mask_text']
 
 # %% ../nbs/03_prompt.ipynb #7568cab7
 import json, re
@@ -238,3 +238,15 @@ def show_mask(tok, # the tokenizer that encoded the row
     spans = [f'<span style="{style[k] if y != -100 else style[PROMPT]}">{html.escape(tok.convert_ids_to_tokens(i))}</span>'
              for i, y, k in zip(enc.input_ids, enc.labels, enc.kind)]
     return '<div style="font-family:monospace;white-space:pre-wrap;line-height:1.6">' + '<span style="color:#ccc">|</span>'.join(spans) + "</div>"
+
+# %% ../nbs/03_prompt.ipynb #f0194a21
+def mask_text(tok, # the tokenizer that encoded the row
+              enc:Encoded, # an encoded row
+              colour:bool=False, # ANSI colours
+             ) -> str:
+    "One encoded row as text, trained tokens told apart from the rest; the prompt is shown in full only in colour."
+    spelled = [(tok.decode([i]), PROMPT if y == -100 else k) for i, y, k in zip(enc.input_ids, enc.labels, enc.kind)]
+    if colour: return "".join(f"\x1b[{ {PROMPT: 90, THOUGHT: 32, LABEL: '30;43'}[k]}m{t}\x1b[0m" for t, k in spelled)
+    whole = tok.decode([i for i, y in zip(enc.input_ids, enc.labels) if y != -100])
+    digit = next(t for t, k in spelled if k == LABEL).strip()
+    return "·"*sum(k == PROMPT for _, k in spelled) + whole.replace(f'"predicted_label": {digit}', f'"predicted_label": >{digit}<')

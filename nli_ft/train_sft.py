@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['embedded_data', 'make_embedded_data', 'choose_gpu', 'check_ready', 'Prepared', 'training_rows', 'prepare', 'proofs',
-           'estimate_memory', 'world_size', 'step_counts', 'preflight', 'preflight_text', 'refuse_failed_proofs',
-           'plot_lengths', 'patch_forward', 'KindCollator', 'make_trainer_class', 'resolved_optim', 'training_args',
-           'to_dataset', 'print_log', 'fit', 'Session', 'judge', 'tracker', 'launch_command', 'launch',
-           'join_cpu_processes', 'run_training', 'train_cli', 'merge_cli']
+           'estimate_memory', 'world_size', 'step_counts', 'histogram', 'preflight', 'preflight_text',
+           'refuse_failed_proofs', 'plot_lengths', 'patch_forward', 'KindCollator', 'make_trainer_class',
+           'resolved_optim', 'training_args', 'to_dataset', 'print_log', 'fit', 'Session', 'judge', 'tracker',
+           'launch_command', 'launch', 'join_cpu_processes', 'run_training', 'train_cli', 'merge_cli']
 
 # %% ../nbs/08_train_sft.ipynb #8b8d5252
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -18,7 +18,7 @@ if __name__ == "__main__" and "__file__" in globals() and not __package__:
     runpy.run_module("nli_ft.train_sft", run_name="__main__", alter_sys=True)
     raise SystemExit
 
-# %% ../nbs/08_train_sft.ipynb #9ab65a40
+# %% ../nbs/08_train_sft.ipynb #cfcefd6f
 import argparse, contextlib, json, math, os, signal, subprocess, sys, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from .config_loader import (Config, ConfigError, DataError, NliError, add_config
 from .corpus import write_corpus
 from .data import read_rows, render_completion, shuffle_thoughts, spread, template_of
 from .evaluate import evaluation_rows, open_run, predict_rows, question, score
-from .prompt import LABEL, PROMPT, encode_prompt, encode_rows, end_of_turn, mistral_reference, prompt_form
+from .prompt import LABEL, PROMPT, encode_prompt, encode_rows, end_of_turn, mask_text, mistral_reference, prompt_form
 from .records import append_metrics, finish_run, start_run
 
 # %% ../nbs/08_train_sft.ipynb #c0e31287
@@ -239,7 +239,16 @@ def step_counts(cfg:Config, n:int, # training rows
     per_epoch = math.ceil(math.ceil(n/(cfg.batch_size*world_size(cfg)))/cfg.grad_accumulation_steps)
     return dict(rows_per_step=per_step, steps_per_epoch=per_epoch, steps=cfg.max_steps or math.ceil(cfg.num_epochs*per_epoch))
 
-# %% ../nbs/08_train_sft.ipynb #7f2dee78
+# %% ../nbs/08_train_sft.ipynb #99a50f89
+def histogram(lengths:list, # tokens per row
+              bins:int=8) -> list: # [[from, to, rows], …]
+    "Counts of lengths in equal bins."
+    low, width = min(lengths), (max(lengths) - min(lengths))//bins + 1
+    counts = [0]*bins
+    for n in lengths: counts[(n - low)//width] += 1
+    return [[low + i*width, low + (i + 1)*width - 1, n] for i, n in enumerate(counts)]
+
+# %% ../nbs/08_train_sft.ipynb #12fd04bf
 def preflight(prep:Prepared) -> dict: # ready for JSON: counts, balance, lengths, dropped, proofs, steps, memory, ok
     "Everything worth knowing about a run before it starts."
     n_tok = sorted(len(e) for e in prep.train)
@@ -249,14 +258,14 @@ def preflight(prep:Prepared) -> dict: # ready for JSON: counts, balance, lengths
     return dict(rows=dict(train=len(prep.train), judged=len(prep.eval_rows), eval_loss=len(prep.eval)),
                 labels={str(y): sum(r["label"] == y for r in prep.train_rows) for y in (0, 1)},
                 sources={s: sum(r["source"] == s for r in prep.train_rows) for s in sorted({r["source"] for r in prep.train_rows})},
-                tokens=dict(total=sum(n_tok), median=quantile(.5), p99=quantile(.99), longest=n_tok[-1],
+                histogram=histogram(n_tok), tokens=dict(total=sum(n_tok), median=quantile(.5), p99=quantile(.99), longest=n_tok[-1],
                             trained=sum(k != PROMPT for e in prep.train for k in e.kind)),
                 dropped=[list(d) for d in prep.dropped], unreadable={k: [list(b) for b in v] for k, v in prep.bad.items()},
                 prompt=dict(form=prompt_form(prep.tok), template=prep.template), pairs_in_both=len(both),
                 proofs={k: dict(holds=ok, detail=d) for k, (ok, d) in found.items()}, steps=step_counts(prep.cfg, len(prep.train)),
                 memory_gib=estimate_memory(prep), ok=all(ok for ok, _ in found.values()))
 
-# %% ../nbs/08_train_sft.ipynb #d6fb096d
+# %% ../nbs/08_train_sft.ipynb #8355efda
 def preflight_text(p:dict # from `preflight`
                   ) -> str:
     "The preflight for a terminal or a notebook cell."
@@ -270,6 +279,8 @@ def preflight_text(p:dict # from `preflight`
     lines += [f"unreadable {k}: {len(v)} rows" for k, v in p["unreadable"].items() if v]
     if p["pairs_in_both"]: lines.append(f"WARNING    {p['pairs_in_both']} pairs are in the training and in the evaluation data: the score will flatter the model")
     lines += [f"{'proof' if v['holds'] else 'FAILED':10} {k} ({v['detail']})" for k, v in p["proofs"].items()]
+    top = max(n for _, _, n in p["histogram"])
+    lines += [f"{'lengths' if i == 0 else '':10} {a:>5}–{b:<5} {'█'*round(30*n/top)} {n}" for i, (a, b, n) in enumerate(p["histogram"])]
     m = p["memory_gib"]
     lines += ["memory     " + f"about {m['total']:.1f} GiB at the peak (estimate): " + ", ".join(f"{k} {v:.2f}" for k, v in m.items() if k != "total" and v >= .005)]
     return "\n".join(lines)
@@ -643,7 +654,7 @@ def run_training(cfg:Config, run_dir=None, # an open record, or None to open one
     if main and not only_train: finish_run(run, "done", **summary)
     return run
 
-# %% ../nbs/08_train_sft.ipynb #bfe3a7f0
+# %% ../nbs/08_train_sft.ipynb #af4ebc08
 @command
 def train_cli(argv=None) -> int:
     "Train one config in this process (or, under `accelerate launch`, as one of several)."
@@ -671,8 +682,10 @@ def train_cli(argv=None) -> int:
 
 def _preflight_only(cfg):
     check_ready(cfg)
-    p = preflight(prepare(cfg))
+    prep = prepare(cfg)
+    p = preflight(prep)
     print(preflight_text(p))
+    print("one row    as it is trained on:\n" + mask_text(prep.tok, prep.train[0], colour=sys.stdout.isatty()))
     return 0 if p["ok"] else 2
 
 # %% ../nbs/08_train_sft.ipynb #33c27fee

@@ -189,7 +189,7 @@ def test_a_mistake_in_the_arguments_starts_nothing(tmp_path):
 def test_preflight_prints_the_proofs_and_leaves_no_record(tmp_path):
     r = script("--config", "minimal_test", "--model_id", "tiny-mistral", "--device", "cpu", "--preflight", "--runs_dir", str(tmp_path/"runs"))
     assert r.returncode == 0, r.stderr
-    for said in ("exactly one BOS", "end of turn", "inference prompt ids", "GiB", "mistral-common"): assert said in r.stdout
+    for said in ("exactly one BOS", "end of turn", "inference prompt ids", "GiB", "mistral-common", "lengths", "█", "·", ">"): assert said in r.stdout
     assert not (tmp_path/"runs").exists()
 
 def test_step_counts_are_those_of_the_trainer(tmp_path):
