@@ -804,7 +804,7 @@ def choose(pool:tuple, n:int, rng:Random, tries:int=40, swaps:int=100) -> list: 
             used.subtract(pairs[out[i]]); used.update(pairs[new]); total.update(change); out[i] = new
     return out
 
-# %% ../nbs/02_corpus.ipynb #7790210a
+# %% ../nbs/02_corpus.ipynb #4bd1e189
 SIZES = dict( # split -> quadruples per category
     demo=dict(train=80, dev=16, test=30), tiny=dict(train=20, dev=4, test=8),
     small=dict(train=124, dev=12, test=24), full=dict(train=752, dev=76, test=152))
@@ -813,7 +813,7 @@ HARDER = dict(test_templates="templates", test_pairs="pairs", test_depth3="depth
 def quad_rows(q:Quad, words:dict, head:dict, template:str) -> list: # of four SFT rows
     "One quadruple as rows; `head` holds category and group_id."
     return [sft_row(f"{head['group_id']}-{i}", fill(p.text, words), fill(h.text, words), fill(thought, words), int(rel=="entailment"), "synthetic",
-                    template=template, **head, relation=rel, meaning=json.dumps([p.form, h.form]))
+                    template=template, **head, relation=rel, contract="entailment", meaning=json.dumps([p.form, h.form]))
             for i,(p,h,rel,thought) in zip(("11","12","21","22"), q.pairs)]
 
 # %% ../nbs/02_corpus.ipynb #00faf610
