@@ -279,7 +279,7 @@ def test_the_comparison_equals_one_worked_out_by_hand(project):
     assert rc["difference"]==0 and rc["p"]==1 and rc["p_holm"]==1 and "no difference" in rc["verdict"]
 
 def test_a_comparison_that_differs_in_two_settings_warns_and_in_one_does_not(project):
-    a,b,c = finished(), finished(overrides="lora_r=4"), finished(overrides="lora_r=4 learning_rate=1e-3")
+    a,b,c = finished(), finished(overrides="lora_r=4"), finished(overrides="lora_r=4 learning_rate=5e-4")
     assert "warning" not in nli_compare(a,b).stdout
     out = nli_compare(a,c).stdout
     assert "warning" in out and "lora_r, learning_rate" in out
