@@ -114,9 +114,16 @@ def _make_tiny_mistral(out):
 
 _MAKERS = {"smollm2-135m": _make_smollm2, "tiny-mistral": _make_tiny_mistral}
 
-# %% ../nbs/05_model.ipynb #94e338cb
+# %% ../nbs/05_model.ipynb #712b7396
+_seen_intact = set()  # states of cached folders found intact by this process: half a gigabyte is hashed once, not at every load
+
 def _intact(d):
     "Whether every file of a cached model still has the hash it was written with."
+    state = tuple(sorted((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in d.iterdir()))
+    if state in _seen_intact or _hashes_agree(d): return not _seen_intact.add(state)
+    return False
+
+def _hashes_agree(d):
     try: manifest = json.loads((d/"sha256.json").read_text())
     except (OSError, ValueError): return False
     return all((d/n).is_file() and file_sha256(d/n) == h for n, h in manifest.items())

@@ -31,7 +31,7 @@ from .evaluate import evaluation_rows, open_run, predict_rows, question, score
 from .prompt import LABEL, PROMPT, encode_prompt, encode_rows, end_of_turn, mask_text, mistral_reference, prompt_form
 from .records import append_metrics, finish_run, start_run
 
-# %% ../nbs/08_train_sft.ipynb #c0e31287
+# %% ../nbs/08_train_sft.ipynb #0f802f4c
 def _on_cpu():
     "Names of the configs that need neither a GPU nor a hub."
     from nli_ft.model import EMBEDDED
@@ -44,9 +44,10 @@ def _missing_data(cfg, key):
             "`nli_data download --published --output FILE` fetches the published ones (DATA.md)"]
 
 def _missing_model(cfg):
-    from nli_ft.model import EMBEDDED, _find_gguf
-    if cfg.model_id == "smollm2-135m": _find_gguf()
-    if cfg.model_id in EMBEDDED: return []
+    from nli_ft.model import EMBEDDED, embedded_model
+    if cfg.model_id in EMBEDDED:
+        embedded_model(cfg.model_id)  # converted now if it has to be; says what is missing itself
+        return []
     if cfg.model_id.startswith((".", "/", "~")):
         return [] if cfg.path("model_id").is_dir() else [f"model_id = {cfg.model_id}: no such folder"]
     from huggingface_hub import snapshot_download
@@ -336,7 +337,7 @@ class KindCollator:
         batch["kind"] = torch.tensor([k + [PROMPT]*(width - len(k)) for k in kinds])
         return batch
 
-# %% ../nbs/08_train_sft.ipynb #85668d6e
+# %% ../nbs/08_train_sft.ipynb #967bae36
 def make_trainer_class():
     "The trainer class, made on call so that importing this module imports no torch."
     import torch
@@ -371,7 +372,8 @@ def make_trainer_class():
 
         def log(self, logs, start_time=None):
             "Add the split loss; the evaluation loss becomes the exact mean over tokens instead of a mean of batch means."
-            mode = "train" if self.model.training else "eval"
+            # not by `model.training`: after the last evaluation the model stays in eval mode, and the tail of training would be lost
+            mode = "eval" if any(k.startswith("eval_") for k in logs) else "train"
             if (sums := self._sums.pop(mode, None)) is not None:
                 thought, n_thought, label, n_label, real = self.accelerator.reduce(sums, "sum").tolist()
                 pre = "eval_" if mode == "eval" else ""

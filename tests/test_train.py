@@ -94,6 +94,12 @@ def test_the_split_loss_adds_up_to_the_loss(tmp_path):
     assert n_label == len(prep.eval)
     assert ev["eval_loss"] == pytest.approx((ev["eval_loss_thought"]*n_thought + ev["eval_loss_label"]*n_label)/(n_thought + n_label), rel=1e-6)
 
+def test_every_trained_token_is_counted_whatever_the_logging_interval(tmp_path):
+    "The tail after the last logged step comes with an evaluation in between: tokens per second is a published figure."
+    cfg = tiny(tmp_path, max_steps=None, num_epochs=1.0, max_train_samples=24, batch_size=4, logging_steps=4)
+    _, _, result = trained(cfg, tmp_path/"m")
+    assert result["steps"] == 6 and result["train_tokens"] == sum(map(len, prepare(cfg).train))
+
 def test_a_quantised_models_adapter_is_trained_in_fp32(tmp_path):
     _, model, _ = trained(tiny(tmp_path, max_steps=1), tmp_path/"m")
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
