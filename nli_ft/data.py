@@ -777,14 +777,13 @@ def near_duplicates(sample:NearSample, threshold:float=.8 # Jaccard of both prem
                 break
         lsh.insert(i, m)
 
-# %% ../nbs/01_data.ipynb #8bc55831
-def wilson(k:int, n:int, z:float=1.96 # 1.96: 95 %
-          ) -> tuple: # (low, high)
-    "Wilson score interval of a proportion (Wilson 1927)."
-    if n == 0: return 0.0, 1.0
-    p,d = k/n,1+z*z/n
-    mid,half = p+z*z/(2*n),z*((p*(1-p)+z*z/(4*n))/n)**.5
-    return max(0.0, (mid-half)/d), min(1.0, (mid+half)/d)
+# %% ../nbs/01_data.ipynb #0e0473cf
+def wilson(right:int, n:int, # successes; trials
+           alpha:float=0.05, # 1 - confidence
+           ) -> list: # [low, high]
+    "Wilson score interval of a proportion (Wilson 1927; `statsmodels.stats.proportion.proportion_confint`)."
+    from statsmodels.stats.proportion import proportion_confint
+    return [float(x) for x in proportion_confint(right, n, alpha=alpha, method="wilson")] if n else [0., 1.]
 
 # %% ../nbs/01_data.ipynb #f1f3a0a0
 def overlap_features(row:dict) -> list: # 6 numbers

@@ -7,7 +7,7 @@ __all__ = ['CARRIED', 'NO_ANSWER', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'NEGATIONS
            'label_step', 'digit_recorder', 'entail_probability', 'json_stopper', 'for_inference', 'length_batches',
            'left_pad', 'generate_batch', 'generate_completions', 'parse_mode', 'forced_ids', 'score_labels',
            'prompt_hash', 'prediction_row', 'check_predictions', 'read_predictions', 'resume_predictions',
-           'partial_thought', 'majority', 'predict_rows', 'wilson', 'accuracy', 'score', 'new_figure', 'plot_confusion',
+           'partial_thought', 'majority', 'predict_rows', 'accuracy', 'score', 'new_figure', 'plot_confusion',
            'metric_series', 'plot_loss', 'confidences', 'equal_mass_bins', 'reliability_bins', 'plot_reliability',
            'risk_coverage', 'plot_risk_coverage', 'words', 'count_bins', 'plot_accuracy_by_length', 'Shown',
            'show_examples', 'ece', 'calibration', 'has_negation', 'overlap', 'slice_names', 'slices', 'consistency',
@@ -16,7 +16,7 @@ __all__ = ['CARRIED', 'NO_ANSWER', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'NEGATIONS
            'reasoning', 'altered_thoughts', 'probe_thoughts', 'report', 'report_text', 'save_report', 'open_run',
            'question', 'evaluation_rows', 'evaluation_dir', 'evaluate_cli', 'read_pairs', 'answer_pairs', 'predict_cli']
 
-# %% ../nbs/06_evaluate.ipynb #4465dc44
+# %% ../nbs/06_evaluate.ipynb #96135e2d
 import argparse, bisect, csv, hashlib, html, json, math, os, re, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from .config_loader import DataError, RecordError, command, config_from_json, project_root
-from .data import prompt_messages, read_rows, render_completion, spread
+from .data import prompt_messages, read_rows, render_completion, spread, wilson
 from .prompt import encode_prompt, encode_row, end_of_turn, json_closed, parse_completion
 
 # %% ../nbs/06_evaluate.ipynb #0a164527
@@ -413,15 +413,8 @@ def _append(path, rows):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as f: f.write("".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows))
 
-# %% ../nbs/06_evaluate.ipynb #4819ca71
+# %% ../nbs/06_evaluate.ipynb #08a1188b
 NO_ANSWER = 2    # third column of a confusion matrix; never a class that is averaged over
-
-def wilson(right:int, n:int, # successes; trials
-           alpha:float=0.05, # 1 - confidence
-           ) -> list: # [low, high]
-    "Wilson score interval of a proportion (Wilson 1927; `statsmodels.stats.proportion.proportion_confint`)."
-    from statsmodels.stats.proportion import proportion_confint
-    return [float(x) for x in proportion_confint(right, n, alpha=alpha, method="wilson")] if n else [0., 1.]
 
 # %% ../nbs/06_evaluate.ipynb #df0023f5
 def _labelled(preds):
