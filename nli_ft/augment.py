@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['THINK_SYSTEM', 'THINK_USER', 'REFLECT_SYSTEM', 'REFLECT_USER', 'REPROMPT', 'THINK', 'REFLECT', 'FORMATS',
            'EVAL_SPLITS', 'ADDED', 'GUESSED_COMPLETION', 'PATIENCE', 'Answer', 'Thought', 'Reflection',
-           'response_schema', 'fill', 'Stage', 'add_thought', 'add_reflection', 'not_gold', 'ContentError',
-           'reply_object', 'read_reply', 'Endpoint', 'request_body', 'read_prices', 'cost', 'estimate_tokens',
-           'BadReply', 'Halted', 'Unreachable', 'Refused', 'retry_after', 'transient', 'server_words', 'Tally',
-           'Session', 'make_client', 'Trail', 'digest', 'settings', 'row_hash', 'Journal', 'whole_bytes',
-           'iter_written', 'Before', 'content_part', 'read_before', 'settings_differ', 'is_eval', 'Source',
-           'wanted_rows', 'Survey', 'survey', 'Run', 'failed_path', 'tidy_failed', 'check_options', 'dry_report',
-           'summary', 'say_summary', 'cut_torn', 'look_before', 'augment', 'sampling_params', 'add_arguments',
-           'add_run_arguments', 'stage_cli', 'think_cli', 'reflect_cli']
+           'response_schema', 'fill', 'Stage', 'add_thought', 'add_reflection', 'not_gold', 'read_spec', 'read_prompt',
+           'ContentError', 'reply_object', 'read_reply', 'Endpoint', 'request_body', 'read_prices', 'cost',
+           'estimate_tokens', 'BadReply', 'Halted', 'Unreachable', 'Refused', 'retry_after', 'transient',
+           'server_words', 'Tally', 'Session', 'make_client', 'Trail', 'digest', 'settings', 'row_hash', 'Journal',
+           'whole_bytes', 'iter_written', 'Before', 'content_part', 'read_before', 'settings_differ', 'is_eval',
+           'Source', 'wanted_rows', 'Survey', 'survey', 'Run', 'failed_path', 'tidy_failed', 'check_options',
+           'dry_report', 'summary', 'say_summary', 'cut_torn', 'look_before', 'augment', 'sampling_params',
+           'add_arguments', 'add_run_arguments', 'stage_cli', 'think_cli', 'reflect_cli']
 
 # %% ../nbs/04_augment.ipynb #bca1d5d0
 import argparse, asyncio, hashlib, json, os, random, re, signal, sys, threading, time, tomllib
@@ -120,12 +120,12 @@ def fill(
     "Fill a prompt template in one pass; braces inside the values are text."
     return re.sub(r"\{(\w+)\}", lambda m: str(values[m[1]]) if m[1] in values else m[0], template)
 
-# %% ../nbs/04_augment.ipynb #44cc6d1d
+# %% ../nbs/04_augment.ipynb #6e30b30e
 @dataclass(frozen=True)
 class Stage:
     "One question to the endpoint: prompt, schema, and what its answer turns a row into."
     name: str # "think" or "reflect"
-    system: str # system message
+    system: str # system message; "": none is sent
     user: str # template of the user message
     schema: type[Answer] # what the model must answer
     shows: tuple # row fields that a request may hold
@@ -134,14 +134,15 @@ class Stage:
     build: Callable # (row, answer) -> the fields the stage adds
     wrong: Callable = lambda row, answer: None # (row, answer) -> why a well-formed answer is refused, or None
 
-# %% ../nbs/04_augment.ipynb #a77e3aa7
+# %% ../nbs/04_augment.ipynb #c7ca9ef8
 @patch
 def messages(self:Stage,
     row: dict, # a pair or thought row
 ) -> list: # chat messages
     "The request for one row, filled from `shows` and from nothing else."
     shown = {k: row[k] for k in self.shows}
-    return [dict(role="system", content=self.system), dict(role="user", content=fill(self.user, shown))]
+    system = [dict(role="system", content=self.system)] if self.system else [] # some chat templates refuse the role
+    return [*system, dict(role="user", content=fill(self.user, shown))]
 
 # %% ../nbs/04_augment.ipynb #5edad166
 def add_thought(row, answer):
@@ -165,6 +166,31 @@ REFLECT = Stage("reflect", REFLECT_SYSTEM, REFLECT_USER, Reflection,
                 shows=("premise", "hypothesis", "thought_process", "predicted_label", "true_label"),
                 content=("id", "premise", "hypothesis", "true_label", "thought_process", "predicted_label"),
                 saw_gold=True, build=add_reflection, wrong=not_gold)
+
+# %% ../nbs/04_augment.ipynb #0da7a459
+def read_spec(
+    path: str|Path, # .json or .toml file
+    what: str, # for the message
+) -> dict:
+    "A small user file that holds one table. Raises `ConfigError`."
+    try: spec = (tomllib.loads if str(path).endswith(".toml") else json.loads)(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e: raise ConfigError(f"{path}: cannot read {what}: {e}") from None
+    if not isinstance(spec, dict): raise ConfigError(f"{path}: {what} must be a table, not a {type(spec).__name__}")
+    return spec
+
+def read_prompt(
+    path: str|Path, # .json or .toml file with `user` and maybe `system`
+    stage: Stage, # THINK or REFLECT
+) -> Stage: # the same question in other words
+    "A stage with the user's own prompt. Raises `ConfigError` for a missing text or place, or one that the stage may not show."
+    spec = read_spec(path, "a prompt")
+    if not (set(spec) <= {"system", "user"} and isinstance(spec.get("user"), str) and isinstance(spec.get("system", ""), str)):
+        raise ConfigError(f"{path}: a prompt needs the text user, and may hold the text system; it holds {', '.join(spec) or 'nothing'}")
+    places = set(re.findall(r"\{(\w+)\}", spec["user"]))
+    if (gone := {"premise", "hypothesis"} - places): raise ConfigError(f"{path}: user lacks the place {', '.join(f'{{{k}}}' for k in sorted(gone))}")
+    if (more := places - set(stage.shows)):
+        raise ConfigError(f"{path}: user holds {', '.join(f'{{{k}}}' for k in sorted(more))}, but nli_{stage.name} shows only {', '.join(stage.shows)}")
+    return replace(stage, system=spec.get("system", ""), user=spec["user"])
 
 # %% ../nbs/04_augment.ipynb #ce3c2e8b
 class ContentError(Exception): "A reply that arrived and cannot be used."
@@ -224,15 +250,14 @@ def request_body(
     schema = dict(name=stage.schema.__name__.lower(), strict=True, schema=response_schema(stage.schema))
     return dict(params, response_format=dict(type="json_schema", json_schema=schema) if fmt == "json_schema" else dict(type=fmt))
 
-# %% ../nbs/04_augment.ipynb #bcf7efae
+# %% ../nbs/04_augment.ipynb #35954cb4
 def read_prices(
     path: str|Path, # .json or .toml file
     model: str, # the model that will be asked
 ) -> dict: # {"input": …, "output": …} per million tokens
     "Prices of one model. Raises `ConfigError` when the file does not price it."
-    try: table = (tomllib.loads if str(path).endswith(".toml") else json.loads)(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise ConfigError(f"{path}: cannot read prices: {e}") from None
-    price = table.get(model) if isinstance(table, dict) else None
+    table = read_spec(path, "prices")
+    price = table.get(model)
     if not isinstance(price, dict) or not all(type(price.get(k)) in (int, float) and price[k] >= 0 for k in ("input", "output")):
         raise ConfigError(f'{path}: needs "{model}" with numbers "input" and "output" (per million tokens); it holds {sorted(table)}')
     return dict(input=price["input"], output=price["output"])
@@ -617,7 +642,7 @@ class Source:
 ADDED = {"prompt", "completion", "thought_process", "predicted_label", "true_label", "correct", "error_analysis", "improved_thought_process",
          "thought_predicted_label", "thought_provenance", "key", "provenance"} # what the stages of this package add to a pair
 
-# %% ../nbs/04_augment.ipynb #f89df20c
+# %% ../nbs/04_augment.ipynb #c2e3ce9e
 def wanted_rows(
     stage: Stage,
     source: Source,
@@ -626,7 +651,7 @@ def wanted_rows(
     "The rows that the stage is about, streamed. Raises `DataError` for unusable input."
     meta = {}
     for row in islice(iter_rows(source.path, None, source.max_bad, source.contract, bad, meta), source.limit):
-        if stage is THINK: yield {k: v for k, v in row.items() if k not in ADDED}
+        if not stage.saw_gold: yield {k: v for k, v in row.items() if k not in ADDED}
         elif meta["kind"] != "thought": raise DataError(f"{source.path} holds {meta['kind']} rows; reflections are made of thoughts")
         elif not row["correct"]: yield row
 
@@ -945,7 +970,7 @@ def sampling_params(ns) -> dict:
         raise ConfigError(f"--extra_body may not hold {', '.join(sorted(taken))}")
     return {**given, **extra}
 
-# %% ../nbs/04_augment.ipynb #78aaa3d2
+# %% ../nbs/04_augment.ipynb #404d756e
 PATIENCE = dict(timeout="seconds for one call", max_attempts="calls per question before a row is given up",
                 max_reprompts="times a model is shown what was wrong",
                 max_retry_after="seconds; a server that asks for a longer wait ends the run")
@@ -958,6 +983,7 @@ def add_arguments(p, stage):
     a("--output", required=True, help="JSON Lines, appended to; rows that stay bad go to OUTPUT.failed.jsonl")
     a("--base_url", help="address of the endpoint, e.g. http://localhost:8000/v1")
     a("--model", help="model name as the server knows it")
+    a("--prompt", metavar="FILE", help="JSON or TOML file with your own texts user and, if wanted, system; places: " + ", ".join(f"{{{k}}}" for k in stage.shows))
     a("--workers", type=int, default=8, help="calls at a time [8]")
     for k, t in dict(temperature=float, top_p=float, max_tokens=int, seed=int).items(): a(f"--{k}", type=t, help="sent only if given")
     a("--extra_body", default="{}", metavar="JSON", help='further fields of the request, e.g. \'{"max_completion_tokens": 400}\'')
@@ -979,7 +1005,7 @@ def add_run_arguments(p, stage):
     a("--allow_mixed", action="store_true", help="go on in an output that holds rows of another model, prompt or sampling")
     if stage.saw_gold: a("--allow_eval_rows", action="store_true", help="reflect on rows marked dev or test too; recorded in provenance")
 
-# %% ../nbs/04_augment.ipynb #ae992a88
+# %% ../nbs/04_augment.ipynb #87e5a62c
 def stage_cli(stage, argv, description) -> int:
     "The body of both commands."
     p = argparse.ArgumentParser(prog=f"nli_{stage.name}", description=description)
@@ -989,6 +1015,7 @@ def stage_cli(stage, argv, description) -> int:
     given = {k: getattr(ns, k) for k in ("base_url", "model", "response_format", "api_key_env", *PATIENCE)}
     ep = Endpoint(**given, params=sampling_params(ns))
     prices = read_prices(ns.prices, ns.model) if ns.prices else None
+    if ns.prompt: stage = read_prompt(ns.prompt, stage)
     return augment(stage, ns.input, ns.output, ep, ns.workers, prices, ns.max_cost, ns.allow_mixed, getattr(ns, "allow_eval_rows", False), ns.dry_run,
                    contract=ns.contract, max_bad=ns.max_bad, limit=ns.limit)["exit_code"]
 

@@ -400,7 +400,7 @@ def _chain(
         else: path = default if path != default else None
     return chain
 
-# %% ../nbs/00_config_loader.ipynb #634d585c
+# %% ../nbs/00_config_loader.ipynb #b187cc8b
 _BOOLS = dict(true=True, false=False, yes=True, no=False, on=True, off=False) | {"1": True, "0": False}
 
 def parse_value(
@@ -412,7 +412,7 @@ def parse_value(
     text = text.strip()
     if none and text.lower() in ("none", "null"): return None
     if kind is bool: return _BOOLS.get(text.lower(), text)
-    if kind is list and text != "all-linear": return [x.strip().strip("'\"") for x in text.strip("[]()").split(",")]
+    if kind is list: return text if text == "all-linear" else [x.strip().strip("'\"") for x in text.strip("[]()").split(",")]
     try: return kind(text)
     except ValueError: return text
 

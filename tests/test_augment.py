@@ -545,3 +545,19 @@ def test_twenty_kills_lose_nothing_and_repeat_only_what_was_in_flight(files):
     print(f"{kills} kills, {n} rows, {len(server.calls)} calls, {repeated} repeated (bound {kills * workers})")
     assert repeated <= kills * workers
 
+
+
+# ---------------------------------------------------------------- the user's own words
+
+def test_a_users_prompt_is_sent_word_for_word_and_rows_of_another_prompt_are_refused(files, tmp_path):
+    prompt = tmp_path/"prompt.toml"
+    prompt.write_text('user = "Premise: {premise}\\nHypothesis: {hypothesis}"\nsystem = "Answer in JSON."\n')
+    inp, out = files(2)
+    with FakeEndpoint(good) as server:
+        cmd = [sys.executable, "-m", "nli_ft.augment", "think", "--input", inp, "--output", out, "--base_url", server.url, "--model", "m"]
+        run = lambda *more: subprocess.run([*map(str, cmd), *map(str, more)], capture_output=True, text=True)
+        assert run("--prompt", prompt).returncode == 0
+        assert [m["content"] for m in server.calls[0].body["messages"]] == ["Answer in JSON.", f"Premise: {pair(0)['premise']}\nHypothesis: A bird sang."]
+        n = len(server.calls)
+        r = run()
+        assert r.returncode == 2 and "template_hash" in r.stderr and len(server.calls) == n and len(rows(out)) == 2
