@@ -703,17 +703,17 @@ def prepare(thoughts, # file of thought rows
         if empty: raise DataError(f"no rows for {', '.join(empty)}; nothing was written")
     return dict(counts) | dict(written=dict(written))
 
-# %% ../nbs/01_data.ipynb #8ecadda3
+# %% ../nbs/01_data.ipynb #95c524c6
 _verdict = re.compile(r"\b(?P<aux>cannot|can(?:'t| not)?|could(?: not|n't)?|(?:is|are|does|do|may|might|would|should)(?: not|n't)?|it's|not|impossible)\s+"
-                      r"(?P<mid>(?:[\w'-]+\s+){0,5}?)(?P<verb>infer(?:red)?|entail(?:ed|s)?|conclude[ds]?|follows?|deduced?|derived?|supported|supports?)\b", re.I)
-_plain = re.compile(r"\b(?P<verb>(?:premise|it|this|which|that|and) (?:\w+ly )?(?:entails|supports|contradicts)|hypothesis (?:\w+ly )?(?:follows|contradicts))\b", re.I)
+                      r"(?P<mid>(?:[\w'-]+\s+){0,5}?)(?P<verb>infer(?:red)?|entail(?:ed|s)?|conclude[ds]?|follows?(?=\s*[.,;]|\s*$|\s+(?:from|that|logically|necessarily|directly)\b)|deduced?|derived?|supported|supports?)\b", re.I) # "did not follow Nancy" is no verdict
+_plain = re.compile(r"\b(?P<verb>(?:premise|it|this|which|that|and) (?:\w+ly )?(?:entails|supports|contradicts)|hypothesis (?:\w+ly )?(?:follows|contradicts)|it (?:must hold|may fail|must fail))\b", re.I)
 _no = re.compile(r"\b(?:not|cannot|impossible|unreasonable|insufficient|unable|incorrect|no)\b|n't\b", re.I)
 
 def concludes(thought:str) -> int|None: # 1 entailed, 0 not entailed, None: no verdict recognised
     "What the last sentence of a thought says about entailment."
     s = re.split(r"(?<=[.!?])\s+(?=\S)", thought.strip())[-1]
     found = [(m.start("verb"), 0 if _no.search(m["aux"]+" "+m["mid"]) else 1) for m in _verdict.finditer(s)]
-    found += [(m.start("verb"), 0 if "contradict" in m["verb"].lower() else 1) for m in _plain.finditer(s)]
+    found += [(m.start("verb"), 0 if re.search("contradict|fail", m["verb"], re.I) else 1) for m in _plain.finditer(s)]
     return max(found)[1] if found else None
 
 # %% ../nbs/01_data.ipynb #e41b21c2
