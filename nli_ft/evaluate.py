@@ -988,11 +988,11 @@ def evaluation_rows(path, # data file: SFT rows, `text` rows, or labelled pairs
     if cfg.prompt_template != "auto": rows = [{k: v for k, v in r.items() if k != "prompt"} for r in rows]
     return [question(r, template) for r in rows]
 
-# %% ../nbs/06_evaluate.ipynb #9116dcb2
-def evaluation_dir(run:Path, data, own:bool, mode:str, untuned:bool) -> Path: # the folder that holds predictions.jsonl and report.json
+# %% ../nbs/06_evaluate.ipynb #8075d8cb
+def evaluation_dir(run:Path, data, own:bool, mode:str, untuned:bool, budget:int|None=None) -> Path: # the folder that holds predictions.jsonl and report.json
     "The run's own folder for its own data, decoded as in training; a folder below `evaluations/` for everything else."
-    if own and mode == "cot" and not untuned: return run
-    name = [Path(data).stem, hashlib.sha256(Path(data).read_bytes()).hexdigest()[:8], mode.replace(":", "")] + ["untuned"] * untuned
+    if own and mode == "cot" and not untuned and budget is None: return run
+    name = [Path(data).stem, hashlib.sha256(Path(data).read_bytes()).hexdigest()[:8], mode.replace(":", "")] + ["untuned"] * untuned + [f"tokens{budget}"] * (budget is not None)
     return run/"evaluations"/"-".join(name)
 
 def _changes(ns):
@@ -1005,7 +1005,7 @@ def _model_args(p):
     p.add_argument("--max_new_tokens", type=int, metavar="N", help="token budget of a completion [the run's]")
     p.add_argument("--device", choices=("auto", "cuda", "cpu"), help="where to run [the run's]")
 
-# %% ../nbs/06_evaluate.ipynb #cf430a7f
+# %% ../nbs/06_evaluate.ipynb #436fba01
 @command
 def evaluate_cli(argv=None) -> int:
     "Predict a file with a run's model and report scores, intervals, slices and baselines into the record."
@@ -1021,7 +1021,7 @@ def evaluate_cli(argv=None) -> int:
     if ns.probe and cfg.completion != "cot": raise DataError(f"--probe changes the thought before the label; with completion={cfg.completion} there is none")
     own = ns.data is None or Path(ns.data).resolve() == cfg.path("eval_data").resolve()
     data = cfg.path("eval_data") if own else Path(ns.data)
-    rows, out = evaluation_rows(data, cfg, template), evaluation_dir(run, data, own, ns.mode, ns.untuned)
+    rows, out = evaluation_rows(data, cfg, template), evaluation_dir(run, data, own, ns.mode, ns.untuned, ns.max_new_tokens)
     resume_predictions(out/"predictions.jsonl", rows, ns.mode)         # other rows or another mode: said before the model is loaded
     train = _learnt_pairs(cfg) if cfg.path("train_data").is_file() else None
     before = run/"predictions_before.jsonl"

@@ -474,12 +474,11 @@ def finish(p, timeout=60):
     finally: p.kill(), p.wait()
 
 
-def test_help_is_quick_and_loads_no_client():
-    code = "import sys, time; import nli_ft.augment as a\ntry: a.think_cli(['--help'])\nexcept SystemExit: pass\n" \
-           "print(time.process_time(), [m for m in ('openai', 'torch', 'transformers', 'pandas', 'datasets') if m in sys.modules])"
+def test_help_loads_no_client_and_nothing_slow():
+    code = "import sys; import nli_ft.augment as a\ntry: a.think_cli(['--help'])\nexcept SystemExit: pass\n" \
+           "print([m for m in ('openai', 'torch', 'transformers', 'pandas', 'datasets') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=60).stdout
-    s, _, heavy = out.splitlines()[-1].partition(" ")
-    assert heavy == "[]" and float(s) < 1. and "--max_cost" in out
+    assert out.splitlines()[-1] == "[]" and "--max_cost" in out
 
 
 def test_the_commands_end_with_the_promised_exit_codes(files):

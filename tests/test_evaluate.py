@@ -1,5 +1,5 @@
 """Decoding, prediction rows and the two commands, on tiny random models; one test asks the embedded SmolLM2 the same."""
-import csv, importlib.util, json, subprocess, sys, time
+import csv, importlib.util, json, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -292,13 +292,8 @@ def test_damaged_prediction_files_are_named(tmp_path):
 def python(*args, cwd=None): return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=cwd)
 
 
-def test_help_is_fast_and_free_of_torch():
-    best = 9.
-    for _ in range(3):
-        start = time.perf_counter()
-        assert "nli_evaluate" in python("-m", "nli_ft.evaluate", "--help").stdout
-        best = min(best, time.perf_counter() - start)
-    assert best < 1.
+def test_help_is_free_of_torch_and_all_else_that_is_slow_to_import():
+    assert "nli_evaluate" in python("-m", "nli_ft.evaluate", "--help").stdout
     heavy = "import sys, nli_ft.evaluate; print([m for m in ('torch', 'transformers', 'sklearn', 'matplotlib', 'scipy', 'statsmodels', 'pandas') if m in sys.modules])"
     assert python("-c", heavy).stdout.strip() == "[]"
 
@@ -340,6 +335,9 @@ def test_other_modes_and_data_go_into_folders_of_their_own(run, tmp_path, capsys
     assert ev.evaluate_cli(["--run", str(run), "--data", str(csv_file), "--untuned"]) == 0
     names = sorted(p.name for p in (run/"evaluations").iterdir())
     assert [n.split("-")[0] for n in names] == ["dev", "other"] and names[0].endswith("-forced") and names[1].endswith("-cot-untuned")
+    assert ev.evaluate_cli(["--run", str(run), "--max_new_tokens", "3"]) == 0                # another budget asks again, and replaces nothing
+    short, = (run/"evaluations").glob("*-tokens3")
+    assert {p["n_tokens"] for p in ev.read_predictions(short/"predictions.jsonl")} == {3}
     forced = json.loads((run/"evaluations"/names[0]/"report.json").read_text())
     assert forced["mode"] == "forced" and forced["scores"]["coverage"] == 1. and forced["calibration"]["n"] == 4
 

@@ -247,11 +247,10 @@ def test_local_passes_the_exit_code_through(place):
     place.make_venv()
     assert place.run("--local", RUN_STATUS="2").returncode == 2
 
-def test_a_current_environment_is_left_alone_and_costs_no_time(place):
+def test_a_current_environment_is_left_alone(place):
     place.make_venv()
-    start = time.monotonic()
     assert place.run("--local").returncode == 0
-    assert time.monotonic() - start < 1 and len(place.calls()) == 1
+    assert len(place.calls()) == 1
 
 def test_a_missing_environment_is_made_from_the_pins_and_the_model_without_its_dependencies(place):
     place.make_python()
