@@ -149,7 +149,7 @@ class EvalKeys:
     eval_batch_size: int = key("rows generated together; memory and speed grow with it", lo=1, result=False)
     max_new_tokens: int = key("longest completion, in tokens; one that does not end in time counts as truncated", lo=1)
 
-# %% ../nbs/00_config_loader.ipynb #936e18a9
+# %% ../nbs/00_config_loader.ipynb #435e1cd4
 @dataclass(frozen=True, kw_only=True)
 class RecordKeys:
     "Records and devices: what is kept, and where it runs."
@@ -159,6 +159,7 @@ class RecordKeys:
     save_steps: int|None = key("optimizer steps between checkpoints; none: each epoch", lo=1)
     save_total_limit: int = key("newest checkpoints to keep on disk", lo=1, result=False)
     resume_from_checkpoint: str|None = key("checkpoint folder to go on from, or latest; none: start afresh", path=True, result=False)
+    allow_changed: bool = key("resume although rows, length, config or number of processes are not the checkpoint's: the result is a run of neither config", result=False)
     use_wandb: bool = key("also send metrics to Weights & Biases; offline where there is no key. The local record is written either way", result=False)
     wandb_project: str = key("W&B project", result=False)
     wandb_run_name: str|None = key("W&B run name; none: the run id", result=False)
@@ -515,18 +516,21 @@ def print_config(cfg:Config) -> str: # JSON: {"name", "config", "changed_from_de
     changed = {k: {"default": old, "value": new, "from": cfg.sources[k]} for k,(old,new) in cfg.diff().items()}
     return json.dumps({"name": cfg.name, "config": cfg.to_dict(), "changed_from_default": changed}, indent=2, ensure_ascii=False, allow_nan=False)
 
-# %% ../nbs/00_config_loader.ipynb #1d23b722
+# %% ../nbs/00_config_loader.ipynb #29b31240
 def config_from_json(
     text:str, # what `print_config` gave
     where:str="config.json", # how messages name it
 ) -> Config: # with the recorded name and sources
-    "A recorded config. Every key must be there, so that no default of today stands in for a value of then. Raises `ConfigError`."
+    "A recorded config. Every key that can change a result must be there, so that no default of today stands in for a value of then. Raises `ConfigError`."
     try:
         d = json.loads(text)
         name,values,changed = d["name"],d["config"],d["changed_from_default"]
-        sources = {k: changed[k]["from"] if k in changed else "default.py" for k in values}
+        sources = {k: changed[k]["from"] if k in changed else "default.py" for k in KEYS | values}
     except (ValueError, KeyError, TypeError, AttributeError) as e: raise ConfigError(f"{where}: is no recorded config: {e!r}. Give a config.json that a run has left.") from None
     for k in values: _check_key(k, where)
+    default = load_config("default").to_dict()
+    # a key that cannot change a result may be younger than the record
+    values = {k: default[k] for k in KEYS if not KEYS[k].metadata["result"]} | values
     if missing:=[k for k in KEYS if k not in values]: raise ConfigError(f"{where}: {', '.join(missing)} missing. It was written by another version; add the values that it ran with.")
     root = project_root()
     settings = {k: _checked(k, Setting(v, where), root, root)._replace(file=sources[k]) for k,v in values.items()}

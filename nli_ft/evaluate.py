@@ -381,7 +381,7 @@ def _write_in_order(path, rows):
     part.write_text("".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows), encoding="utf-8")
     os.replace(part, path)
 
-# %% ../nbs/06_evaluate.ipynb #adc82e7b
+# %% ../nbs/06_evaluate.ipynb #c80c3642
 _ANSWER = dict(cot=_answer_cot, forced=_answer_forced, vote=_answer_vote)
 
 def predict_rows(model, tok, rows:list, # model; tokenizer; SFT rows
@@ -392,12 +392,12 @@ def predict_rows(model, tok, rows:list, # model; tokenizer; SFT rows
                  ) -> list: # prediction rows, in the order of `rows`
     "Predict every row; `DataError` or `RecordError` before anything is generated if rows repeat, do not fit, or `out` belongs to other rows."
     from tqdm import tqdm
-    from nli_ft.model import autocast
+    from nli_ft.model import autocast, fast_weights
     answer, prompts = _ANSWER[parse_mode(mode)[0]], _check_rows(tok, rows)
     _check_prompts(model, prompts, cfg.max_new_tokens)
     done = {} if out is None else resume_predictions(out, rows, mode)
     left = [i for i, r in enumerate(rows) if r["id"] not in done]
-    with tqdm(total=len(rows), initial=len(done), disable=not progress, unit="row") as bar:
+    with fast_weights(model, cfg), tqdm(total=len(rows), initial=len(done), disable=not progress, unit="row") as bar:
         for batch in length_batches([len(prompts[i]) for i in left], cfg.eval_batch_size):
             at, start = [left[n] for n in batch], time.perf_counter()
             with autocast(cfg): made = answer(model, tok, [rows[i] for i in at], [prompts[i] for i in at], cfg, mode)

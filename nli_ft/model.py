@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'device', 'bf16_in_hardware', 'compute_dtype', 'autocast', 'attention', 'cache_dir', 'file_sha256',
            'embedded_model', 'model_source', 'load_tokenizer', 'keep_unpacked', 'load_base', 'add_lora', 'seeded_lora',
-           'load_for_inference', 'save_adapter', 'merged', 'merge_adapter']
+           'load_for_inference', 'save_adapter', 'merged', 'fast_weights', 'merge_adapter']
 
 # %% ../nbs/05_model.ipynb #25e5f4de
 import contextlib, hashlib, importlib.util, json, logging, os, re, shutil, tempfile, warnings
@@ -254,7 +254,7 @@ def save_adapter(model, # a PeftModel
     if (out/"README.md").exists(): (out/"README.md").unlink()  # peft's empty template of a model card, with that path in it
     return out
 
-# %% ../nbs/05_model.ipynb #73bd42f0
+# %% ../nbs/05_model.ipynb #fb2b3bac
 def _plain_weight(m):
     "The weight a linear layer (NF4 or plain, with or without LoRA) applies, as one fp32 matrix."
     base = getattr(m, "base_layer", m)
@@ -292,6 +292,10 @@ def merged(model, # a base or PeftModel
     try: yield model
     finally:
         for m in swapped: del m.forward
+
+def fast_weights(model, cfg): # a context
+    "`merged` on a CPU. On a GPU plain weights may not fit beside a run, and the 4-bit kernels are fast anyway."
+    return merged(model, compute_dtype(cfg)) if device(cfg).type == "cpu" else contextlib.nullcontext()
 
 # %% ../nbs/05_model.ipynb #639f2981
 def merge_adapter(cfg, # Config of the run

@@ -34,12 +34,17 @@ def mistral_v3_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>", padding_side="right",
                                    additional_special_tokens=[c for c in control if c not in ("<s>", "</s>", "<unk>")])
 
-# %% ../nbs/03_prompt.ipynb #cd7d1bb3
+# %% ../nbs/03_prompt.ipynb #6d055da5
+@lru_cache(maxsize=8)
+def _knows_inst(tok):
+    "Does the vocabulary hold Mistral's control tokens? Asked once: a tokenizer builds the whole dictionary anew at every call."
+    return {"[INST]", "[/INST]"} <= tok.get_vocab().keys()
+
 def prompt_form(tok, # a tokenizer
                ) -> str: # "chat_template" or "mistral_instruct"
     "How prompts are laid out for `tok`; raises `DataError` for a tokenizer without a form of its own."
     if tok.chat_template: return "chat_template"
-    if {"[INST]", "[/INST]"} <= tok.get_vocab().keys(): return "mistral_instruct"
+    if _knows_inst(tok): return "mistral_instruct"
     raise DataError(f"{type(tok).__name__} has no chat template and no [INST] control tokens, so there is no agreed way to "
                     "write a prompt for it. Use an instruct model, a Mistral v3 base, or save the tokenizer with a chat_template.")
 

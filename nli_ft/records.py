@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['redact', 'new_run_dir', 'environment', 'overrides_text', 'run_command', 'start_run', 'append_metrics', 'read_metrics',
-           'finish_run', 'watch_cells', 'Run', 'read_run', 'list_runs', 'check_parameters', 'RunFailed', 'run_notebook',
-           'run_cli', 'show_runs', 'runs_cli', 'load_compared', 'differing', 'paired', 'verdict', 'compare_runs',
-           'compare_configs', 'run_table', 'config_table', 'remarks', 'markdown', 'plot_differences', 'plot_losses',
-           'newest', 'comparable', 'full_comparison', 'compare_cli', 'model_card']
+           'finish_run', 'Interrupted', 'TrainingStopped', 'close_failed', 'watch_cells', 'Run', 'read_run',
+           'list_runs', 'check_parameters', 'RunFailed', 'run_notebook', 'run_cli', 'show_runs', 'runs_cli',
+           'load_compared', 'differing', 'paired', 'verdict', 'compare_runs', 'compare_configs', 'run_table',
+           'config_table', 'remarks', 'markdown', 'plot_differences', 'plot_losses', 'newest', 'comparable',
+           'full_comparison', 'compare_cli', 'model_card']
 
 # %% ../nbs/07_records.ipynb #f716b7dc
 import argparse,csv,hashlib,importlib.metadata,io,json,math,os,platform,re,secrets,shlex,signal,subprocess,sys,threading
@@ -256,7 +257,28 @@ def finish_run(run_dir, # a run's folder
     _write_json(path, new)
     return new
 
-# %% ../nbs/07_records.ipynb #afa31820
+# %% ../nbs/07_records.ipynb #fc3af841
+class Interrupted(KeyboardInterrupt):
+    "A run that was stopped by a signal, after it had put its things in order. `exit_code` as shells count: 130 for SIGINT, 143 for SIGTERM."
+    def __init__(self, message, signum):
+        super().__init__(message)
+        self.signum,self.exit_code = signum,128+signum
+
+class TrainingStopped(Exception):
+    "Training that could not go on, with what to do about it as its message: no traceback is needed beside it."
+    exit_code = 1
+
+# %% ../nbs/07_records.ipynb #ace75cbd
+def close_failed(run_dir, # a run's folder
+                 error:BaseException, # what ended it
+                 **summary # as for `finish_run`
+                ):
+    "Close the record of a run that did not end well. Where even that cannot be written (a full disk) it is said, and the run will be listed as died."
+    why = redact(str(error) if isinstance(error, (Interrupted,TrainingStopped)) else f"{type(error).__name__}: {error}")[:2000]
+    try: finish_run(run_dir, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=why, **summary)
+    except (OSError,NliError) as e: print(f"warning: the record {run_dir} could not be closed ({e}); it still says running", file=sys.stderr)
+
+# %% ../nbs/07_records.ipynb #f0604311
 def watch_cells(run_dir # a run's folder
                ):
     "Mark the record as failed when a cell of this kernel raises from now on; does nothing outside IPython."
@@ -266,8 +288,7 @@ def watch_cells(run_dir # a run's folder
     def watch(result):
         error = result.error_before_exec or result.error_in_exec
         if error is None: return
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        finish_run(run_dir, status, error=redact(f"{type(error).__name__}: {error}")[:2000])
+        close_failed(run_dir, error)
     shell.events.register("post_run_cell", watch)
 
 # %% ../nbs/07_records.ipynb #f39acf8d
@@ -374,7 +395,7 @@ def _kernel_guard(made):
         except ProcessLookupError: pass   # it had gone by itself, as it should
         for s,h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/07_records.ipynb #e3736fd6
+# %% ../nbs/07_records.ipynb #789b6759
 class RunFailed(Exception):
     "A run that was started and did not finish. `exit_code`: 1, 2 when it was refused before training, 130 when interrupted."
     def __init__(self, message, run_dir, exit_code=1):
@@ -386,7 +407,8 @@ def _refusals(cls=NliError): return {cls.__name__}.union(*(_refusals(c) for c in
 def _failure(e, run):
     "`(status, message, exit_code)` for what came out of papermill."
     name,text = getattr(e,"ename",type(e).__name__), str(getattr(e,"evalue",e)) or "no message"
-    if name=="KeyboardInterrupt": return "interrupted", "stopped by the user", 130
+    if name in ("KeyboardInterrupt","Interrupted"): return "interrupted", text if name=="Interrupted" else "stopped by the user", 130
+    if name=="TrainingStopped": return "failed", text, 1
     if name in _refusals() and not (run/"metrics.jsonl").exists(): return "failed", text, 2
     if name=="DeadKernelError": text = "the kernel died (killed, or out of memory)"
     return "failed", f"{name}: {text}", 1
@@ -408,7 +430,7 @@ def _execute(notebook, run, params):
         papermill.execute_notebook(str(notebook), out, params, cwd=str(project_root()), kernel_manager_class=_kernel_manager(made),
                                    progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, start_timeout=180, iopub_timeout=60)
 
-# %% ../nbs/07_records.ipynb #53986277
+# %% ../nbs/07_records.ipynb #ca63cefd
 def run_notebook(cfg, # config name or path, or a `Config`
                  overrides=None, # on top of it, as `load_config` takes them
                  runs_dir=None, # folder of all records; None: the config's `runs_dir`
@@ -426,9 +448,11 @@ def run_notebook(cfg, # config name or path, or a `Config`
         _execute(root/notebook, run, dict(config=_spec(cfg), overrides=overrides_text(cfg), run_dir=os.path.relpath(run, root)))
         status,why,code = _outcome(run)
     except (Exception,KeyboardInterrupt) as e: status,why,code = _failure(e, run)
-    _tidy(run/"train.ipynb", root)
-    if why is None: return run
-    finish_run(run, status, error=redact(why)[:2000])
+    try:
+        _tidy(run/"train.ipynb", root)
+        if why is None: return run
+        finish_run(run, status, error=redact(why)[:2000])
+    except (OSError,NliError) as e: why,code = f"{why or 'the run ended well'}; but the record could not be written to its end ({e})", code or 1
     raise RunFailed(redact(why), run, code)
 
 # %% ../nbs/07_records.ipynb #b3dbe551
@@ -511,7 +535,7 @@ def show_runs(rows # from `list_runs`
     why = [f"{r['config']}/{r['run_id']}: {r['why'].splitlines()[0]}" for r in rows if r["why"]]
     return "\n".join([_table(body, head)]+([""]+why if why else []))
 
-# %% ../nbs/07_records.ipynb #68d9c70b
+# %% ../nbs/07_records.ipynb #46ea58ff
 @command
 def runs_cli(argv=None) -> int:
     "List the run records, oldest first, or show one."
@@ -519,7 +543,12 @@ def runs_cli(argv=None) -> int:
     p.add_argument("run", nargs="?", help="a record's folder: show its summary, what differs from default, and its files")
     p.add_argument("--runs_dir", help="folder of all records (default: runs of this project)")
     p.add_argument("--json", action="store_true", help="as JSON")
+    p.add_argument("--card", action="store_true", help="print the run's model card, and write it to MODEL_CARD.md in its record")
     ns = p.parse_args(argv)
+    if ns.card and not ns.run: raise RecordError("--card: name the record's folder; `nli_runs` lists them")
+    if ns.card:
+        print(model_card(ns.run))
+        return 0
     if ns.run:
         r = read_run(ns.run)
         shown = dict(name=r.name, status=r.status, summary=r.summary, differs=r.config["changed_from_default"], files=sorted(os.listdir(r.path)))
@@ -630,17 +659,26 @@ def compare_runs(run_dirs, # run folders, at least two; `<folder>:before` is the
     for r in rows[1:]: r["verdict"] = verdict(r)
     return rows
 
-# %% ../nbs/07_records.ipynb #08575550
+# %% ../nbs/07_records.ipynb #daa9c870
+def _repetitions(entries): # of `load_compared` -> lists of those that nothing but the seed tells apart
+    "Files count by their content, so that runs started from two copies of a project are repetitions of one config."
+    groups = []
+    for e in entries:
+        same = (g for g in groups if g[0][0].config["name"]==e[0].config["name"] and g[0][2].endswith(":before")==e[2].endswith(":before") and not differing(g[0], e))
+        if (g := next(same, None)) is None: groups.append([e])
+        else: g.append(e)
+    return groups
+
+# %% ../nbs/07_records.ipynb #88393ac9
 def compare_configs(run_dirs, # run folders of several seeds of several configs
                     baseline=None, # config name; None: that of the first run
                    ) -> list[dict]: # one row a config: seeds, accuracy, sd, accuracy_ci, difference, ci, verdict, differs
     "Compare configs over their seeds; runs belong together when all settings but the seed agree."
     from nli_ft.evaluate import groups_of,hierarchical_interval
-    groups = {}
-    for e in _first(load_compared(run_dirs), baseline): groups.setdefault((config_hash(e[0].cfg, ("seed",)), e[2].endswith(":before")), []).append(e)
-    right = [[[int(p["predicted_label"]==p["label"]) for p in e[1]] for e in es] for es in groups.values()]
-    (first,*_),rows = groups.values(), []
-    for es,r in zip(groups.values(), right):
+    groups = _repetitions(_first(load_compared(run_dirs), baseline))
+    right = [[[int(p["predicted_label"]==p["label"]) for p in e[1]] for e in es] for es in groups]
+    first,rows = groups[0], []
+    for es,r in zip(groups, right):
         alone = hierarchical_interval(r, groups=groups_of(first[0][1]))
         row = dict(config=es[0][0].config["name"]+":before"*es[0][2].endswith(":before"), seeds=[e[0].seed for e in es], n=len(es[0][1]),
                    accuracy=alone["mean"], sd=alone["seed_sd"], accuracy_ci=alone["ci"])

@@ -302,6 +302,11 @@ def test_all_seeds_of_configs_are_compared_config_by_config_and_written_once(pro
     assert json.loads(nli_compare("--latest","minimal_test","cpu_demo","--json").stdout)["runs"][1]["config"]=="cpu_demo"
     assert nli_compare("--latest","minimal_test","ablation2").returncode==2
 
+def test_runs_on_copies_of_the_same_data_are_repetitions_of_one_config(project):
+    for name in ("a","b","c"): (project/f"{name}.jsonl").write_text('{"id":1,"premise":"p","hypothesis":"h","label":%d}\n' % (name=="c"))
+    runs = [finished(seed=s, overrides=f"train_data={f}.jsonl") for s,f in ((1,"a"),(2,"b"),(3,"c"))]
+    assert [r["seeds"] for r in records.compare_configs(runs)]==[[1,2],[3]]
+
 def test_the_untrained_model_of_a_run_can_be_its_baseline(project):
     run = finished()
     shutil.copy(run/"predictions.jsonl", run/"predictions_before.jsonl")
@@ -313,6 +318,12 @@ def test_a_model_card_says_only_what_the_record_says(project):
     card = records.model_card(run)
     for said in ("0.750 [0.628, 0.842]", "n=60", "One seed (42)", "100.0% of the answers were no valid JSON", "not recorded", "lora_r"): assert said in card
     assert (run/"MODEL_CARD.md").read_text()==card and str(project) not in card
+
+def test_the_model_card_is_a_command_too(project, capsys):
+    run = finished()
+    assert records.runs_cli([str(run),"--card"])==0 and capsys.readouterr().out.strip()==(run/"MODEL_CARD.md").read_text().strip()
+    with pytest.raises(SystemExit) as e: records.runs_cli(["--card"])
+    assert e.value.code==2 and "name the record's folder" in capsys.readouterr().err
 
 @pytest.mark.parametrize("make", [lambda: [], lambda: [finished()], lambda: [finished(), finished(n=20), finished(seed=7, right=lambda i: True)]])
 def test_the_comparison_notebook_runs_whatever_there_is(project, make):

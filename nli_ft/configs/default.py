@@ -63,6 +63,7 @@ logging_steps = 10
 save_steps = None                             # each epoch, as the evaluation: the best checkpoint can be kept
 save_total_limit = 2                          # adapters are small, optimizer states are not
 resume_from_checkpoint = None
+allow_changed = False                         # a continuation under other settings can be compared with nothing
 use_wandb = False                             # the local record is the truth; W&B is a copy
 wandb_project = "nli_ft"
 wandb_run_name = None
