@@ -11,7 +11,7 @@ __all__ = ['VARIANTS', 'SHAPES', 'JOBS', 'TOLERANCE', 'ANSWERERS', 'SAME_LABELS'
            'plain_answers', 'our_answers', 'random_adapter', 'generate_once', 'summarise_generate', 'generate_text',
            'bench_generate', 'exponent', 'random_rows', 'bench_growth', 'growth_text', 'bench_cli']
 
-# %% ../nbs/09_bench.ipynb #71225945
+# %% ../nbs/09_bench.ipynb #d3ba7547
 import argparse, json, math, os, platform, signal, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from .config_loader import Config, ConfigError, NliError, command, config_from_j
 from .data import read_rows, write_jsonl
 from .evaluate import evaluation_rows, left_pad, open_run, predict_rows
 from .prompt import LABEL, PROMPT, THOUGHT, Encoded, encode_prompt, parse_completion
-from .train_sft import (_shapes, check_ready, choose_gpu, embedded_data, estimate_memory, make_trainer_class, prepare, resolved_optim,
-                              to_dataset, training_args)
+from .train_sft import (check_ready, choose_gpu, embedded_data, estimate_memory, linear_shapes, make_trainer_class, prepare,
+                              resolved_optim, to_dataset, training_args)
 
 # %% ../nbs/09_bench.ipynb #434c7e99
 _PLAIN = dict(trl=True, micro_batches=False, by_length=False, checkpointing=True, padding_free=False, head_everywhere=False, fp32_adapter=True,
@@ -348,7 +348,7 @@ def cause_of_death(rc:int, # exit code of a child; negative for a signal
     if "OutOfMemoryError" in last or "out of memory" in last.lower() or "can't allocate memory" in last or last.startswith("MemoryError"): return f"out of memory: {last}"
     return last
 
-# %% ../nbs/09_bench.ipynb #de59b72a
+# %% ../nbs/09_bench.ipynb #5a7e0722
 @_job
 def _plan(cfg):
     "Everything missing is said here, before anything is measured; and what the table needs to know of rows, model and device."
@@ -356,7 +356,7 @@ def _plan(cfg):
     import torch
     from nli_ft.model import compute_dtype, device
     prep, dev, dtype = prepare(cfg), device(cfg), compute_dtype(cfg)
-    linear, _, conf = _shapes(cfg)
+    linear, _, conf = linear_shapes(cfg)
     return dict(rows=len(prep.train), dropped=len(prep.dropped), mean_tokens=sum(map(len, prep.train))/len(prep.train), linear=sum(a*b for a, b in linear.values()),
                 head=conf.vocab_size*conf.hidden_size, dtype=str(dtype).removeprefix("torch."), device=_device_name(dev), threads=torch.get_num_threads(),
                 torch=torch.__version__, cuda=dev.type == "cuda")
@@ -373,7 +373,7 @@ def _device_name(dev):
 def _matmul(cfg, tokens):
     from nli_ft.model import compute_dtype, device
     choose_gpu(cfg)
-    linear = _shapes(with_weights(cfg))[0]
+    linear = linear_shapes(with_weights(cfg))[0]
     block = [s for n, s in linear.items() if ".layers.0." in n]
     return dict(flops_per_s=matmul_rate(block, tokens, compute_dtype(cfg), device(cfg)))
 
@@ -710,7 +710,7 @@ def growth_text(made:dict) -> str: # from `bench_growth`
     lines += [text_table(["", "size", "seconds", "GiB on top"], rows), ""]
     return "\n".join(lines + [f"{axis} {s}: {why}" for axis, a in made["axes"].items() for s, why in zip(a["sizes"], a["died"]) if why])
 
-# %% ../nbs/09_bench.ipynb #e195495f
+# %% ../nbs/09_bench.ipynb #98a690da
 def _parser():
     p = argparse.ArgumentParser(prog="nli_bench", description="Measure this package beside the plain recipe.",
         epilog="examples:\n  nli_bench train --pairs 3\n  nli_bench train --model mistral-7b-shapes --device cuda --rows_per_step 32 --micro_batch 8 --data rows.jsonl\n"
@@ -735,7 +735,7 @@ def _parser():
     t.add_argument("--micro_batch", type=int, default=4, metavar="N", help="rows of a micro-batch where the variant has them [4]")
     t.add_argument("--pairs", type=int, default=3, metavar="N", help="times every contestant is run [3]")
     t.add_argument("--variants", default="plain,ours", metavar="A,B", help="contestants; the first is what the others are compared with [plain,ours]")
-    g = add("generate", "answer the same rows by plain generate and by this package", "contestants:\n  " + "\n  ".join(ANSWERERS) + f"\n\nexit code 1: fewer than {100*SAME_LABELS:.0f} %% of the labels are the same, or a contestant died")
+    g = add("generate", "answer the same rows by plain generate and by this package", "contestants:\n  " + "\n  ".join(ANSWERERS) + f"\n\nexit code 1: fewer than {100*SAME_LABELS:.0f} % of the labels are the same, or a contestant died")
     g.add_argument("--run", metavar="DIR", help="a run's folder; without it the model gets a seeded random adapter")
     g.add_argument("--data", metavar="F", help="rows to answer [the run's eval_data; else data/embedded/dev.jsonl]")
     g.add_argument("--rows", type=int, default=64, metavar="N", help="rows to use, evenly spaced [64]")

@@ -869,7 +869,7 @@ def reasoning(preds:list, # prediction rows
                 agreement=mean([s == a for s, a in stated]), grounded=mean([g for g, _ in ground]),
                 grounded_right=mean([g for g, ok in ground if ok]), grounded_wrong=mean([g for g, ok in ground if not ok]))
 
-# %% ../nbs/06_evaluate.ipynb #d04a3252
+# %% ../nbs/06_evaluate.ipynb #d19c8f74
 def altered_thoughts(thoughts:list, # at least two
                      ) -> dict: # change -> thoughts, in order
     "The interventions: the first half of the words; the next row's thought; nothing."
@@ -880,13 +880,14 @@ def probe_thoughts(model, tok, rows:list, preds:list, cfg, # model; tokenizer; S
                    n:int=100, # rows to probe: the first ones with a thought
                    ) -> dict: # n, and for halved, swapped, removed: changed (share of labels), changed_ci, mean_shift of p(entailment)
     "How much the label depends on the thought before it (`completion=cot`); `DataError` with fewer than two thoughts to exchange."
-    from nli_ft.model import autocast
+    from nli_ft.model import autocast, fast_weights
     known = {p["id"]: p["thought_process"] for p in preds if p.get("thought_process")}
     has = [r for r in rows if r["id"] in known][:n]
     if len(has) < 2: raise DataError("the probe needs at least two predictions with a thought")
     found = {}
-    for change, thoughts in altered_thoughts([known[r["id"]] for r in has]).items():
-        with autocast(cfg): found[change] = np.array(score_labels(model, tok, [forced_ids(tok, r["prompt"], t) for r, t in zip(has, thoughts)], cfg.eval_batch_size), float)
+    with fast_weights(model, cfg), autocast(cfg):
+        for change, thoughts in altered_thoughts([known[r["id"]] for r in has]).items():
+            found[change] = np.array(score_labels(model, tok, [forced_ids(tok, r["prompt"], t) for r, t in zip(has, thoughts)], cfg.eval_batch_size), float)
     whole = found.pop("whole")
     changed = {c: int(((p >= .5) != (whole >= .5)).sum()) for c, p in found.items()}
     return dict(n=len(has), **{c: dict(changed=changed[c]/len(has), changed_ci=wilson(changed[c], len(has)), mean_shift=float(np.abs(p - whole).mean()))

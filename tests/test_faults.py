@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from nli_ft.config_loader import ConfigError, RecordError, load_config, project_root
-from nli_ft.data import write_jsonl
+from nli_ft.data import MANIFEST, damage, seal, write_jsonl
 from nli_ft.records import Interrupted, TrainingStopped, list_runs, read_metrics, read_run
-from nli_ft.train_sft import (MANIFEST, EpochOrder, Session, damage, find_checkpoint, fit, memory_advice, prepare, refuse_damaged, resume_point, run_training,
-                              seal)
+from nli_ft.train_sft import EpochOrder, Session, find_checkpoint, fit, memory_advice, prepare, resume_point, run_training
 
 root = project_root()
 # dropout, two micro-batches a step and four epochs of three steps: the states of all generators and counters matter
@@ -480,21 +479,26 @@ def test_running_out_of_memory_while_judging_names_the_setting_for_it(tmp_path, 
 
 # -- adapters
 
-def test_an_adapter_with_one_changed_bit_is_refused_by_name(copied, capsys):
+def test_an_adapter_with_one_changed_bit_is_refused_by_name_at_every_door(copied, capsys):
+    from nli_ft.evaluate import evaluate_cli, open_run, predict_cli
+    from nli_ft.model import load_for_inference
     from nli_ft.train_sft import merge_cli
     import hashlib
     tmp, run, _ = copied
     path = root/summary(run)["adapter"]/"adapter_model.safetensors"
     mine = tmp/path.relative_to(next(p for p in path.parents if p.name == "models").parent)
     assert hashlib.sha256(mine.read_bytes()).hexdigest() == summary(run)["adapter_sha256"]
-    refuse_damaged(mine.parent)
+    cfg = open_run(run)[1]
+    load_for_inference(cfg, mine.parent)
     data = bytearray(mine.read_bytes())
     data[-3] ^= 1
     mine.write_bytes(data)
-    with pytest.raises(RecordError, match="adapter_model.safetensors has changed"): refuse_damaged(mine.parent)
+    with pytest.raises(RecordError, match="adapter_model.safetensors has changed"): load_for_inference(cfg, mine.parent)
     (run/"summary.json").write_text(json.dumps(summary(run) | dict(adapter=str(mine.parent))))
-    with pytest.raises(SystemExit) as e: merge_cli(["--run", str(run), "--out", str(tmp/"merged")])
-    assert e.value.code == 2 and "adapter_model.safetensors has changed" in capsys.readouterr().err and not (tmp/"merged").exists()
+    for door, argv in ((merge_cli, ["--out", str(tmp/"merged")]), (evaluate_cli, []), (predict_cli, ["--premise", "A dog sleeps.", "--hypothesis", "A dog rests."])):
+        with pytest.raises(SystemExit) as e: door(["--run", str(run), *argv])
+        assert e.value.code == 2 and "adapter_model.safetensors has changed" in capsys.readouterr().err, door
+    assert not (tmp/"merged").exists() and not (run/"evaluations").exists()
 
 # -- W&B
 
