@@ -495,10 +495,10 @@ def test_an_adapter_with_one_changed_bit_is_refused_by_name_at_every_door(copied
     mine.write_bytes(data)
     with pytest.raises(RecordError, match="adapter_model.safetensors has changed"): load_for_inference(cfg, mine.parent)
     (run/"summary.json").write_text(json.dumps(summary(run) | dict(adapter=str(mine.parent))))
-    for door, argv in ((merge_cli, ["--out", str(tmp/"merged")]), (evaluate_cli, []), (predict_cli, ["--premise", "A dog sleeps.", "--hypothesis", "A dog rests."])):
+    for door, argv in ((merge_cli, ["--out", str(tmp/"merged")]), (evaluate_cli, ["--mode", "forced"]), (predict_cli, ["--premise", "A dog sleeps.", "--hypothesis", "A dog rests."])):
         with pytest.raises(SystemExit) as e: door(["--run", str(run), *argv])
         assert e.value.code == 2 and "adapter_model.safetensors has changed" in capsys.readouterr().err, door
-    assert not (tmp/"merged").exists() and not (run/"evaluations").exists()
+    assert not (tmp/"merged").exists() and not list(run.rglob("evaluations/*/predictions.jsonl"))
 
 # -- W&B
 
