@@ -9,8 +9,12 @@ cfg = configparser.ConfigParser()
 cfg.read(here/"settings.ini", encoding="utf-8")
 s = cfg["DEFAULT"]
 
-# a pin ends where its why-comment begins
-pins = [re.sub(r"\s*#.*", "", line).strip() for line in (here/"requirements.txt").read_text(encoding="utf-8").splitlines()]
+# a pin ends where its why-comment begins; a comment that begins with [name] makes it an extra
+pins, extras = [], {}
+for line in (here/"requirements.txt").read_text(encoding="utf-8").splitlines():
+    pin, _, why = (part.strip() for part in line.partition("#"))
+    name = re.match(r"\[(\w+)\]", why)
+    if pin: (extras.setdefault(name[1], []) if name else pins).append(pin)
 readme = here/"README.md"
 
 commands = dict(
@@ -23,8 +27,8 @@ setup(
     author=s["author"], author_email=s["author_email"], url=s["git_url"], license="Apache-2.0",
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "", long_description_content_type="text/markdown",
     packages=find_packages(include=[s["lib_name"], s["lib_name"] + ".*"]),
-    package_data={s["lib_name"]: ["configs/*.py"]}, # configs are read as files, not imported
-    python_requires=">=" + s["min_python"], install_requires=[p for p in pins if p],
+    package_data={s["lib_name"]: ["configs/*.py", "configs/accelerate/*.yaml"]}, # configs are read as files, not imported
+    python_requires=">=" + s["min_python"], install_requires=pins, extras_require=extras,
     entry_points={"console_scripts": [f"{name}=nli_ft.{target}" for name, target in commands.items()]},
     classifiers=["Intended Audience :: Science/Research", "Programming Language :: Python :: 3.11"],
     zip_safe=False)

@@ -9,8 +9,8 @@ __all__ = ['THINK_SYSTEM', 'THINK_USER', 'REFLECT_SYSTEM', 'REFLECT_USER', 'REPR
            'ContentError', 'reply_object', 'read_reply', 'Endpoint', 'request_body', 'read_prices', 'cost',
            'estimate_tokens', 'BadReply', 'Halted', 'Unreachable', 'Refused', 'retry_after', 'transient',
            'server_words', 'Tally', 'Session', 'make_client', 'Trail', 'digest', 'settings', 'row_hash', 'Journal',
-           'whole_bytes', 'iter_written', 'Before', 'content_part', 'read_before', 'settings_differ', 'is_eval',
-           'Source', 'wanted_rows', 'Survey', 'survey', 'Run', 'failed_path', 'tidy_failed', 'check_options',
+           'whole_bytes', 'content_part', 'is_written', 'iter_written', 'Before', 'read_before', 'settings_differ',
+           'is_eval', 'Source', 'wanted_rows', 'Survey', 'survey', 'Run', 'failed_path', 'tidy_failed', 'check_options',
            'dry_report', 'summary', 'say_summary', 'cut_torn', 'look_before', 'augment', 'sampling_params',
            'add_arguments', 'add_run_arguments', 'stage_cli', 'think_cli', 'reflect_cli']
 
@@ -167,14 +167,14 @@ REFLECT = Stage("reflect", REFLECT_SYSTEM, REFLECT_USER, Reflection,
                 content=("id", "premise", "hypothesis", "true_label", "thought_process", "predicted_label"),
                 saw_gold=True, build=add_reflection, wrong=not_gold)
 
-# %% ../nbs/04_augment.ipynb #0da7a459
+# %% ../nbs/04_augment.ipynb #1e498166
 def read_spec(
     path: str|Path, # .json or .toml file
     what: str, # for the message
 ) -> dict:
     "A small user file that holds one table. Raises `ConfigError`."
     try: spec = (tomllib.loads if str(path).endswith(".toml") else json.loads)(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise ConfigError(f"{path}: cannot read {what}: {e}") from None
+    except (OSError, ValueError, RecursionError) as e: raise ConfigError(f"{path}: cannot read {what}: {e}") from None
     if not isinstance(spec, dict): raise ConfigError(f"{path}: {what} must be a table, not a {type(spec).__name__}")
     return spec
 
@@ -250,7 +250,7 @@ def request_body(
     schema = dict(name=stage.schema.__name__.lower(), strict=True, schema=response_schema(stage.schema))
     return dict(params, response_format=dict(type="json_schema", json_schema=schema) if fmt == "json_schema" else dict(type=fmt))
 
-# %% ../nbs/04_augment.ipynb #35954cb4
+# %% ../nbs/04_augment.ipynb #7271dcac
 def read_prices(
     path: str|Path, # .json or .toml file
     model: str, # the model that will be asked
@@ -258,7 +258,7 @@ def read_prices(
     "Prices of one model. Raises `ConfigError` when the file does not price it."
     table = read_spec(path, "prices")
     price = table.get(model)
-    if not isinstance(price, dict) or not all(type(price.get(k)) in (int, float) and price[k] >= 0 for k in ("input", "output")):
+    if not isinstance(price, dict) or not all(type(price.get(k)) in (int, float) and 0 <= price[k] < float("inf") for k in ("input", "output")):
         raise ConfigError(f'{path}: needs "{model}" with numbers "input" and "output" (per million tokens); it holds {sorted(table)}')
     return dict(input=price["input"], output=price["output"])
 
@@ -563,7 +563,17 @@ def whole_bytes(
             end = start
     return 0
 
-# %% ../nbs/04_augment.ipynb #c078601b
+# %% ../nbs/04_augment.ipynb #602f34ae
+def content_part(row) -> bytes:
+    "The content half of a row's key."
+    return bytes.fromhex(row["key"].split("-")[1])
+
+def is_written(row) -> bool:
+    "Does a row hold what the next start reads of it? Raises for one that is no such row at all."
+    p, amounts = row["provenance"], [row["provenance"].get("cost"), row["provenance"].get("usage", {}).get("completion_tokens"), row.get("tries")]
+    content_part(row)
+    return isinstance(p["stage"], str) and all(x is None or type(x) in (int, float) for x in amounts)
+
 def iter_written(
     path: Path, # output or failed file of an earlier run
 ):
@@ -576,12 +586,12 @@ def iter_written(
             if at > whole: return
             try:
                 row = json.loads(line)
-                row["key"].index("-"), row["provenance"]["stage"]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise DataError(f"{path}:{n}: not a row written by this command; name another --output") from None
+                ours = is_written(row)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError): ours = False
+            if not ours: raise DataError(f"{path}:{n}: not a row written by this command; name another --output")
             yield n, row
 
-# %% ../nbs/04_augment.ipynb #aef6be91
+# %% ../nbs/04_augment.ipynb #6e0e8b10
 @dataclass
 class Before:
     "What earlier runs of the command left."
@@ -591,11 +601,7 @@ class Before:
     completion_tokens: int = 0
     mixed: int = 0 # finished rows made with other settings
 
-def content_part(row) -> bytes:
-    "The content half of a row's key."
-    return bytes.fromhex(row["key"].split("-")[1])
-
-# %% ../nbs/04_augment.ipynb #e36bcf19
+# %% ../nbs/04_augment.ipynb #c5d006f7
 def read_before(
     output: Path,
     failed: Path,
@@ -611,9 +617,9 @@ def read_before(
             b.mixed += 1
         b.done.add(content_part(row))
         b.cost += row["provenance"].get("cost") or 0.
-        b.completion_tokens += row["provenance"].get("usage", {}).get("completion_tokens", 0)
+        b.completion_tokens += row["provenance"].get("usage", {}).get("completion_tokens") or 0
     for n, row in iter_written(failed):
-        if content_part(row) not in b.done: b.failures[content_part(row)] = row["tries"], row["provenance"].get("cost") or 0.
+        if content_part(row) not in b.done: b.failures[content_part(row)] = row.get("tries") or 1, row["provenance"].get("cost") or 0.
     b.cost += sum(c for _, c in b.failures.values())
     return b
 
@@ -959,12 +965,12 @@ def augment(
     say_summary(result, run)
     return result
 
-# %% ../nbs/04_augment.ipynb #8644698d
+# %% ../nbs/04_augment.ipynb #e8449dc2
 def sampling_params(ns) -> dict:
     "The sampling fields that were set, and only those. Raises `ConfigError` for a broken `--extra_body`."
     given = {k: getattr(ns, k) for k in ("temperature", "top_p", "max_tokens", "seed") if getattr(ns, k) is not None}
     try: extra = json.loads(ns.extra_body)
-    except ValueError as e: raise ConfigError(f"--extra_body is not JSON: {e}") from None
+    except (ValueError, RecursionError) as e: raise ConfigError(f"--extra_body is not JSON: {e}") from None
     if not isinstance(extra, dict): raise ConfigError("--extra_body must be a JSON object")
     if (taken := {"model", "messages", "response_format", "stream", "n", *given} & set(extra)):
         raise ConfigError(f"--extra_body may not hold {', '.join(sorted(taken))}")

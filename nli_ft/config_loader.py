@@ -149,7 +149,7 @@ class EvalKeys:
     eval_batch_size: int = key("rows generated together; memory and speed grow with it", lo=1, result=False)
     max_new_tokens: int = key("longest completion, in tokens; one that does not end in time counts as truncated", lo=1)
 
-# %% ../nbs/00_config_loader.ipynb #435e1cd4
+# %% ../nbs/00_config_loader.ipynb #84860b82
 @dataclass(frozen=True, kw_only=True)
 class RecordKeys:
     "Records and devices: what is kept, and where it runs."
@@ -164,6 +164,8 @@ class RecordKeys:
     wandb_project: str = key("W&B project", result=False)
     wandb_run_name: str|None = key("W&B run name; none: the run id", result=False)
     wandb_run_id: str|None = key("W&B run to go on with, when resuming", result=False)
+    report_to: str|None = key("other trackers to send metrics to, as transformers calls them and with commas between: tensorboard, mlflow, comet_ml, swanlab, trackio …; "
+                              "what they write lies in the record. W&B has use_wandb", result=False)
     device: str = key("auto: the first CUDA device, else the CPU for embedded models only; cpu: really use the CPU, whatever the model", choices=("auto", "cuda", "cpu"))
     gpu_id: int|None = key("index of the one GPU to use; none: the first visible", lo=0, result=False)
     distributed_training: bool = key("train on several devices through accelerate; the effective batch grows with them")
@@ -361,7 +363,7 @@ def config_names() -> list: # sorted
     "The names of the configs that come with the package."
     return sorted(p.stem for p in (_package_dir()/"configs").glob("*.py") if not p.stem.startswith("_"))
 
-# %% ../nbs/00_config_loader.ipynb #a9d7e3dc
+# %% ../nbs/00_config_loader.ipynb #66d94794
 def find_config(
     name, # a name such as "ablation2", or a path
     folder:Path=None, # relative paths start here; the working directory if None
@@ -374,8 +376,8 @@ def find_config(
     if not _plain_text(name): raise ConfigError(f"{where}: config = {_show(name)}: expected the name of a config. {tail}")
     if "/" not in name and not name.endswith(".py"): raise ConfigError(f"{where}: there is no config {name}.{_nearest(name, names)} {tail}")
     path = Path(os.path.abspath(os.path.join(folder or os.getcwd(), os.path.expanduser(name))))
-    if not path.is_file():
-        beside = [p.stem for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    if not os.path.isfile(path): # unlike Path's own, it takes a name that is too long for the file system
+        beside = [p.stem for p in path.parent.glob("*.py")] if os.path.isdir(path.parent) else []
         near = _nearest(path.stem, names) or _nearest(path.stem, beside).replace("mean ", f"mean {os.path.join(os.path.dirname(name), '')}").replace("?", ".py?")
         raise ConfigError(f"{where}: there is no config file {name}.{near} {tail}")
     if not re.fullmatch(r"[\w.-]+", path.stem): raise ConfigError(f"{where}: config = {name!r}: expected a file name of letters, digits, '_', '-' and '.', because it names the folder of the runs. Rename the file.")
@@ -432,12 +434,14 @@ def _words(text:str) -> list: # split at blanks, but not inside quotes or bracke
         else: words.append(p)
     return words
 
-# %% ../nbs/00_config_loader.ipynb #0da85f9c
+# %% ../nbs/00_config_loader.ipynb #f40e9ba3
 def parse_overrides(
     overrides, # "a=1 b=[x,y]", or a list of "a=1", or a dict key -> value, or None
 ) -> dict: # key -> value, in the key's type
     "Overrides as papermill (`-p overrides \"a=1 b=2\"`), code or the command line give them. Text is read by `parse_value`. Raises `ConfigError`."
     if isinstance(overrides, str): overrides = _words(overrides)
+    if not isinstance(overrides, (dict, list, tuple, type(None))): # papermill reads `-p overrides 5` as a number
+        raise ConfigError(f"command line: overrides = {_show(overrides)}: expected key=value, as in learning_rate=1e-4. Correct it, or leave overrides out.")
     if not isinstance(overrides, dict):
         pairs = []
         for w in overrides or []:
@@ -458,7 +462,7 @@ def _step_rules(c) -> list: # [(keys, why and what to do)] of broken rules about
              (e and c.max_steps and e > c.max_steps, ("early_stopping_patience", "eval_steps", "max_steps"), "the run ends before its first evaluation. Lower eval_steps or raise max_steps.")]
     return [(keys, why) for broken,keys,why in rules if broken]
 
-# %% ../nbs/00_config_loader.ipynb #9158a253
+# %% ../nbs/00_config_loader.ipynb #6b6912ee
 def _rules(c) -> list: # [(keys, why and what to do)] of all broken rules
     rules = [
         (c.data_strategy == "shuffled" and c.completion == "label_only", ("data_strategy", "completion"), "there are no thoughts to shuffle in label-only rows. Use completion cot, or another data_strategy."),
@@ -468,7 +472,10 @@ def _rules(c) -> list: # [(keys, why and what to do)] of all broken rules
         (c.distributed_training and c.num_processes == 1, ("distributed_training", "num_processes"), "one process is not distributed. Set num_processes to 2 or more or none, or distributed_training to false."),
         (not c.distributed_training and (c.num_processes or 1) > 1, ("distributed_training", "num_processes"), "several processes are launched only for distributed training. Set distributed_training to true, or num_processes to none."),
         (c.distributed_training and c.gpu_id is not None, ("distributed_training", "gpu_id"), "one GPU is asked for, and several. Set gpu_id to none (run_training.sh --gpus chooses several), or distributed_training to false."),
+        (c.use_wandb and (len(c.wandb_project) > 128 or re.search(r"[/\\#?%:]", c.wandb_project)), ("wandb_project", "use_wandb"), "W&B takes at most 128 characters, and none of / \\ # ? % :. Choose another name."),
+        (c.use_wandb and re.search("[:;,#?/']", c.wandb_run_id or ""), ("wandb_run_id", "use_wandb"), "W&B takes none of : ; , # ? / ' in an id. Give the id that W&B shows."),
         (c.wandb_run_id is not None and not c.use_wandb, ("wandb_run_id", "use_wandb"), "nothing is sent to the W&B run named. Set use_wandb to true, or wandb_run_id to none."),
+        ("wandb" in (c.report_to or ""), ("report_to",), "W&B has a switch of its own. Set use_wandb to true, and take wandb out of report_to."),
         (c.lr_scheduler == "constant" and c.warmup_ratio > 0, ("lr_scheduler", "warmup_ratio"), "a constant schedule has no warm-up. Use constant_with_warmup, or set warmup_ratio to 0."),
     ]
     return _step_rules(c) + [(keys, why) for broken,keys,why in rules if broken]
@@ -516,7 +523,7 @@ def print_config(cfg:Config) -> str: # JSON: {"name", "config", "changed_from_de
     changed = {k: {"default": old, "value": new, "from": cfg.sources[k]} for k,(old,new) in cfg.diff().items()}
     return json.dumps({"name": cfg.name, "config": cfg.to_dict(), "changed_from_default": changed}, indent=2, ensure_ascii=False, allow_nan=False)
 
-# %% ../nbs/00_config_loader.ipynb #29b31240
+# %% ../nbs/00_config_loader.ipynb #de4be348
 def config_from_json(
     text:str, # what `print_config` gave
     where:str="config.json", # how messages name it
@@ -524,9 +531,10 @@ def config_from_json(
     "A recorded config. Every key that can change a result must be there, so that no default of today stands in for a value of then. Raises `ConfigError`."
     try:
         d = json.loads(text)
-        name,values,changed = d["name"],d["config"],d["changed_from_default"]
+        name,values,changed = d["name"],d["config"],dict(d["changed_from_default"])
         sources = {k: changed[k]["from"] if k in changed else "default.py" for k in KEYS | values}
-    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ConfigError(f"{where}: is no recorded config: {e!r}. Give a config.json that a run has left.") from None
+        if not (re.fullmatch(r"[\w.-]+", name) and all(isinstance(s, str) for s in sources.values())): raise ValueError(f"name {_show(name)}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e: raise ConfigError(f"{where}: is no recorded config: {e!r}. Give a config.json that a run has left.") from None
     for k in values: _check_key(k, where)
     default = load_config("default").to_dict()
     # a key that cannot change a result may be younger than the record

@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['CARRIED', 'NO_ANSWER', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'NEGATIONS', 'PLOTS', 'ANSWER_COLUMNS', 'digit_pairs',
            'label_step', 'digit_recorder', 'entail_probability', 'json_stopper', 'for_inference', 'length_batches',
-           'left_pad', 'generate_batch', 'generate_completions', 'parse_mode', 'forced_ids', 'score_labels',
-           'prompt_hash', 'prediction_row', 'check_predictions', 'read_predictions', 'resume_predictions',
-           'partial_thought', 'majority', 'predict_rows', 'accuracy', 'score', 'new_figure', 'plot_confusion',
-           'metric_series', 'plot_loss', 'confidences', 'equal_mass_bins', 'reliability_bins', 'plot_reliability',
-           'risk_coverage', 'plot_risk_coverage', 'words', 'count_bins', 'plot_accuracy_by_length', 'Shown',
-           'show_examples', 'ece', 'calibration', 'has_negation', 'overlap', 'slice_names', 'slices', 'consistency',
-           'mcnemar', 'paired_bootstrap', 'holm', 'minimum_detectable_difference', 'hierarchical_interval',
-           'surface_features', 'baseline_labels', 'compare_answers', 'groups_of', 'stated_label', 'grounded_share',
-           'reasoning', 'altered_thoughts', 'probe_thoughts', 'report', 'report_text', 'save_report', 'open_run',
-           'question', 'evaluation_rows', 'evaluation_dir', 'evaluate_cli', 'read_pairs', 'answer_pairs', 'predict_cli']
+           'left_pad', 'SharedStart', 'shared_start', 'generate_batch', 'generate_completions', 'parse_mode',
+           'forced_ids', 'score_labels', 'prompt_hash', 'prediction_row', 'check_predictions', 'read_predictions',
+           'resume_predictions', 'partial_thought', 'majority', 'predict_rows', 'accuracy', 'score', 'new_figure',
+           'plot_confusion', 'metric_series', 'plot_loss', 'confidences', 'equal_mass_bins', 'reliability_bins',
+           'plot_reliability', 'risk_coverage', 'plot_risk_coverage', 'words', 'count_bins', 'plot_accuracy_by_length',
+           'Shown', 'show_examples', 'ece', 'calibration', 'has_negation', 'overlap', 'slice_names', 'slices',
+           'consistency', 'mcnemar', 'paired_bootstrap', 'holm', 'minimum_detectable_difference',
+           'hierarchical_interval', 'surface_features', 'baseline_labels', 'compare_answers', 'groups_of',
+           'stated_label', 'grounded_share', 'reasoning', 'altered_thoughts', 'probe_thoughts', 'report', 'report_text',
+           'save_report', 'open_run', 'question', 'evaluation_rows', 'evaluation_dir', 'evaluate_cli', 'read_pairs',
+           'answer_pairs', 'predict_cli']
 
-# %% ../nbs/06_evaluate.ipynb #96135e2d
-import argparse, bisect, csv, hashlib, html, json, math, os, re, time
+# %% ../nbs/06_evaluate.ipynb #d65ff764
+import argparse, bisect, copy, csv, hashlib, html, json, math, os, re, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -135,13 +137,15 @@ def length_batches(lengths, # prompt lengths in tokens
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i:i+batch_size] for i in range(0, len(order), batch_size)]
 
-# %% ../nbs/06_evaluate.ipynb #1835f235
-def left_pad(prompts:list, pad_id:int, device="cpu"): # lists of token ids; id to fill with; torch device
+# %% ../nbs/06_evaluate.ipynb #7e5f5056
+def left_pad(prompts:list, pad_id:int, device="cpu", # lists of token ids; id to fill with; torch device
+             shared:int=0, # tokens at the start of every prompt that stay where they are: the filling comes behind them
+            ):
     "Token ids and attention mask, both (rows, longest) int64 tensors, prompts flush right."
     import torch
     width = max(map(len, prompts))
-    ids = [[pad_id] * (width-len(p)) + p for p in prompts]
-    mask = [[0] * (width-len(p)) + [1] * len(p) for p in prompts]
+    ids = [p[:shared] + [pad_id] * (width-len(p)) + p[shared:] for p in prompts]
+    mask = [[1] * shared + [0] * (width-len(p)) + [1] * (len(p)-shared) for p in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 # %% ../nbs/06_evaluate.ipynb #c4913037
@@ -159,12 +163,38 @@ def _check_prompts(model, prompts, max_new_tokens):
             raise DataError(f"prompt {i} has {len(p)} tokens: with {max_new_tokens} new ones it exceeds the model's {limit} positions; "
                             "lower max_new_tokens or leave the row out")
 
-# %% ../nbs/06_evaluate.ipynb #a1a1c199
+# %% ../nbs/06_evaluate.ipynb #f34b9c7a
+@dataclass
+class SharedStart:
+    "What all prompts begin with, and its keys and values."
+    length: int # tokens
+    keys: object # a transformers cache of one row
+
+    def cache(self, n:int): # rows -> a cache of its own for each of them
+        cache = copy.deepcopy(self.keys)
+        cache.batch_repeat_interleave(n)
+        return cache
+
+def shared_start(model, prompts:list, # model; lists of token ids
+                 new:int=1, # tokens that may follow a prompt
+                 least:int=8, # tokens; fewer are not worth it
+                ): # SharedStart, or None
+    "The longest common start of several prompts, leaving each a token of its own. None where a sliding window would count the padding."
+    import torch
+    n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts), default=1) - 1)
+    window = getattr(_inner(model).config, "sliding_window", None) or math.inf
+    if len(prompts) < 2 or n < least or window < max(map(len, prompts)) + new: return None
+    with for_inference(model) as inner:
+        ids = torch.tensor([prompts[0][:n]], device=inner.get_input_embeddings().weight.device)
+        return SharedStart(n, inner(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values)
+
+# %% ../nbs/06_evaluate.ipynb #1d1bb06a
 def generate_batch(model, tok, prompts:list, # model; tokenizer; one batch of prompt ids
                    max_new_tokens:int, # token budget of a completion
                    completion:str="cot", # style of the completion, as in the config: what the parser expects
                    seed:int|None=None, # None decodes greedily; a number samples with it
                    temperature:float=0.7, # of sampling
+                   start=None, # from `shared_start`, where all prompts have one
                    ) -> list: # dicts of text, n_tokens, finish, p_entail, in the order of `prompts`
     "Complete one batch. Only completion tokens are decoded; `n_tokens` counts them, EOS included; `finish` is stop or length."
     import torch
@@ -173,11 +203,11 @@ def generate_batch(model, tok, prompts:list, # model; tokenizer; one batch of pr
     eos, pairs, device = _end_ids(model, tok), digit_pairs(tok), _inner(model).get_input_embeddings().weight.device
     sampling = dict(do_sample=True, temperature=temperature, top_p=1., top_k=0) if seed is not None else dict(do_sample=False)
     settings = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=1, use_cache=True, pad_token_id=pad, eos_token_id=eos, **sampling)
-    ids, mask = left_pad(prompts, pad, device)
+    ids, mask = left_pad(prompts, pad, device, start.length if start else 0)
     stop, record = json_stopper(tok, ids.shape[1], len(prompts), set(eos)), digit_recorder(pairs)
     with for_inference(model, settings) as inner, torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
-        out = inner.generate(input_ids=ids, attention_mask=mask, generation_config=settings,
+        out = inner.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **(dict(past_key_values=start.cache(len(prompts))) if start else {}),
                              stopping_criteria=StoppingCriteriaList([stop]), logits_processor=LogitsProcessorList([record]))
         new, digits = out[:, ids.shape[1]:].tolist(), torch.stack(record.steps, 1).cpu().numpy()
     return [_completion(tok, pairs, row[:n], digits[i], n is None, completion) for i, (row, n) in enumerate(zip(new, stop.length))]
@@ -187,7 +217,7 @@ def _completion(tok, pairs, ids, digits, cut, style):
     return dict(text=text, n_tokens=len(ids), finish="length" if cut else "stop",
                 p_entail=entail_probability(tok, pairs, ids, parse_completion(text, style).label, digits))
 
-# %% ../nbs/06_evaluate.ipynb #ed3ce6bc
+# %% ../nbs/06_evaluate.ipynb #09d0f4e5
 def generate_completions(model, tok, prompts:list, # model; tokenizer; lists of prompt ids
                          max_new_tokens:int, # token budget of a completion
                          batch_size:int=16, # prompts at a time
@@ -197,10 +227,10 @@ def generate_completions(model, tok, prompts:list, # model; tokenizer; lists of 
     "Greedy completions in length-sorted batches; model, tokenizer and random state are left as they were."
     from tqdm import tqdm
     _check_prompts(model, prompts, max_new_tokens)
-    done = [None] * len(prompts)
+    done, start = [None] * len(prompts), shared_start(model, prompts, max_new_tokens)
     with tqdm(total=len(prompts), disable=not progress, unit="row") as bar:
         for batch in length_batches([len(p) for p in prompts], batch_size):
-            for i, row in zip(batch, generate_batch(model, tok, [prompts[i] for i in batch], max_new_tokens, completion)): done[i] = row
+            for i, row in zip(batch, generate_batch(model, tok, [prompts[i] for i in batch], max_new_tokens, completion, start=start)): done[i] = row
             bar.update(len(batch))
     return done
 
@@ -225,18 +255,22 @@ def forced_ids(tok, messages:list, # tokenizer; prompt messages
     n = next(i for i, (z, o) in enumerate(zip(zero, one)) if z != o)
     return list(zero[:n]), (zero[n], one[n])
 
-# %% ../nbs/06_evaluate.ipynb #0599bc9e
+# %% ../nbs/06_evaluate.ipynb #36d8da0b
 def score_labels(model, tok, asked:list, # model; tokenizer; pairs as returned by `forced_ids`
                  batch_size:int=16, # rows at a time
+                 start=None, # from `shared_start`; None: made here, where the rows have one
                  ) -> list: # p(label 1) / (p(label 0) + p(label 1)) of each, in order
     "One forward pass a batch, logits of the last position only."
     import torch
     pad, device, done = tok.pad_token_id or 0, _inner(model).get_input_embeddings().weight.device, [None] * len(asked)
+    start = start or shared_start(model, [ids for ids, _ in asked])
+    known = start.length if start else 0
     for batch in length_batches([len(ids) for ids, _ in asked], batch_size):
-        ids, mask = left_pad([asked[i][0] for i in batch], pad, device)
+        ids, mask = left_pad([asked[i][0] for i in batch], pad, device, known)
         with for_inference(model) as inner:
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)     # left padding must not shift positions
-            last = inner(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)     # padding must not shift positions
+            last = inner(input_ids=ids[:, known:], attention_mask=mask, position_ids=positions[:, known:], logits_to_keep=1,
+                         **(dict(past_key_values=start.cache(len(batch))) if start else dict(use_cache=False))).logits[:, -1].float()
             pair = last.gather(1, torch.tensor([asked[i][1] for i in batch], device=device))
             for i, p in zip(batch, (pair[:, 1] - pair[:, 0]).sigmoid().tolist()): done[i] = p
     return [None if p is None or math.isnan(p) else p for p in done]
@@ -314,9 +348,9 @@ def resume_predictions(path, # predictions.jsonl, perhaps unfinished, perhaps ab
             if was != want: raise RecordError(f"{path} was made with another {what} for id {p['id']!r} ({was!r}, now {want!r}); choose another file")
     return {p["id"]: p for p in done}
 
-# %% ../nbs/06_evaluate.ipynb #cbf83a91
-def _answer_cot(model, tok, rows, prompts, cfg, mode):
-    made = generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion)
+# %% ../nbs/06_evaluate.ipynb #91ef2b57
+def _answer_cot(model, tok, rows, prompts, cfg, mode, start):
+    made = generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion, start=start)
     return [prediction_row(r, m, cfg.completion, mode) for r, m in zip(rows, made)]
 
 def partial_thought(text:str, # a completion, perhaps cut off
@@ -326,9 +360,9 @@ def partial_thought(text:str, # a completion, perhaps cut off
     try: return json.loads(f'"{m[1]}"', strict=False) if m else ""
     except ValueError: return ""
 
-def _answer_forced(model, tok, rows, prompts, cfg, mode):
+def _answer_forced(model, tok, rows, prompts, cfg, mode, start):
     nothing = dict(text="", n_tokens=0, finish="stop", p_entail=None)
-    made = generate_batch(model, tok, prompts, cfg.max_new_tokens) if cfg.completion == "cot" else [nothing] * len(rows)
+    made = generate_batch(model, tok, prompts, cfg.max_new_tokens, start=start) if cfg.completion == "cot" else [nothing] * len(rows)
     preds = [prediction_row(r, m, cfg.completion, mode) for r, m in zip(rows, made)]
     asked, at = [], []
     for i, p in enumerate(preds):
@@ -336,7 +370,7 @@ def _answer_forced(model, tok, rows, prompts, cfg, mode):
         try: asked.append(forced_ids(tok, rows[i]["prompt"], thought, cfg.completion))
         except DataError: continue      # the thought spells a control token: no such completion could be trained on, the failure stands
         at.append((i, thought))
-    for (i, thought), p in zip(at, score_labels(model, tok, asked, max(len(asked), 1))):
+    for (i, thought), p in zip(at, score_labels(model, tok, asked, max(len(asked), 1), start)):
         if p is None: continue
         if preds[i]["n_tokens"]: preds[i]["generated_outcome"] = preds[i]["outcome"]
         preds[i].update(outcome="forced", predicted_label=int(p >= .5), p_entail=p, thought_process=thought or None)
@@ -351,11 +385,11 @@ def majority(votes:list, # labels in the order sampled; None for a sample withou
     counts = Counter(valid)             # keeps first-seen order, so a tie goes to the first label
     return counts.most_common(1)[0][0], counts[1] / len(valid)
 
-# %% ../nbs/06_evaluate.ipynb #9b829273
-def _answer_vote(model, tok, rows, prompts, cfg, mode):
+# %% ../nbs/06_evaluate.ipynb #80bb5208
+def _answer_vote(model, tok, rows, prompts, cfg, mode, start):
     k, ids = parse_mode(mode)[1], json.dumps([r["id"] for r in rows])
     seeds = [int(hashlib.sha256(f"{cfg.seed} {n} {ids}".encode()).hexdigest()[:8], 16) for n in range(k)]
-    samples = [generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion, seed=s) for s in seeds]
+    samples = [generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion, seed=s, start=start) for s in seeds]
     return [_vote_row(r, [prediction_row(r, m, cfg.completion, mode) for m in drawn]) for r, drawn in zip(rows, zip(*samples))]
 
 def _vote_row(row, drawn):
@@ -381,7 +415,7 @@ def _write_in_order(path, rows):
     part.write_text("".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows), encoding="utf-8")
     os.replace(part, path)
 
-# %% ../nbs/06_evaluate.ipynb #c80c3642
+# %% ../nbs/06_evaluate.ipynb #9051657a
 _ANSWER = dict(cot=_answer_cot, forced=_answer_forced, vote=_answer_vote)
 
 def predict_rows(model, tok, rows:list, # model; tokenizer; SFT rows
@@ -397,11 +431,12 @@ def predict_rows(model, tok, rows:list, # model; tokenizer; SFT rows
     _check_prompts(model, prompts, cfg.max_new_tokens)
     done = {} if out is None else resume_predictions(out, rows, mode)
     left = [i for i, r in enumerate(rows) if r["id"] not in done]
-    with fast_weights(model, cfg), tqdm(total=len(rows), initial=len(done), disable=not progress, unit="row") as bar:
+    with fast_weights(model, cfg), autocast(cfg), tqdm(total=len(rows), initial=len(done), disable=not progress, unit="row") as bar:
+        start = shared_start(model, [prompts[i] for i in left], cfg.max_new_tokens)
         for batch in length_batches([len(prompts[i]) for i in left], cfg.eval_batch_size):
-            at, start = [left[n] for n in batch], time.perf_counter()
-            with autocast(cfg): made = answer(model, tok, [rows[i] for i in at], [prompts[i] for i in at], cfg, mode)
-            for p in made: p["seconds"] = round((time.perf_counter() - start) / len(at), 4)
+            at, began = [left[n] for n in batch], time.perf_counter()
+            made = answer(model, tok, [rows[i] for i in at], [prompts[i] for i in at], cfg, mode, start)
+            for p in made: p["seconds"] = round((time.perf_counter() - began) / len(at), 4)
             done.update({p["id"]: p for p in made})
             if out is not None: _append(out, made)
             bar.update(len(at))

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'device', 'bf16_in_hardware', 'compute_dtype', 'autocast', 'attention', 'cache_dir', 'embedded_model',
-           'model_source', 'load_tokenizer', 'keep_unpacked', 'load_base', 'add_lora', 'seeded_lora',
-           'load_for_inference', 'save_adapter', 'merged', 'fast_weights', 'merge_adapter']
+           'model_source', 'load_tokenizer', 'sharded', 'load_sharded_adapter', 'find_sharded_adapter', 'keep_unpacked',
+           'keep_freed_memory', 'load_base', 'add_lora', 'seeded_lora', 'load_for_inference', 'save_adapter', 'merged',
+           'fast_weights', 'dequantised_once', 'merge_adapter']
 
-# %% ../nbs/05_model.ipynb #9a838b6c
-import contextlib, importlib.util, json, logging, os, re, shutil, tempfile, warnings
+# %% ../nbs/05_model.ipynb #19922e33
+import contextlib, functools, importlib.util, json, logging, math, os, platform, re, shutil, tempfile, warnings
 from pathlib import Path
 
 import torch
@@ -154,32 +155,72 @@ def load_tokenizer(cfg):
     tok.padding_side = "right"
     return tok
 
+# %% ../nbs/05_model.ipynb #2ef53ff9
+def sharded() -> bool: # whether the model will be sharded over the processes
+    "Whether `accelerate launch` asked these processes for FSDP."
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+def load_sharded_adapter(plugin, accelerator, model, folder, **_):
+    """In place of accelerate's `load_fsdp_model`, which restores an adapter in the first process only: there alone peft sees the names of the
+    weights. FSDP puts each name's whole weight into the shards of all processes."""
+    from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel as FSDP, StateDictType
+    state = torch.load(Path(folder)/"pytorch_model_fsdp.bin", weights_only=True)
+    named = {re.sub(r"\.(lora_\w+?)(\.weight)?$", r".\1.default.weight", k): v for k, v in state.items()}
+    with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(rank0_only=False)): found = model.load_state_dict(named, strict=False)
+    if found.unexpected_keys or not named: raise RecordError(f"{folder} holds no adapter for this model: {(found.unexpected_keys or ['it is empty'])[0]}")
+    accelerator.wait_for_everyone()
+    return found
+
+def find_sharded_adapter():
+    """peft 0.21 looks for the adapter in a gathered state under the names of FSDP's wrappers, which a gathered state does not have: it would
+    find nothing, and save an empty file without a word. This gives it the names without the wrappers, and mends loading as well."""
+    import transformers.trainer
+    from peft.tuners import tuners_utils
+    transformers.trainer.load_fsdp_model = load_sharded_adapter
+    real = tuners_utils._get_tuner_state_dict_key_prefixes
+    if hasattr(real, "__wrapped__"): return
+
+    @functools.wraps(real)
+    def prefixes(*a, **kw): return {p.replace("_fsdp_wrapped_module.", "") for p in real(*a, **kw)}
+    tuners_utils._get_tuner_state_dict_key_prefixes = prefixes
+
 # %% ../nbs/05_model.ipynb #f1224834
 def keep_unpacked(model):
     "Keep 4-bit layers in the layout they were quantised to; changes nothing on a GPU."
     for m in model.modules():
         if type(m).__name__ == "Linear4bit" and hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False
 
-# %% ../nbs/05_model.ipynb #7d7237d3
+# %% ../nbs/05_model.ipynb #ba428ff5
+def keep_freed_memory():
+    "Let glibc keep freed memory for the next allocation (`mallopt`); changes nothing elsewhere."
+    import ctypes
+    if platform.libc_ver()[0] != "glibc": return
+    libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+# %% ../nbs/05_model.ipynb #d20ed0e5
 def load_base(cfg, # Config
               train:bool=True, # prepare it for training (norms in fp32, checkpointing as configured)
              ):
-    "The frozen base: NF4 with double quantisation, or plain weights in the compute dtype with `quantization='none'`."
+    "The frozen base: NF4 with double quantisation, or plain weights in the compute dtype with `quantization='none'`; see `sharded` for FSDP."
     # an optional CPU kernel of bitsandbytes that is not used here (see `keep_unpacked`); its absence is no news
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     dev, nf4 = device(cfg), cfg.quantization == "nf4"
-    dtype = compute_dtype(cfg, dev)
+    if dev.type == "cpu": keep_freed_memory()
+    dtype, flat = compute_dtype(cfg, dev), train and sharded()
+    if flat: find_sharded_adapter()
     quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                               bnb_4bit_compute_dtype=dtype) if nf4 else None
+                               bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype if flat else torch.uint8) if nf4 else None
     model = AutoModelForCausalLM.from_pretrained(
         model_source(cfg), revision=cfg.model_revision, quantization_config=quant, dtype=dtype, device_map={"": dev},
         attn_implementation=attention(cfg, dev), use_safetensors=True, trust_remote_code=False)
     model.config.use_cache = not train
     keep_unpacked(model)
     if not train: return model.eval()
-    if nf4:
+    if nf4 and not flat:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns about any input dtype but fp16
             return prepare_model_for_kbit_training(model, use_gradient_checkpointing=cfg.gradient_checkpointing,
@@ -211,7 +252,7 @@ def seeded_lora(model, cfg):
     set_seed(cfg.seed)
     return add_lora(model, cfg)
 
-# %% ../nbs/05_model.ipynb #ba0158dc
+# %% ../nbs/05_model.ipynb #03d7823b
 def load_for_inference(cfg, # Config of the run
                        adapter_dir=None, # folder with adapter_model.safetensors; None for the untuned base
                       ):
@@ -235,10 +276,16 @@ def save_adapter(model, # a PeftModel
                  tok, # its tokenizer
                  cfg, # Config of the run
                  out, # folder, made when missing
+                 state:dict|None=None, # the weights where FSDP has sharded them, gathered
                 ) -> Path: # the folder
-    "Save the adapter (safetensors), its tokenizer, and a note of the base it belongs to."
+    "Save the adapter (safetensors), its tokenizer, and a note of the base it belongs to; raises `RecordError` where weights are missing in the file."
+    from safetensors import safe_open
     out = Path(out)
-    model.save_pretrained(out, safe_serialization=True)
+    model.save_pretrained(out, safe_serialization=True, state_dict=state)
+    short = lambda k: k.replace(".default", "").removesuffix(".weight")
+    with safe_open(out/"adapter_model.safetensors", "pt") as f: saved = {short(k) for k in f.keys()}
+    if lost := {short(k) for k in (state or model.state_dict()) if ".lora_" in k} - saved:
+        raise RecordError(f"{out/'adapter_model.safetensors'} was saved without {len(lost)} of its matrices, among them {min(lost)}")
     tok.save_pretrained(out)
     # peft records the folder it was loaded from, which for an embedded model is a path of this machine
     conf = json.loads((out/"adapter_config.json").read_text())
@@ -248,7 +295,7 @@ def save_adapter(model, # a PeftModel
     if (out/"README.md").exists(): (out/"README.md").unlink()  # peft's empty template of a model card, with that path in it
     return out
 
-# %% ../nbs/05_model.ipynb #fb2b3bac
+# %% ../nbs/05_model.ipynb #debadc28
 def _plain_weight(m):
     "The weight a linear layer (NF4 or plain, with or without LoRA) applies, as one fp32 matrix."
     base = getattr(m, "base_layer", m)
@@ -271,25 +318,56 @@ def _linear_layers(model):
         yield name, m
 
 @contextlib.contextmanager
+def _forwards(pairs):
+    "Context in which modules have other forwards; `pairs` of (module, function)."
+    swapped, absent = [], object()
+    try:
+        for m, f in pairs:
+            swapped.append((m, m.__dict__.get("forward", absent)))
+            m.forward = f
+        yield
+    finally:
+        for m, old in reversed(swapped):
+            if old is absent: del m.forward
+            else: m.forward = old
+
+def _linear(w, b):
+    "A linear layer's forward with these weights, in and out in the input's dtype as bitsandbytes does it."
+    b = b if b is None else b.to(w.dtype)
+    return lambda x, *_, **__: torch.nn.functional.linear(x.to(w.dtype), w, b).to(x.dtype)
+
+def _head(head, dtype):
+    """The output head with its weights cast once instead of at every call, its input as a matrix: for a slice of a three-dimensional one
+    (`logits_to_keep`) torch copies the weights once a row of the batch."""
+    w, b = head.weight.detach().to(dtype), head.bias if head.bias is None else head.bias.detach().to(dtype)
+    return lambda x: torch.nn.functional.linear(x.reshape(-1, x.shape[-1]).to(dtype), w, b).reshape(*x.shape[:-1], -1)
+
+@contextlib.contextmanager
 def merged(model, # a base or PeftModel
            dtype, # torch.dtype of the temporary weights
           ):
     "Context in which every linear layer applies one plain matrix; DoRA layers, whose merge is not a sum, are left as they are."
     from peft.tuners.lora import LoraLayer
-    swapped = []
-    for _, m in _linear_layers(model):
-        if isinstance(m, LoraLayer) and any(m.use_dora.values()): continue
-        w, b = _plain_weight(m)
-        w = w.to(dtype)
-        m.forward = lambda x, *_, w=w, b=b, **__: torch.nn.functional.linear(x.to(w.dtype), w, b if b is None else b.to(w.dtype)).to(x.dtype)
-        swapped.append(m)
-    try: yield model
-    finally:
-        for m in swapped: del m.forward
+    layers = [(m, _linear((w := _plain_weight(m))[0].to(dtype), w[1])) for _, m in _linear_layers(model) if not (isinstance(m, LoraLayer) and any(m.use_dora.values()))]
+    head = model.get_output_embeddings()
+    if type(head) is torch.nn.Linear: layers.append((head, _head(head, dtype)))
+    with _forwards(layers): yield model
 
 def fast_weights(model, cfg): # a context
     "`merged` on a CPU. On a GPU plain weights may not fit beside a run, and the 4-bit kernels are fast anyway."
     return merged(model, compute_dtype(cfg)) if device(cfg).type == "cpu" else contextlib.nullcontext()
+
+# %% ../nbs/05_model.ipynb #3e43e307
+def _is_4bit(m): return type(m).__name__ == "Linear4bit" and not hasattr(m, "base_layer")  # peft calls its wrapper by the same name
+
+@contextlib.contextmanager
+def dequantised_once(model): # a base or PeftModel
+    "Context in which the 4-bit layers of a model on a CPU apply weights that were dequantised once, if they take at most a quarter of the free memory."
+    import psutil
+    layers = [m for m in model.modules() if _is_4bit(m) and m.weight.device.type == "cpu"]
+    size = sum(math.prod(m.weight.quant_state.shape)*m.weight.quant_state.dtype.itemsize for m in layers)
+    if size > psutil.virtual_memory().available/4: layers = []
+    with _forwards([(m, _linear(_plain_weight(m)[0].to(m.weight.quant_state.dtype), m.bias)) for m in layers]): yield model
 
 # %% ../nbs/05_model.ipynb #639f2981
 def merge_adapter(cfg, # Config of the run

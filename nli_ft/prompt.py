@@ -48,30 +48,38 @@ def prompt_form(tok, # a tokenizer
     raise DataError(f"{type(tok).__name__} has no chat template and no [INST] control tokens, so there is no agreed way to "
                     "write a prompt for it. Use an instruct model, a Mistral v3 base, or save the tokenizer with a chat_template.")
 
-# %% ../nbs/03_prompt.ipynb #a95c471e
+# %% ../nbs/03_prompt.ipynb #19234de7
 @lru_cache(maxsize=8)
 def _control_re(tok):
     "A regular expression that finds any special token of `tok` spelled out in text."
     names = {str(t) for t in tok.all_special_tokens} | {t.content for t in tok.added_tokens_decoder.values() if t.special}
     return re.compile("|".join(re.escape(n) for n in sorted(names, key=len, reverse=True)))
 
+def _whole(text):
+    "`text` with U+FFFD for each half of a surrogate pair that stands alone: JSON can spell one, and neither a file nor a tokenizer can hold it."
+    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
 def refuse_control_tokens(tok, # the tokenizer whose control tokens count
                           text:str, # any text of a row
                          ) -> str: # the same text
-    "Return `text`, or raise `DataError` if it spells out a control token of `tok`."
+    "Return `text`, or raise `DataError` if it spells out a control token of `tok`, or holds half a surrogate pair."
+    if text != _whole(text): raise DataError("the text holds half a surrogate pair (such as \\ud83d without its second half), which is no character; remove it")
     if m := _control_re(tok).search(text):
         raise DataError(f"the text spells the control token {m[0]!r}, which would end or restart a turn inside the row; "
                         "remove it or write it differently")
     return text
 
-# %% ../nbs/03_prompt.ipynb #0d8dfff3
+# %% ../nbs/03_prompt.ipynb #c33c0e14
 def encode_prompt(tok, # a tokenizer
                   messages:list, # [{role, content}, …] ending with the user's turn
                  ) -> list: # token ids, one BOS at most, ready to be continued by the completion
     "Token ids of a prompt: the same list in training, preflight, evaluation and prediction."
-    for m in messages: refuse_control_tokens(tok, m["content"])
+    if not (isinstance(messages, list) and messages and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)):
+        raise DataError("a prompt is a list of {role, content} messages")
+    for m in messages: refuse_control_tokens(tok, m["role"]), refuse_control_tokens(tok, m["content"])  # templates write the role out, too
     if prompt_form(tok) == "chat_template":
-        return list(tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+        try: return list(tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+        except Exception as e: raise DataError(f"the chat template of {type(tok).__name__} refuses turns of {[m['role'] for m in messages]}: {e}") from e
     system = [m["content"] for m in messages if m["role"] == "system"]
     user = [m["content"] for m in messages if m["role"] == "user"]
     if len(user) != 1 or len(system) + 1 != len(messages):
@@ -124,14 +132,16 @@ class Encoded:
 
     def __len__(self): return len(self.input_ids)
 
-# %% ../nbs/03_prompt.ipynb #06c185a4
+# %% ../nbs/03_prompt.ipynb #faf9decf
 def encode_row(tok, # a tokenizer with offsets (a "fast" one)
                row:dict, # an SFT row: `prompt`, `thought_process`, `label`
                completion:str="cot", # "cot", "label_only" or "label_first"
                train_on_prompt:bool=False, # loss on the prompt as well
               ) -> Encoded: # ids, labels and kinds
     "Token ids and completion-only loss mask of a row; the boundary is exact because the two sides are tokenised apart."
-    text = refuse_control_tokens(tok, render_completion(row["thought_process"], row["label"], completion))
+    thought = row.get("thought_process")
+    if completion != "label_only" and not isinstance(thought, str): raise DataError("the row has no thought_process; give it one, or choose completion=label_only")
+    text = refuse_control_tokens(tok, render_completion(thought, row["label"], completion))
     prompt = encode_prompt(tok, row["prompt"])
     enc = tok(text, add_special_tokens=False, return_offsets_mapping=True)
     at = _LABEL_RE.search(text).start(1)  # inside a thought the quotes are escaped, so only the real key matches
@@ -211,7 +221,11 @@ def _decode(text):
     try: return json.loads(text, object_pairs_hook=_pairs), ()
     except json.JSONDecodeError: return json.loads(text, object_pairs_hook=_pairs, strict=False), ("line breaks inside a string",)
 
-# %% ../nbs/03_prompt.ipynb #fa874b89
+# %% ../nbs/03_prompt.ipynb #11319866
+def _written_labels(text):
+    "Digits that stand literally in the place of a label: `-0` and `\"\\u0031\"` are a 0 and a 1 to a JSON reader only."
+    return {m[2] for m in re.finditer(r'"predicted_label"\s*:\s*("?)([01])\1\s*[,}]', text)}
+
 def parse_completion(text:str, # what the model wrote after the prompt
                      completion:str="cot", # the style asked for; "label_only" needs no thought
                     ) -> Parsed: # label, thought, outcome, repairs
@@ -226,11 +240,13 @@ def parse_completion(text:str, # what the model wrote after the prompt
         label, thought = obj.get("predicted_label"), obj.get("thought_process")
         if label in ("0", "1"): label, repairs = int(label), repairs + ("label given as text",)
         needed = {"predicted_label"} if completion == "label_only" else {"predicted_label", "thought_process"}
-        if extra := sorted(set(obj) - needed): repairs += (f"extra keys: {', '.join(map(str, extra))}",)
+        if extra := sorted(set(obj) - needed): repairs += (f"extra keys: {_whole(', '.join(extra))}",)
         # bool is an int in Python and 1.0 == 1: neither is the digit that was asked for
-        if type(label) is not int or label not in (0, 1): return Parsed(None, None, "wrong_schema")
+        if type(label) is not int or label not in (0, 1) or str(label) not in _written_labels(text[start:end]): return Parsed(None, None, "wrong_schema")
         if "thought_process" in needed and not (isinstance(thought, str) and thought.strip()): return Parsed(None, None, "wrong_schema")
-        return Parsed(label, thought if isinstance(thought, str) else None, "repaired" if repairs else "strict", repairs)
+        if not isinstance(thought, str): thought = None
+        elif thought != _whole(thought): thought, repairs = _whole(thought), repairs + ("half a surrogate pair",)
+        return Parsed(label, thought, "repaired" if repairs else "strict", repairs)
     return Parsed(None, None, "wrong_schema")
 
 # %% ../nbs/03_prompt.ipynb #ea753b87

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['redact', 'new_run_dir', 'environment', 'overrides_text', 'run_command', 'start_run', 'append_metrics', 'read_metrics',
            'finish_run', 'Interrupted', 'TrainingStopped', 'close_failed', 'watch_cells', 'Run', 'read_run',
-           'list_runs', 'check_parameters', 'RunFailed', 'run_notebook', 'run_cli', 'show_runs', 'runs_cli',
-           'load_compared', 'differing', 'paired', 'verdict', 'compare_runs', 'compare_configs', 'run_table',
-           'config_table', 'remarks', 'markdown', 'plot_differences', 'plot_losses', 'newest', 'comparable',
-           'full_comparison', 'compare_cli', 'model_card']
+           'list_runs', 'check_parameters', 'RunFailed', 'run_notebook', 'engine_args', 'run_as_job', 'run_cli',
+           'show_runs', 'runs_cli', 'load_compared', 'differing', 'paired', 'verdict', 'compare_runs',
+           'compare_configs', 'run_table', 'config_table', 'remarks', 'markdown', 'plot_differences', 'plot_losses',
+           'newest', 'comparable', 'full_comparison', 'compare_cli', 'model_card']
 
-# %% ../nbs/07_records.ipynb #f716b7dc
-import argparse,csv,hashlib,importlib.metadata,io,json,math,os,platform,re,secrets,shlex,signal,subprocess,sys,threading
+# %% ../nbs/07_records.ipynb #516039ae
+import argparse,ast,csv,hashlib,importlib.metadata,io,json,math,os,platform,re,secrets,shlex,signal,subprocess,sys,threading
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass,field,fields
 from datetime import datetime,timezone
 from pathlib import Path
 
-from .config_loader import (Config,ModelKeys,NliError,RecordError,add_config_args,command,config_from_args,config_from_json,config_hash,
+from .config_loader import (Config,ConfigError,ModelKeys,NliError,RecordError,add_config_args,command,config_from_args,config_from_json,config_hash,
                                   load_config,one_factor,print_config,project_root)
 from .data import PROMPTS,atomic_writer,data_hash,read_rows,records as file_records,template_of
 
@@ -278,13 +278,14 @@ def close_failed(run_dir, # a run's folder
     try: finish_run(run_dir, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=why, **summary)
     except (OSError,NliError) as e: print(f"warning: the record {run_dir} could not be closed ({e}); it still says running", file=sys.stderr)
 
-# %% ../nbs/07_records.ipynb #f0604311
+# %% ../nbs/07_records.ipynb #294b090b
 def watch_cells(run_dir # a run's folder
                ):
-    "Mark the record as failed when a cell of this kernel raises from now on; does nothing outside IPython."
+    "Mark the record as failed when a cell of this kernel raises from now on; does nothing outside IPython. SIGUSR2, which a scheduler may send to all processes of a job, is the launcher's to answer."
     import builtins
     shell = getattr(builtins, "get_ipython", lambda: None)()
     if shell is None: return
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     def watch(result):
         error = result.error_before_exec or result.error_in_exec
         if error is None: return
@@ -375,10 +376,10 @@ def _kernel_manager(made:list):
             made.append(self)
     return ThisPython
 
-# %% ../nbs/07_records.ipynb #7d57bfb5
+# %% ../nbs/07_records.ipynb #dfa5f719
 @contextmanager
 def _kernel_guard(made):
-    "While a notebook runs: the first SIGINT or SIGTERM interrupts the kernel, the second ends it; no process of it is left behind."
+    "While a notebook runs: the first SIGINT, SIGTERM or SIGUSR2 interrupts the kernel, the second ends it; no process of it is left behind."
     def group(): return getattr(made[-1].provisioner, "pgid", None) if made else None
     asked = []
     def on_signal(signum, frame):
@@ -387,7 +388,7 @@ def _kernel_guard(made):
         print("\nstopping after this step; again to stop at once", file=sys.stderr, flush=True)
         os.killpg(group(), signal.SIGINT)
     main = threading.current_thread() is threading.main_thread()   # only there may handlers be set
-    old = {s:signal.signal(s, on_signal) for s in (signal.SIGINT,signal.SIGTERM)} if main else {}
+    old = {s:signal.signal(s, on_signal) for s in (signal.SIGINT,signal.SIGTERM,signal.SIGUSR2)} if main else {}
     try: yield
     finally:
         try:
@@ -497,25 +498,97 @@ def _run_all(cfgs):
             if e.exit_code==130: break
     return done, next(c for c in (130,1,2,0) if c in codes)
 
-# %% ../nbs/07_records.ipynb #3ffb5e0e
+# %% ../nbs/07_records.ipynb #c7ddc2d3
+def engine_args(text:str|None # e.g. "slurm_partition=gpu timeout_min=240 gpus_per_node=1"
+               ) -> dict: # name -> number, list or text
+    "Read `--engine_args`. Raises `ConfigError`."
+    try: words = shlex.split(text or "")
+    except ValueError as e: raise ConfigError(f"--engine_args {text}: {e}. Close the quote.") from e
+    def value(v):
+        try: return ast.literal_eval(v)
+        except (ValueError,SyntaxError): return v
+    pairs = [w.partition("=") for w in words]
+    if wrong := [k+eq for k,eq,v in pairs if not (k and v)]: raise ConfigError(f"--engine_args: expected name=value, not {wrong[0]!r}, as in \"slurm_partition=gpu timeout_min=240\"")
+    return {k:value(v) for k,_,v in pairs}
+
+# %% ../nbs/07_records.ipynb #88ea6b0b
+def _executor(args:dict, folder):
+    "A submitit executor, whose own files go to `folder`. Raises `ConfigError` for what it cannot be told."
+    try: import submitit
+    except ImportError as e: raise ConfigError("--engine submitit needs the package submitit: `pip install -e .[slurm]` in the project's folder") from e
+    args = {"cluster":"slurm","name":"nli_ft"}|args
+    if not {"timeout_min","slurm_time"}&set(args): raise ConfigError("--engine_args: timeout_min is missing, the minutes after which a job is ended; submitit's own value is five")
+    if args.get("nodes",1)!=1 or args.get("tasks_per_node",1)!=1:
+        raise ConfigError("--engine_args: a job is one task on one node, because each task would be the whole run (distributed_training starts its own processes there). "
+                          "For several nodes: sbatch --nodes 2 scripts/slurm.sh")
+    cluster = args.pop("cluster")
+    try:
+        executor = submitit.AutoExecutor(folder, cluster=cluster)
+        executor.update_parameters(**args)
+    except (AssertionError,NameError,RuntimeError,TypeError,ValueError) as e:
+        here = " cluster=local makes the jobs processes of this machine." if cluster=="slurm" and "srun" in str(e) else ""
+        raise ConfigError(f"--engine_args: {str(e).strip().splitlines()[0].rstrip('.?')}.{here}") from e
+    return executor
+
+# %% ../nbs/07_records.ipynb #14f1b48b
+def run_as_job(spec, overrides, root):
+    "What a job does: `(record or None, exit code, message)`. Exceptions of ours would not come back as themselves."
+    os.chdir(root)   # what the submitting process wrote relative to the project
+    try: return str(run_notebook(spec, overrides)),0,""
+    except RunFailed as e: return str(e.run_dir),e.exit_code,str(e)
+    except NliError as e: return None,e.exit_code,str(e)
+
+# %% ../nbs/07_records.ipynb #37ead17f
+def _job_outcome(job):
+    "`(record or None, exit code, message)` of a job, which may have been ended from outside."
+    try: return job.result()
+    except Exception as e:   # several classes of submitit, and whatever unpickling raises
+        why = [o for o in str(e).splitlines() if o.strip()]
+        return None,1,f"job {job.job_id} ended without a result ({job.state}; {why[-1].strip() if why else type(e).__name__}). Its log: {os.path.relpath(job.paths.stderr)}"
+
+def _submit_all(cfgs, executor):
+    "Submit a job for each run, all at once, and wait; `(records or messages, exit code)` as `_run_all`."
+    from nli_ft.records import run_as_job   # not of __main__, which a job does not have
+    try:
+        with executor.batch(): jobs = [executor.submit(run_as_job, _spec(c), overrides_text(c), str(c.root)) for c in cfgs]
+    except Exception as e: raise ConfigError(f"the cluster refused the jobs: {str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__}. Correct --engine_args") from e
+    for i,(c,j) in enumerate(zip(cfgs, jobs)): print(f"[{i+1}/{len(cfgs)}] job {j.job_id}: {run_command(c)}", flush=True)
+    done,codes = [],{0}
+    try:
+        for c,j in zip(cfgs, jobs):
+            run,code,why = _job_outcome(j)
+            if code: print(f"error: {why}", file=sys.stderr, flush=True)
+            done.append(Path(run) if run else f"{c.name} seed {c.seed}   failed   {why}"); codes.add(code)
+    except KeyboardInterrupt:
+        print(f"no longer waiting; the jobs go on: {' '.join(j.job_id for j in jobs)}. `nli_runs` lists their records, `scancel` ends them", file=sys.stderr)
+        raise
+    return done, next(c for c in (130,1,2,0) if c in codes)
+
+# %% ../nbs/07_records.ipynb #d0863679
 @command
 def run_cli(argv=None) -> int:
     "Run train.ipynb for each config and seed, each into a record of its own."
-    p = argparse.ArgumentParser(prog="nli_run", description=run_cli.__doc__, usage="nli_run --config C [C2 …] [--seeds 1,2,3] [--key value …] [--dry_run]",
-                                epilog="example: nli_run --config ablation1 ablation2 --seeds 1,2,3")
+    p = argparse.ArgumentParser(prog="nli_run", description=run_cli.__doc__, usage="nli_run --config C [C2 …] [--seeds 1,2,3] [--key value …] [--engine submitit] [--dry_run]",
+                                formatter_class=argparse.RawDescriptionHelpFormatter, epilog="examples:\n  nli_run --config ablation1 ablation2 --seeds 1,2,3\n"
+                                "  nli_run --config ablation2 --seeds 1,2,3 --engine submitit --engine_args \"slurm_partition=gpu timeout_min=240 gpus_per_node=1\"")
     add_config_args(p, config=False)
     p.add_argument("--config", nargs="+", default=["default"], metavar="NAME|PATH", help="configs to run, one after another")
     p.add_argument("--seeds", metavar="1,2,3", help="run each config once per seed")
+    p.add_argument("--engine", choices=["local","submitit"], default="local", help="local: one after another, here; submitit: each run a job, at once (SLURM)")
+    p.add_argument("--engine_args", metavar="'K=V …'", help="for submitit, in its words: timeout_min (needed), slurm_partition, gpus_per_node, mem_gb, cpus_per_task, slurm_setup …; "
+                   "cluster=local makes the jobs processes of this machine")
     p.add_argument("--dry_run", action="store_true", help="print the commands and stop")
     ns = p.parse_args(argv)
     cfgs = _planned(ns)
     check_parameters(project_root()/"nbs/train.ipynb")
+    if ns.engine_args and ns.engine=="local": raise ConfigError("--engine_args are for --engine submitit; give both or neither")
+    executor = _executor(engine_args(ns.engine_args), cfgs[0].path("runs_dir")/".jobs") if ns.engine=="submitit" and not ns.dry_run else None
     if ns.dry_run:
         for c in cfgs: print(shlex.join(["papermill","nbs/train.ipynb",f"{c.runs_dir}/{c.name}/<run_id>/train.ipynb","-p","config",_spec(c),
                                          "-p","overrides",overrides_text(c)]))
         return 0
-    runs,code = _run_all(cfgs)
-    print("\n"+"\n".join(map(_result_line, runs)))
+    runs,code = _submit_all(cfgs, executor) if executor else _run_all(cfgs)
+    print("\n"+"\n".join(r if isinstance(r, str) else _result_line(r) for r in runs))
     return code
 
 # %% ../nbs/07_records.ipynb #dddb2cda

@@ -326,6 +326,7 @@ CONTRADICTIONS = [
     ("num_processes=2", ["distributed_training = False (default.py line", "Set distributed_training to true"]),
     ("distributed_training=true gpu_id=0", ["gpu_id = 0", "Set gpu_id to none"]),
     ("wandb_run_id=abc", ["wandb_run_id = 'abc'", "Set use_wandb to true"]),
+    ("report_to=tensorboard,wandb", ["report_to = 'tensorboard,wandb'", "Set use_wandb to true"]),
     ("lr_scheduler=constant", ["warmup_ratio = 0.03", "constant_with_warmup"]),
 ]
 
@@ -412,7 +413,7 @@ def test_a_config_cannot_be_changed_after_the_check_and_travels_between_processe
 
 def test_the_hash_counts_what_changes_the_result_and_nothing_else():
     c = load_config("ablation2")
-    other = dict(gpu_id=3, use_wandb=True, wandb_project="x", wandb_run_name="y", output_dir="o", runs_dir="r", logging_steps=3, resume_from_checkpoint="latest", save_total_limit=5, eval_before=False, eval_batch_size=3, allow_changed=True)
+    other = dict(gpu_id=3, use_wandb=True, wandb_project="x", wandb_run_name="y", output_dir="o", runs_dir="r", logging_steps=3, resume_from_checkpoint="latest", save_total_limit=5, eval_before=False, eval_batch_size=3, allow_changed=True, report_to="tensorboard")
     assert config_hash(c.replace(**other, wandb_run_id="z")) == config_hash(c)
     assert set(other) | {"wandb_run_id"} == {k for k,f in KEYS.items() if not f.metadata["result"]}
     seen = {config_hash(c)}

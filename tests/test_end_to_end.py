@@ -34,6 +34,17 @@ def test_papermill_without_a_gpu_stops_at_once_and_says_what_the_config_needs(tm
     assert not (tmp_path/"runs").exists(), "nothing was started, so there is no record"
     assert "output_type: error" in r.all or "ConfigError" in (tmp_path/"mine.ipynb").read_text()
 
+def assert_reads_well(path):
+    "An executed train.ipynb is for people: every plot drawn, no widgets that need a kernel, no loading bars line by line, small enough to look at anywhere."
+    nb = nbformat.read(path, 4)
+    outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
+    assert "widgets" not in nb.metadata and not any("widget" in mime for o in outputs for mime in o.get("data", {}))
+    plots = [o.data for o in outputs if o.get("data", {}).get("text/plain", "").startswith("<Figure")]
+    assert len(plots) == 5 and all("image/png" in p for p in plots), [list(p) for p in plots]
+    said = "".join(o.text for o in outputs if o.output_type == "stream")
+    assert "IProgress" not in said and "Loading weights" not in said
+    assert path.stat().st_size < 500_000
+
 @pytest.mark.parametrize("cwd, notebook", [(root, "nbs/train.ipynb"), (root/"nbs", "train.ipynb")], ids=["from the root", "from nbs"])
 def test_plain_papermill_trains_and_leaves_a_whole_record(tmp_path, cwd, notebook):
     r = run(papermill, notebook, tmp_path/"mine.ipynb", "-p", "config", "minimal_test", "-p", "overrides",
@@ -46,8 +57,8 @@ def test_plain_papermill_trains_and_leaves_a_whole_record(tmp_path, cwd, noteboo
     assert resolved["config"]["learning_rate"] == 1e-4 and resolved["changed_from_default"]["learning_rate"]["from"]
     metrics = [json.loads(l) for l in (record/"metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == [1, 2] and all("loss_thought" in m and "loss_label" in m for m in metrics if "loss" in m)
-    nb = nbformat.read(tmp_path/"mine.ipynb", 4)
-    assert any(o.get("data", {}).get("image/png") for c in nb.cells if c.cell_type == "code" for o in c.outputs), "plots are in the executed notebook"
+    assert "Unable to parse" not in r.all and "unknown parameter" not in r.all, "papermill could not read the parameters cell"
+    assert_reads_well(tmp_path/"mine.ipynb")
 
 def test_a_cell_that_fails_under_plain_papermill_marks_the_record_as_failed(tmp_path):
     nb = nbformat.read(root/"nbs"/"train.ipynb", 4)

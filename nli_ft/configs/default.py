@@ -68,6 +68,7 @@ use_wandb = False                             # the local record is the truth; W
 wandb_project = "nli_ft"
 wandb_run_name = None
 wandb_run_id = None
+report_to = None                              # one copy is enough; each tracker is another package and another failure
 device = "auto"                               # a 7B model on a CPU by mistake would look like a hang
 gpu_id = None                                 # the first visible one
 distributed_training = False
