@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'SHAPES', 'JOBS', 'TOLERANCE', 'ANSWERERS', 'SAME_LABELS', 'EXPECTED', 'same_mathematics', 'step_order',
            'padded_tokens', 'bench_config', 'variant_config', 'shapes_model', 'with_weights', 'peak_memory',
-           'reset_peak', 'make_clock', 'matmul_rate', 'needed_flops', 'executed_flops', 'build_trainer', 'load_model',
-           'positions', 'train_once', 'child_main', 'child_command', 'run_child', 'cause_of_death', 'text_table',
-           'loss_differences', 'summarise_train', 'train_text', 'alternating', 'run_all', 'plan', 'bench_train',
-           'plain_answers', 'our_answers', 'random_adapter', 'generate_once', 'summarise_generate', 'generate_text',
-           'bench_generate', 'exponent', 'random_rows', 'bench_growth', 'growth_text', 'bench_cli']
+           'reset_peak', 'make_clock', 'matmul_rate', 'needed_flops', 'executed_flops', 'build_trainer', 'without_ours',
+           'load_model', 'positions', 'train_once', 'child_main', 'child_command', 'run_child', 'cause_of_death',
+           'text_table', 'loss_differences', 'summarise_train', 'train_text', 'alternating', 'run_all', 'plan',
+           'bench_train', 'plain_answers', 'our_answers', 'random_adapter', 'generate_once', 'summarise_generate',
+           'generate_text', 'bench_generate', 'exponent', 'random_rows', 'bench_growth', 'growth_text', 'bench_cli']
 
-# %% ../nbs/09_bench.ipynb #d3ba7547
-import argparse, json, math, os, platform, signal, statistics, subprocess, sys, tempfile, time
+# %% ../nbs/09_bench.ipynb #11725880
+import argparse, contextlib, json, math, os, platform, signal, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -24,10 +25,10 @@ from .prompt import LABEL, PROMPT, THOUGHT, Encoded, encode_prompt, parse_comple
 from .train_sft import (check_ready, choose_gpu, embedded_data, estimate_memory, linear_shapes, make_trainer_class, prepare,
                               resolved_optim, to_dataset, training_args)
 
-# %% ../nbs/09_bench.ipynb #434c7e99
+# %% ../nbs/09_bench.ipynb #6bbca9ef
 _PLAIN = dict(trl=True, micro_batches=False, by_length=False, checkpointing=True, padding_free=False, head_everywhere=False, fp32_adapter=True,
-              prepared=True)
-_OURS = _PLAIN | dict(trl=False, micro_batches=True, by_length=True, checkpointing=False)
+              prepared=True, keep_freed_memory=False, dequantised_once=False)
+_OURS = _PLAIN | dict(trl=False, micro_batches=True, by_length=True, checkpointing=False, keep_freed_memory=True, dequantised_once=True)
 
 VARIANTS = { # name -> options; every name but the first of its kind changes one of them
     "plain": _PLAIN,                                                    # trl.SFTTrainer
@@ -42,6 +43,8 @@ VARIANTS = { # name -> options; every name but the first of its kind changes one
     "ours-file-order": _OURS | dict(by_length=False),                   # micro-batches not sorted by length
     "ours-head-everywhere": _OURS | dict(head_everywhere=True),         # logits at every position, prompt and padding too
     "ours-padding-free": _OURS | dict(padding_free=True),
+    "ours-returning-memory": _OURS | dict(keep_freed_memory=False),     # the next two make a difference on a CPU only
+    "ours-dequantising-each-time": _OURS | dict(dequantised_once=False),
 }
 
 def same_mathematics(name:str # a variant
@@ -192,7 +195,7 @@ def executed_flops(facts:dict, padded:int, scored:int, # tokens with padding; po
     "What was computed, by the same convention."
     return (6 if checkpointing else 4)*facts["linear"]*padded + 6*facts["head"]*scored
 
-# %% ../nbs/09_bench.ipynb #a4b0730c
+# %% ../nbs/09_bench.ipynb #08f7b3d4
 def _plain_trainer(cfg, model, tok, encs, options, out, steps):
     "TRL's trainer as a user writes it, its adapter put back to fp32 unless the variant says otherwise."
     import torch
@@ -255,6 +258,17 @@ def build_trainer(cfg:Config, # from `variant_config`
     trainer.remove_callback(PrinterCallback)
     return trainer
 
+@contextlib.contextmanager
+def without_ours(name:str # a variant or an answerer
+                ):
+    "Context in which the model is loaded and trained without those of this package's CPU habits that the contestant does not have."
+    from nli_ft import model
+    options = VARIANTS.get(name, _PLAIN if name.startswith("plain") else _OURS)
+    with contextlib.ExitStack() as undo:
+        if not options["keep_freed_memory"]: undo.enter_context(mock.patch.object(model, "keep_freed_memory", lambda: None))
+        if not options["dequantised_once"]: undo.enter_context(mock.patch.object(model, "dequantised_once", contextlib.nullcontext))
+        yield
+
 def load_model(cfg:Config, name:str="ours"): # from `variant_config`; a variant -> a PeftModel
     "The base and the seeded adapter that every contestant starts from."
     from nli_ft.model import load_base, seeded_lora
@@ -262,7 +276,7 @@ def load_model(cfg:Config, name:str="ours"): # from `variant_config`; a variant 
     base.config.use_cache = False
     return seeded_lora(base, cfg)
 
-# %% ../nbs/09_bench.ipynb #28d3a4be
+# %% ../nbs/09_bench.ipynb #98538dce
 def positions(cfg:Config, name:str, # from `variant_config`; a variant
               encs:list, # `Encoded` rows of one step, in order
               triton:bool, # whether TRL's kernel for Triton runs: then TRL, too, scores the trained positions only
@@ -288,7 +302,7 @@ def train_once(cfg:Config, # from `bench_config`
     dev, prep = device(cfg), prepare(cfg)
     order = step_order([len(e) for e in prep.train], steps, rows_per_step, VARIANTS[name]["by_length"])
     _quiet()
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as out, without_ours(name):
         model = load_model(cfg, name)
         loaded = peak_memory(dev)
         trainer = build_trainer(cfg, name, model, prep.tok, [prep.train[i] for step in order for i in step], out, steps)
@@ -520,18 +534,22 @@ def bench_train(cfg:Config, # from `bench_config`
                     micro_batch=micro_batch, pairs=pairs, seed=cfg.seed, config=json.loads(print_config(cfg)))
     return dict(bench="train", settings=settings, facts=facts, runs=runs, summary=summarise_train(facts, runs))
 
-# %% ../nbs/09_bench.ipynb #2330d5e0
-ANSWERERS = ("plain", "plain-exact", "ours", "label-only")
+# %% ../nbs/09_bench.ipynb #bcbe0ce6
+ANSWERERS = ("plain-to-limit", "plain", "plain-exact", "ours", "label-only")
 
-def plain_answers(model, tok, rows:list, cfg:Config) -> tuple: # -> (labels or None in the order of `rows`, generated tokens)
+def plain_answers(model, tok, rows:list, cfg:Config, # model; tokenizer; SFT rows; Config
+                  to_limit:bool=False, # generate on after the end-of-sequence token, as for an untuned model that writes none
+                 ) -> tuple: # (labels or None in the order of `rows`, generated tokens)
     "Labels by `model.generate` alone."
     import torch
     labels, tokens, pad = [], 0, tok.pad_token_id
     for i in range(0, len(rows), cfg.eval_batch_size):
         ids, mask = left_pad([encode_prompt(tok, r["prompt"]) for r in rows[i:i + cfg.eval_batch_size]], pad, model.device)
-        with torch.no_grad(): out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=cfg.max_new_tokens, do_sample=False, pad_token_id=pad)
+        with torch.no_grad(): out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=cfg.max_new_tokens, do_sample=False, pad_token_id=pad,
+                                                   **(dict(eos_token_id=None) if to_limit else {}))
         new = out[:, ids.shape[1]:]
-        labels += [parse_completion(t, cfg.completion).label for t in tok.batch_decode(new, skip_special_tokens=True)]
+        answers = [r[:r.index(tok.eos_token_id)] if tok.eos_token_id in r else r for r in new.tolist()]
+        labels += [parse_completion(t, cfg.completion).label for t in tok.batch_decode(answers, skip_special_tokens=True)]
         tokens += new.numel()
     return labels, tokens
 
@@ -551,7 +569,7 @@ def random_adapter(cfg:Config): # -> a PeftModel in eval mode
     return model.eval()
 
 def _answer(name, model, tok, rows, cfg, mode):
-    if name.startswith("plain"): return plain_answers(model, tok, rows, cfg)
+    if name.startswith("plain"): return plain_answers(model, tok, rows, cfg, name == "plain-to-limit")
     if name == "label-only": return our_answers(model, tok, rows, cfg.replace(completion="label_only"), "forced")
     return our_answers(model, tok, rows, cfg, mode)
 
@@ -565,8 +583,8 @@ def generate_once(cfg:Config, name:str, # one of `ANSWERERS`
     cfg = with_weights(cfg)
     dev, tok, rows = device(cfg), load_tokenizer(cfg), evaluation_rows(cfg.path("eval_data"), cfg, template)
     _quiet()
-    model = load_for_inference(cfg, adapter) if adapter else random_adapter(cfg)
-    if name == "plain" and dev.type == "cpu": _own_layout(model)
+    with without_ours(name): model = load_for_inference(cfg, adapter) if adapter else random_adapter(cfg)
+    if name in ("plain", "plain-to-limit") and dev.type == "cpu": _own_layout(model)
     start = time.perf_counter()
     labels, tokens = _answer(name, model, tok, rows, cfg, mode)
     return dict(seconds=time.perf_counter() - start, labels=labels, tokens=tokens, peak_gib=peak_memory(dev))
@@ -589,8 +607,10 @@ def _plan_generate(cfg, template):
     return dict(rows=len(evaluation_rows(cfg.path("eval_data"), cfg, template)), dtype=str(compute_dtype(cfg)).removeprefix("torch."), device=_device_name(dev),
                 threads=torch.get_num_threads(), torch=torch.__version__, cuda=dev.type == "cuda")
 
-# %% ../nbs/09_bench.ipynb #59375fbb
+# %% ../nbs/09_bench.ipynb #9bec3e04
 SAME_LABELS = .95 # share of labels that must be the same; below 1 because a near tie may fall the other way in another batch or rounding
+
+def _references(names): return [n for n in names if n.startswith("plain")] or names[:1]
 
 def summarise_generate(runs:list # of `generate_once`, each with `name` and `pair`
                       ) -> dict: # contestants: name -> figures; ok
@@ -604,7 +624,7 @@ def summarise_generate(runs:list # of `generate_once`, each with `name` and `pai
         rows[n] = dict(died=_died([r for r in runs if r["name"] == n]), pairs=len(mine))
         if not mine: continue
         same = min(sum(a == b for a, b in zip(r["labels"], ref, strict=True))/len(ref) for r in mine) if ref else None
-        rows[n] |= dict(pairs_per_s=[speed(r) for r in mine], speed_ratio=_paired(runs, n, names[0], speed), peak_gib=statistics.median(r["peak_gib"] for r in mine),
+        rows[n] |= dict(pairs_per_s=[speed(r) for r in mine], speed_ratios={p: _paired(runs, n, p, speed) for p in _references(names)}, peak_gib=statistics.median(r["peak_gib"] for r in mine),
                         tokens=mine[0]["tokens"]/len(mine[0]["labels"]), answered=sum(l is not None for l in mine[0]["labels"])/len(mine[0]["labels"]), same_labels=same)
     other = [n for n, c in rows.items() if n != "label-only" and c.get("same_labels") is not None and c["same_labels"] < SAME_LABELS]
     died = [n for n in names if rows[n]["died"]]
@@ -612,20 +632,20 @@ def summarise_generate(runs:list # of `generate_once`, each with `name` and `pai
 
 def generate_text(settings:dict, facts:dict, summary:dict) -> str: # what was asked; the plan; `summarise_generate`
     "The table for a terminal or a log."
-    first = next(iter(summary["contestants"]))
-    rows = [[n, _spread(c["pairs_per_s"], 2), _number(c["speed_ratio"], ".2f"), f"{c['peak_gib']:.2f}", f"{c['tokens']:.1f}", f"{c['answered']:.0%}", _number(c["same_labels"], ".1%")]
-            if c["pairs"] else [n, "died", *["–"]*5] for n, c in summary["contestants"].items()]
+    first, plains = next(iter(summary["contestants"])), _references(list(summary["contestants"]))
+    rows = [[n, _spread(c["pairs_per_s"], 2), *(_number(c["speed_ratios"][p], ".2f") for p in plains), f"{c['peak_gib']:.2f}", f"{c['tokens']:.1f}", f"{c['answered']:.0%}", _number(c["same_labels"], ".1%")]
+            if c["pairs"] else [n, "died", *["–"]*(4 + len(plains))] for n, c in summary["contestants"].items()]
     what = f"run {settings['run']}" if settings["run"] else f"{settings['model']}{' (random weights of its true shapes)' if settings['model'] in SHAPES else ''} with a seeded random adapter"
     lines = [f"nli_bench generate: {what}, {facts['dtype']}, {facts['device']}" + _threads(facts),
              f"{facts['rows']} rows of {settings['data']}, batches of {settings['batch']}, at most {settings['max_new_tokens']} new tokens, mode {settings['mode']}, pairs: {settings['pairs']}, alternating", "",
-             text_table(["", "pairs/s (min–max)", f"x {first}", "peak GiB", "tokens/row", "answered", f"labels as {first}"], rows), ""]
+             text_table(["", "pairs/s (min–max)", *(f"x {p}" for p in plains), "peak GiB", "tokens/row", "answered", f"labels as {first}"], rows), ""]
     lines += [f"{n} died: {c['died']}" for n, c in summary["contestants"].items() if c["died"]]
     lines += ["pairs/s: from prompts to parsed labels, loading left out. label-only asks another question (no thought): its labels are shown, not judged."]
     lines += [f"LABELS DIFFER: {', '.join(summary['different'])} below {SAME_LABELS:.0%}" if summary["different"] else f"labels: at least {SAME_LABELS:.0%} the same" if not summary["died"] else "labels: not all compared"]
     return "\n".join(lines)
 
 def bench_generate(cfg:Config, # whose eval_data is judged
-                   contestants:list=("plain", "ours", "label-only"), # of ANSWERERS; the first is what the others are compared with
+                   contestants:list=("plain", "plain-to-limit", "ours", "label-only"), # of ANSWERERS; the first is what the others are compared with
                    pairs:int=3, mode:str="cot", run=None, adapter=None, template:str="auto", # a run's folder, its adapter, its prompt wording
                   ) -> dict: # settings, facts, runs, summary
     "Let every contestant answer the same rows."
@@ -710,7 +730,7 @@ def growth_text(made:dict) -> str: # from `bench_growth`
     lines += [text_table(["", "size", "seconds", "GiB on top"], rows), ""]
     return "\n".join(lines + [f"{axis} {s}: {why}" for axis, a in made["axes"].items() for s, why in zip(a["sizes"], a["died"]) if why])
 
-# %% ../nbs/09_bench.ipynb #98a690da
+# %% ../nbs/09_bench.ipynb #f3436b0c
 def _parser():
     p = argparse.ArgumentParser(prog="nli_bench", description="Measure this package beside the plain recipe.",
         epilog="examples:\n  nli_bench train --pairs 3\n  nli_bench train --model mistral-7b-shapes --device cuda --rows_per_step 32 --micro_batch 8 --data rows.jsonl\n"
@@ -743,7 +763,7 @@ def _parser():
     g.add_argument("--max_new_tokens", type=int, metavar="N", help="token budget of a completion [the config's]")
     g.add_argument("--batch", type=int, metavar="N", help="rows generated together [the config's eval_batch_size]")
     g.add_argument("--mode", default="cot", choices=("cot", "forced"), help="how ours decodes: generate and parse, or generate the thought and score both labels [cot]")
-    g.add_argument("--variants", default="plain,ours,label-only", metavar="A,B", help="contestants [plain,ours,label-only]")
+    g.add_argument("--variants", default="plain,plain-to-limit,ours,label-only", metavar="A,B", help="contestants; the first one's labels are what the others are compared with [plain,plain-to-limit,ours,label-only]")
     w = add("growth", "fit how time and memory grow with rows, length, batch and rank")
     for axis, sizes in dict(rows="100,1000,10000,100000", length="64,128,256,512", batch="1,2,4,8", rank="4,16,64").items():
         w.add_argument(f"--{axis}", default=sizes, metavar="A,B", help=f"sizes to measure; empty: leave this axis out [{sizes}]" if axis == "rows" else f"sizes to measure [{sizes}]")

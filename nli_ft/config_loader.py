@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-# %% ../nbs/00_config_loader.ipynb #1decd9bb
+# %% ../nbs/00_config_loader.ipynb #79fd1465
 class NliError(Exception):
     "Something the user can put right: bad arguments, config or data. Commands print it without a traceback and exit with `exit_code`."
     exit_code = 2
+    def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]  # what IPython shows: in a notebook, too, the message says it all
 
 # %% ../nbs/00_config_loader.ipynb #48d41258
 class ConfigError(NliError):

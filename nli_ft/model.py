@@ -231,7 +231,7 @@ def load_base(cfg, # Config
         model.enable_input_require_grads()
     return model
 
-# %% ../nbs/05_model.ipynb #54352d2f
+# %% ../nbs/05_model.ipynb #340538a3
 def add_lora(model, # a base from `load_base`
              cfg, # Config: lora_r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora
             ): # a `PeftModel`
@@ -250,7 +250,9 @@ def seeded_lora(model, cfg):
     "`add_lora` with the adapter's random start fixed by the config's seed, whatever was drawn before."
     from transformers import set_seed
     set_seed(cfg.seed)
-    return add_lora(model, cfg)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*deprecated", category=FutureWarning)  # peft 0.21 reads the old name
+        return add_lora(model, cfg)
 
 # %% ../nbs/05_model.ipynb #03d7823b
 def load_for_inference(cfg, # Config of the run

@@ -235,7 +235,7 @@ def read_metrics(run_dir # a run's folder
             if i<len(lines)-1: raise RecordError(f"{path}:{i+1}: not JSON ({e})") from e
     return rows
 
-# %% ../nbs/07_records.ipynb #fa57cb19
+# %% ../nbs/07_records.ipynb #0db210ac
 def _read_json(path):
     try: obj = json.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError as e: raise RecordError(f"{path} is missing: not a complete run record") from e
@@ -253,20 +253,23 @@ def finish_run(run_dir, # a run's folder
     old = _read_json(path)
     ended = _now()
     wall = (datetime.fromisoformat(ended)-datetime.fromisoformat(old["started"])).total_seconds()
+    if status=="done": old.pop("error", None)  # of a cell that was put right and run again
     new = old | dict(status=status, ended=ended, wall_s=wall) | summary
     _write_json(path, new)
     return new
 
-# %% ../nbs/07_records.ipynb #fc3af841
+# %% ../nbs/07_records.ipynb #f95b0585
 class Interrupted(KeyboardInterrupt):
     "A run that was stopped by a signal, after it had put its things in order. `exit_code` as shells count: 130 for SIGINT, 143 for SIGTERM."
     def __init__(self, message, signum):
         super().__init__(message)
         self.signum,self.exit_code = signum,128+signum
+    def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]  # what IPython shows
 
 class TrainingStopped(Exception):
     "Training that could not go on, with what to do about it as its message: no traceback is needed beside it."
     exit_code = 1
+    def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]
 
 # %% ../nbs/07_records.ipynb #ace75cbd
 def close_failed(run_dir, # a run's folder
@@ -278,17 +281,17 @@ def close_failed(run_dir, # a run's folder
     try: finish_run(run_dir, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=why, **summary)
     except (OSError,NliError) as e: print(f"warning: the record {run_dir} could not be closed ({e}); it still says running", file=sys.stderr)
 
-# %% ../nbs/07_records.ipynb #294b090b
+# %% ../nbs/07_records.ipynb #0c443801
 def watch_cells(run_dir # a run's folder
                ):
-    "Mark the record as failed when a cell of this kernel raises from now on; does nothing outside IPython. SIGUSR2, which a scheduler may send to all processes of a job, is the launcher's to answer."
+    "Mark the record as failed when a cell of this kernel raises while it is open (a closed one stays as it is); does nothing outside IPython. SIGUSR2, which a scheduler may send to all processes of a job, is the launcher's to answer."
     import builtins
     shell = getattr(builtins, "get_ipython", lambda: None)()
     if shell is None: return
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     def watch(result):
         error = result.error_before_exec or result.error_in_exec
-        if error is None: return
+        if error is None or _read_json(Path(run_dir)/"summary.json")["status"]!="running": return
         close_failed(run_dir, error)
     shell.events.register("post_run_cell", watch)
 
@@ -414,7 +417,7 @@ def _failure(e, run):
     if name=="DeadKernelError": text = "the kernel died (killed, or out of memory)"
     return "failed", f"{name}: {text}", 1
 
-# %% ../nbs/07_records.ipynb #e1b26f85
+# %% ../nbs/07_records.ipynb #af3bf8d7
 def _tidy(path, root):
     "Make the executed notebook a shareable file: paths relative to the project, credentials out. An unreadable one stays as it is."
     try: nb = json.loads(path.read_text(encoding="utf8"))
@@ -429,7 +432,8 @@ def _execute(notebook, run, params):
     made,out = [],str(run/"train.ipynb").replace("{","{{").replace("}","}}")   # papermill formats paths
     with _kernel_guard(made):
         papermill.execute_notebook(str(notebook), out, params, cwd=str(project_root()), kernel_manager_class=_kernel_manager(made),
-                                   progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, start_timeout=180, iopub_timeout=60)
+                                   progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, start_timeout=180, iopub_timeout=60,
+                                   coalesce_streams=True)  # one output per cell and stream instead of one per line
 
 # %% ../nbs/07_records.ipynb #ca63cefd
 def run_notebook(cfg, # config name or path, or a `Config`
@@ -763,7 +767,7 @@ def compare_configs(run_dirs, # run folders of several seeds of several configs
         rows.append(row)
     return rows
 
-# %% ../nbs/07_records.ipynb #c0d6acca
+# %% ../nbs/07_records.ipynb #55e428d0
 def _interval(x, ci): return "" if x is None else f"{x:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]"
 
 def run_table(rows # from `compare_runs`
@@ -773,7 +777,7 @@ def run_table(rows # from `compare_runs`
     num = lambda x,f: "" if x is None else format(x, f)
     return head, [[r["run"],r["seed"],r["n"],_interval(r["accuracy"],r["accuracy_ci"]),num(r["macro_f1"],".3f"),num(r["mcc"],".3f"),num(r["valid_rate"],".3f"),
                    num(r["tokens"],".1f"),num(r["seconds"],".3f")]+(["baseline","","",""] if "p" not in r else
-                   [_interval(r["difference"],r["ci"]),num(r["p"],".3g"),num(r["p_holm"],".3g"),", ".join(r["differs"]) or "seed only"]) for r in rows]
+                   [_interval(r["difference"],r["ci"]),num(r["p"],".3g"),num(r["p_holm"],".3g"),", ".join(r["differs"]) or ("seed only" if r["seed"]!=rows[0]["seed"] else "nothing")]) for r in rows]
 
 def config_table(rows # from `compare_configs`
                 ) -> tuple: # (head, cells as text)
@@ -825,7 +829,7 @@ def plot_losses(runs # list of `Run`
     if ax.lines: ax.legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../nbs/07_records.ipynb #2f10c480
+# %% ../nbs/07_records.ipynb #e6ec6d32
 def newest(config, # config name
            runs_dir=None, # folder of all records
            every:bool=False, # all runs that are done, not only the newest
@@ -837,12 +841,18 @@ def newest(config, # config name
 
 def comparable(run_dirs # run folders
               ) -> tuple: # (folders that share one evaluation, [(folder, why it does not)])
-    "Of many runs those that were evaluated on what the last readable one was."
+    "Of many runs those that were evaluated on what the last readable one was; of runs that agree in everything, the seed too, the last."
     good,bad = [],[]
     for ref in reversed(list(run_dirs)):
         try: load_compared([*good[-1:], ref]); good.append(ref)
         except NliError as e: bad.append((ref, str(e)))
-    return good[::-1], bad[::-1]
+    good,bad,repeated = good[::-1], bad[::-1], {}
+    entries = load_compared(good)
+    for group in _repetitions(entries):
+        last = {e[0].seed:e for e in group}
+        repeated |= {id(e):f"{e[2]} was run again as {last[e[0].seed][2]}, with the same config and seed" for e in group if e is not last[e[0].seed]}
+    bad += [(ref, repeated[id(e)]) for ref,e in zip(good, entries) if id(e) in repeated]
+    return [ref for ref,e in zip(good, entries) if id(e) not in repeated], bad
 
 # %% ../nbs/07_records.ipynb #70f9ebc9
 def full_comparison(run_dirs, baseline=None # as for `compare_runs`

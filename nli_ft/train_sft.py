@@ -21,7 +21,7 @@ if __name__ == "__main__" and "__file__" in globals() and not __package__:
     runpy.run_module("nli_ft.train_sft", run_name="__main__", alter_sys=True)
     raise SystemExit
 
-# %% ../nbs/08_train_sft.ipynb #d94dc171
+# %% ../nbs/08_train_sft.ipynb #ea25dcb8
 import argparse, contextlib, functools, hashlib, json, math, os, platform, re, signal, subprocess, sys, tempfile, threading, time, warnings
 from array import array
 from dataclasses import dataclass, field, replace
@@ -31,7 +31,7 @@ from .config_loader import (Config, ConfigError, DataError, NliError, add_config
                                   RecordError, load_config, print_config, project_root, result_values)
 from .corpus import write_corpus
 from .data import MANIFEST, atomic_writer, damage, read_rows, seal, render_completion, shuffle_thoughts, spread, template_of
-from .evaluate import evaluation_rows, open_run, predict_rows, question, score
+from .evaluate import BLUE, GREY, ORANGE, evaluation_rows, new_figure, open_run, predict_rows, question, score
 from .prompt import LABEL, PROMPT, encode_prompt, encode_rows, end_of_turn, mask_text, mistral_reference, prompt_form
 from .records import Interrupted, TrainingStopped, append_metrics, close_failed, finish_run, model_card, run_command, start_run
 
@@ -264,7 +264,7 @@ def proofs(prep:Prepared) -> dict: # what is proved -> (holds, detail)
             r["prompt"], render_completion(r["thought_process"], r["label"], style))]
     return {name: _worst(prep, bad) for name, bad in fails.items()}
 
-# %% ../nbs/08_train_sft.ipynb #01dfdc6f
+# %% ../nbs/08_train_sft.ipynb #55fe4f04
 def linear_shapes(cfg:Config) -> tuple:
     "(linear layers as {name: (out, in)}, parameters outside them, transformers config) from an empty model."
     import torch
@@ -278,34 +278,47 @@ def linear_shapes(cfg:Config) -> tuple:
     return linear, total - sum(a*b for a, b in linear.values()), conf
 
 def estimate_memory(prep:Prepared) -> dict: # part -> GiB, and "total"
-    """Estimated peak device memory of training, by part. NF4: half a byte a weight and one scale byte per 64 weights; everything
-    outside the linear layers in fp32 (`prepare_model_for_kbit_training`); adapters, gradients and AdamW states in fp32 (8-bit
-    states on CUDA); activations per token and layer as the Llama/Mistral block saves them for its backward pass."""
+    """Estimated peak memory of training at the longest batch, by part: torch's allocations on CUDA, the resident process on a CPU. NF4: half a byte a
+    weight and one scale byte per 64 weights; everything outside the linear layers in fp32 (`prepare_model_for_kbit_training`); adapters, gradients and
+    AdamW states in fp32 (8-bit states on CUDA); activations as `saved_tensors_hooks` counts them in a Llama/Mistral block."""
     import torch
     from nli_ft.model import compute_dtype, device
     cfg = prep.cfg
     dev = device(cfg)
     linear, other, conf = linear_shapes(cfg)
-    wide = 4 if compute_dtype(cfg, dev) == torch.float32 else 2
+    cpu, wide = dev.type == "cpu", 4 if compute_dtype(cfg, dev) == torch.float32 else 2
     base, nf4 = sum(a*b for a, b in linear.values()), cfg.quantization == "nf4"
     hit = lambda n: cfg.target_modules == "all-linear" or n.rpartition(".")[2] in cfg.target_modules
     lora = sum(cfg.lora_r*(a + b) for n, (a, b) in linear.items() if hit(n))
-    longest = sorted((len(e) for e in prep.train), reverse=True)[:cfg.batch_size]
-    tokens = longest[0]*len(longest)
-    h, inter, layers = conf.hidden_size, conf.intermediate_size, conf.num_hidden_layers
-    kv = conf.num_key_value_heads*(getattr(conf, "head_dim", None) or h//conf.num_attention_heads)
-    # saved per token: 2 norms (input in fp32, output), q k v and their rotated copies, attention output, gate, up, activation, product
-    layer = tokens*(h*(8 + 2*wide) + (2*h + 3*kv)*wide + h*wide + 4*inter*wide + sum(cfg.lora_r for n in linear if ".0." in n and hit(n))*wide)
-    kept = layers*tokens*h*4 + layer if cfg.gradient_checkpointing else layers*layer
-    trained = sum(sum(y != -100 for y in e.labels) for e in sorted(prep.train, key=len, reverse=True)[:cfg.batch_size])
-    eight_bit = "8bit" in cfg.optim or (cfg.optim == "auto" and dev.type == "cuda")
+    longest = sorted(prep.train, key=len, reverse=True)[:cfg.batch_size]
+    tokens, trained = len(longest[0])*len(longest), sum(y != -100 for e in longest for y in e.labels)
+    kept = _activations(cfg, linear, conf, hit, wide, cpu)*tokens
+    stream = tokens*conf.hidden_size*(4 if nf4 else wide)
+    kept = conf.num_hidden_layers*stream + kept if cfg.gradient_checkpointing else conf.num_hidden_layers*kept
+    eight_bit = "8bit" in cfg.optim or (cfg.optim == "auto" and not cpu)
+    # a tile of logits; without Triton its backward holds seven more in fp32
+    tile = min(trained, 4096)*min(conf.vocab_size, 32768)*(wide + (28 if cpu else 0))
     parts = {"base weights": base*(0.5 + 1/64 + 4/(64*256)) if nf4 else base*wide, "embeddings, head and norms": other*(4 if nf4 else wide),
-             "adapters": lora*4, "gradients": lora*4, "optimizer states": lora*(2 if eight_bit else 8), "activations": kept,
-             "logits (one tile)": min(trained, 4096)*min(conf.vocab_size, 32768)*(4 + wide),
-             "weights dequantised for one product": max(a*b for a, b in linear.values())*(wide + 4) if nf4 else 0}
-    if dev.type == "cpu": parts["interpreter and libraries"] = 0.9*2**30
+             "adapters": lora*4, "gradients": lora*4, "optimizer states": lora*(2 if eight_bit else 8), "activations": kept, "logits (one tile)": tile}
+    if nf4 and not cpu: parts["weights dequantised for one product"] = max(a*b for a, b in linear.values())*(wide + 4)
+    if cpu:
+        if nf4: parts["dequantised weights"] = base*wide
+        parts |= {"left over from loading": (base + other)*wide, "interpreter and libraries": 0.55*2**30}
+        parts["gaps between blocks"] = 0.25*sum(parts.values())  # measured, see runs/LOG.md
     parts = {k: v/2**30 for k, v in parts.items()}
     return parts | {"total": sum(parts.values())}
+
+def _activations(cfg, linear, conf, hit, wide, cpu):
+    "Bytes that one block keeps of a token for its backward pass."
+    h, inter, nf4 = conf.hidden_size, conf.intermediate_size, cfg.quantization == "nf4"
+    head = getattr(conf, "head_dim", None) or h//conf.num_attention_heads
+    q, kv = conf.num_attention_heads*head, conf.num_key_value_heads*head
+    out = 4 if nf4 else wide  # 4-bit layers return the dtype of their input, and that comes from fp32 norms
+    block = [(n.rpartition(".")[2], i) for n, (_, i) in linear.items() if ".layers.0." in n and hit(n)]
+    if out == wide and not cfg.lora_dropout: inputs = sum({("attention" if n in ("q_proj", "k_proj", "v_proj") else "mlp" if n in ("gate_proj", "up_proj") else n): i for n, i in block}.values())*wide
+    else: inputs = sum(i for _, i in block)*wide  # each adapter has its own copy, cast or with other zeros
+    mask = sum(i for _, i in block)*(4 if cpu else 1) if cfg.lora_dropout else 0
+    return 2*h*4 + 3*inter*out + (q + 2*kv)*wide + (q*wide if wide < 4 else 0) + inputs + mask + cfg.lora_r*len(block)*wide
 
 # %% ../nbs/08_train_sft.ipynb #cc9c88f7
 def world_size(cfg:Config) -> int: # processes that train together
@@ -347,7 +360,7 @@ def preflight(prep:Prepared) -> dict: # ready for JSON: counts, balance, lengths
                 proofs={k: dict(holds=ok, detail=d) for k, (ok, d) in found.items()}, steps=step_counts(prep.cfg, len(prep.train)),
                 memory_gib=estimate_memory(prep), ok=all(ok for ok, _ in found.values()))
 
-# %% ../nbs/08_train_sft.ipynb #8355efda
+# %% ../nbs/08_train_sft.ipynb #3d8ea059
 def preflight_text(p:dict # from `preflight`
                   ) -> str:
     "The preflight for a terminal or a notebook cell."
@@ -373,14 +386,14 @@ def refuse_failed_proofs(p:dict # from `preflight`
     if not p["ok"]: raise DataError("nothing was trained, a proof failed: " + "; ".join(f"{k} ({v['detail']})" for k, v in p["proofs"].items() if not v["holds"]))
 
 def plot_lengths(prep:Prepared): # a matplotlib Figure
-    "Histogram of row lengths in tokens by label, with the limit."
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(6, 2.6), layout="constrained")
-    ax = fig.subplots()
+    "Histogram of row lengths in tokens by label; the limit is drawn where rows come near it."
+    fig, ax = new_figure(6, 2.6)
     by = [[len(e) for r, e in zip(prep.train_rows, prep.train) if r["label"] == y] for y in (0, 1)]
-    ax.hist(by, bins=30, stacked=True, label=["0 not entailed", "1 entailment"], color=["#D55E00", "#0072B2"])
-    ax.axvline(prep.cfg.max_seq_length, color="#888888", ls="--", lw=1)
-    ax.set(xlabel="tokens per row (dashed: max_seq_length)", ylabel="training rows")
+    low, high, limit = min(map(len, prep.train)), max(map(len, prep.train)), prep.cfg.max_seq_length
+    step = max(1, -(-(high - low + 1)//30))  # whole tokens, so that every bar is as wide as the next
+    ax.hist(by, bins=[n - .5 for n in range(low, high + step + 1, step)], stacked=True, label=["0 not entailed", "1 entailment"], color=[ORANGE, BLUE])
+    if high > limit/2: ax.axvline(limit, color=GREY, ls="--", lw=1)
+    ax.set(xlabel=f"tokens per row (max_seq_length {limit}{', dashed' if high > limit/2 else ''})", ylabel="training rows")
     ax.legend(frameon=False)
     return fig
 
@@ -844,18 +857,20 @@ def _save_whole(trainer, prep, folder, state=None):
         raise TrainingStopped(f"the adapter could not be written to {folder} ({type(e).__name__}: {e}). Make room on the disk, or choose another output_dir. "
                               + how_to_go_on(prep.cfg, folder.parent)) from e
 
-# %% ../nbs/08_train_sft.ipynb #f7624510
+# %% ../nbs/08_train_sft.ipynb #aa947b0d
 class Session:
     "A run in progress: its config, its record, its rows and its model."
     def __init__(self, cfg:Config, run): # Config; the record's folder
         self.cfg, self.run, self.prep, self.model = cfg, Path(run), prepare(cfg), None
-        self.weights = weights_of(cfg, run)
+        self.weights, self.begun = weights_of(cfg, run), False
         self.start = resume_point(self.prep, _say())  # refused now, and not after an evaluation of an hour
 
     def load(self):
         "The base with a fresh adapter (which at first changes nothing), loaded once."
         from nli_ft.model import load_base, seeded_lora
-        if self.model is None: self.model = seeded_lora(load_base(self.cfg), self.cfg)
+        if self.model is None:
+            _say()(f"loading {self.cfg.model_id}")
+            self.model = seeded_lora(load_base(self.cfg), self.cfg)
         return self.model
 
     def judge(self, when:str, # "before" or "after"
@@ -865,7 +880,11 @@ class Session:
         with explained_memory(f"Set eval_batch_size lower (now {self.cfg.eval_batch_size})."): return judge(self.load(), self.prep, out, progress)
 
     def train(self, on_log=print_log) -> dict: # what `fit` returns, and where the adapter is
-        "Train here, or in children if the config asks for several processes."
+        "Train here, or in children if the config asks for several processes. Once: `RecordError` for a second time."
+        if self.begun:
+            raise RecordError("this run has trained before, and its weights are no longer those it started from. In a notebook: restart the kernel and "
+                              "run all cells; with resume_from_checkpoint=latest in `overrides` it goes on from the last checkpoint")
+        self.begun = True
         if world_size(self.cfg) > 1 and "WORLD_SIZE" not in os.environ: result = self._train_in_children(on_log)  # they log into the record
         else: result = self._train_here(on_log)
         return result | dict(adapter=os.path.relpath(self.weights/"adapter", project_root()), adapter_sha256=_adapter_hash(self.weights/"adapter"))

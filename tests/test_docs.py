@@ -10,7 +10,7 @@ from nli_ft.config_loader import KEYS, ConfigError, load_config
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = "README.md TRAINING.md DATA.md EVALUATION.md CONTRIBUTING.md data/README.md".split()
 CLI = {name: (module, function) for name, module, function in re.findall(r'(nli_\w+)="(\w+):(\w+)"', (ROOT/"setup.py").read_text())}
-OTHER = "./run_training.sh ./run_tests.sh papermill accelerate pip conda hf python jupyter wandb nbdev_export nbdev_clean nbdev_test export".split()
+OTHER = "./run_training.sh ./run_tests.sh papermill accelerate pip conda hf python jupyter wandb nbdev_export nbdev_clean nbdev_test export sbatch".split()
 PLACEHOLDER = re.compile(r"…|[|\[\]]|\b(?:[A-Z]|[A-Z][A-Z_]+|RUN_ID|OWNER/NAME)\b|path/to|/path/")   # what a reader replaces: `--config NAME`, `[--json]`, `a|b`
 
 # --------------------------------------------------------------------------- what is not run, and why
@@ -50,6 +50,11 @@ NOT_RUN = {
     "nli_run --config cpu_demo --save_steps 10 --resume_from_checkpoint latest": LONG + "; the tests of resuming use tiny-mistral",
     "nli_run --config ablation2 --use_wandb --wandb_project nli --seeds 1,2,3": GPU,
     "wandb sync runs/ablation2/RUN_ID/wandb/offline-run-*": "needs the W&B server",
+    "./run_training.sh --config distributed --all-gpus": GPU,
+    "accelerate launch --config_file nli_ft/configs/accelerate/ddp.yaml --num_processes 4 -m nli_ft.train_sft --config distributed": GPU,
+    "accelerate launch --config_file nli_ft/configs/accelerate/fsdp_qlora.yaml --num_processes 4 -m nli_ft.train_sft --config distributed": GPU,
+    "sbatch --nodes 2 scripts/slurm.sh --config distributed": "needs SLURM; tests/test_scale.py runs the script with stand-ins",
+    'nli_run --config ablation2 --seeds 1,2,3 --engine submitit --engine_args "slurm_partition=gpu timeout_min=240 gpus_per_node=1"': "needs SLURM; tests/test_scale.py runs it as jobs of this machine",
     # DATA
     "nli_think --input pairs.csv --output thoughts.jsonl --base_url http://localhost:8000/v1 --model NAME --workers 8": ENDPOINT,
     "nli_reflect --input thoughts.jsonl --output reflections.jsonl --base_url http://localhost:8000/v1 --model NAME": ENDPOINT,
@@ -63,6 +68,8 @@ NOT_RUN = {
     "nli_data download --dataset hans --split validation --output data/hans.jsonl": HUB,
     "nli_evaluate --run $RUN --data data/hans.jsonl": WEIGHTS,
     "nli_run --config ablation2 label_only --seeds 1,2,3": GPU,
+    "nli_evaluate --run $RUN --engine vllm": "needs a GPU and vLLM; tests/test_vllm.py runs it with a stand-in for the package",
+    'pip install -e ".[vllm]"': SETUP,
     # CONTRIBUTING
     ".venv/bin/nbdev_export": SOURCES,
     ".venv/bin/nbdev_clean": SOURCES,
@@ -74,7 +81,7 @@ NOT_RUN = {
 }
 
 MADE = {   # files that documents speak of and a clone does not have -> where they come from
-    ".venv": "run_training.sh", "data/embedded/": "train_sft.make_embedded_data", "models/": "a run", "evaluations/": "nli_evaluate", "MODEL_CARD.md": "train.ipynb, nli_runs --card",
+    "runs/.jobs/": "nli_run --engine", "tensorboard/": "report_to", ".venv": "run_training.sh", "data/embedded/": "train_sft.make_embedded_data", "models/": "a run", "evaluations/": "nli_evaluate", "MODEL_CARD.md": "train.ipynb, nli_runs --card",
     "finetune/train_ft.jsonl": "nli_data prepare", "finetune/dev_ft.jsonl": "nli_data prepare",
     "thoughts.jsonl": "nli_think", "reflections.jsonl": "nli_reflect", ".venv/install.log": "run_training.sh"}
 ELSEWHERE = {   # messages and their fragments that are not ours -> whose they are
@@ -217,6 +224,12 @@ def parse_files(words):
     for option, value in zip(words, words[1:]):
         if option in ("-r", "-f", "-e"): exists(value)
 
+def parse_sbatch(words):
+    "Its own options before the script, whose arguments are nli_train's."
+    at = words.index("scripts/slurm.sh")
+    exists(words[at])
+    parsed("nli_train", words[at+1:])
+
 def parse_hf(words):
     if words != ["download", load_config("default").model_id]: raise Refused(f"{words}: not the default model")
 
@@ -238,6 +251,7 @@ def parse(words):
     elif name == "accelerate": parse_accelerate(rest)
     elif name == "python": parse_python(rest)
     elif name in ("pip", "conda"): parse_files(rest)
+    elif name == "sbatch": parse_sbatch(rest)
     elif name == "hf": parse_hf(rest)
     elif name in ("jupyter", "wandb") or name.startswith("nbdev_"): parse_installed(name, rest)
     elif name == "export": assert re.fullmatch(r"[A-Z_]+=.*", rest[0])

@@ -125,6 +125,15 @@ def test_gpu_choices_reach_docker_and_several_mean_distributed(place, args, gpus
     assert option(argv, "--gpus") == gpus
     assert after_image(argv) == ["nli_run", "--config", "default"] + ["--distributed_training", "true"]*distributed
 
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_all_gpus_asks_for_all_however_many_nvidia_smi_lists(place, gpus):
+    executable(place.bin/"nvidia-smi", "#!/usr/bin/env bash\n" + "".join(f"echo 'GPU {i}: Some Card'\n" for i in range(gpus)))
+    argv = place.docker_run("--all-gpus", "--config", "distributed")
+    assert option(argv, "--gpus") == "all" and after_image(argv) == ["nli_run", "--config", "distributed", "--distributed_training", "true"]
+    place.make_venv()
+    assert place.run("--local", "--all-gpus", CUDA_VISIBLE_DEVICES="2,3").returncode == 0
+    assert place.calls()[-1][1] == "2,3", "all that the caller may see"
+
 def test_without_a_gpu_the_container_starts_without_asking_for_one(place):
     assert "--gpus" not in place.docker_run("--config", "cpu_demo")
     executable(place.bin/"nvidia-smi", "#!/usr/bin/env bash\necho 'No devices were found'; exit 6\n")
