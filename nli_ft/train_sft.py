@@ -10,7 +10,7 @@ __all__ = ['newest_checkpoint', 'find_checkpoint', 'trackers', 'embedded_data', 
            'changed_facts', 'resume_point', 'weights_of', 'how_to_go_on', 'resolved_optim', 'training_args',
            'to_dataset', 'print_log', 'stop_requests', 'fit', 'never_fatal', 'tell_as_configured', 'Session',
            'smaller_configs', 'memory_advice', 'explained_memory', 'judge', 'tracker', 'launch_command', 'launch',
-           'join_cpu_processes', 'run_training', 'sigterm_interrupts', 'train_cli', 'merge_cli']
+           'join_cpu_processes', 'run_training', 'sigterm_interrupts', 'train_cli', 'merge_agreement', 'merge_cli']
 
 # %% ../nbs/08_train_sft.ipynb #8b8d5252
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -21,7 +21,7 @@ if __name__ == "__main__" and "__file__" in globals() and not __package__:
     runpy.run_module("nli_ft.train_sft", run_name="__main__", alter_sys=True)
     raise SystemExit
 
-# %% ../nbs/08_train_sft.ipynb #ea25dcb8
+# %% ../nbs/08_train_sft.ipynb #1e5067b7
 import argparse, contextlib, functools, hashlib, json, math, os, platform, re, signal, subprocess, sys, tempfile, threading, time, warnings
 from array import array
 from dataclasses import dataclass, field, replace
@@ -32,7 +32,7 @@ from .config_loader import (Config, ConfigError, DataError, NliError, add_config
 from .corpus import write_corpus
 from .data import MANIFEST, atomic_writer, damage, read_rows, seal, render_completion, shuffle_thoughts, spread, template_of
 from .evaluate import BLUE, GREY, ORANGE, evaluation_rows, new_figure, open_run, predict_rows, question, score
-from .prompt import LABEL, PROMPT, encode_prompt, encode_rows, end_of_turn, mask_text, mistral_reference, prompt_form
+from .prompt import LABEL, PROMPT, encode_prompt, encode_rows, end_of_turn, mask_text, mistral_reference, parse_completion, prompt_form
 from .records import Interrupted, TrainingStopped, append_metrics, close_failed, finish_run, model_card, run_command, start_run
 
 # %% ../nbs/08_train_sft.ipynb #ba18503c
@@ -1190,24 +1190,49 @@ def _preflight_only(cfg):
     print("one row    as it is trained on:\n" + mask_text(prep.tok, prep.train[0], colour=sys.stdout.isatty()))
     return 0 if p["ok"] else 2
 
-# %% ../nbs/08_train_sft.ipynb #33c27fee
+# %% ../nbs/08_train_sft.ipynb #542acf34
+def merge_agreement(cfg:Config, adapter, folder, rows:list, # config of the run; its adapter; what was saved; SFT rows to ask both
+                   ) -> dict: # rows, same_labels (share), and logit_difference at the first completion token: mean and max over vocabulary and rows
+    "The merged model, loaded by plain transformers, beside the quantised base with the adapter on it: greedy labels and logits."
+    import torch
+    from nli_ft.evaluate import generate_completions
+    from nli_ft.model import autocast, device, load_for_inference, load_tokenizer
+    from transformers import AutoModelForCausalLM
+    tok, answers, logits = load_tokenizer(cfg), [], []
+    prompts = [encode_prompt(tok, r["prompt"]) for r in rows]
+    def plain(): return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, device_map={"": device(cfg)}).eval()
+    for load, context in ((lambda: load_for_inference(cfg, adapter), lambda: autocast(cfg)), (plain, contextlib.nullcontext)):
+        model = load()
+        with context():
+            made = generate_completions(model, tok, prompts, cfg.max_new_tokens, cfg.eval_batch_size, completion=cfg.completion)
+            with torch.inference_mode(): logits.append([model(torch.tensor([p], device=model.device)).logits[0, -1].float().cpu() for p in prompts])
+        answers.append([parse_completion(m["text"], cfg.completion).label for m in made])
+        del model
+    apart = torch.stack([(a - b).abs() for a, b in zip(*logits)])
+    return dict(rows=len(rows), same_labels=sum(a == b for a, b in zip(*answers))/len(rows), logit_difference=dict(mean=apart.mean().item(), max=apart.max().item()))
+
 @command
 def merge_cli(argv=None) -> int:
     "Merge a run's adapter into its dequantised base and save a plain safetensors model with its tokenizer."
-    p = argparse.ArgumentParser(prog="nli_merge", description=merge_cli.__doc__, epilog="example: nli_merge --run runs/cpu_demo/RUN_ID --out merged/")
+    p = argparse.ArgumentParser(prog="nli_merge", description=merge_cli.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  nli_merge --run runs/cpu_demo/RUN_ID --out merged/\n  nli_merge --run runs/cpu_demo/RUN_ID --out merged/ --check 200")
+    p.add_argument("--check", type=int, default=0, metavar="N", help="then ask both models N evaluation rows of the run, and say how far labels and logits agree [0]; exit code 1 below 99 %% of the labels")
     p.add_argument("--run", required=True, help="folder of a finished run")
     p.add_argument("--out", required=True, help="folder to write; must not exist or be empty")
     p.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of the saved weights (default: bf16)")
     ns = p.parse_args(argv)
     out = Path(ns.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ConfigError(f"--out {out} already holds something; give a new folder")
-    _, cfg, adapter, _ = open_run(ns.run)
+    _, cfg, adapter, template = open_run(ns.run)
     import torch
     from nli_ft.model import load_tokenizer, merge_adapter
     merge_adapter(cfg, adapter, dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[ns.dtype]).save_pretrained(out)
     load_tokenizer(cfg).save_pretrained(out)
     print(f"merged model: {out}")
-    return 0
+    if ns.check < 1: return 0
+    found = merge_agreement(cfg, adapter, out, evaluation_rows(cfg.path("eval_data"), cfg.replace(max_eval_samples=ns.check), template))
+    print("{rows} rows: {same_labels:.1%} of the greedy labels are the same; logits of the first completion token differ by {d[mean]:.3g} on average, {d[max]:.3g} at most".format(**found, d=found["logit_difference"]))
+    return 0 if found["same_labels"] >= .99 else 1
 
 # %% ../nbs/08_train_sft.ipynb #8422c6a8
 #| eval: false
