@@ -14,7 +14,7 @@ __all__ = ['THINK_SYSTEM', 'THINK_USER', 'REFLECT_SYSTEM', 'REFLECT_USER', 'REPR
            'dry_report', 'summary', 'say_summary', 'cut_torn', 'look_before', 'augment', 'sampling_params',
            'add_arguments', 'add_run_arguments', 'stage_cli', 'think_cli', 'reflect_cli']
 
-# %% ../nbs/04_augment.ipynb #bca1d5d0
+# %% ../nbs/04_augment.ipynb #7d7e1c67
 import argparse, asyncio, hashlib, json, os, random, re, signal, sys, threading, time, tomllib
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .config_loader import ConfigError, DataError, command
 from .data import CONTRACTS, BadRows, iter_rows, json_line, write_jsonl
-from .prompt import _decode, _object_spans
+from .prompt import GivenTwice, _decode, _object_spans
 
 # %% ../nbs/04_augment.ipynb #caddef4f
 class Answer(BaseModel):
@@ -195,7 +195,7 @@ def read_prompt(
 # %% ../nbs/04_augment.ipynb #ce3c2e8b
 class ContentError(Exception): "A reply that arrived and cannot be used."
 
-# %% ../nbs/04_augment.ipynb #f9328264
+# %% ../nbs/04_augment.ipynb #99624ba7
 def reply_object(
     text: str, # the model's reply
 ) -> tuple: # (first JSON object, names of the repairs it took)
@@ -204,6 +204,7 @@ def reply_object(
     for start, end in _object_spans(text):
         if end is None: raise ContentError("its JSON object is not complete")
         try: obj, repairs = _decode(text[start:end])
+        except GivenTwice: raise ContentError("a key of its JSON object is given twice") from None
         except (ValueError, RecursionError) as e: why = f"it is not valid JSON: {e}"
         else: return obj, [*repairs, *(["text around the object"] if (text[:start] + text[end:]).strip() else [])]
     raise ContentError(why)
@@ -1011,10 +1012,13 @@ def add_run_arguments(p, stage):
     a("--allow_mixed", action="store_true", help="go on in an output that holds rows of another model, prompt or sampling")
     if stage.saw_gold: a("--allow_eval_rows", action="store_true", help="reflect on rows marked dev or test too; recorded in provenance")
 
-# %% ../nbs/04_augment.ipynb #87e5a62c
+# %% ../nbs/04_augment.ipynb #50f74b7b
 def stage_cli(stage, argv, description) -> int:
     "The body of both commands."
-    p = argparse.ArgumentParser(prog=f"nli_{stage.name}", description=description)
+    example = dict(think="nli_think --input pairs.csv --output thoughts.jsonl", reflect="nli_reflect --input thoughts.jsonl --output reflections.jsonl")[stage.name]
+    rest = "--base_url http://localhost:8000/v1 --model MODEL"
+    p = argparse.ArgumentParser(prog=f"nli_{stage.name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                epilog=f"examples:\n  {example} {rest} --dry_run\n  {example} {rest} --workers 16")
     add_arguments(p, stage)
     ns = p.parse_args(argv)
     if ns.limit is not None and ns.limit < 1: raise ConfigError(f"--limit must be at least 1, not {ns.limit}")

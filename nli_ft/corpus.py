@@ -860,11 +860,12 @@ def write_corpus(out, # folder
     out.mkdir(parents=True, exist_ok=True)
     return {split: write_jsonl(out/f"{split}.jsonl", rows, overwrite=overwrite) for split,rows in corpus.items()}
 
-# %% ../nbs/02_corpus.ipynb #c53d64ba
+# %% ../nbs/02_corpus.ipynb #8806ee42
 @command
 def corpus_cli(argv=None) -> int: # exit code
     "Command `nli_corpus`."
-    ap = argparse.ArgumentParser("nli_corpus", description="Write the synthetic NLI corpus: crossed quadruples with machine-checked labels.")
+    ap = argparse.ArgumentParser("nli_corpus", description="Write the synthetic NLI corpus: crossed quadruples with machine-checked labels.",
+                                 epilog="example: nli_corpus --size small --out data/corpus")
     ap.add_argument("--size", choices=SIZES, default="tiny", help="tiny 640/128/256, small 3968/384/768, full 24064/2432/4864 rows; demo: two easy categories, 640/128/240")
     ap.add_argument("--out", required=True, help="folder for train.jsonl, dev.jsonl, test*.jsonl")
     ap.add_argument("--seed", type=int, default=0, help="same seed, same bytes")

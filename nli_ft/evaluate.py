@@ -6,20 +6,20 @@
 __all__ = ['CARRIED', 'LORA_RANKS', 'VLLM_ROWS', 'NO_ANSWER', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'NEGATIONS', 'PLOTS',
            'ANSWER_COLUMNS', 'digit_pairs', 'label_step', 'digit_recorder', 'entail_probability', 'stop_rule',
            'json_stopper', 'for_inference', 'length_batches', 'left_pad', 'SharedStart', 'shared_start',
-           'generate_batch', 'generate_completions', 'parse_mode', 'forced_ids', 'score_labels', 'prompt_hash',
-           'prediction_row', 'check_predictions', 'read_predictions', 'resume_predictions', 'partial_thought',
-           'majority', 'predict_rows', 'vllm_completion', 'vllm_rank', 'VllmEngine', 'vllm_engine', 'predict_rows_vllm',
-           'accuracy', 'score', 'new_figure', 'plot_confusion', 'metric_series', 'plot_loss', 'confidences',
-           'equal_mass_bins', 'reliability_bins', 'plot_reliability', 'risk_coverage', 'plot_risk_coverage', 'words',
-           'count_bins', 'plot_accuracy_by_length', 'Shown', 'show_examples', 'ece', 'calibration', 'has_negation',
-           'overlap', 'slice_names', 'slices', 'consistency', 'mcnemar', 'paired_bootstrap', 'holm',
-           'minimum_detectable_difference', 'hierarchical_interval', 'surface_features', 'baseline_labels',
-           'compare_answers', 'groups_of', 'stated_label', 'grounded_share', 'reasoning', 'altered_thoughts',
-           'probe_thoughts', 'report', 'report_text', 'save_report', 'open_run', 'question', 'evaluation_rows',
-           'evaluation_dir', 'evaluate_cli', 'read_pairs', 'answer_pairs', 'predict_cli']
+           'generate_batch', 'row_progress', 'generate_completions', 'parse_mode', 'forced_ids', 'score_labels',
+           'prompt_hash', 'prediction_row', 'check_predictions', 'read_predictions', 'resume_predictions',
+           'partial_thought', 'majority', 'predict_rows', 'vllm_completion', 'vllm_rank', 'VllmEngine', 'vllm_engine',
+           'predict_rows_vllm', 'accuracy', 'score', 'new_figure', 'plot_confusion', 'metric_series', 'plot_loss',
+           'confidences', 'equal_mass_bins', 'reliability_bins', 'plot_reliability', 'risk_coverage',
+           'plot_risk_coverage', 'words', 'count_bins', 'plot_accuracy_by_length', 'Shown', 'show_examples', 'ece',
+           'calibration', 'has_negation', 'overlap', 'slice_names', 'slices', 'consistency', 'mcnemar',
+           'paired_bootstrap', 'holm', 'minimum_detectable_difference', 'hierarchical_interval', 'surface_features',
+           'baseline_labels', 'compare_answers', 'groups_of', 'stated_label', 'grounded_share', 'reasoning',
+           'altered_thoughts', 'probe_thoughts', 'report', 'report_text', 'save_report', 'open_run', 'question',
+           'evaluation_rows', 'evaluation_dir', 'evaluate_cli', 'read_pairs', 'answer_pairs', 'predict_cli']
 
-# %% ../nbs/06_evaluate.ipynb #3ed09a01
-import argparse, bisect, copy, csv, hashlib, html, importlib.util, json, math, os, re, time
+# %% ../nbs/06_evaluate.ipynb #5c04114f
+import argparse, bisect, copy, csv, hashlib, html, importlib.util, json, math, os, re, sys, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -224,7 +224,27 @@ def _completion(tok, pairs, ids, digits, cut, style):
     return dict(text=text, n_tokens=len(ids), finish="length" if cut else "stop",
                 p_entail=entail_probability(tok, pairs, ids, parse_completion(text, style).label, digits))
 
-# %% ../nbs/06_evaluate.ipynb #09d0f4e5
+# %% ../nbs/06_evaluate.ipynb #8dc89a56
+@contextmanager
+def row_progress(total:int, # rows in all
+                 done:int=0, # of them before the start
+                 show:bool=True):
+    """Yields `update(n)`, to be called when `n` more rows are there. A bar in a terminal; anywhere else (notebook, papermill, log file) a line
+    every ten seconds, because a bar is rewritten with carriage returns, and each of them stays in an executed notebook."""
+    from tqdm import tqdm
+    if not show or sys.stderr.isatty():
+        with tqdm(total=total, initial=done, disable=not show, unit="row") as bar: yield bar.update
+        return
+    first, start, said = done, time.time(), time.time()
+    def update(n):
+        nonlocal done, said
+        done, now = done + n, time.time()
+        if done < total and now - said < 10: return
+        said, rate = now, (done - first)/max(now - start, 1e-9)
+        print(f"row {done:>6}/{total}   {rate:.2g} rows/s" + (f"   {(total - done)/rate/60:.1f} min left" if done < total else ""), flush=True)
+    yield update
+
+# %% ../nbs/06_evaluate.ipynb #3f80fd99
 def generate_completions(model, tok, prompts:list, # model; tokenizer; lists of prompt ids
                          max_new_tokens:int, # token budget of a completion
                          batch_size:int=16, # prompts at a time
@@ -232,13 +252,12 @@ def generate_completions(model, tok, prompts:list, # model; tokenizer; lists of 
                          completion:str="cot", # style of the completion, as in the config
                          ) -> list: # dicts of text, n_tokens, finish ("stop"|"length"), p_entail (or None), in the order of `prompts`
     "Greedy completions in length-sorted batches; model, tokenizer and random state are left as they were."
-    from tqdm import tqdm
     _check_prompts(model, prompts, max_new_tokens)
     done, start = [None] * len(prompts), shared_start(model, prompts, max_new_tokens)
-    with tqdm(total=len(prompts), disable=not progress, unit="row") as bar:
+    with row_progress(len(prompts), show=progress) as update:
         for batch in length_batches([len(p) for p in prompts], batch_size):
             for i, row in zip(batch, generate_batch(model, tok, [prompts[i] for i in batch], max_new_tokens, completion, start=start)): done[i] = row
-            bar.update(len(batch))
+            update(len(batch))
     return done
 
 # %% ../nbs/06_evaluate.ipynb #54aa9b55
@@ -423,7 +442,7 @@ def _write_in_order(path, rows):
     part.write_text("".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows), encoding="utf-8")
     os.replace(part, path)
 
-# %% ../nbs/06_evaluate.ipynb #c85e5d39
+# %% ../nbs/06_evaluate.ipynb #5bbf0777
 _ANSWER = dict(cot=_answer_cot, forced=_answer_forced, vote=_answer_vote)
 
 def predict_rows(model, tok, rows:list, # model; tokenizer; SFT rows
@@ -443,16 +462,15 @@ def predict_rows(model, tok, rows:list, # model; tokenizer; SFT rows
 
 def _answer_in_batches(answer, rows, prompts, done, batch_size, progress, out):
     "All predictions in the order of `rows`: those in `done`, the others from `answer` (rows, prompts -> prediction rows), appended to `out` batch by batch."
-    from tqdm import tqdm
     left = [i for i, r in enumerate(rows) if r["id"] not in done]
-    with tqdm(total=len(rows), initial=len(done), disable=not progress, unit="row") as bar:
+    with row_progress(len(rows), len(done), progress) as update:
         for batch in length_batches([len(prompts[i]) for i in left], batch_size):
             at, began = [left[n] for n in batch], time.perf_counter()
             made = answer([rows[i] for i in at], [prompts[i] for i in at])
             for p in made: p["seconds"] = round((time.perf_counter() - began) / len(at), 4)
             done.update({p["id"]: p for p in made})
             if out is not None: _append(out, made)
-            bar.update(len(at))
+            update(len(at))
     preds = [done[r["id"]] for r in rows]
     if out is not None: _write_in_order(out, preds)
     return preds

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROMPT', 'THOUGHT', 'LABEL', 'OUTCOMES', 'mistral_v3_tokenizer', 'prompt_form', 'refuse_control_tokens',
            'encode_prompt', 'mistral_reference', 'end_of_turn', 'Encoded', 'encode_row', 'encode_rows', 'Parsed',
-           'json_closed', 'parse_completion', 'show_mask', 'mask_text']
+           'json_closed', 'GivenTwice', 'parse_completion', 'show_mask', 'mask_text']
 
 # %% ../nbs/03_prompt.ipynb #7568cab7
 import json, re
@@ -210,10 +210,11 @@ def json_closed(text:str, # a completion so far
     "The stop rule of generation: nothing after the first closed object is ever read."
     return any(end for _, end in _object_spans(text))
 
-# %% ../nbs/03_prompt.ipynb #daea69c8
+# %% ../nbs/03_prompt.ipynb #8aaa46ec
+class GivenTwice(ValueError): "A key is given twice: the object is ambiguous, and what comes after it is no answer either."
+
 def _pairs(pairs):
-    "Object hook: a key given twice makes the object ambiguous, so it is no object at all."
-    if len({k for k, _ in pairs}) < len(pairs): raise ValueError("a key is given twice")
+    if len({k for k, _ in pairs}) < len(pairs): raise GivenTwice("a key is given twice")
     return dict(pairs)
 
 def _decode(text):
@@ -221,7 +222,7 @@ def _decode(text):
     try: return json.loads(text, object_pairs_hook=_pairs), ()
     except json.JSONDecodeError: return json.loads(text, object_pairs_hook=_pairs, strict=False), ("line breaks inside a string",)
 
-# %% ../nbs/03_prompt.ipynb #11319866
+# %% ../nbs/03_prompt.ipynb #656a746d
 def _written_labels(text):
     "Digits that stand literally in the place of a label: `-0` and `\"\\u0031\"` are a 0 and a 1 to a JSON reader only."
     return {m[2] for m in re.finditer(r'"predicted_label"\s*:\s*("?)([01])\1\s*[,}]', text)}
@@ -234,6 +235,7 @@ def parse_completion(text:str, # what the model wrote after the prompt
     for start, end in _object_spans(text):
         if end is None: return Parsed(None, None, "truncated")
         try: obj, repairs = _decode(text[start:end])
+        except GivenTwice: return Parsed(None, None, "wrong_schema")
         except (ValueError, RecursionError): continue
         if text[:start].strip(): repairs += ("text before the object",)
         if text[end:].strip(): repairs += ("text after the object",)

@@ -69,7 +69,6 @@ NOT_RUN = {
     "nli_evaluate --run $RUN --data data/hans.jsonl": WEIGHTS,
     "nli_run --config ablation2 label_only --seeds 1,2,3": GPU,
     "nli_evaluate --run $RUN --engine vllm": "needs a GPU and vLLM; tests/test_vllm.py runs it with a stand-in for the package",
-    'pip install -e ".[vllm]"': SETUP,
     # CONTRIBUTING
     ".venv/bin/nbdev_export": SOURCES,
     ".venv/bin/nbdev_clean": SOURCES,

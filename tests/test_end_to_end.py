@@ -43,6 +43,7 @@ def assert_reads_well(path):
     assert len(plots) == 5 and all("image/png" in p for p in plots), [list(p) for p in plots]
     said = "".join(o.text for o in outputs if o.output_type == "stream")
     assert "IProgress" not in said and "Loading weights" not in said
+    assert "\r" not in said and not [o.text for o in outputs if o.get("name") == "stderr"]
     assert path.stat().st_size < 500_000
 
 @pytest.mark.parametrize("cwd, notebook", [(root, "nbs/train.ipynb"), (root/"nbs", "train.ipynb")], ids=["from the root", "from nbs"])
