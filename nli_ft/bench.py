@@ -11,8 +11,8 @@ __all__ = ['VARIANTS', 'SHAPES', 'JOBS', 'TOLERANCE', 'ANSWERERS', 'SAME_LABELS'
            'bench_train', 'plain_answers', 'our_answers', 'random_adapter', 'generate_once', 'summarise_generate',
            'generate_text', 'bench_generate', 'exponent', 'random_rows', 'bench_growth', 'growth_text', 'bench_cli']
 
-# %% ../nbs/09_bench.ipynb #11725880
-import argparse, contextlib, json, math, os, platform, signal, statistics, subprocess, sys, tempfile, time
+# %% ../nbs/09_bench.ipynb #913062ca
+import argparse, contextlib, ctypes, json, math, os, platform, signal, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 from unittest import mock
 
@@ -128,7 +128,7 @@ def with_weights(cfg:Config # whose model_id may be a key of `SHAPES`
     if cfg.device != "cpu" and not torch.cuda.is_available(): raise ConfigError(f"{cfg.model_id} needs a CUDA GPU and torch sees none; --device cpu forces it onto the CPU")
     return cfg.replace(model_id=str(shapes_model(cfg.model_id)))
 
-# %% ../nbs/09_bench.ipynb #a6659381
+# %% ../nbs/09_bench.ipynb #0008bcf4
 def peak_memory(dev) -> float: # torch.device -> GiB
     "Highest memory of this process so far: resident on a CPU, allocated by torch on CUDA."
     if dev.type == "cuda":
@@ -145,6 +145,8 @@ def reset_peak(dev) -> float: # torch.device -> GiB in use now
         import torch
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()/2**30
+    # freed memory that the process kept would hide what comes on top
+    if platform.libc_ver()[0] == "glibc": ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return peak_memory(dev)
 

@@ -18,8 +18,8 @@ __all__ = ['CARRIED', 'LORA_RANKS', 'VLLM_ROWS', 'NO_ANSWER', 'BLUE', 'ORANGE', 
            'altered_thoughts', 'probe_thoughts', 'report', 'report_text', 'save_report', 'open_run', 'question',
            'evaluation_rows', 'evaluation_dir', 'evaluate_cli', 'read_pairs', 'answer_pairs', 'predict_cli']
 
-# %% ../nbs/06_evaluate.ipynb #5c04114f
-import argparse, bisect, copy, csv, hashlib, html, importlib.util, json, math, os, re, sys, time
+# %% ../nbs/06_evaluate.ipynb #b9ba8554
+import argparse, bisect, builtins, copy, csv, hashlib, html, importlib.util, json, math, os, re, sys, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -224,7 +224,7 @@ def _completion(tok, pairs, ids, digits, cut, style):
     return dict(text=text, n_tokens=len(ids), finish="length" if cut else "stop",
                 p_entail=entail_probability(tok, pairs, ids, parse_completion(text, style).label, digits))
 
-# %% ../nbs/06_evaluate.ipynb #8dc89a56
+# %% ../nbs/06_evaluate.ipynb #2a4580e9
 @contextmanager
 def row_progress(total:int, # rows in all
                  done:int=0, # of them before the start
@@ -236,12 +236,13 @@ def row_progress(total:int, # rows in all
         with tqdm(total=total, initial=done, disable=not show, unit="row") as bar: yield bar.update
         return
     first, start, said = done, time.time(), time.time()
+    to = sys.stdout if hasattr(builtins, "get_ipython") else sys.stderr  # a notebook shows stderr as a fault; a command's stdout is its result
     def update(n):
         nonlocal done, said
         done, now = done + n, time.time()
         if done < total and now - said < 10: return
         said, rate = now, (done - first)/max(now - start, 1e-9)
-        print(f"row {done:>6}/{total}   {rate:.2g} rows/s" + (f"   {(total - done)/rate/60:.1f} min left" if done < total else ""), flush=True)
+        print(f"row {done:>6}/{total}   {rate:.2g} rows/s" + (f"   {(total - done)/rate/60:.1f} min left" if done < total else ""), file=to, flush=True)
     yield update
 
 # %% ../nbs/06_evaluate.ipynb #3f80fd99
@@ -1169,7 +1170,7 @@ def _model_args(p):
     p.add_argument("--max_new_tokens", type=int, metavar="N", help="token budget of a completion [the run's]")
     p.add_argument("--device", choices=("auto", "cuda", "cpu"), help="where to run [the run's]")
 
-# %% ../nbs/06_evaluate.ipynb #bb6a8db8
+# %% ../nbs/06_evaluate.ipynb #ba47cb95
 @command
 def evaluate_cli(argv=None) -> int:
     "Predict a file with a run's model and report scores, intervals, slices and baselines into the record."
@@ -1180,6 +1181,7 @@ def evaluate_cli(argv=None) -> int:
     p.add_argument("--untuned", action="store_true", help="ask the base model without the adapter")
     p.add_argument("--probe", type=int, default=0, metavar="N", help="also probe faithfulness on N rows: cut, swap, remove the thought")
     p.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="what generates; vllm: on a CUDA GPU, mode cot only, after `pip install -e .[vllm]`")
+    p.add_argument("--json", action="store_true", help="print the report as JSON")
     ns = p.parse_args(argv)
     parse_mode(ns.mode)
     if ns.engine == "vllm" and (ns.mode != "cot" or ns.probe): raise ConfigError(f"--engine vllm has mode cot only; {'--probe' if ns.probe else '--mode ' + ns.mode} needs --engine transformers")
@@ -1193,6 +1195,9 @@ def evaluate_cli(argv=None) -> int:
     before = run/"predictions_before.jsonl"
     preds, extra = _predict_and_probe(cfg, None if ns.untuned else adapter, rows, out, ns)
     made = save_report(out, preds, extra, train=train, before=read_predictions(before) if out == run and before.is_file() else None)
+    if ns.json:
+        print(json.dumps(made, ensure_ascii=False))
+        return 0
     print(report_text(made))
     if ns.probe: print("\n" + _probe_text(made["probe"]))
     if train is None: print(f"\nno shortcut baselines: {cfg.train_data} is not there to learn them from")
@@ -1257,7 +1262,7 @@ def answer_pairs(model, tok, pairs:list, cfg, # model; tokenizer; dicts with pre
         answers[p["id"]].update({k: p[k] for k in ANSWER_COLUMNS if k in p}, problem=None if p["predicted_label"] is not None else "no label in the completion")
     return answers
 
-# %% ../nbs/06_evaluate.ipynb #273ead09
+# %% ../nbs/06_evaluate.ipynb #5509065b
 @command
 def predict_cli(argv=None) -> int:
     "Ask a run's model about one pair, or about every row of a CSV file."
@@ -1267,6 +1272,7 @@ def predict_cli(argv=None) -> int:
     p.add_argument("--hypothesis", metavar="TEXT")
     p.add_argument("--csv", metavar="FILE", help="table with the columns premise and hypothesis; others are kept")
     p.add_argument("--output", metavar="FILE", help="table to write, with the columns " + ", ".join(ANSWER_COLUMNS) + " added")
+    p.add_argument("--json", action="store_true", help="print the answer to one pair as JSON")
     ns = p.parse_args(argv)
     parse_mode(ns.mode)
     names, pairs = _asked_pairs(ns)
@@ -1275,7 +1281,7 @@ def predict_cli(argv=None) -> int:
     answers = answer_pairs(load_for_inference(cfg, adapter), load_tokenizer(cfg), pairs, cfg, template, ns.mode, progress=bool(ns.csv))
     if ns.csv: _write_answers(ns.output, names, pairs, answers)
     failed = sum(a["predicted_label"] is None for a in answers)
-    print(f"{ns.output}: {len(answers)} rows, {failed} without an answer" if ns.csv else _one_answer(answers[0]))
+    print(f"{ns.output}: {len(answers)} rows, {failed} without an answer" if ns.csv else json.dumps(answers[0], ensure_ascii=False) if ns.json else _one_answer(answers[0]))
     return int(failed > 0 and not ns.csv)
 
 # %% ../nbs/06_evaluate.ipynb #616b1961

@@ -324,7 +324,8 @@ def test_nli_evaluate_writes_predictions_report_and_plots_and_a_second_call_gene
     assert made["scores"]["n"] == 4 and made["scores"]["coverage"] == 0. and set(made["baselines"]) == {"majority", "hypothesis_only", "overlap_negation"}
     assert {p.stem for p in run.glob("*.png")} == set(ev.PLOTS)
     monkeypatch.setattr(ev, "predict_rows", None)
-    assert ev.evaluate_cli(["--run", str(run)]) == 0
+    assert ev.evaluate_cli(["--run", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((run/"report.json").read_text())
 
 
 def test_other_modes_and_data_go_into_folders_of_their_own(run, tmp_path, capsys):
@@ -346,6 +347,8 @@ def test_nli_predict_prints_label_probability_and_reasoning(run, capsys):
     assert ev.predict_cli(["--run", str(run), "--premise", "A dog runs.", "--hypothesis", "It rains.", "--mode", "forced"]) == 0
     shown = capsys.readouterr().out
     assert "label: " in shown and "p(entailment): 0." in shown and "reasoning: " in shown
+    assert ev.predict_cli(["--run", str(run), "--premise", "A dog runs.", "--hypothesis", "It rains.", "--mode", "forced", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["predicted_label"] in (0, 1)
 
 
 def test_nli_predict_keeps_rows_columns_and_order_of_a_table_and_marks_failures(run, tmp_path, capsys):
