@@ -210,4 +210,4 @@ def test_the_whole_command_with_real_contestants():
     made = command("train", "--rows_per_step", "4", "--micro_batch", "2", "--steps", "2")
     assert all(.2 < c["peak_gib"] < 6 and c["max_loss_difference"] <= 1e-5 for c in made["summary"]["contestants"].values())
     made = command("generate", "--rows", "4", "--max_new_tokens", "8")
-    assert list(made["summary"]["contestants"]) == ["plain", "ours", "label-only"] and made["summary"]["contestants"]["ours"]["same_labels"] == 1
+    assert list(made["summary"]["contestants"]) == ["plain", "plain-to-limit", "ours", "label-only"] and made["summary"]["contestants"]["ours"]["same_labels"] == 1
