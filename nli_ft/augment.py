@@ -564,7 +564,7 @@ def whole_bytes(
             end = start
     return 0
 
-# %% ../nbs/04_augment.ipynb #602f34ae
+# %% ../nbs/04_augment.ipynb #079a09cb
 def content_part(row) -> bytes:
     "The content half of a row's key."
     return bytes.fromhex(row["key"].split("-")[1])
@@ -573,7 +573,7 @@ def is_written(row) -> bool:
     "Does a row hold what the next start reads of it? Raises for one that is no such row at all."
     p, amounts = row["provenance"], [row["provenance"].get("cost"), row["provenance"].get("usage", {}).get("completion_tokens"), row.get("tries")]
     content_part(row)
-    return isinstance(p["stage"], str) and all(x is None or type(x) in (int, float) for x in amounts)
+    return isinstance(p["stage"], str) and all(x is None or type(x) in (int, float) and abs(x) < 2**63 for x in amounts) # NaN is in no range
 
 def iter_written(
     path: Path, # output or failed file of an earlier run
