@@ -7,16 +7,16 @@ __all__ = ['PROMPTS', 'STYLES', 'RELATIONS', 'CONTRACTS', 'KINDS', 'MANIFEST', '
            'SOURCES', 'PUBLISHED', 'prompt_messages', 'render_completion', 'sft_row', 'check_contract', 'map_relation',
            'read_label', 'open_data', 'json_record', 'jsonl_records', 'csv_header', 'csv_records', 'records',
            'row_kind', 'clean_text', 'clean_messages', 'answer_of', 'text_to_sft', 'clean_sft', 'row_contract',
-           'check_relation', 'clean_row', 'hash64', 'Seen', 'BadRows', 'refuse', 'file_kind', 'check_records',
-           'iter_rows', 'Rows', 'data_hash', 'read_rows', 'spread', 'template_of', 'atomic_writer', 'json_line',
-           'write_jsonl', 'seal', 'damage', 'norm_text', 'pair_key', 'parse_splits', 'split_of', 'split_paths',
-           'thought_key', 'one_contract', 'use_thoughts', 'use_reflections', 'shuffle_thoughts', 'with_thought',
-           'Shuffler', 'chosen_rows', 'prepare', 'concludes', 'leaks_gold', 'is_mojibake', 'bigrams', 'jaccard',
-           'NearSample', 'near_duplicates', 'wilson', 'overlap_features', 'baselines', 'level', 'Tally', 'row_text',
-           'row_thought', 'estimate_tokens', 'hub_tokenizer', 'count_row', 'batches', 'keep_sample', 'quantile',
-           'check_file', 'judge_baselines', 'check_files', 'render_report', 'gather_stats', 'plot_stats', 'write_stats',
-           'write_images', 'source_of', 'source_label', 'source_row', 'hub_reachable', 'load_records', 'class_names',
-           'source_rows', 'download', 'data_cli']
+           'check_relation', 'check_writable', 'clean_row', 'hash64', 'Seen', 'BadRows', 'refuse', 'file_kind',
+           'check_records', 'iter_rows', 'Rows', 'data_hash', 'read_rows', 'spread', 'template_of', 'atomic_writer',
+           'json_line', 'write_jsonl', 'seal', 'damage', 'norm_text', 'pair_key', 'parse_splits', 'split_of',
+           'split_paths', 'thought_key', 'one_contract', 'use_thoughts', 'use_reflections', 'shuffle_thoughts',
+           'with_thought', 'Shuffler', 'chosen_rows', 'prepare', 'concludes', 'leaks_gold', 'is_mojibake', 'bigrams',
+           'jaccard', 'NearSample', 'near_duplicates', 'wilson', 'overlap_features', 'baselines', 'level', 'Tally',
+           'row_text', 'row_thought', 'estimate_tokens', 'hub_tokenizer', 'count_row', 'batches', 'keep_sample',
+           'quantile', 'check_file', 'judge_baselines', 'check_files', 'render_report', 'gather_stats', 'plot_stats',
+           'write_stats', 'write_images', 'source_of', 'source_label', 'source_row', 'hub_reachable', 'load_records',
+           'class_names', 'source_rows', 'download', 'data_cli']
 
 # %% ../nbs/01_data.ipynb #fa3d9c65
 import argparse, array, contextlib, csv, gzip, hashlib, io, itertools, json, os, random, re, sys, unicodedata, zlib
@@ -93,14 +93,14 @@ def check_contract(contract:str|None # a name in `CONTRACTS`, or None for "not r
         raise DataError(f"no label contract {contract!r}; there are: " + "; ".join(f"{k} ({v['says']})" for k,v in CONTRACTS.items()))
     return contract
 
-# %% ../nbs/01_data.ipynb #b680dbf3
+# %% ../nbs/01_data.ipynb #2a73f676
 def map_relation(relation:str, # "entailment", "neutral", "contradiction" or "non-entailment"
                  contract:str, # a name in `CONTRACTS`
                  dataset:str|None=None # "snli", "multi_nli", ...: some contracts differ by set
                 ) -> int: # 0 or 1
     "The label that a contract gives a relation. Raises `ValueError` where it gives none."
     maps = CONTRACTS[contract]["maps"]
-    m = maps.get(dataset, maps.get("*"))
+    m = maps.get(dataset if isinstance(dataset, str) else None, maps.get("*"))
     if m is None: raise ValueError(f"contract {contract!r} needs the data set's name ({' or '.join(maps)}), got {dataset!r}")
     if relation not in m: raise ValueError(f"label {relation!r}: contract {contract!r} maps only {', '.join(m)}")
     return m[relation]
@@ -125,13 +125,13 @@ def read_label(value, # what the file holds
     if str(value).strip() in ("-1", "-1.0", "-"): raise ValueError(f"label {value}: no gold label (annotators disagreed)")
     raise ValueError(f"label {value!r} is not 0 or 1")
 
-# %% ../nbs/01_data.ipynb #6ac443a7
+# %% ../nbs/01_data.ipynb #82d9b99f
 def open_data(path # a file, plain or gzip
              ): # binary file object
     "Open a data file for reading. Raises `DataError` for a missing file, a directory or UTF-16."
     p = Path(path)
-    if p.is_dir(): raise DataError(f"{path}: is a directory; name a file in it")
-    if not p.exists(): raise DataError(f"{path}: no such file")
+    if os.path.isdir(p): raise DataError(f"{path}: is a directory; name a file in it")
+    if not os.path.exists(p): raise DataError(f"{path}: no such file")
     try: f = open(p, "rb")
     except OSError as e: raise DataError(f"{path}: {e.strerror}") from e
     head = f.peek(4)[:4]
@@ -247,7 +247,7 @@ def answer_of(text:str) -> tuple: # (prompt text, answer object)
         if isinstance(obj, dict) and "predicted_label" in obj: return text[:at], obj
     raise ValueError("no [/INST]" if "[/INST]" not in text else "no complete JSON answer with predicted_label after [/INST]")
 
-# %% ../nbs/01_data.ipynb #423b2eac
+# %% ../nbs/01_data.ipynb #0f28ff52
 def text_to_sft(row:dict, # an older row: text, maybe id
                 id # used where the row has none
                ) -> dict: # SFT row, source "text"
@@ -261,26 +261,33 @@ def text_to_sft(row:dict, # an older row: text, maybe id
     parts = dict(premise=m[1], hypothesis=hyp)
     for k in parts: clean_text(parts, k)
     thought = clean_text(obj, "thought_process")
-    return dict(id=row.get("id", id), prompt=[dict(role="user", content=prompt)],
-                completion=[dict(role="assistant", content=render_completion(thought, label))],
-                **parts, thought_process=thought, label=label, source="text", **{k:v for k,v in row.items() if k not in ("text","id")})
+    said = parts | dict(thought_process=thought, label=label)
+    if "label" in row: row = row | dict(label=read_label(row["label"])[0])
+    for k in said:
+        if k in row and row[k] != said[k]: raise ValueError(f"{k} is {row[k]!r} where the text says {said[k]!r}")
+    return {k:v for k,v in row.items() if k != "text"} | dict(id=row.get("id", id), prompt=[dict(role="user", content=prompt)],
+                completion=[dict(role="assistant", content=render_completion(thought, label))], **said, source="text")
 
-# %% ../nbs/01_data.ipynb #1805f131
+# %% ../nbs/01_data.ipynb #4fe58635
 def clean_sft(row:dict, contract:str|None=None) -> dict:
     "Check an SFT row: messages, parts, and that the completion says the same label as the row. Raises `ValueError`."
-    for k in ("prompt", "completion"): clean_messages(row[k], k)
+    for k in ("prompt", "completion"): clean_messages(row.get(k), k) # the file's kind is that of its other rows
     try: said = json.loads(row["completion"][-1]["content"])["predicted_label"]
     except (ValueError, KeyError, TypeError): raise ValueError("the completion is not a JSON object with predicted_label") from None
     if said != row["label"] or type(said) is not int: raise ValueError(f"the completion says {said!r} where label is {row['label']}")
+    if row.get("thought_process") is not None:
+        clean_text(row, "thought_process", empty=True)
+        if json.loads(row["completion"][-1]["content"]).get("thought_process", row["thought_process"]) != row["thought_process"]:
+            raise ValueError("the completion has another thought than thought_process")
     return row
 
-# %% ../nbs/01_data.ipynb #f7a6017a
+# %% ../nbs/01_data.ipynb #3fda1ad6
 def row_contract(row:dict, # a record
                  declared:str|None # what the caller says of the file
                 ) -> str|None: # a name in `CONTRACTS`, or None where neither says
     "The contract of a row. Raises `ValueError` where it is unknown, or not the declared one."
     c = row.get("contract") or None
-    if c is not None and c not in CONTRACTS: raise ValueError(f"unknown label contract {c!r}")
+    if c is not None and not (isinstance(c, str) and c in CONTRACTS): raise ValueError(f"unknown label contract {c!r}")
     if c and declared and c != declared: raise ValueError(f"records the label contract {c!r} where {declared!r} was declared")
     return c or declared
 
@@ -288,10 +295,18 @@ def check_relation(row:dict, contract:str|None):
     "Raises `ValueError` where a row's `relation` gives another label under its contract than the row has."
     rel = row.get("relation")
     if contract is None or rel is None: return
+    if not isinstance(rel, str): raise ValueError(f"relation {rel!r} is not text")
     if map_relation(rel, contract, row.get("dataset")) != row["label"]:
         raise ValueError(f"label {row['label']} is not what contract {contract!r} makes of {rel!r}")
 
-# %% ../nbs/01_data.ipynb #704e2176
+# %% ../nbs/01_data.ipynb #74d6136d
+def check_writable(row:dict):
+    "Raises `ValueError` where a value could not be written again: half a surrogate pair (from an escape, or a spoilt byte in CSV), or too deep nesting."
+    for k,v in row.items():
+        try: s = k + (v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) if isinstance(v, (list, dict)) else "")
+        except RecursionError: raise ValueError(f"{k} is nested too deeply") from None
+        if not s.isascii() and re.search("[\ud800-\udfff]", s): raise ValueError(f"{k!a} holds invalid UTF-8")
+
 def clean_row(row:dict, # a record
               kind:str, # a name in `KINDS`
               contract:str|None=None, # what the labels mean, where the row does not say
@@ -314,6 +329,7 @@ def clean_row(row:dict, # a record
     if relation: out.setdefault("relation", relation)
     check_relation(out, contract)
     if contract: out["contract"] = contract
+    check_writable(out)
     return clean_sft(out) if kind in ("sft", "text") else out
 
 # %% ../nbs/01_data.ipynb #20eed94f
@@ -477,20 +493,20 @@ def template_of(rows:list # SFT rows
     rows = list(rows)
     return next((t for t in PROMPTS if rows and all(r["prompt"] == prompt_messages(r["premise"], r["hypothesis"], t) for r in rows)), None)
 
-# %% ../nbs/01_data.ipynb #00799f3f
+# %% ../nbs/01_data.ipynb #d7327ea1
 @contextlib.contextmanager
 def atomic_writer(path, # final name; `.gz` is compressed
                   overwrite:bool=False # replace an existing file?
                  ): # text file to write to
     "Write a file whole or not at all. Raises `DataError` where it exists already or its folder cannot be written."
     p = Path(path)
-    if p.is_dir(): raise DataError(f"{path}: is a directory")
-    if p.exists() and not overwrite: raise DataError(f"{path}: exists already; say --overwrite (overwrite=True) to replace it")
+    if os.path.isdir(p): raise DataError(f"{path}: is a directory")
+    if os.path.exists(p) and not overwrite: raise DataError(f"{path}: exists already; say --overwrite (overwrite=True) to replace it")
     part = p.with_name(f"{p.name}.{os.getpid()}.part")
     try:
         p.parent.mkdir(parents=True, exist_ok=True)
         raw = open(part, "wb")
-    except OSError as e: raise DataError(f"{path}: cannot be written: {e.strerror}") from e
+    except (OSError, ValueError) as e: raise DataError(f"{path}: cannot be written: {getattr(e, 'strerror', None) or e}") from e
     try:
         with raw:
             with io.TextIOWrapper(gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if p.suffix == ".gz" else raw, encoding="utf-8", newline="\n") as f:
@@ -546,7 +562,7 @@ def pair_key(row:dict) -> str:
     "The normalised premise and hypothesis as one key."
     return norm_text(row["premise"]) + "\n" + norm_text(row["hypothesis"])
 
-# %% ../nbs/01_data.ipynb #df0a77c0
+# %% ../nbs/01_data.ipynb #3557bcde
 SPLITS = ("train", "dev", "test")
 
 def parse_splits(text:str # "0.8,0.1,0.1" (train, dev, test) or "0.9,0.1" (train, dev)
@@ -554,7 +570,7 @@ def parse_splits(text:str # "0.8,0.1,0.1" (train, dev, test) or "0.9,0.1" (train
     "The shares of the splits. Raises `DataError`."
     try: shares = [float(o) for o in text.split(",")]
     except ValueError: shares = []
-    if len(shares) not in (2,3) or min(shares) <= 0 or abs(sum(shares)-1) > 1e-6:
+    if len(shares) not in (2,3) or not min(shares) > 0 or not abs(sum(shares)-1) <= 1e-6: # so that nan is refused too
         raise DataError(f"splits {text!r}: give two or three shares above 0 that sum to 1, as in 0.8,0.1,0.1 (train, dev, test)")
     return shares
 
@@ -889,7 +905,7 @@ def row_thought(row:dict) -> tuple: # (thought or None, the label it was written
     if "predicted_label" in row and "thought_process" in row: return row["thought_process"], row["predicted_label"]
     return row.get("thought_process") or None, row["label"]
 
-# %% ../nbs/01_data.ipynb #e2319752
+# %% ../nbs/01_data.ipynb #e48a7c43
 def estimate_tokens(texts:list) -> list:
     "A quarter of the characters: a rough estimate for English, for use without a tokenizer."
     return [len(t)//4+1 for t in texts]
@@ -898,7 +914,7 @@ def hub_tokenizer(name:str # a folder or hub id that `transformers.AutoTokenizer
                  ): # function: list of texts -> list of token counts
     "Token counts of texts under a tokenizer. Raises `DataError` where it cannot be loaded."
     from transformers import AutoTokenizer
-    try: tok = AutoTokenizer.from_pretrained(name)
+    try: tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False) # unsaid, transformers asks on the terminal
     except (OSError, ValueError) as e: raise DataError(f"tokenizer {name!r} cannot be loaded: {str(e).splitlines()[0]}; name a folder that holds one, or leave --tokenizer out for an estimate") from e
     return lambda texts: [len(o) for o in tok(texts, add_special_tokens=True)["input_ids"]]
 
@@ -1027,20 +1043,20 @@ def render_report(rep:dict # from `check_files`
         if not f["baselines"]: out.append("  --   baselines not computed (fewer than 50 rows, or 10 of a label, or 5 premises)")
     return "\n".join(out + [f"near-duplicates sought among {rep['near_rows']}", f"verdict: {rep['verdict']}"])
 
-# %% ../nbs/01_data.ipynb #8680bf92
+# %% ../nbs/01_data.ipynb #df679464
 def gather_stats(rows # any iterable of rows: a generator is streamed
                 ) -> dict: # counts by label and by source, histograms of word counts by label
     "Counts for plots, in memory that does not grow with the rows."
     labels,sources,words = Counter(),Counter(),{}
     for row in rows:
         labels[row["label"]] += 1
-        sources[row.get("source") or row.get("dataset") or "pair", row["label"]] += 1
+        sources[str(row.get("source") or row.get("dataset") or "pair"), row["label"]] += 1
         thought,_ = row_thought(row)
         for part,text in (("premise", row["premise"]), ("hypothesis", row["hypothesis"]), ("thought", thought)):
             if text: words.setdefault((part, row["label"]), Counter())[min(text.count(" ")+1, 1000)] += 1
     return dict(labels=labels, sources=sources, words=words)
 
-# %% ../nbs/01_data.ipynb #4033593d
+# %% ../nbs/01_data.ipynb #47ae2aa6
 def plot_stats(rows, # rows, or what `gather_stats` made of them
                title:str=""
               ): # matplotlib Figure
@@ -1060,11 +1076,11 @@ def plot_stats(rows, # rows, or what `gather_stats` made of them
     names = sorted({s for s,_ in st["sources"]})
     for label in (0,1):
         left = [st["sources"][s,0] if label else 0 for s in names]
-        axs[-2].barh(names, [st["sources"][s,label] for s in names], left=left, color=colours[label])
+        axs[-2].barh([s.replace("$", r"\$") for s in names], [st["sources"][s,label] for s in names], left=left, color=colours[label]) # no mathtext
         axs[-1].bar(str(label), st["labels"][label], color=colours[label])
     axs[-2].set(title="source", xlabel="rows")
     axs[-1].set(title="label balance", xlabel="label", ylabel="rows")
-    if title: fig.suptitle(title)
+    if title: fig.suptitle(title.replace("$", r"\$"))
     return fig
 
 # %% ../nbs/01_data.ipynb #2a211927

@@ -261,12 +261,12 @@ def generate_completions(model, tok, prompts:list, # model; tokenizer; lists of 
             update(len(batch))
     return done
 
-# %% ../nbs/06_evaluate.ipynb #54aa9b55
+# %% ../nbs/06_evaluate.ipynb #f09883fd
 def parse_mode(mode:str, # "cot", "forced" or "vote:k"
                ) -> tuple: # (name, k); k is 1 except for votes
     "Read a decoding mode; `DataError` for another one."
     if mode in ("cot", "forced"): return mode, 1
-    m = re.fullmatch(r"vote:(\d+)", mode)
+    m = re.fullmatch(r"vote:([0-9]{1,4})", mode)
     if m and int(m[1]) > 1: return "vote", int(m[1])
     raise DataError(f"mode {mode!r} is unknown: use cot, forced, or vote:k with k at least 2, as in vote:5")
 
@@ -322,13 +322,19 @@ def prediction_row(row:dict, # the evaluation row
                 p_entail=made["p_entail"], n_tokens=made["n_tokens"], finish=made["finish"], seconds=made.get("seconds"), mode=mode,
                 prompt_hash=prompt_hash(row["prompt"]), **{k: row[k] for k in CARRIED if row.get(k) is not None})
 
-# %% ../nbs/06_evaluate.ipynb #81649c79
+# %% ../nbs/06_evaluate.ipynb #86779b79
 def check_predictions(preds:list, # prediction rows
                       name="predictions", # how messages call them
                       ) -> list: # the same rows
     "Raise `RecordError` for what no honest score can be made from: repeated ids, impossible labels or probabilities, missing keys."
     for key in ("id", "label", "predicted_label", "outcome"):
         if lost := [p.get("id", n) for n, p in enumerate(preds, 1) if key not in p]: raise RecordError(f"{name}: row {lost[0]!r} has no {key!r}")
+    types = dict(id=(int, str), outcome=(str,), p_entail=(int, float), n_tokens=(int, float), seconds=(int, float))
+    for n, p in enumerate(preds, 1):
+        for key, ok in types.items():
+            v = p.get(key)
+            if v is None and key not in ("id", "outcome"): continue
+            if type(v) not in ok or (key != "id" and type(v) is not str and not abs(v) < 2**63): raise RecordError(f"{name}: row {n} has {key} {v!a:.80}")
     if twice := [i for i, n in Counter(p["id"] for p in preds).items() if n > 1]:
         raise RecordError(f"{name}: id {twice[0]!r} occurs more than once ({len(twice)} such ids)")
     for p in preds:
@@ -338,7 +344,7 @@ def check_predictions(preds:list, # prediction rows
         if prob is not None and not 0 <= prob <= 1: raise RecordError(f"{name}: row {p['id']!r} has p_entail {prob!r}, not a probability")
     return preds
 
-# %% ../nbs/06_evaluate.ipynb #61e8e3da
+# %% ../nbs/06_evaluate.ipynb #f3e96b52
 def _json_lines(path, torn_ok):
     "(rows, length in bytes of the whole lines)."
     rows, whole = [], 0
@@ -346,7 +352,7 @@ def _json_lines(path, torn_ok):
         for n, line in enumerate(f, 1):
             if torn_ok and not line.endswith(b"\n"): break
             try: rows.append(json.loads(line))
-            except ValueError as e: raise RecordError(f"{path}, line {n}: not JSON ({e})") from None
+            except (ValueError, RecursionError) as e: raise RecordError(f"{path}, line {n}: not JSON ({e})") from None
             if not isinstance(rows[-1], dict): raise RecordError(f"{path}, line {n}: not a JSON object")
             whole += len(line)
     return rows, whole
@@ -1118,7 +1124,7 @@ def save_report(folder, # where report.json and the plots go
     for name, plot in PLOTS.items(): plot(preds).savefig(folder/f"{name}.png", dpi=110)
     return made
 
-# %% ../nbs/06_evaluate.ipynb #43b7577e
+# %% ../nbs/06_evaluate.ipynb #14c05b41
 def open_run(run, # a run's folder
              **changes, # config values to replace, such as eval_batch_size=4
              ) -> tuple: # (folder, Config, adapter folder, name of the prompt wording)
@@ -1128,8 +1134,9 @@ def open_run(run, # a run's folder
     for name in ("config", "summary", "environment"):
         try: parts[name] = (run/f"{name}.json").read_text(encoding="utf-8")
         except OSError: raise RecordError(f"{run/name}.json is missing: not a complete run record") from None
-    try: summary, env = json.loads(parts["summary"]), json.loads(parts["environment"])
-    except ValueError as e: raise RecordError(f"{run}: summary.json or environment.json is not JSON ({e})") from None
+    try: summary, env = dict(json.loads(parts["summary"])), dict(json.loads(parts["environment"]))
+    except (ValueError, TypeError, RecursionError) as e: raise RecordError(f"{run}: summary.json or environment.json is not JSON ({e})") from None
+    if not isinstance(env.get("prompt", {}), dict) or not isinstance(summary.get("adapter", ""), (str, type(None))): raise RecordError(f"{run}: its environment.json or summary.json is not what a run writes")
     cfg = config_from_json(parts["config"], str(run/"config.json"))
     if summary.get("status") == "running": raise RecordError(f"{run} is still going (or was killed): its summary.json says running")
     if not summary.get("adapter"): raise RecordError(f"{run} has no adapter (status {summary.get('status')}): its training did not finish")

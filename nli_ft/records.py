@@ -10,10 +10,10 @@ __all__ = ['redact', 'new_run_dir', 'environment', 'overrides_text', 'run_comman
            'compare_configs', 'run_table', 'config_table', 'remarks', 'markdown', 'plot_differences', 'plot_losses',
            'newest', 'comparable', 'full_comparison', 'compare_cli', 'model_card']
 
-# %% ../nbs/07_records.ipynb #516039ae
-import argparse,ast,csv,hashlib,importlib.metadata,io,json,math,os,platform,re,secrets,shlex,signal,subprocess,sys,threading
+# %% ../nbs/07_records.ipynb #ce16f876
+import argparse,ast,csv,hashlib,html,importlib.metadata,io,json,math,netrc,os,platform,re,secrets,shlex,signal,subprocess,sys,threading
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager,suppress
 from dataclasses import dataclass,field,fields
 from datetime import datetime,timezone
 from pathlib import Path
@@ -22,14 +22,21 @@ from .config_loader import (Config,ConfigError,ModelKeys,NliError,RecordError,ad
                                   load_config,one_factor,print_config,project_root)
 from .data import PROMPTS,atomic_writer,data_hash,read_rows,records as file_records,template_of
 
-# %% ../nbs/07_records.ipynb #ec895f41
+# %% ../nbs/07_records.ipynb #ee07e41f
 _secret_name = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I)
+
+def _secrets():
+    "`(name, value)` of credentials: environment variables by their names, .netrc, and the file of `hf auth login`."
+    yield from ((n,v) for n,v in os.environ.items() if _secret_name.search(n))
+    with suppress(OSError,netrc.NetrcParseError): yield from ((f"password of {host}",login[2] or "") for host,login in netrc.netrc(os.environ.get("NETRC")).hosts.items())
+    hub = Path(os.environ.get("HF_TOKEN_PATH") or Path(os.environ.get("HF_HOME") or Path.home()/".cache"/"huggingface")/"token")
+    with suppress(OSError,UnicodeDecodeError): yield "hub token", hub.read_text().strip()
 
 def redact(text:str, # what is about to be written
           ) -> str: # the same without credentials and without the paths of this machine
-    "Replace values of credential-like environment variables (8 characters or more), the project's folder and the home folder."
-    for name,value in os.environ.items():
-        if len(value)>=8 and _secret_name.search(name):
+    "Replace credentials of 8 characters or more (environment variables by their names, .netrc, the hub's token), the project's folder and the home folder."
+    for name,value in _secrets():
+        if len(value)>=8:
             for form in {value, json.dumps(value)[1:-1]}: text = text.replace(form, f"[{name} removed]")
     for folder,short in ((project_root(),"."), (Path.home(),"~")):
         if folder!=Path(folder.anchor): text = re.sub(re.escape(str(folder))+r"(?![\w.-])", short, text)
@@ -179,11 +186,12 @@ def _claim(cfg, run_dir):
     _write_json(run/"summary.json", _running(cfg) | {"run_id":run.name})
     return run
 
-# %% ../nbs/07_records.ipynb #6fe28a6c
+# %% ../nbs/07_records.ipynb #8c261cd6
 def overrides_text(cfg:Config
                   ) -> str: # e.g. "learning_rate=0.0001 max_steps=4"; read by `parse_overrides`
     "What differs from the config's file, paths relative to the project: what papermill passes to the notebook."
-    words = [w.removeprefix("--").replace(f"={cfg.root}{os.sep}", "=", 1) for w in cfg.to_args()[2:]]
+    new = dict(w.removeprefix("--").split("=", 1) for w in cfg.to_args()[2:])
+    words = [f"{k}={getattr(cfg,k) if v.startswith(os.sep) else v}" for k,v in new.items()]   # also a folder outside of the project stays relative
     return " ".join(map(shlex.quote, words))
 
 def run_command(cfg:Config) -> str: # e.g. "nli_run --config cpu_demo --max_steps=4"
@@ -220,7 +228,7 @@ def append_metrics(run_dir, # a run's folder
                 f.seek(0); f.truncate(f.read().rfind(b"\n")+1)
         f.write((redact(json.dumps(_plain(row), ensure_ascii=False))+"\n").encode())
 
-# %% ../nbs/07_records.ipynb #c206829c
+# %% ../nbs/07_records.ipynb #3bb4bf4e
 def read_metrics(run_dir # a run's folder
                 ) -> list[dict]: # rows in the order they were written; empty when nothing was logged
     "Rows of `metrics.jsonl`. A torn last line is left out; any other bad line raises `RecordError` naming it."
@@ -230,16 +238,16 @@ def read_metrics(run_dir # a run's folder
     except (OSError,UnicodeDecodeError) as e: raise RecordError(f"{path}: cannot be read ({e})") from e
     for i,line in enumerate(lines):
         try:
-            if line.strip(): rows.append(json.loads(line))
-        except ValueError as e:
+            if line.strip(): rows.append(dict(json.loads(line)))
+        except (ValueError,TypeError,RecursionError) as e:
             if i<len(lines)-1: raise RecordError(f"{path}:{i+1}: not JSON ({e})") from e
     return rows
 
-# %% ../nbs/07_records.ipynb #0db210ac
+# %% ../nbs/07_records.ipynb #00313c88
 def _read_json(path):
     try: obj = json.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError as e: raise RecordError(f"{path} is missing: not a complete run record") from e
-    except (OSError,ValueError) as e: raise RecordError(f"{path} cannot be read ({e})") from e
+    except (OSError,ValueError,RecursionError) as e: raise RecordError(f"{path} cannot be read ({e})") from e
     if not isinstance(obj, dict): raise RecordError(f"{path} holds {type(obj).__name__}, not an object")
     return obj
 
@@ -329,13 +337,15 @@ def read_run(run_dir # a run's folder
         if lost := [k for k in keys if k not in obj]: raise RecordError(f"{path/name}.json lacks {', '.join(lost)}")
     return Run(path, config, env, summary, read_metrics(path))
 
-# %% ../nbs/07_records.ipynb #d8e0fcc4
+# %% ../nbs/07_records.ipynb #fdb74163
 def _listed(path):
     "One row of `list_runs`."
     row = dict(config=path.parent.name, run_id=path.name, seed=None, status="unreadable", before=None, accuracy=None, valid_rate=None,
                n=None, started=None, wall_s=None, path=str(path), why=None)
     try:
         s = _read_json(path/"summary.json")
+        for k,kinds in (("status",(str,)),("started",(str,)),("error",(str,type(None))),("wall_s",(int,float,type(None)))):
+            if not isinstance(s[k] if k in ("status","started") else s.get(k), kinds) or s.get(k) in (math.inf,-math.inf) or s.get(k)!=s.get(k): raise TypeError(f"{k} is {s.get(k)!r}")
         status = "died" if _died(s) else s["status"]
         after,before = s.get("after") or {}, s.get("before") or {}
         row |= dict(seed=s.get("seed"), status=status, before=before.get("accuracy"), accuracy=after.get("accuracy"),
@@ -786,7 +796,7 @@ def config_table(rows # from `compare_configs`
     return head, [[r["config"],len(r["seeds"]),r["n"],_interval(r["accuracy"],r["accuracy_ci"]),"" if r["sd"] is None else f"{r['sd']:.3f}"]+
                   ([_interval(r["difference"],r["ci"]),", ".join(r["differs"])] if "ci" in r else ["baseline",""]) for r in rows]
 
-# %% ../nbs/07_records.ipynb #617721aa
+# %% ../nbs/07_records.ipynb #55168c0c
 def remarks(rows # from `compare_runs`
            ) -> list[str]: # sentences
     "What a reader must know beside the numbers: every verdict, confounded comparisons, runs that did not end well."
@@ -799,10 +809,11 @@ def remarks(rows # from `compare_runs`
 def markdown(head, cells # from `run_table` or `config_table`
             ) -> str: # a Markdown table
     "A table for a notebook, an issue or a paper's appendix."
-    line = lambda r: "| "+" | ".join(str(c).replace("|","\\|") for c in r)+" |"
+    cell = lambda c: " ".join(html.escape(str(c), quote=False).replace("\\","\\\\").replace("|","\\|").split())
+    line = lambda r: "| "+" | ".join(map(cell, r))+" |"
     return "\n".join([line(head), line(["---"]*len(head)), *map(line, cells)])
 
-# %% ../nbs/07_records.ipynb #68066fe2
+# %% ../nbs/07_records.ipynb #8dc05076
 def plot_differences(rows # from `compare_runs` or `compare_configs`
                     ): # Figure
     "Forest plot: each difference to the baseline in points, with its interval; what crosses zero cannot be told from noise."
@@ -814,8 +825,8 @@ def plot_differences(rows # from `compare_runs` or `compare_configs`
         ax.plot([lo,hi], [y,y], color=BLUE if lo>0 or hi<0 else GREY, lw=2); ax.plot(100*r["difference"], y, "o", color=BLUE if lo>0 or hi<0 else GREY)
     ax.axvline(0, color="black", lw=.8)
     first = rows[0].get("run") or rows[0]["config"]
-    ax.set(yticks=range(len(shown)), yticklabels=[r.get("run") or r["config"] for r in reversed(shown)], ylim=(-.6,len(shown)-.4),
-           xlabel=f"accuracy, points above {first}")
+    ax.set(yticks=range(len(shown)), yticklabels=[(r.get("run") or r["config"]).replace("$",r"\$") for r in reversed(shown)], ylim=(-.6,len(shown)-.4),
+           xlabel="accuracy, points above "+first.replace("$",r"\$"))
     return fig
 
 def plot_losses(runs # list of `Run`
@@ -824,7 +835,7 @@ def plot_losses(runs # list of `Run`
     from nli_ft.evaluate import metric_series,new_figure
     fig,ax = new_figure(7, 3.4)
     for r in runs:
-        if "loss" in (series := metric_series(r.metrics)): ax.plot(*series["loss"], lw=1.5, label=r.name)
+        if "loss" in (series := metric_series(r.metrics)): ax.plot(*series["loss"], lw=1.5, label=r.name.replace("$",r"\$"))
     ax.set(xlabel="optimizer step", ylabel="training loss (nats per trained token)")
     if ax.lines: ax.legend(frameon=False, fontsize=8)
     return fig
@@ -911,7 +922,7 @@ def _limits(run, s):
     if run.environment["git"] is None or run.environment["git"]["dirty"]: said.append("The code had uncommitted changes or no commit: the run cannot be repeated exactly.")
     return said
 
-# %% ../nbs/07_records.ipynb #69a3d9b4
+# %% ../nbs/07_records.ipynb #4f302eba
 def model_card(run_dir # a finished run's folder
               ) -> str: # the text, also written to MODEL_CARD.md in that folder
     "Write a model card from a record. Raises `RecordError` where the run was not evaluated."
@@ -923,11 +934,11 @@ def model_card(run_dir # a finished run's folder
     changed = [[k, json.dumps(v["value"]), json.dumps(v["default"])] for k,v in run.config["changed_from_default"].items()]
     git = run.environment["git"] or {}
     text = "\n\n".join([f"---\nbase_model: {json.dumps(cfg.model_id)}\nlibrary_name: peft\ntags: [natural-language-inference, qlora, nli_ft]\n---",
-        f"# {run.name}", f"A LoRA adapter on `{cfg.model_id}` that answers whether a premise entails a hypothesis ({cfg.completion} completions). Written from the run record by nli_ft.",
+        f"# {html.escape(run.name, quote=False)}", f"A LoRA adapter on `{cfg.model_id.replace('`',' ')}` that answers whether a premise entails a hypothesis ({cfg.completion} completions). Written from the run record by nli_ft.",
         "## Scores", markdown(["measure", f"value (n={s['n']}, 95 % interval)"], measured), "## Data",
         markdown(["use","file","rows","label contract","source","sha256"], _card_data(run.environment)),
         f"Prompt wording: {run.environment['prompt']['template']}.", "## Settings that differ from default", markdown(["key","value","default"], changed) if changed else "None.",
-        "## Made with", f"`{run.config.get('provenance','')}`, commit {git.get('commit') or 'unknown'}, "+", ".join(f"{k} {v}" for k,v in run.environment["packages"].items() if v and k in _PACKAGES)+".",
+        "## Made with", f"`{run.config.get('provenance','').replace('`',' ')}`, commit {git.get('commit') or 'unknown'}, "+", ".join(f"{k} {v}" for k,v in run.environment["packages"].items() if v and k in _PACKAGES)+".",
         "## Limits", "\n".join(f"- {o}" for o in _limits(run, s))])+"\n"
     _write_text(run.path/"MODEL_CARD.md", text)
     return text

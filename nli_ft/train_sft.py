@@ -68,7 +68,7 @@ def find_checkpoint(cfg:Config, say=lambda line: None): # Path, or None where no
                                         "leave resume_from_checkpoint out to start afresh")
     return found
 
-# %% ../nbs/08_train_sft.ipynb #0b5a3dff
+# %% ../nbs/08_train_sft.ipynb #ac85324e
 def _on_cpu():
     "Names of the configs that need neither a GPU nor a hub."
     from nli_ft.model import EMBEDDED
@@ -76,7 +76,7 @@ def _on_cpu():
 
 def _missing_data(cfg, key):
     path = cfg.path(key)
-    if path.is_file() or path.parent == embedded_data(): return []
+    if os.path.isfile(path) or path.parent == embedded_data(): return []
     return [f"{key} = {getattr(cfg, key)}: no such file ({path}); `nli_data prepare --thoughts T --reflections R --output FILE` makes training rows, "
             "`nli_data download --published --output FILE` fetches the published ones (DATA.md)"]
 
@@ -106,7 +106,7 @@ def _missing_device(cfg):
 def _unwritable(cfg, key):
     "Tried, not asked: permissions alone do not tell of a read-only file system or a full disk. Leaves nothing behind."
     there = cfg.path(key)
-    while not there.exists(): there = there.parent
+    while not os.path.exists(there): there = there.parent
     try:
         with tempfile.NamedTemporaryFile(dir=there) as f: f.write(b" "*4096)
     except OSError as e: return [f"{key} = {getattr(cfg, key)}: {there} cannot be written ({e.strerror}); choose another {key}"]
@@ -964,7 +964,7 @@ def judge(model, prep:Prepared, out, # predictions.jsonl to write
     "Generate and parse an answer to every evaluation row."
     return predict_rows(model, prep.tok, prep.eval_rows, prep.cfg, progress=progress, out=out)
 
-# %% ../nbs/08_train_sft.ipynb #53798dc1
+# %% ../nbs/08_train_sft.ipynb #84b8ae14
 @contextlib.contextmanager
 def tracker(cfg:Config, run): # the record's folder
     "The trackers for the time of training, if configured: online with a key, offline without, never asking, never fatal. The record does not depend on them."
@@ -1009,6 +1009,7 @@ def _wandb(cfg, run):
             print(f"W&B did not finish ({type(e).__name__}); what it has is under {run.name}/wandb")
             from wandb.sdk.lib.import_hooks import unregister_all_post_import_hooks
             unregister_all_post_import_hooks()  # they would report later imports to the service that is gone, and fail
+        for log in [*run.glob("wandb/debug*.log"), *run.glob("wandb/*run-*/logs/debug*.log")]: log.unlink()  # they name folders of this machine; `wandb sync` needs none
 
 def _netrc_has_wandb():
     import netrc
@@ -1090,7 +1091,7 @@ def join_cpu_processes(argv):
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_addr", "127.0.0.1", "--master_port", str(port),
                               "-m", "nli_ft.train_sft", *argv])
 
-# %% ../nbs/08_train_sft.ipynb #59b39239
+# %% ../nbs/08_train_sft.ipynb #5063e35f
 def _shared_run(cfg, given):
     "The record's folder, opened by the main process and told to the others."
     from accelerate.state import PartialState
@@ -1099,7 +1100,7 @@ def _shared_run(cfg, given):
     from nli_ft.model import device
     state = PartialState(cpu=device(cfg).type == "cpu", timeout=timedelta(days=1))
     box = [None]
-    if state.is_main_process: box = [str(Path(given) if given else start_run(cfg, command=" ".join(["nli_train", *cfg.to_args()])))]
+    if state.is_main_process: box = [str(Path(given) if given else start_run(cfg, command="nli_train" + run_command(cfg).removeprefix("nli_run")))]
     broadcast_object_list(box)
     return state, Path(box[0])
 
