@@ -322,14 +322,14 @@ def prediction_row(row:dict, # the evaluation row
                 p_entail=made["p_entail"], n_tokens=made["n_tokens"], finish=made["finish"], seconds=made.get("seconds"), mode=mode,
                 prompt_hash=prompt_hash(row["prompt"]), **{k: row[k] for k in CARRIED if row.get(k) is not None})
 
-# %% ../nbs/06_evaluate.ipynb #86779b79
+# %% ../nbs/06_evaluate.ipynb #c382475a
 def check_predictions(preds:list, # prediction rows
                       name="predictions", # how messages call them
                       ) -> list: # the same rows
     "Raise `RecordError` for what no honest score can be made from: repeated ids, impossible labels or probabilities, missing keys."
     for key in ("id", "label", "predicted_label", "outcome"):
         if lost := [p.get("id", n) for n, p in enumerate(preds, 1) if key not in p]: raise RecordError(f"{name}: row {lost[0]!r} has no {key!r}")
-    types = dict(id=(int, str), outcome=(str,), p_entail=(int, float), n_tokens=(int, float), seconds=(int, float))
+    types = dict(id=(int, str), outcome=(str,), n_tokens=(int, float), seconds=(int, float))
     for n, p in enumerate(preds, 1):
         for key, ok in types.items():
             v = p.get(key)
@@ -341,7 +341,7 @@ def check_predictions(preds:list, # prediction rows
         for key in ("label", "predicted_label"):
             if p[key] is not None and (isinstance(p[key], bool) or p[key] not in (0, 1)): raise RecordError(f"{name}: row {p['id']!r} has {key} {p[key]!r}, not 0 or 1")
         prob = p.get("p_entail")
-        if prob is not None and not 0 <= prob <= 1: raise RecordError(f"{name}: row {p['id']!r} has p_entail {prob!r}, not a probability")
+        if prob is not None and (type(prob) not in (int, float) or not 0 <= prob <= 1): raise RecordError(f"{name}: row {p['id']!r} has p_entail {prob!r}, not a probability")
     return preds
 
 # %% ../nbs/06_evaluate.ipynb #f3e96b52

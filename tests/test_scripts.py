@@ -386,10 +386,11 @@ def imported():
             for top in {n.split(".")[0] for n in names} - sys.stdlib_module_names - own: found.setdefault(top, file)
     return found
 
-def test_every_imported_package_is_pinned_and_a_pin_nobody_imports_says_why():
+def test_every_imported_package_is_pinned_and_a_pin_nobody_imports_says_why(monkeypatch):
     owner, pins = metadata.packages_distributions(), {plain(r.split("==")[0]) for r in requirements()}
-    used = {top: ({plain(d) for d in owner.get(top, [])}, file) for top,file in imported().items()}
-    assert {top: file for top,(dists,file) in used.items() if not dists & pins} == {}
+    used = {top: ({plain(d) for d in owner.get(top, [top])}, file) for top,file in imported().items()}
+    optional = {plain(r.split("==")[0]) for needs in setup_arguments(monkeypatch)["extras_require"].values() for r in needs if "==" in r}
+    assert {top: file for top,(dists,file) in used.items() if not dists & (pins | optional)} == {}
     explained = {plain(l.split("==")[0]) for l in (ROOT/"requirements.txt").read_text().splitlines() if "==" in l and "#" in l}
     assert pins - explained - set().union(*(dists for dists,_ in used.values())) == set()
 
