@@ -25,10 +25,11 @@ from .prompt import LABEL, PROMPT, THOUGHT, Encoded, encode_prompt, parse_comple
 from .train_sft import (check_ready, choose_gpu, embedded_data, estimate_memory, linear_shapes, make_trainer_class, prepare,
                               resolved_optim, to_dataset, training_args)
 
-# %% ../nbs/09_bench.ipynb #6bbca9ef
+# %% ../nbs/09_bench.ipynb #21478479
 _PLAIN = dict(trl=True, micro_batches=False, by_length=False, checkpointing=True, padding_free=False, head_everywhere=False, fp32_adapter=True,
-              prepared=True, keep_freed_memory=False, dequantised_once=False)
-_OURS = _PLAIN | dict(trl=False, micro_batches=True, by_length=True, checkpointing=False, keep_freed_memory=True, dequantised_once=True)
+              prepared=True, blocked_attention=False, bf16_between=False, keep_freed_memory=False, dequantised_once=False)
+_OURS = _PLAIN | dict(trl=False, micro_batches=True, by_length=True, checkpointing=False, blocked_attention=True, bf16_between=True,
+                      keep_freed_memory=True, dequantised_once=True)
 
 VARIANTS = { # name -> options; every name but the first of its kind changes one of them
     "plain": _PLAIN,                                                    # trl.SFTTrainer
@@ -43,7 +44,9 @@ VARIANTS = { # name -> options; every name but the first of its kind changes one
     "ours-file-order": _OURS | dict(by_length=False),                   # micro-batches not sorted by length
     "ours-head-everywhere": _OURS | dict(head_everywhere=True),         # logits at every position, prompt and padding too
     "ours-padding-free": _OURS | dict(padding_free=True),
-    "ours-returning-memory": _OURS | dict(keep_freed_memory=False),     # the next two make a difference on a CPU only
+    "ours-fp32-between": _OURS | dict(bf16_between=False),              # between the matrix products of a bf16 run
+    "ours-sdpa": _OURS | dict(blocked_attention=False),                 # this and the next two make a difference on a CPU only
+    "ours-returning-memory": _OURS | dict(keep_freed_memory=False),
     "ours-dequantising-each-time": _OURS | dict(dequantised_once=False),
 }
 
@@ -68,7 +71,7 @@ def padded_tokens(lengths:list, # tokens of the rows of one step, in order
     batches = [lengths[i:i + micro] for i in range(0, len(lengths), micro)]
     return sum(max(b)*len(b) for b in batches)
 
-# %% ../nbs/09_bench.ipynb #fe9f99b9
+# %% ../nbs/09_bench.ipynb #91dd9f02
 def bench_config(config:str|None=None, # name or path of a config; None for default with the embedded model
                  model:str|None=None, # replaces its model_id
                  data=None, # replaces its rows; None for the embedded corpus
@@ -87,9 +90,11 @@ def variant_config(cfg:Config, # from `bench_config`
                    rows_per_step:int, micro_batch:int, # rows of an optimizer step; rows of a micro-batch, where the variant has them
                   ) -> Config:
     "The config of one contestant."
+    from nli_ft.model import device
     options = VARIANTS[name]
     micro = micro_batch if options["micro_batches"] else rows_per_step
     if rows_per_step % micro: raise ConfigError(f"--micro_batch {micro} does not divide --rows_per_step {rows_per_step}: the last micro-batch of a step would be smaller")
+    if not options["blocked_attention"] and cfg.attn_implementation == "auto" and device(cfg).type == "cpu": cfg = cfg.replace(attn_implementation="sdpa")
     return cfg.replace(batch_size=micro, grad_accumulation_steps=rows_per_step//micro, gradient_checkpointing=options["checkpointing"])
 
 # %% ../nbs/09_bench.ipynb #43cabd1b
@@ -197,7 +202,7 @@ def executed_flops(facts:dict, padded:int, scored:int, # tokens with padding; po
     "What was computed, by the same convention."
     return (6 if checkpointing else 4)*facts["linear"]*padded + 6*facts["head"]*scored
 
-# %% ../nbs/09_bench.ipynb #08f7b3d4
+# %% ../nbs/09_bench.ipynb #ea7b3fda
 def _plain_trainer(cfg, model, tok, encs, options, out, steps):
     "TRL's trainer as a user writes it, its adapter put back to fp32 unless the variant says otherwise."
     import torch
@@ -268,6 +273,7 @@ def without_ours(name:str # a variant or an answerer
     options = VARIANTS.get(name, _PLAIN if name.startswith("plain") else _OURS)
     with contextlib.ExitStack() as undo:
         if not options["keep_freed_memory"]: undo.enter_context(mock.patch.object(model, "keep_freed_memory", lambda: None))
+        if not options["bf16_between"]: undo.enter_context(mock.patch.object(model, "bf16_between_products", contextlib.nullcontext))
         if not options["dequantised_once"]: undo.enter_context(mock.patch.object(model, "dequantised_once", contextlib.nullcontext))
         yield
 

@@ -264,7 +264,7 @@ def proofs(prep:Prepared) -> dict: # what is proved -> (holds, detail)
             r["prompt"], render_completion(r["thought_process"], r["label"], style))]
     return {name: _worst(prep, bad) for name, bad in fails.items()}
 
-# %% ../nbs/08_train_sft.ipynb #55fe4f04
+# %% ../nbs/08_train_sft.ipynb #ed579253
 def linear_shapes(cfg:Config) -> tuple:
     "(linear layers as {name: (out, in)}, parameters outside them, transformers config) from an empty model."
     import torch
@@ -286,13 +286,14 @@ def estimate_memory(prep:Prepared) -> dict: # part -> GiB, and "total"
     cfg = prep.cfg
     dev = device(cfg)
     linear, other, conf = linear_shapes(cfg)
-    cpu, wide = dev.type == "cpu", 4 if compute_dtype(cfg, dev) == torch.float32 else 2
+    cpu, dtype = dev.type == "cpu", compute_dtype(cfg, dev)
+    wide = dtype.itemsize
     base, nf4 = sum(a*b for a, b in linear.values()), cfg.quantization == "nf4"
     hit = lambda n: cfg.target_modules == "all-linear" or n.rpartition(".")[2] in cfg.target_modules
     lora = sum(cfg.lora_r*(a + b) for n, (a, b) in linear.items() if hit(n))
     longest = sorted(prep.train, key=len, reverse=True)[:cfg.batch_size]
     tokens, trained = len(longest[0])*len(longest), sum(y != -100 for e in longest for y in e.labels)
-    kept = _activations(cfg, linear, conf, hit, wide, cpu)*tokens
+    kept = _activations(cfg, linear, conf, hit, dtype, cpu)*tokens
     stream = tokens*conf.hidden_size*(4 if nf4 else wide)
     kept = conf.num_hidden_layers*stream + kept if cfg.gradient_checkpointing else conf.num_hidden_layers*kept
     eight_bit = "8bit" in cfg.optim or (cfg.optim == "auto" and not cpu)
@@ -308,17 +309,18 @@ def estimate_memory(prep:Prepared) -> dict: # part -> GiB, and "total"
     parts = {k: v/2**30 for k, v in parts.items()}
     return parts | {"total": sum(parts.values())}
 
-def _activations(cfg, linear, conf, hit, wide, cpu):
+def _activations(cfg, linear, conf, hit, dtype, cpu):
     "Bytes that one block keeps of a token for its backward pass."
-    h, inter, nf4 = conf.hidden_size, conf.intermediate_size, cfg.quantization == "nf4"
+    import torch
+    h, inter, nf4, wide = conf.hidden_size, conf.intermediate_size, cfg.quantization == "nf4", dtype.itemsize
     head = getattr(conf, "head_dim", None) or h//conf.num_attention_heads
     q, kv = conf.num_attention_heads*head, conf.num_key_value_heads*head
-    out = 4 if nf4 else wide  # 4-bit layers return the dtype of their input, and that comes from fp32 norms
+    out = 4 if nf4 and dtype == torch.float16 else wide  # 4-bit layers return the dtype of their input; in bf16 see `model.bf16_between_products`
     block = [(n.rpartition(".")[2], i) for n, (_, i) in linear.items() if ".layers.0." in n and hit(n)]
-    if out == wide and not cfg.lora_dropout: inputs = sum({("attention" if n in ("q_proj", "k_proj", "v_proj") else "mlp" if n in ("gate_proj", "up_proj") else n): i for n, i in block}.values())*wide
+    if out == wide and not cfg.lora_dropout: inputs = sum({("attention" if n in ("q_proj", "k_proj", "v_proj") else "mlp" if n in ("gate_proj", "up_proj") else n): i for n, i in block if n != "o_proj"}.values())*wide  # that of o_proj is the output of the attention
     else: inputs = sum(i for _, i in block)*wide  # each adapter has its own copy, cast or with other zeros
-    mask = sum(i for _, i in block)*(4 if cpu else 1) if cfg.lora_dropout else 0
-    return 2*h*4 + 3*inter*out + (q + 2*kv)*wide + (q*wide if wide < 4 else 0) + inputs + mask + cfg.lora_r*len(block)*wide
+    mask = sum(i for _, i in block)*(wide if cpu else 1) if cfg.lora_dropout else 0
+    return 2*h*4 + 3*inter*out + 2*(q + kv)*wide + inputs + mask + cfg.lora_r*len(block)*wide
 
 # %% ../nbs/08_train_sft.ipynb #cc9c88f7
 def world_size(cfg:Config) -> int: # processes that train together
@@ -459,7 +461,7 @@ class NotFinite(Exception):
         super().__init__(f"step {step}: {what}")
         self.step, self.what, self.rows = step, what, rows
 
-# %% ../nbs/08_train_sft.ipynb #bd4c1d32
+# %% ../nbs/08_train_sft.ipynb #955e2f25
 def make_trainer_class():
     "The trainer class, made on call so that importing this module imports no torch."
     import torch
@@ -482,8 +484,9 @@ def make_trainer_class():
             self._sums, self._micro = {}, []
 
         def train(self, *args, **kw):
-            from nli_ft.model import dequantised_once
-            with dequantised_once(self.model): return super().train(*args, **kw)
+            from nli_ft import model
+            rounded = model.bf16_between_products(self.model) if self.args.bf16 else contextlib.nullcontext()
+            with model.dequantised_once(self.model), rounded: return super().train(*args, **kw)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             "Sum of the negative log-likelihood over trained tokens, divided by their number in the whole optimizer step."
