@@ -40,4 +40,4 @@ echo "== notebooks: every example and test in them"
 OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --skip_file_glob train.ipynb
 
 echo "== pytest"
-python -m pytest --durations=15 --durations-min=1 "${only[@]}"
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --durations=15 --durations-min=1 "${only[@]}"

@@ -18,7 +18,7 @@ __all__ = ['CARRIED', 'LORA_RANKS', 'VLLM_ROWS', 'NO_ANSWER', 'BLUE', 'ORANGE', 
            'altered_thoughts', 'probe_thoughts', 'report', 'report_text', 'save_report', 'open_run', 'question',
            'evaluation_rows', 'evaluation_dir', 'evaluate_cli', 'read_pairs', 'answer_pairs', 'predict_cli']
 
-# %% ../nbs/06_evaluate.ipynb #b9ba8554
+# %% ../nbs/06_evaluate.ipynb #63b7b067
 import argparse, bisect, builtins, copy, csv, hashlib, html, importlib.util, json, math, os, re, sys, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from .config_loader import ConfigError, DataError, RecordError, command, config_from_json, project_root
-from .data import MANIFEST, damage, prompt_messages, read_rows, render_completion, spread, wilson
+from .data import prompt_messages, read_rows, render_completion, spread, wilson
 from .prompt import encode_prompt, encode_row, end_of_turn, json_closed, parse_completion
 
 # %% ../nbs/06_evaluate.ipynb #0a164527
@@ -509,20 +509,15 @@ def vllm_rank(conf:dict, # an adapter_config.json
     if conf["r"] > LORA_RANKS[-1]: raise ConfigError(f"the adapter's rank {conf['r']} is above {LORA_RANKS[-1]}, the highest that vLLM takes; use --engine transformers")
     return next(r for r in LORA_RANKS if r >= conf["r"])
 
-# %% ../nbs/06_evaluate.ipynb #b3d4aff2
-def _check_adapter(cfg, d, config):
+# %% ../nbs/06_evaluate.ipynb #a79a5a05
+def _adapter_rank(cfg, d, config):
     "The rank to reserve for the adapter in `d`; refuses what `load_for_inference` refuses, without loading the base."
     import torch
+    from nli_ft.model import check_adapter
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (d/name).is_file(): raise RecordError(f"{d/name} is missing: this folder holds no adapter")
-    if (d/MANIFEST).is_file() and (wrong := damage(d)): raise RecordError(f"the adapter in {d} is not what training saved: {wrong}. Restore it, or train again")
-    conf = json.loads((d/"adapter_config.json").read_text())
-    made_for = json.loads((d/"nli_ft.json").read_text())["model_id"] if (d/"nli_ft.json").is_file() else conf["base_model_name_or_path"]
-    if made_for != cfg.model_id: raise RecordError(f"the adapter in {d} was trained on {made_for!r} and the config names {cfg.model_id!r}; load it with the config of its own run")
-    rank = vllm_rank(conf)
+    rank = vllm_rank(check_adapter(cfg, d))
     lora = PeftConfig.from_pretrained(d)
     lora.base_model_name_or_path = None          # peft would warn that the model laid out here has no name
     with torch.device("meta"): want = get_peft_model_state_dict(get_peft_model(AutoModelForCausalLM.from_config(config), lora))
@@ -531,7 +526,7 @@ def _check_adapter(cfg, d, config):
         raise RecordError(f"the adapter in {d} does not load on {cfg.model_id}: {odd[0]} is {have.get(odd[0], 'missing')}, not {tuple(want[odd[0]].shape) if odd[0] in want else 'there'}")
     return rank
 
-# %% ../nbs/06_evaluate.ipynb #6784ca62
+# %% ../nbs/06_evaluate.ipynb #ce840891
 @dataclass
 class VllmEngine:
     "A run's model in vLLM. `config` and `generation_config` stand where a transformers model has them."
@@ -557,7 +552,7 @@ def vllm_engine(cfg, # Config of the run
     # vLLM's in-flight quantisation is that of training: NF4, double-quantised. Its own defaults for generation, not those that came with the weights
     settings = dict(model=source, revision=cfg.model_revision, dtype=str(compute_dtype(cfg, dev)).removeprefix("torch."), quantization="bitsandbytes" if cfg.quantization == "nf4" else None,
                     seed=cfg.seed, trust_remote_code=False, tokenizer_mode="hf", config_format="hf", generation_config="vllm", enable_prefix_caching=True)
-    if d: settings |= dict(enable_lora=True, max_loras=1, max_lora_rank=_check_adapter(cfg, d, config))
+    if d: settings |= dict(enable_lora=True, max_loras=1, max_lora_rank=_adapter_rank(cfg, d, config))
     return VllmEngine(config, generation, settings, d)
 
 # %% ../nbs/06_evaluate.ipynb #7e748078
@@ -662,7 +657,7 @@ def metric_series(metrics:list, # rows of metrics.jsonl
                 series[key][1].append(value)
     return dict(series)
 
-# %% ../nbs/06_evaluate.ipynb #4de3676e
+# %% ../nbs/06_evaluate.ipynb #27fd4ac8
 def plot_loss(metrics:list, # rows of metrics.jsonl
               ): # Figure of three panels
     "Train and eval loss; loss on thought and on label tokens; learning rate; all over optimizer steps."
@@ -672,7 +667,7 @@ def plot_loss(metrics:list, # rows of metrics.jsonl
               ("loss, split", [k for k in series if is_split(k)]), ("learning rate", [k for k in series if k == "learning_rate"])]
     fig, axes = new_figure(11, 3.2, 3)
     for ax, (title, keys) in zip(axes, panels):
-        for k in keys: ax.plot(*series[k], marker="o" if len(series[k][0]) < 30 else "", ms=3, lw=1.5, ls="--" if "eval" in k else "-", label=k)
+        for k in sorted(keys): ax.plot(*series[k], marker="o" if len(series[k][0]) < 30 else "", ms=3, lw=1.5, ls="--" if "eval" in k else "-", label=k)
         ax.set(title=title, xlabel="optimizer step")
         if keys: ax.legend(frameon=False, fontsize=8)
         else: _say_empty(ax, "not recorded")

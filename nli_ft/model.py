@@ -6,7 +6,7 @@
 __all__ = ['EMBEDDED', 'device', 'bf16_in_hardware', 'compute_dtype', 'autocast', 'attention', 'blocked_attention',
            'register_blocked_attention', 'cache_dir', 'embedded_model', 'model_source', 'load_tokenizer', 'sharded',
            'load_sharded_adapter', 'find_sharded_adapter', 'keep_unpacked', 'keep_freed_memory', 'load_base',
-           'add_lora', 'seeded_lora', 'load_for_inference', 'save_adapter', 'merged', 'fast_weights',
+           'add_lora', 'seeded_lora', 'check_adapter', 'load_for_inference', 'save_adapter', 'merged', 'fast_weights',
            'dequantised_once', 'bf16_between_products', 'merge_adapter']
 
 # %% ../nbs/05_model.ipynb #19922e33
@@ -317,21 +317,28 @@ def seeded_lora(model, cfg):
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*deprecated", category=FutureWarning)  # peft 0.21 reads the old name
         return add_lora(model, cfg)
 
-# %% ../nbs/05_model.ipynb #03d7823b
-def load_for_inference(cfg, # Config of the run
-                       adapter_dir=None, # folder with adapter_model.safetensors; None for the untuned base
-                      ):
-    "Base and adapter, in eval mode; raises `RecordError` when the adapter is missing, damaged or made for another base."
-    from peft import PeftConfig, PeftModel
-    if adapter_dir is None: return load_base(cfg, train=False)
-    d = Path(adapter_dir)
+# %% ../nbs/05_model.ipynb #0b3db1fd
+def check_adapter(cfg, # Config of the run
+                  d:Path, # folder with adapter_model.safetensors
+                 ) -> dict: # its adapter_config.json
+    "Raise `RecordError` when the adapter is missing, damaged or made for another base."
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (d/name).is_file(): raise RecordError(f"{d/name} is missing: this folder holds no adapter")
     # an adapter from elsewhere has no manifest and is taken as it is
     if (d/MANIFEST).is_file() and (wrong := damage(d)): raise RecordError(f"the adapter in {d} is not what training saved: {wrong}. Restore it, or train again")
-    made_for = json.loads((d/"nli_ft.json").read_text())["model_id"] if (d/"nli_ft.json").is_file() else PeftConfig.from_pretrained(d).base_model_name_or_path
-    if made_for != cfg.model_id:
-        raise RecordError(f"the adapter in {d} was trained on {made_for!r} and the config names {cfg.model_id!r}; load it with the config of its own run")
+    conf, note = (json.loads((d/name).read_text()) if (d/name).is_file() else {} for name in ("adapter_config.json", "nli_ft.json"))
+    made_for = note.get("model_id") or conf["base_model_name_or_path"]
+    if made_for != cfg.model_id: raise RecordError(f"the adapter in {d} was trained on {made_for!r} and the config names {cfg.model_id!r}; load it with the config of its own run")
+    return conf
+
+def load_for_inference(cfg, # Config of the run
+                       adapter_dir=None, # folder with adapter_model.safetensors; None for the untuned base
+                      ):
+    "Base and adapter, in eval mode; raises `RecordError` for what `check_adapter` refuses and for weights of other shapes."
+    from peft import PeftModel
+    if adapter_dir is None: return load_base(cfg, train=False)
+    d = Path(adapter_dir)
+    check_adapter(cfg, d)
     base = load_base(cfg, train=False)
     try: model = PeftModel.from_pretrained(base, d, use_safetensors=True)
     except Exception as e: raise RecordError(f"the adapter in {d} does not load on {cfg.model_id}: {str(e).splitlines()[0]}") from e

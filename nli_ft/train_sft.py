@@ -21,8 +21,8 @@ if __name__ == "__main__" and "__file__" in globals() and not __package__:
     runpy.run_module("nli_ft.train_sft", run_name="__main__", alter_sys=True)
     raise SystemExit
 
-# %% ../nbs/08_train_sft.ipynb #1e5067b7
-import argparse, contextlib, functools, hashlib, json, math, os, platform, re, signal, subprocess, sys, tempfile, threading, time, warnings
+# %% ../nbs/08_train_sft.ipynb #4402e708
+import argparse, contextlib, functools, hashlib, json, math, os, platform, re, signal, subprocess, sys, tempfile, textwrap, threading, time, warnings
 from array import array
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -362,7 +362,7 @@ def preflight(prep:Prepared) -> dict: # ready for JSON: counts, balance, lengths
                 proofs={k: dict(holds=ok, detail=d) for k, (ok, d) in found.items()}, steps=step_counts(prep.cfg, len(prep.train)),
                 memory_gib=estimate_memory(prep), ok=all(ok for ok, _ in found.values()))
 
-# %% ../nbs/08_train_sft.ipynb #3d8ea059
+# %% ../nbs/08_train_sft.ipynb #7fa8a438
 def preflight_text(p:dict # from `preflight`
                   ) -> str:
     "The preflight for a terminal or a notebook cell."
@@ -379,7 +379,8 @@ def preflight_text(p:dict # from `preflight`
     top = max(n for _, _, n in p["histogram"])
     lines += [f"{'lengths' if i == 0 else '':10} {a:>5}–{b:<5} {'█'*round(30*n/top)} {n}" for i, (a, b, n) in enumerate(p["histogram"])]
     m = p["memory_gib"]
-    lines += ["memory     " + f"about {m['total']:.1f} GiB at the peak (estimate): " + ", ".join(f"{k} {v:.2f}" for k, v in m.items() if k != "total" and v >= .005)]
+    lines += textwrap.wrap(f"memory     about {m['total']:.1f} GiB at the peak (estimate): " + ", ".join(f"{k} {v:.2f}" for k, v in m.items() if k != "total" and v >= .005),
+                           110, subsequent_indent=" "*11, break_long_words=False)
     return "\n".join(lines)
 
 def refuse_failed_proofs(p:dict # from `preflight`

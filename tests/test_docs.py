@@ -34,6 +34,11 @@ NOT_RUN = {
     "hf download mistralai/Mistral-7B-v0.3": HUB,
     # TRAINING
     "nli_train --preflight": GPU,
+    "nli_merge --run runs/cpu_demo/RUN_ID --out merged/ --check 200": "needs the run's adapter, which no clone has; nbs/08_train_sft.ipynb merges and checks tiny-mistral",
+    "nli_bench train": LONG + "; tests/test_bench.py runs it on tiny-mistral",
+    "nli_bench generate": LONG + "; nbs/09_bench.ipynb runs its parts on tiny-mistral",
+    "nli_bench growth": LONG + "; tests/test_bench.py measures every axis on tiny-mistral",
+    "nli_bench train --device cuda --model mistral-7b-shapes": GPU,
     "jupyter lab --ip 0.0.0.0 --no-browser": "waits for a person",
     "./run_training.sh --config ablation2": GPU,
     "conda env create -f environment.yml": "needs conda and a network",
