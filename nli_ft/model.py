@@ -441,12 +441,12 @@ def dequantised_once(model): # a base or PeftModel
     if size > psutil.virtual_memory().available/4: layers = []
     with _forwards([(m, _linear(_plain_weight(m)[0].to(m.weight.quant_state.dtype), m.bias)) for m in layers]): yield model
 
-# %% ../nbs/05_model.ipynb #72c7913b
+# %% ../nbs/05_model.ipynb #35439555
 @contextlib.contextmanager
 def bf16_between_products(model): # a PeftModel that is trained under bf16 autocast
     "Context in which the norms of the blocks give bf16, and adapters take it as it comes."
     from peft.helpers import disable_input_dtype_casting
-    norms = [m for name, m in model.named_modules() if ".layers." in name and "norm" in type(m).__name__.lower() and m.weight.dtype == torch.float32]
+    norms = [m for name, m in model.named_modules() if ".layers." in name and "norm" in type(m).__name__.lower() and {p.dtype for p in m.parameters()} == {torch.float32}]
     hooks = [m.register_forward_hook(lambda m, args, out: out.to(torch.bfloat16)) for m in norms]
     try:
         with disable_input_dtype_casting(model): yield model
