@@ -453,7 +453,7 @@ def bf16_between_products(model): # a PeftModel that is trained under bf16 autoc
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/05_model.ipynb #639f2981
+# %% ../nbs/05_model.ipynb #2f392b8d
 def merge_adapter(cfg, # Config of the run
                   adapter_dir, # its adapter
                   dtype=torch.bfloat16, # of the saved weights
@@ -463,7 +463,14 @@ def merge_adapter(cfg, # Config of the run
     if cfg.use_dora: raise ConfigError("a DoRA adapter is not merged here; `PeftModel.merge_and_unload` on an unquantised base does it")
     tuned = load_for_inference(cfg, adapter_dir)
     plain = AutoModelForCausalLM.from_pretrained(model_source(cfg), revision=cfg.model_revision, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    layers = dict(plain.named_modules())
+    base = tuned.get_base_model()
+    layers, linear, beside = dict(plain.named_modules()), dict(_linear_layers(base)), dict(base.named_parameters())
     with torch.no_grad():
-        for name, m in _linear_layers(tuned.get_base_model()): layers[name].weight.copy_(_plain_weight(m)[0])
+        # embeddings, norms and head, too, are those that the adapter was trained beside: rounded when the base was loaded in bf16
+        for name, p in plain.named_parameters():
+            if name.rpartition(".")[0] not in linear: p.copy_(beside[name])
+        for name, m in linear.items():
+            weight, bias = _plain_weight(m)
+            layers[name].weight.copy_(weight)
+            if bias is not None: layers[name].bias.copy_(bias)
     return plain.eval()

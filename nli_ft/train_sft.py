@@ -1195,7 +1195,7 @@ def _preflight_only(cfg):
     print("one row    as it is trained on:\n" + mask_text(prep.tok, prep.train[0], colour=sys.stdout.isatty()))
     return 0 if p["ok"] else 2
 
-# %% ../nbs/08_train_sft.ipynb #a919ab0a
+# %% ../nbs/08_train_sft.ipynb #542acf34
 def merge_agreement(cfg:Config, adapter, folder, rows:list, # config of the run; its adapter; what was saved; SFT rows to ask both
                    ) -> dict: # rows, same_labels (share), and logit_difference at the first completion token: mean and max over vocabulary and rows
     "The merged model, loaded by plain transformers, beside the quantised base with the adapter on it: greedy labels and logits."
@@ -1235,7 +1235,6 @@ def merge_cli(argv=None) -> int:
     load_tokenizer(cfg).save_pretrained(out)
     print(f"merged model: {out}")
     if ns.check < 1: return 0
-    if ns.dtype == "fp32": cfg = cfg.replace(compute_dtype="fp32")  # both in one number format: the question is what merging changes, not what bf16 rounds
     found = merge_agreement(cfg, adapter, out, evaluation_rows(cfg.path("eval_data"), cfg.replace(max_eval_samples=ns.check), template))
     print("{rows} rows: {same_labels:.1%} of the greedy labels are the same; logits of the first completion token differ by {d[mean]:.3g} on average, {d[max]:.3g} at most".format(**found, d=found["logit_difference"]))
     return 0 if found["same_labels"] >= .99 else 1
