@@ -202,7 +202,7 @@ def executed_flops(facts:dict, padded:int, scored:int, # tokens with padding; po
     "What was computed, by the same convention."
     return (6 if checkpointing else 4)*facts["linear"]*padded + 6*facts["head"]*scored
 
-# %% ../nbs/09_bench.ipynb #ea7b3fda
+# %% ../nbs/09_bench.ipynb #47dbaa7b
 def _plain_trainer(cfg, model, tok, encs, options, out, steps):
     "TRL's trainer as a user writes it, its adapter put back to fp32 unless the variant says otherwise."
     import torch
@@ -268,7 +268,7 @@ def build_trainer(cfg:Config, # from `variant_config`
 @contextlib.contextmanager
 def without_ours(name:str # a variant or an answerer
                 ):
-    "Context in which the model is loaded and trained without those of this package's CPU habits that the contestant does not have."
+    "Context in which the model is loaded and trained without those of this package's habits that the contestant does not have."
     from nli_ft import model
     options = VARIANTS.get(name, _PLAIN if name.startswith("plain") else _OURS)
     with contextlib.ExitStack() as undo:

@@ -7,7 +7,7 @@ __all__ = ['EMBEDDED', 'device', 'bf16_in_hardware', 'compute_dtype', 'autocast'
            'register_blocked_attention', 'cache_dir', 'embedded_model', 'model_source', 'load_tokenizer', 'sharded',
            'load_sharded_adapter', 'find_sharded_adapter', 'keep_unpacked', 'keep_freed_memory', 'load_base',
            'add_lora', 'seeded_lora', 'check_adapter', 'load_for_inference', 'save_adapter', 'merged', 'fast_weights',
-           'dequantised_once', 'bf16_between_products', 'merge_adapter']
+           'dequantised_once', 'bf16_between_products', 'merge_adapter', 'in_fp32']
 
 # %% ../nbs/05_model.ipynb #19922e33
 import contextlib, functools, importlib.util, json, logging, math, os, platform, re, shutil, tempfile, warnings
@@ -317,7 +317,7 @@ def seeded_lora(model, cfg):
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*deprecated", category=FutureWarning)  # peft 0.21 reads the old name
         return add_lora(model, cfg)
 
-# %% ../nbs/05_model.ipynb #0b3db1fd
+# %% ../nbs/05_model.ipynb #501da259
 def check_adapter(cfg, # Config of the run
                   d:Path, # folder with adapter_model.safetensors
                  ) -> dict: # its adapter_config.json
@@ -326,8 +326,11 @@ def check_adapter(cfg, # Config of the run
         if not (d/name).is_file(): raise RecordError(f"{d/name} is missing: this folder holds no adapter")
     # an adapter from elsewhere has no manifest and is taken as it is
     if (d/MANIFEST).is_file() and (wrong := damage(d)): raise RecordError(f"the adapter in {d} is not what training saved: {wrong}. Restore it, or train again")
-    conf, note = (json.loads((d/name).read_text()) if (d/name).is_file() else {} for name in ("adapter_config.json", "nli_ft.json"))
-    made_for = note.get("model_id") or conf["base_model_name_or_path"]
+    note = d/"nli_ft.json"
+    try:
+        conf = json.loads((d/"adapter_config.json").read_text())
+        made_for = json.loads(note.read_text())["model_id"] if note.is_file() else conf["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as e: raise RecordError(f"the adapter in {d} does not say what it was trained on ({type(e).__name__}: {e}); restore its adapter_config.json") from e
     if made_for != cfg.model_id: raise RecordError(f"the adapter in {d} was trained on {made_for!r} and the config names {cfg.model_id!r}; load it with the config of its own run")
     return conf
 
@@ -474,3 +477,11 @@ def merge_adapter(cfg, # Config of the run
             layers[name].weight.copy_(weight)
             if bias is not None: layers[name].bias.copy_(bias)
     return plain.eval()
+
+# %% ../nbs/05_model.ipynb #2f2acf70
+def in_fp32(model): # from `load_for_inference`
+    "The model with all its products in fp32; 4-bit weights stay rounded to the dtype they are dequantised to. Changes the model."
+    for p in model.parameters():
+        if p.is_floating_point(): p.data = p.data.float()
+    for m in filter(_is_4bit, model.modules()): m.forward = lambda x, m=m: torch.nn.functional.linear(x, *_plain_weight(m))
+    return model

@@ -264,7 +264,7 @@ def proofs(prep:Prepared) -> dict: # what is proved -> (holds, detail)
             r["prompt"], render_completion(r["thought_process"], r["label"], style))]
     return {name: _worst(prep, bad) for name, bad in fails.items()}
 
-# %% ../nbs/08_train_sft.ipynb #ed579253
+# %% ../nbs/08_train_sft.ipynb #ca8b8418
 def linear_shapes(cfg:Config) -> tuple:
     "(linear layers as {name: (out, in)}, parameters outside them, transformers config) from an empty model."
     import torch
@@ -317,7 +317,9 @@ def _activations(cfg, linear, conf, hit, dtype, cpu):
     q, kv = conf.num_attention_heads*head, conf.num_key_value_heads*head
     out = 4 if nf4 and dtype == torch.float16 else wide  # 4-bit layers return the dtype of their input; in bf16 see `model.bf16_between_products`
     block = [(n.rpartition(".")[2], i) for n, (_, i) in linear.items() if ".layers.0." in n and hit(n)]
-    if out == wide and not cfg.lora_dropout: inputs = sum({("attention" if n in ("q_proj", "k_proj", "v_proj") else "mlp" if n in ("gate_proj", "up_proj") else n): i for n, i in block if n != "o_proj"}.values())*wide  # that of o_proj is the output of the attention
+    if out == wide and not cfg.lora_dropout:  # layers side by side share theirs, and that of o_proj is the output of the attention
+        side = dict(q_proj="attention", k_proj="attention", v_proj="attention", gate_proj="mlp", up_proj="mlp")
+        inputs = sum({side.get(n, n): i for n, i in block if n != "o_proj"}.values())*wide
     else: inputs = sum(i for _, i in block)*wide  # each adapter has its own copy, cast or with other zeros
     mask = sum(i for _, i in block)*(wide if cpu else 1) if cfg.lora_dropout else 0
     return 2*h*4 + 3*inter*out + 2*(q + kv)*wide + inputs + mask + cfg.lora_r*len(block)*wide
@@ -1195,18 +1197,20 @@ def _preflight_only(cfg):
     print("one row    as it is trained on:\n" + mask_text(prep.tok, prep.train[0], colour=sys.stdout.isatty()))
     return 0 if p["ok"] else 2
 
-# %% ../nbs/08_train_sft.ipynb #542acf34
+# %% ../nbs/08_train_sft.ipynb #f75d6acd
 def merge_agreement(cfg:Config, adapter, folder, rows:list, # config of the run; its adapter; what was saved; SFT rows to ask both
-                   ) -> dict: # rows, same_labels (share), and logit_difference at the first completion token: mean and max over vocabulary and rows
+                    fp32:bool=False, # it was merged into fp32: let the adapter compute in fp32, too, or bf16's rounding is what is compared
+                   ) -> dict: # rows, answered and same_labels (shares), and logit_difference at the first completion token: mean and max over vocabulary and rows
     "The merged model, loaded by plain transformers, beside the quantised base with the adapter on it: greedy labels and logits."
     import torch
     from nli_ft.evaluate import generate_completions
-    from nli_ft.model import autocast, device, load_for_inference, load_tokenizer
+    from nli_ft.model import autocast, device, in_fp32, load_for_inference, load_tokenizer
     from transformers import AutoModelForCausalLM
     tok, answers, logits = load_tokenizer(cfg), [], []
     prompts = [encode_prompt(tok, r["prompt"]) for r in rows]
     def plain(): return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, device_map={"": device(cfg)}).eval()
-    for load, context in ((lambda: load_for_inference(cfg, adapter), lambda: autocast(cfg)), (plain, contextlib.nullcontext)):
+    def tuned(): return in_fp32(load_for_inference(cfg, adapter)) if fp32 else load_for_inference(cfg, adapter)
+    for load, context in ((tuned, contextlib.nullcontext if fp32 else lambda: autocast(cfg)), (plain, contextlib.nullcontext)):
         model = load()
         with context():
             made = generate_completions(model, tok, prompts, cfg.max_new_tokens, cfg.eval_batch_size, completion=cfg.completion)
@@ -1214,30 +1218,32 @@ def merge_agreement(cfg:Config, adapter, folder, rows:list, # config of the run;
         answers.append([parse_completion(m["text"], cfg.completion).label for m in made])
         del model
     apart = torch.stack([(a - b).abs() for a, b in zip(*logits)])
-    return dict(rows=len(rows), same_labels=sum(a == b for a, b in zip(*answers))/len(rows), logit_difference=dict(mean=apart.mean().item(), max=apart.max().item()))
+    return dict(rows=len(rows), answered=sum(a is not None for a in answers[0])/len(rows), same_labels=sum(a == b for a, b in zip(*answers))/len(rows), logit_difference=dict(mean=apart.mean().item(), max=apart.max().item()))
 
 @command
 def merge_cli(argv=None) -> int:
     "Merge a run's adapter into its dequantised base and save a plain safetensors model with its tokenizer."
     p = argparse.ArgumentParser(prog="nli_merge", description=merge_cli.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  nli_merge --run runs/cpu_demo/RUN_ID --out merged/\n  nli_merge --run runs/cpu_demo/RUN_ID --out merged/ --check 200")
-    p.add_argument("--check", type=int, default=0, metavar="N", help="then ask both models N evaluation rows of the run, and say how far labels and logits agree [0]; exit code 1 below 99 %% of the labels")
+    p.add_argument("--check", type=int, default=0, metavar="N", help="then ask both models N evaluation rows of the run, and say how far labels and logits agree [0]; exit code 1 below 99 %% of the labels, or where none was given")
     p.add_argument("--run", required=True, help="folder of a finished run")
     p.add_argument("--out", required=True, help="folder to write; must not exist or be empty")
     p.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of the saved weights (default: bf16)")
     ns = p.parse_args(argv)
     out = Path(ns.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ConfigError(f"--out {out} already holds something; give a new folder")
+    if ns.check < 0: raise ConfigError(f"--check {ns.check}: expected a number of rows")
     _, cfg, adapter, template = open_run(ns.run)
+    rows = evaluation_rows(cfg.path("eval_data"), cfg.replace(max_eval_samples=ns.check), template) if ns.check else []  # missing ones are said before the work
     import torch
     from nli_ft.model import load_tokenizer, merge_adapter
     merge_adapter(cfg, adapter, dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[ns.dtype]).save_pretrained(out)
     load_tokenizer(cfg).save_pretrained(out)
     print(f"merged model: {out}")
-    if ns.check < 1: return 0
-    found = merge_agreement(cfg, adapter, out, evaluation_rows(cfg.path("eval_data"), cfg.replace(max_eval_samples=ns.check), template))
-    print("{rows} rows: {same_labels:.1%} of the greedy labels are the same; logits of the first completion token differ by {d[mean]:.3g} on average, {d[max]:.3g} at most".format(**found, d=found["logit_difference"]))
-    return 0 if found["same_labels"] >= .99 else 1
+    if not rows: return 0
+    found = merge_agreement(cfg, adapter, out, rows, ns.dtype == "fp32")
+    print("{rows} rows, {answered:.1%} answered: {same_labels:.1%} of the greedy labels are the same; logits of the first completion token differ by {d[mean]:.3g} on average, {d[max]:.3g} at most".format(**found, d=found["logit_difference"]))
+    return 0 if found["answered"] and found["same_labels"] >= .99 else 1
 
 # %% ../nbs/08_train_sft.ipynb #8422c6a8
 #| eval: false

@@ -34,7 +34,7 @@ NOT_RUN = {
     "hf download mistralai/Mistral-7B-v0.3": HUB,
     # TRAINING
     "nli_train --preflight": GPU,
-    "nli_merge --run runs/cpu_demo/RUN_ID --out merged/ --check 200": "needs the run's adapter, which no clone has; nbs/08_train_sft.ipynb merges and checks tiny-mistral",
+    "nli_merge --run runs/cpu_demo/RUN_ID --out merged/ --check 200": "needs the run's adapter, which no clone has; tests/test_train.py merges and checks tiny-mistral",
     "nli_bench train": LONG + "; tests/test_bench.py runs it on tiny-mistral",
     "nli_bench generate": LONG + "; nbs/09_bench.ipynb runs its parts on tiny-mistral",
     "nli_bench growth": LONG + "; tests/test_bench.py measures every axis on tiny-mistral",

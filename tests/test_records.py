@@ -177,8 +177,8 @@ def _started(project, cells):
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_the_kernel_which_closes_its_record(project, sig):
-    p = _started(project, [OPEN, STEP+"\nimport time\ntry: time.sleep(62.5252)\nexcept KeyboardInterrupt:\n"
-                                      "    finish_run(run, 'interrupted', saved_step=7); raise"])
+    p = _started(project, [OPEN, "import time\ntry:\n    "+STEP+"\n    time.sleep(62.5252)\nexcept KeyboardInterrupt:\n"
+                                 "    finish_run(run, 'interrupted', saved_step=7); raise"])
     p.send_signal(sig)
     out,err = p.communicate(timeout=60)
     assert p.returncode==130, err
@@ -187,7 +187,7 @@ def test_a_signal_reaches_the_kernel_which_closes_its_record(project, sig):
     assert "KeyboardInterrupt" in (Path(row["path"])/"train.ipynb").read_text() and not left_behind(project)
 
 def test_a_second_signal_ends_a_kernel_that_does_not_listen(project):
-    p = _started(project, [OPEN, STEP+"\nimport time,signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: time.sleep(.1)"])
+    p = _started(project, [OPEN, "import time,signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"+STEP+"\nwhile True: time.sleep(.1)"])
     p.send_signal(signal.SIGINT); time.sleep(1); p.send_signal(signal.SIGINT)
     out,err = p.communicate(timeout=60)
     assert p.returncode==130 and [r["status"] for r in runs(project)]==["interrupted"] and not left_behind(project)

@@ -72,6 +72,63 @@ def test_loss_and_gradients_equal_the_models_own_completion_only_loss(tmp_path):
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
     assert torch.allclose(grads(got), want_grad, rtol=1e-4, atol=1e-6*want_grad.abs().max().item())
 
+@pytest.mark.parametrize("change", [{}, dict(target_modules="all-linear"), dict(lora_dropout=.05), dict(target_modules=["q_proj", "v_proj"])], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_memory_estimate_counts_what_a_block_keeps_for_its_backward_pass(tmp_path, dtype, change):
+    from nli_ft.model import autocast, bf16_between_products, compute_dtype
+    from nli_ft.train_sft import _activations, linear_shapes
+    cfg = tiny(tmp_path, compute_dtype=dtype, gradient_checkpointing=False, **change)
+    model, kept = seeded_lora(load_base(cfg), cfg).train(), {}
+    ids = torch.randint(3, 1000, (4, 96))
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+    block = model.get_base_model().model.layers[1]  # nothing before the first one needs a gradient
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+    given = set()
+    def begin(m, args, kw):
+        given.update(t.untyped_storage().data_ptr() for t in (kw.get("attention_mask"), *kw["position_embeddings"]) if t is not None)  # of all blocks
+        hooks.__enter__()
+    block.register_forward_pre_hook(begin, with_kwargs=True)
+    block.register_forward_hook(lambda m, args, out: hooks.__exit__(None, None, None))
+    with autocast(cfg), bf16_between_products(model) if dtype == "bf16" else torch.enable_grad(): model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    given.update(p.untyped_storage().data_ptr() for p in model.parameters())
+    measured = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in given and t.numel() >= ids.numel())/ids.numel()
+    linear, _, conf = linear_shapes(cfg)
+    hit = lambda n: cfg.target_modules == "all-linear" or n.rpartition(".")[2] in cfg.target_modules
+    assert _activations(cfg, linear, conf, hit, compute_dtype(cfg), True) == pytest.approx(measured, rel=.05)
+
+@pytest.mark.parametrize("computing", ["fp32", "bf16"])
+def test_a_merged_run_is_checked_against_its_adapter_and_what_differs_ends_with_1(tmp_path, monkeypatch, capsys, computing):
+    import nli_ft.evaluate, nli_ft.model
+    from nli_ft.train_sft import merge_cli, run_training
+    run = run_training(tiny(tmp_path, max_steps=3, compute_dtype=computing, eval_before=False, max_eval_samples=8))
+    merges = iter(range(9))
+    def merge(dtype="fp32", check="8"):
+        try: code = merge_cli(["--run", str(run), "--out", str(tmp_path/f"merged{next(merges)}"), "--dtype", dtype, "--check", check])
+        except SystemExit as e: code = e.code
+        return code, capsys.readouterr().out
+    def furthest(said): return float(said.split("on average, ")[1].split()[0])
+    code, said = merge()
+    assert code == 1 and "8 rows, 0.0% answered" in said, "a random model answers nothing, and that is no agreement"
+    assert furthest(said) < 1e-6, "a merge into fp32 is compared in fp32"
+    told = lambda *last: iter([[dict(text='{"thought_process": "x", "predicted_label": 1}')]*8, [dict(text='{"thought_process": "x", "predicted_label": 1}')]*7 + [*last]])
+    for last, want in ((1, 0), (0, 1)):
+        texts = told(dict(text=f'{{"thought_process": "x", "predicted_label": {last}}}'))
+        with monkeypatch.context() as m:
+            m.setattr(nli_ft.evaluate, "generate_completions", lambda *a, **k: next(texts))
+            code, said = merge()
+            assert (code, f"{1 - want/8:.1%} of the greedy labels" in said) == (want, True)
+    with monkeypatch.context() as m:
+        real = nli_ft.model.merge_adapter
+        def spoiled(*a):
+            model = real(*a)
+            model.model.layers[0].mlp.down_proj.weight.data.add_(.05)
+            return model
+        m.setattr(nli_ft.model, "merge_adapter", spoiled)
+        assert furthest(merge()[1]) > 1e-2
+    assert merge(check="-1")[0] == 2 and not (tmp_path/f"merged{next(merges) - 1}").exists()
+
 def test_accumulation_is_per_token_and_not_a_mean_of_means(tmp_path):
     "8 x 1 rows and 1 x 8 rows of very different lengths are the same step."
     finals, losses = [], []
