@@ -25,10 +25,10 @@ from .prompt import LABEL, PROMPT, THOUGHT, Encoded, encode_prompt, parse_comple
 from .train_sft import (check_ready, choose_gpu, embedded_data, estimate_memory, linear_shapes, make_trainer_class, prepare,
                               resolved_optim, to_dataset, training_args)
 
-# %% ../nbs/09_bench.ipynb #21478479
+# %% ../nbs/09_bench.ipynb #6fcddea3
 _PLAIN = dict(trl=True, micro_batches=False, by_length=False, checkpointing=True, padding_free=False, head_everywhere=False, fp32_adapter=True,
-              prepared=True, blocked_attention=False, bf16_between=False, keep_freed_memory=False, dequantised_once=False)
-_OURS = _PLAIN | dict(trl=False, micro_batches=True, by_length=True, checkpointing=False, blocked_attention=True, bf16_between=True,
+              prepared=True, blocked_attention=False, bf16_between=False, frozen_head=False, by_onednn=False, keep_freed_memory=False, dequantised_once=False)
+_OURS = _PLAIN | dict(trl=False, micro_batches=True, by_length=True, checkpointing=False, blocked_attention=True, bf16_between=True, frozen_head=True, by_onednn=True,
                       keep_freed_memory=True, dequantised_once=True)
 
 VARIANTS = { # name -> options; every name but the first of its kind changes one of them
@@ -45,7 +45,9 @@ VARIANTS = { # name -> options; every name but the first of its kind changes one
     "ours-head-everywhere": _OURS | dict(head_everywhere=True),         # logits at every position, prompt and padding too
     "ours-padding-free": _OURS | dict(padding_free=True),
     "ours-fp32-between": _OURS | dict(bf16_between=False),              # between the matrix products of a bf16 run
-    "ours-sdpa": _OURS | dict(blocked_attention=False),                 # this and the next two make a difference on a CPU only
+    "ours-sdpa": _OURS | dict(blocked_attention=False),                 # this and the next four make a difference on a CPU only
+    "ours-mkl": _OURS | dict(by_onednn=False),                          # fp32 products as torch chooses, on an AMD CPU with AVX-512
+    "ours-trl-head": _OURS | dict(frozen_head=False),                   # TRL's kernel for the head
     "ours-returning-memory": _OURS | dict(keep_freed_memory=False),
     "ours-dequantising-each-time": _OURS | dict(dequantised_once=False),
 }
@@ -169,19 +171,21 @@ def make_clock(dev): # torch.device
             if "loss" in logs: self.losses.append(logs["loss"])
     return Clock()
 
-# %% ../nbs/09_bench.ipynb #b2512baf
+# %% ../nbs/09_bench.ipynb #2078dc5d
 def matmul_rate(shapes:list, # (out, in) of linear layers
                 tokens:int, # rows of the left matrix
                 dtype, dev, # torch.dtype; torch.device
                 repeats:int=8, # the best counts
+                product=None, # what multiplies; None for `torch.nn.functional.linear`
                ) -> float: # FLOP/s
     "Measured rate of the products of these layers; each repeat lasts long enough (50 ms) for the clock."
     import torch
+    product = product or torch.nn.functional.linear
     work = [(torch.randn(tokens, i, device=dev, dtype=dtype), torch.randn(o, i, device=dev, dtype=dtype)) for o, i in shapes]
     def timed(n):
         start = time.perf_counter()
         for _ in range(n):
-            for x, w in work: torch.nn.functional.linear(x, w)
+            for x, w in work: product(x, w)
         if dev.type == "cuda": torch.cuda.synchronize()
         return (time.perf_counter() - start)/n
     with torch.inference_mode():
@@ -190,7 +194,7 @@ def matmul_rate(shapes:list, # (out, in) of linear layers
         best = min(timed(n) for _ in range(repeats))
     return 2*tokens*sum(o*i for o, i in shapes)/best
 
-# %% ../nbs/09_bench.ipynb #37068f78
+# %% ../nbs/09_bench.ipynb #3b6831f9
 def needed_flops(facts:dict, # linear: N; head: parameters of the output head
                  tokens:int, trained:int # real tokens; those with loss
                 ) -> int:
@@ -198,11 +202,11 @@ def needed_flops(facts:dict, # linear: N; head: parameters of the output head
     return 4*facts["linear"]*tokens + 4*facts["head"]*trained
 
 def executed_flops(facts:dict, padded:int, scored:int, # tokens with padding; positions where the head was computed
-                   checkpointing:bool) -> int:
+                   checkpointing:bool, head_twice:bool) -> int: # whether the blocks, and the logits, were computed again in the backward pass
     "What was computed, by the same convention."
-    return (6 if checkpointing else 4)*facts["linear"]*padded + 6*facts["head"]*scored
+    return (6 if checkpointing else 4)*facts["linear"]*padded + (6 if head_twice else 4)*facts["head"]*scored
 
-# %% ../nbs/09_bench.ipynb #47dbaa7b
+# %% ../nbs/09_bench.ipynb #37a5250e
 def _plain_trainer(cfg, model, tok, encs, options, out, steps):
     "TRL's trainer as a user writes it, its adapter put back to fp32 unless the variant says otherwise."
     import torch
@@ -273,6 +277,8 @@ def without_ours(name:str # a variant or an answerer
     options = VARIANTS.get(name, _PLAIN if name.startswith("plain") else _OURS)
     with contextlib.ExitStack() as undo:
         if not options["keep_freed_memory"]: undo.enter_context(mock.patch.object(model, "keep_freed_memory", lambda: None))
+        if not options["by_onednn"]: undo.enter_context(mock.patch.object(model, "held_back", lambda: False))
+        if not options["frozen_head"]: undo.enter_context(mock.patch.object(model, "target_log_probs", model.trl_log_probs))
         if not options["bf16_between"]: undo.enter_context(mock.patch.object(model, "bf16_between_products", contextlib.nullcontext))
         if not options["dequantised_once"]: undo.enter_context(mock.patch.object(model, "dequantised_once", contextlib.nullcontext))
         yield
@@ -284,7 +290,7 @@ def load_model(cfg:Config, name:str="ours"): # from `variant_config`; a variant 
     base.config.use_cache = False
     return seeded_lora(base, cfg)
 
-# %% ../nbs/09_bench.ipynb #98538dce
+# %% ../nbs/09_bench.ipynb #fb6b30bd
 def positions(cfg:Config, name:str, # from `variant_config`; a variant
               encs:list, # `Encoded` rows of one step, in order
               triton:bool, # whether TRL's kernel for Triton runs: then TRL, too, scores the trained positions only
@@ -319,7 +325,7 @@ def train_once(cfg:Config, # from `bench_config`
         trainer.train()
     triton = dev.type == "cuda" and is_triton_available()
     return dict(name=name, losses=clock.losses, stamps=[t - started for t in clock.stamps], steps=[positions(cfg, name, [prep.train[i] for i in s], triton) for s in order],
-                checkpointing=cfg.gradient_checkpointing, peak_gib=peak_memory(dev), loaded_gib=loaded, dtype=str(compute_dtype(cfg)).removeprefix("torch."),
+                checkpointing=cfg.gradient_checkpointing, head_twice=dev.type == "cuda" or not VARIANTS[name]["frozen_head"], peak_gib=peak_memory(dev), loaded_gib=loaded, dtype=str(compute_dtype(cfg)).removeprefix("torch."),
                 estimate_gib=None if VARIANTS[name]["trl"] else estimate_memory(prep)["total"])
 
 def _quiet():
@@ -370,7 +376,7 @@ def cause_of_death(rc:int, # exit code of a child; negative for a signal
     if "OutOfMemoryError" in last or "out of memory" in last.lower() or "can't allocate memory" in last or last.startswith("MemoryError"): return f"out of memory: {last}"
     return last
 
-# %% ../nbs/09_bench.ipynb #5a7e0722
+# %% ../nbs/09_bench.ipynb #c2e81f37
 @_job
 def _plan(cfg):
     "Everything missing is said here, before anything is measured; and what the table needs to know of rows, model and device."
@@ -393,11 +399,11 @@ def _device_name(dev):
 
 @_job
 def _matmul(cfg, tokens):
-    from nli_ft.model import compute_dtype, device
+    from nli_ft.model import compute_dtype, device, product
     choose_gpu(cfg)
     linear = linear_shapes(with_weights(cfg))[0]
     block = [s for n, s in linear.items() if ".layers.0." in n]
-    return dict(flops_per_s=matmul_rate(block, tokens, compute_dtype(cfg), device(cfg)))
+    return {k: matmul_rate(block, tokens, compute_dtype(cfg), device(cfg), product=f) for k, f in (("flops_per_s", None), ("ours", product))}
 
 @_job
 def _train(cfg, **arguments): return train_once(cfg, **arguments)
@@ -436,7 +442,7 @@ def loss_differences(runs:list # of `train_once`, with `pair`; dead ones are lef
         worst[r["name"]] = now if math.isnan(now) else max(now, worst.get(r["name"], 0.))
     return worst
 
-# %% ../nbs/09_bench.ipynb #4451c0db
+# %% ../nbs/09_bench.ipynb #f6331ad8
 def summarise_train(facts:dict, # what the plan said, and `matmul`: FLOP/s
                     runs:list, # of `train_once`, each with its `pair`
                    ) -> dict: # contestants: name -> figures; verdict; ok
@@ -453,7 +459,7 @@ def summarise_train(facts:dict, # what the plan said, and `matmul`: FLOP/s
         if not alive: continue
         med = lambda f: statistics.median(map(f, alive))
         rate = med(lambda r: needed_flops(facts, total(r, "tokens"), total(r, "trained"))/seconds(r))
-        done = med(lambda r: executed_flops(facts, total(r, "padded"), total(r, "scored"), r["checkpointing"])/seconds(r))
+        done = med(lambda r: executed_flops(facts, total(r, "padded"), total(r, "scored"), r["checkpointing"], r["head_twice"])/seconds(r))
         peak, guess = med(lambda r: r["peak_gib"]), alive[0]["estimate_gib"]
         rows[n] |= dict(tokens_per_s=[speed(r) for r in alive], speed_ratio=_paired(runs, n, first, speed), peak_gib=peak, loaded_gib=med(lambda r: r["loaded_gib"]), peak_ratio=_paired(runs, n, first, lambda r: r["peak_gib"]),
                         first_step_s=med(lambda r: r["stamps"][0]), flops_per_s=rate, share=rate/facts["matmul"], executed_share=done/facts["matmul"],
@@ -482,11 +488,11 @@ def train_text(settings:dict, facts:dict, summary:dict) -> str: # what was asked
              f"micro-batches of {settings['micro_batch']} where there are any, pairs: {settings['pairs']}, alternating, seed {settings['seed']}, no dropout", "",
              text_table(["", "tokens/s (min–max)", f"x {first}", "peak GiB", f"x {first}", "1st step s", "GFLOP/s", "of matmul", "executed", "est. GiB", "error", "loss diff."], rows), ""]
     lines += [f"{n} died{' after ' + str(c['pairs']) + ' runs' if c['pairs'] else ''}: {c['died']}" for n, c in summary["contestants"].items() if c["died"]]
-    lines += [f"matmul rate of this device: {facts['matmul']/1e9:.1f} GFLOP/s in {facts['dtype']} ({facts['matmul_tokens']} tokens through the linear layers of one block, best of all repeats)",
+    lines += [f"matmul rate of this device: {facts['matmul']/1e9:.1f} GFLOP/s in {facts['dtype']} ({facts['matmul_tokens']} tokens through the linear layers of one block by torch.nn.functional.linear, best of all repeats; as ours multiplies: {facts['matmul_ours']/1e9:.1f})",
               "tokens/s: real tokens, no padding, first step left out. 1st step: from the start of the process. est.: the preflight's estimate of the peak.",
               "peak until the model was loaded: " + ", ".join(f"{n} {c['loaded_gib']:.2f}" for n, c in summary["contestants"].items() if c["pairs"]) + " GiB",
               f"GFLOP/s, of matmul: 4N a token (frozen base; N = {facts['linear']:,} in the blocks' linear layers) and 4 x {facts['head']:,} of the head a trained token; LoRA left out.",
-              "executed: with padding, recomputation (+2N under checkpointing), and the head where it was computed (6 a parameter: its tiles are made twice).", _verdict(summary, facts)]
+              "executed: with padding, recomputation (+2N under checkpointing), and the head where it was computed (4 a parameter, by TRL's kernel 6: it makes its tiles twice).", _verdict(summary, facts)]
     if any(not c["compared"] for c in summary["contestants"].values()): lines.append("* another number format: shown, not judged")
     return "\n".join(lines)
 
@@ -524,7 +530,7 @@ def plan(cfg:Config) -> dict: # facts of rows, model and device
     "What is to be measured; raises `ConfigError` when something is missing."
     return _lived(run_child("plan", cfg))
 
-# %% ../nbs/09_bench.ipynb #f5ac6ddf
+# %% ../nbs/09_bench.ipynb #f726e48a
 def bench_train(cfg:Config, # from `bench_config`
                 variants:list=("plain", "ours"), # names in VARIANTS; the first is what the others are compared with
                 steps:int=4, rows_per_step:int=16, micro_batch:int=4, pairs:int=3,
@@ -533,11 +539,11 @@ def bench_train(cfg:Config, # from `bench_config`
     facts = plan(cfg)
     tokens = max(1, round(facts["mean_tokens"]*rows_per_step))
     rates = []
-    def measure(): rates.append(_lived(run_child("matmul", cfg, tokens=tokens))["flops_per_s"])
+    def measure(): rates.append(_lived(run_child("matmul", cfg, tokens=tokens)))
     measure()
     runs = run_all("train", list(variants), pairs, cfg, steps=steps, rows_per_step=rows_per_step, micro_batch=micro_batch)
     measure()  # before and after: a machine that was busy during one of them does not flatter the shares
-    facts |= dict(matmul=max(rates), matmul_tokens=tokens)
+    facts |= dict(matmul=max(r["flops_per_s"] for r in rates), matmul_ours=max(r["ours"] for r in rates), matmul_tokens=tokens)
     settings = dict(model=cfg.model_id, quantization=cfg.quantization, data=os.path.relpath(cfg.path("train_data"), project_root()), steps=steps, rows_per_step=rows_per_step,
                     micro_batch=micro_batch, pairs=pairs, seed=cfg.seed, config=json.loads(print_config(cfg)))
     return dict(bench="train", settings=settings, facts=facts, runs=runs, summary=summarise_train(facts, runs))

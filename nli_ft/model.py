@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'device', 'bf16_in_hardware', 'compute_dtype', 'autocast', 'attention', 'blocked_attention',
-           'register_blocked_attention', 'cache_dir', 'embedded_model', 'model_source', 'load_tokenizer', 'sharded',
-           'load_sharded_adapter', 'find_sharded_adapter', 'keep_unpacked', 'keep_freed_memory', 'load_base',
-           'add_lora', 'seeded_lora', 'check_adapter', 'load_for_inference', 'save_adapter', 'merged', 'fast_weights',
-           'dequantised_once', 'bf16_between_products', 'merge_adapter', 'in_fp32']
+           'register_blocked_attention', 'trl_log_probs', 'target_log_probs', 'cache_dir', 'embedded_model',
+           'model_source', 'load_tokenizer', 'sharded', 'load_sharded_adapter', 'find_sharded_adapter', 'keep_unpacked',
+           'keep_freed_memory', 'load_base', 'add_lora', 'seeded_lora', 'check_adapter', 'load_for_inference',
+           'save_adapter', 'held_back', 'product', 'merged', 'fast_weights', 'dequantised_once',
+           'bf16_between_products', 'merge_adapter', 'in_fp32']
 
 # %% ../nbs/05_model.ipynb #19922e33
 import contextlib, functools, importlib.util, json, logging, math, os, platform, re, shutil, tempfile, warnings
@@ -69,11 +70,11 @@ def attention(cfg, dev=None) -> str: # an `attn_implementation` of transformers
     if cfg.attn_implementation != "auto": return cfg.attn_implementation
     return "flash_attention_2" if flash else "sdpa"
 
-# %% ../nbs/05_model.ipynb #9b74ad62
+# %% ../nbs/05_model.ipynb #8f81cb2a
 class _BlockedAttention(torch.autograd.Function):
     """Causal attention in blocks of queries. Shapes: q (rows, tokens, heads, dim), already scaled; k, v (rows, kv heads, tokens, dim);
     keep (rows or 1, 1, tokens, tokens), True where a query sees a key, or None. Result as q."""
-    BLOCK = 64 # queries
+    BLOCK = 96 # queries
 
     @staticmethod
     def _blocks(q, k, keep):
@@ -86,9 +87,10 @@ class _BlockedAttention(torch.autograd.Function):
             unfold = lambda x: x.view(B, KV, H//KV, hi - lo, D).permute(0, 3, 1, 2, 4).reshape(B, hi - lo, H, D)
             qb = fold(q)
             s = (qb @ k[:, :, :hi].transpose(2, 3)).view(B, H, hi - lo, hi)
-            hidden = torch.ones(hi - lo, hi, dtype=torch.bool).triu_(lo + 1) if keep is None else ~keep[:, :, lo:hi, :hi]
             # the lowest number and not -inf: a query that sees nothing gets an average that nobody reads, not NaN
-            yield lo, hi, fold, unfold, qb, s.masked_fill_(hidden, torch.finfo(s.dtype).min).softmax(-1).view(B, KV, -1, hi)
+            if keep is None: s[..., lo:].masked_fill_(torch.ones(hi - lo, hi - lo, dtype=torch.bool).triu_(1), torch.finfo(s.dtype).min)
+            else: s.masked_fill_(~keep[:, :, lo:hi, :hi], torch.finfo(s.dtype).min)
+            yield lo, hi, fold, unfold, qb, s.softmax(-1).view(B, KV, -1, hi)
 
     @staticmethod
     def forward(ctx, q, k, v, keep):
@@ -129,6 +131,46 @@ def register_blocked_attention(): # for `attn_implementation`
     AttentionInterface.register("nli_ft_blocked", blocked_attention)
     AttentionMaskInterface.register("nli_ft_blocked", sdpa_mask)
     return "nli_ft_blocked"
+
+# %% ../nbs/05_model.ipynb #80465a38
+class _FrozenHead(torch.autograd.Function):
+    """Log-probabilities (N,) in fp32 of targets (N,) under a frozen head, weight (vocabulary, H), bias (vocabulary,) or None, for hidden states
+    (N, H); products in the autocast dtype, softmax in fp32, a tile of rows at a time."""
+    ROWS, FEW = 512, 16 # of a product; of the softmax, whose values should stay in the cache
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+        weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
+        found, grad = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        with torch.autocast("cpu", enabled=False):
+            for lo in range(0, len(hidden), _FrozenHead.ROWS):
+                rows = slice(lo, lo + _FrozenHead.ROWS)
+                logits = torch.nn.functional.linear(hidden[rows].to(dtype), weight, bias)
+                for z, at, out in zip(*(x.split(_FrozenHead.FEW) for x in (logits, target[rows, None], found[rows]))):
+                    p = z.float()
+                    total = p.logsumexp(-1, keepdim=True)
+                    out.copy_((p.gather(1, at) - total)[:, 0])
+                    # the target's one, less the probabilities
+                    if grad is not None: z.copy_(p.sub_(total).exp_().neg_().scatter_add_(1, at, torch.ones_like(total)))
+                if grad is not None: grad[rows] = logits @ weight
+        ctx.save_for_backward(grad)
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, up): return (ctx.saved_tensors[0]*up[:, None]).to(ctx.saved_tensors[0].dtype), None, None, None
+
+def trl_log_probs(hidden, head, target):
+    "TRL's: the logits a second time in the backward pass, by a Triton kernel on CUDA."
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    return ChunkedLogProbFunction.apply(hidden, head.weight, head.bias, target, 1.0, 32768, None, 1.0, ())[0]
+
+def target_log_probs(hidden, head, target, # hidden states (N, H); the model's output head, a `torch.nn.Linear`; token ids (N,)
+                    ): # log-probabilities (N,)
+    "Log-probabilities of the targets without the logits of all rows in memory at once."
+    if head.weight.device.type != "cpu" or head.weight.requires_grad: return trl_log_probs(hidden, head, target)
+    return _FrozenHead.apply(hidden, getattr(head, "rounded", head.weight), head.bias, target)  # see `bf16_between_products`
 
 # %% ../nbs/05_model.ipynb #5c9d1b1f
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -294,7 +336,7 @@ def load_base(cfg, # Config
         model.enable_input_require_grads()
     return model
 
-# %% ../nbs/05_model.ipynb #340538a3
+# %% ../nbs/05_model.ipynb #06d9cd22
 def add_lora(model, # a base from `load_base`
              cfg, # Config: lora_r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora
             ): # a `PeftModel`
@@ -305,9 +347,12 @@ def add_lora(model, # a base from `load_base`
         names = {n.rpartition(".")[2] for n, m in model.named_modules() if "Linear" in type(m).__name__}
         if missing := [t for t in targets if t not in names]:
             raise ConfigError(f"target_modules {missing} match no linear layer of {cfg.model_id}; it has {sorted(names)}")
-    return get_peft_model(model, LoraConfig(
+    head = model.get_output_embeddings()
+    model = get_peft_model(model, LoraConfig(
         r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules=targets, bias="none",
         task_type="CAUSAL_LM", use_rslora=cfg.use_rslora, use_dora=cfg.use_dora), autocast_adapter_dtype=True)
+    if model.get_output_embeddings() is not head: raise ConfigError(f"target_modules={cfg.target_modules} puts an adapter on the output head, which stays frozen here; name layers of the blocks")
+    return model
 
 def seeded_lora(model, cfg):
     "`add_lora` with the adapter's random start fixed by the config's seed, whatever was drawn before."
@@ -370,7 +415,7 @@ def save_adapter(model, # a PeftModel
     if (out/"README.md").exists(): (out/"README.md").unlink()  # peft's empty template of a model card, with that path in it
     return out
 
-# %% ../nbs/05_model.ipynb #debadc28
+# %% ../nbs/05_model.ipynb #a77afc27
 def _plain_weight(m):
     "The weight a linear layer (NF4 or plain, with or without LoRA) applies, as one fp32 matrix."
     base = getattr(m, "base_layer", m)
@@ -406,10 +451,22 @@ def _forwards(pairs):
             if old is absent: del m.forward
             else: m.forward = old
 
+@functools.cache
+def held_back(): # fp32 products of this CPU
+    "MKL multiplies fp32 with AVX2 on AMD's CPUs, also where they have AVX-512, which oneDNN does use."
+    info = Path("/proc/cpuinfo")
+    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and info.is_file() and "AuthenticAMD" in info.read_text()
+
+def product(x, w, b=None): # (..., K); (M, K); (M,) or None
+    "`torch.nn.functional.linear`; where fp32 is `held_back`, as the 1 x 1 convolution that it is, because oneDNN computes those."
+    if w.dtype != torch.float32 or w.device.type != "cpu" or not x.numel() or not held_back(): return torch.nn.functional.linear(x, w, b)
+    pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    return torch.nn.functional.conv2d(pixels, w[:, :, None, None], b).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
 def _linear(w, b):
     "A linear layer's forward with these weights, in and out in the input's dtype as bitsandbytes does it."
     b = b if b is None else b.to(w.dtype)
-    return lambda x, *_, **__: torch.nn.functional.linear(x.to(w.dtype), w, b).to(x.dtype)
+    return lambda x, *_, **__: product(x.to(w.dtype), w, b).to(x.dtype)
 
 def _head(head, dtype):
     """The output head with its weights cast once instead of at every call, its input as a matrix: for a slice of a three-dimensional one
@@ -444,17 +501,19 @@ def dequantised_once(model): # a base or PeftModel
     if size > psutil.virtual_memory().available/4: layers = []
     with _forwards([(m, _linear(_plain_weight(m)[0].to(m.weight.quant_state.dtype), m.bias)) for m in layers]): yield model
 
-# %% ../nbs/05_model.ipynb #35439555
+# %% ../nbs/05_model.ipynb #d1dc00a0
 @contextlib.contextmanager
 def bf16_between_products(model): # a PeftModel that is trained under bf16 autocast
-    "Context in which the norms of the blocks give bf16, and adapters take it as it comes."
+    "Context in which the norms of the blocks give bf16, adapters take it as it comes, and the head has its weights in bf16 beside it."
     from peft.helpers import disable_input_dtype_casting
     norms = [m for name, m in model.named_modules() if ".layers." in name and "norm" in type(m).__name__.lower() and {p.dtype for p in m.parameters()} == {torch.float32}]
-    hooks = [m.register_forward_hook(lambda m, args, out: out.to(torch.bfloat16)) for m in norms]
+    hooks, head = [m.register_forward_hook(lambda m, args, out: out.to(torch.bfloat16)) for m in norms], model.get_output_embeddings()
+    if head.weight.device.type == "cpu": head.rounded = head.weight.detach().bfloat16()
     try:
         with disable_input_dtype_casting(model): yield model
     finally:
         for h in hooks: h.remove()
+        vars(head).pop("rounded", None)
 
 # %% ../nbs/05_model.ipynb #2f392b8d
 def merge_adapter(cfg, # Config of the run

@@ -264,7 +264,7 @@ def proofs(prep:Prepared) -> dict: # what is proved -> (holds, detail)
             r["prompt"], render_completion(r["thought_process"], r["label"], style))]
     return {name: _worst(prep, bad) for name, bad in fails.items()}
 
-# %% ../nbs/08_train_sft.ipynb #ca8b8418
+# %% ../nbs/08_train_sft.ipynb #a91d6e8d
 def linear_shapes(cfg:Config) -> tuple:
     "(linear layers as {name: (out, in)}, parameters outside them, transformers config) from an empty model."
     import torch
@@ -297,8 +297,8 @@ def estimate_memory(prep:Prepared) -> dict: # part -> GiB, and "total"
     stream = tokens*conf.hidden_size*(4 if nf4 else wide)
     kept = conf.num_hidden_layers*stream + kept if cfg.gradient_checkpointing else conf.num_hidden_layers*kept
     eight_bit = "8bit" in cfg.optim or (cfg.optim == "auto" and not cpu)
-    # a tile of logits; without Triton its backward holds seven more in fp32
-    tile = min(trained, 4096)*min(conf.vocab_size, 32768)*(wide + (28 if cpu else 0))
+    # see `target_log_probs`: on a CPU some rows of all logits, in fp32 with a copy, and rounded for the product; TRL's kernel keeps one tile
+    tile = min(trained, 256)*conf.vocab_size*(8 + 2*wide) if cpu else min(trained, 4096)*min(conf.vocab_size, 32768)*wide
     parts = {"base weights": base*(0.5 + 1/64 + 4/(64*256)) if nf4 else base*wide, "embeddings, head and norms": other*(4 if nf4 else wide),
              "adapters": lora*4, "gradients": lora*4, "optimizer states": lora*(2 if eight_bit else 8), "activations": kept, "logits (one tile)": tile}
     if nf4 and not cpu: parts["weights dequantised for one product"] = max(a*b for a, b in linear.values())*(wide + 4)
@@ -402,15 +402,18 @@ def plot_lengths(prep:Prepared): # a matplotlib Figure
     ax.legend(frameon=False)
     return fig
 
-# %% ../nbs/08_train_sft.ipynb #284cca95
+# %% ../nbs/08_train_sft.ipynb #4b408f7b
 def _completion_forward(self, input_ids=None, labels=None, completion_loss=False, plain=None, **kw):
     "Log-probabilities at the trained positions only; any other call is the model's own forward."
     if not completion_loss: return plain(input_ids=input_ids, labels=labels, **kw)
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from nli_ft import model
+    # behind every real token, padding is hidden from it by the order alone, and attention is faster without a mask; FlashAttention skips it by the mask
+    real = kw.get("attention_mask")
+    if real is not None and "flash" not in self.config._attn_implementation and (real[:, 1:] <= real[:, :-1]).all(): kw["attention_mask"] = None
     hidden = self.base_model(input_ids=input_ids, **kw, use_cache=False).last_hidden_state[:, :-1]
     target, head = labels[:, 1:], self.get_output_embeddings()
     mask = target != -100
-    return {"log_probs": ChunkedLogProbFunction.apply(hidden[mask], head.weight, head.bias, target[mask], 1.0, 32768, None, 1.0, ())[0]}
+    return {"log_probs": model.target_log_probs(hidden[mask], head, target[mask])}
 
 def patch_forward(model):
     "Let `model(..., completion_loss=True)` return log-probabilities of the trained tokens; raises `ConfigError` for heads it does not know."

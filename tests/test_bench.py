@@ -26,9 +26,10 @@ def losses(cfg, name): return train_once(cfg, name, steps=3, rows_per_step=6, mi
 # -- the same mathematics
 
 def test_every_variant_of_the_same_mathematics_has_the_same_losses_and_runs_what_its_name_says(cfg, monkeypatch):
-    import trl.kernels.chunked_logprob as kernel
-    seen, real = [], kernel.ChunkedLogProbFunction.forward
-    monkeypatch.setattr(kernel.ChunkedLogProbFunction, "forward", staticmethod(lambda ctx, hidden, *a: (seen.append(len(hidden)), real(ctx, hidden, *a))[1]))
+    import nli_ft.model, trl.kernels.chunked_logprob as kernel
+    seen = []
+    for head in (kernel.ChunkedLogProbFunction, nli_ft.model._FrozenHead):
+        monkeypatch.setattr(head, "forward", staticmethod(lambda ctx, hidden, *a, real=head.forward: (seen.append(len(hidden)), real(ctx, hidden, *a))[1]))
     plain = None
     for name in filter(same_mathematics, VARIANTS):
         seen.clear()
@@ -93,8 +94,8 @@ def test_random_weights_of_a_models_shapes_train_like_any_other_model(cfg, tmp_p
 
 # -- children and exit codes. Real processes, which write what a run would have left instead of training.
 
-CANNED = dict(plan=dict(rows=8, dropped=0, mean_tokens=20., linear=1000, head=100, dtype="float32", device="a CPU", threads=1, torch="-", cuda=False), matmul=dict(flops_per_s=1e9),
-              train=dict(losses=[2., 1.5, 1.], stamps=[3., 4., 5.], steps=[dict(tokens=100, trained=40, padded=120, scored=40)]*3, checkpointing=False, peak_gib=1., loaded_gib=.5, dtype="float32",
+CANNED = dict(plan=dict(rows=8, dropped=0, mean_tokens=20., linear=1000, head=100, dtype="float32", device="a CPU", threads=1, torch="-", cuda=False), matmul=dict(flops_per_s=1e9, ours=1e9),
+              train=dict(losses=[2., 1.5, 1.], stamps=[3., 4., 5.], steps=[dict(tokens=100, trained=40, padded=120, scored=40)]*3, checkpointing=False, head_twice=False, peak_gib=1., loaded_gib=.5, dtype="float32",
                          estimate_gib=1.1),
               plan_generate=dict(rows=3, dtype="float32", device="a CPU", threads=1, torch="-", cuda=False),
               generate=dict(seconds=2., labels=[1, 0, None], tokens=30, peak_gib=1.))

@@ -365,18 +365,18 @@ def test_ctrl_c_in_the_notebook_of_a_run_saves_and_says_how_to_go_on(tmp_path):
 @pytest.fixture
 def poisoned(monkeypatch):
     "Make the log-probabilities of a row NaN (or its gradient infinite) wherever it occurs; returns the row's id."
-    import torch, trl.kernels.chunked_logprob as kernel
+    import nli_ft.model, torch
     def poison(prep, value, row=7):
         target = torch.tensor([y for y in prep.train[row].labels if y != -100])
-        real = kernel.ChunkedLogProbFunction.apply
-        def apply(hidden, w, b, labels, *a):
-            out = real(hidden, w, b, labels, *a)
+        real = nli_ft.model.target_log_probs
+        def log_probs(hidden, head, labels):
+            out = real(hidden, head, labels)
             at = next((i for i in range(len(labels) - len(target) + 1) if torch.equal(labels[i:i + len(target)], target)), None)
             if at is None: return out
-            if value != "gradient": return out[0]*value, *out[1:]
-            out[0].register_hook(lambda g: g*float("inf"))
+            if value != "gradient": return out*value
+            out.register_hook(lambda g: g*float("inf"))
             return out
-        monkeypatch.setattr(kernel.ChunkedLogProbFunction, "apply", apply)
+        monkeypatch.setattr(nli_ft.model, "target_log_probs", log_probs)
         return str(prep.train_rows[row]["id"])
     return poison
 

@@ -163,11 +163,11 @@ def test_a_quantised_models_adapter_is_trained_in_fp32(tmp_path):
 
 def test_the_head_is_applied_to_trained_positions_only(tmp_path, monkeypatch):
     "What makes it fast: the number of scored rows is the number of labels, not of tokens."
-    import trl.kernels.chunked_logprob as kernel
+    import nli_ft.model
     cfg = tiny(tmp_path)
     prep, model = prepare(cfg), seeded_lora(load_base(cfg), cfg)
-    seen, real = [], kernel.ChunkedLogProbFunction.apply
-    monkeypatch.setattr(kernel.ChunkedLogProbFunction, "apply", lambda hidden, *a: (seen.append(len(hidden)), real(hidden, *a))[1])
+    seen, real = [], nli_ft.model.target_log_probs
+    monkeypatch.setattr(nli_ft.model, "target_log_probs", lambda hidden, *a: (seen.append(len(hidden)), real(hidden, *a))[1])
     patch_forward(model)
     e = prep.train[0]
     model(input_ids=torch.tensor([e.input_ids]), labels=torch.tensor([e.labels]), completion_loss=True)
