@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'device', 'bf16_in_hardware', 'compute_dtype', 'autocast', 'attention', 'blocked_attention',
-           'register_blocked_attention', 'trl_log_probs', 'target_log_probs', 'cache_dir', 'embedded_model',
-           'model_source', 'load_tokenizer', 'sharded', 'load_sharded_adapter', 'find_sharded_adapter', 'keep_unpacked',
-           'keep_freed_memory', 'load_base', 'add_lora', 'seeded_lora', 'check_adapter', 'load_for_inference',
-           'save_adapter', 'held_back', 'product', 'merged', 'fast_weights', 'dequantised_once',
+           'register_blocked_attention', 'held_back', 'product', 'trl_log_probs', 'target_log_probs', 'cache_dir',
+           'embedded_model', 'model_source', 'load_tokenizer', 'sharded', 'load_sharded_adapter',
+           'find_sharded_adapter', 'keep_unpacked', 'keep_freed_memory', 'load_base', 'add_lora', 'seeded_lora',
+           'check_adapter', 'load_for_inference', 'save_adapter', 'merged', 'fast_weights', 'dequantised_once',
            'bf16_between_products', 'merge_adapter', 'in_fp32']
 
 # %% ../nbs/05_model.ipynb #19922e33
@@ -132,7 +132,34 @@ def register_blocked_attention(): # for `attn_implementation`
     AttentionMaskInterface.register("nli_ft_blocked", sdpa_mask)
     return "nli_ft_blocked"
 
-# %% ../nbs/05_model.ipynb #80465a38
+# %% ../nbs/05_model.ipynb #77ca11bd
+@functools.cache
+def held_back(): # fp32 products of this CPU
+    "Whether they are slower than they could be: an AMD CPU with AVX-512, and MKL."
+    info = Path("/proc/cpuinfo")
+    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and info.is_file() and "AuthenticAMD" in info.read_text()
+
+class _Convolution(torch.autograd.Function):
+    "A product with frozen weights as a convolution; `conv2d`'s own gradient would keep the input, for that of the weights."
+    @staticmethod
+    def _pixels(x): return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def forward(ctx, x, w, b):
+        ctx.save_for_backward(w)
+        return torch.nn.functional.conv2d(_Convolution._pixels(x), w[:, :, None, None], b).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return torch.nn.functional.conv_transpose2d(_Convolution._pixels(grad), ctx.saved_tensors[0][:, :, None, None]).permute(0, 2, 3, 1).reshape(*grad.shape[:-1], -1), None, None
+
+def product(x, w, b=None): # (..., K); frozen (M, K); frozen (M,) or None
+    "`torch.nn.functional.linear`, or where that is `held_back` the same by oneDNN, which torch uses for convolutions."
+    if w.dtype != torch.float32 or w.device.type != "cpu" or not x.numel() or not held_back(): return torch.nn.functional.linear(x, w, b)
+    return _Convolution.apply(x, w, b)
+
+# %% ../nbs/05_model.ipynb #511e9e46
 class _FrozenHead(torch.autograd.Function):
     """Log-probabilities (N,) in fp32 of targets (N,) under a frozen head, weight (vocabulary, H), bias (vocabulary,) or None, for hidden states
     (N, H); products in the autocast dtype, softmax in fp32, a tile of rows at a time."""
@@ -146,7 +173,7 @@ class _FrozenHead(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             for lo in range(0, len(hidden), _FrozenHead.ROWS):
                 rows = slice(lo, lo + _FrozenHead.ROWS)
-                logits = torch.nn.functional.linear(hidden[rows].to(dtype), weight, bias)
+                logits = product(hidden[rows].to(dtype), weight, bias)
                 for z, at, out in zip(*(x.split(_FrozenHead.FEW) for x in (logits, target[rows, None], found[rows]))):
                     p = z.float()
                     total = p.logsumexp(-1, keepdim=True)
@@ -415,7 +442,7 @@ def save_adapter(model, # a PeftModel
     if (out/"README.md").exists(): (out/"README.md").unlink()  # peft's empty template of a model card, with that path in it
     return out
 
-# %% ../nbs/05_model.ipynb #a77afc27
+# %% ../nbs/05_model.ipynb #06da443b
 def _plain_weight(m):
     "The weight a linear layer (NF4 or plain, with or without LoRA) applies, as one fp32 matrix."
     base = getattr(m, "base_layer", m)
@@ -450,18 +477,6 @@ def _forwards(pairs):
         for m, old in reversed(swapped):
             if old is absent: del m.forward
             else: m.forward = old
-
-@functools.cache
-def held_back(): # fp32 products of this CPU
-    "MKL multiplies fp32 with AVX2 on AMD's CPUs, also where they have AVX-512, which oneDNN does use."
-    info = Path("/proc/cpuinfo")
-    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and info.is_file() and "AuthenticAMD" in info.read_text()
-
-def product(x, w, b=None): # (..., K); (M, K); (M,) or None
-    "`torch.nn.functional.linear`; where fp32 is `held_back`, as the 1 x 1 convolution that it is, because oneDNN computes those."
-    if w.dtype != torch.float32 or w.device.type != "cpu" or not x.numel() or not held_back(): return torch.nn.functional.linear(x, w, b)
-    pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    return torch.nn.functional.conv2d(pixels, w[:, :, None, None], b).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 def _linear(w, b):
     "A linear layer's forward with these weights, in and out in the input's dtype as bitsandbytes does it."

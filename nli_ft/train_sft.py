@@ -264,7 +264,7 @@ def proofs(prep:Prepared) -> dict: # what is proved -> (holds, detail)
             r["prompt"], render_completion(r["thought_process"], r["label"], style))]
     return {name: _worst(prep, bad) for name, bad in fails.items()}
 
-# %% ../nbs/08_train_sft.ipynb #a91d6e8d
+# %% ../nbs/08_train_sft.ipynb #dcab81c7
 def linear_shapes(cfg:Config) -> tuple:
     "(linear layers as {name: (out, in)}, parameters outside them, transformers config) from an empty model."
     import torch
@@ -297,13 +297,14 @@ def estimate_memory(prep:Prepared) -> dict: # part -> GiB, and "total"
     stream = tokens*conf.hidden_size*(4 if nf4 else wide)
     kept = conf.num_hidden_layers*stream + kept if cfg.gradient_checkpointing else conf.num_hidden_layers*kept
     eight_bit = "8bit" in cfg.optim or (cfg.optim == "auto" and not cpu)
-    # see `target_log_probs`: on a CPU some rows of all logits, in fp32 with a copy, and rounded for the product; TRL's kernel keeps one tile
-    tile = min(trained, 256)*conf.vocab_size*(8 + 2*wide) if cpu else min(trained, 4096)*min(conf.vocab_size, 32768)*wide
+    # see `target_log_probs`: on a CPU all logits of some positions, TRL's kernel keeps a tile of fewer
+    tile = (min(trained, 512)*conf.vocab_size if cpu else min(trained, 4096)*min(conf.vocab_size, 32768))*wide
     parts = {"base weights": base*(0.5 + 1/64 + 4/(64*256)) if nf4 else base*wide, "embeddings, head and norms": other*(4 if nf4 else wide),
              "adapters": lora*4, "gradients": lora*4, "optimizer states": lora*(2 if eight_bit else 8), "activations": kept, "logits (one tile)": tile}
     if nf4 and not cpu: parts["weights dequantised for one product"] = max(a*b for a, b in linear.values())*(wide + 4)
     if cpu:
         if nf4: parts["dequantised weights"] = base*wide
+        if dtype == torch.bfloat16: parts["head in bf16"] = conf.vocab_size*conf.hidden_size*wide
         parts |= {"left over from loading": (base + other)*wide, "interpreter and libraries": 0.55*2**30}
         parts["gaps between blocks"] = 0.25*sum(parts.values())  # measured, see runs/LOG.md
     parts = {k: v/2**30 for k, v in parts.items()}
