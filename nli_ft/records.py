@@ -10,7 +10,7 @@ __all__ = ['redact', 'new_run_dir', 'environment', 'overrides_text', 'run_comman
            'compare_configs', 'run_table', 'config_table', 'remarks', 'markdown', 'plot_differences', 'plot_losses',
            'newest', 'comparable', 'full_comparison', 'compare_cli', 'model_card']
 
-# %% ../nbs/07_records.ipynb #ce16f876
+# %% ../nbs/07_records.ipynb #35418c37
 import argparse,ast,csv,hashlib,html,importlib.metadata,io,json,math,netrc,os,platform,re,secrets,shlex,signal,subprocess,sys,threading
 from collections import Counter
 from contextlib import contextmanager,suppress
@@ -18,7 +18,7 @@ from dataclasses import dataclass,field,fields
 from datetime import datetime,timezone
 from pathlib import Path
 
-from .config_loader import (Config,ConfigError,ModelKeys,NliError,RecordError,add_config_args,command,config_from_args,config_from_json,config_hash,
+from .config_loader import (Config,ConfigError,ModelKeys,NliError,RecordError,SaysItAll,add_config_args,command,config_from_args,config_from_json,config_hash,
                                   load_config,one_factor,print_config,project_root)
 from .data import PROMPTS,atomic_writer,data_hash,read_rows,records as file_records,template_of
 
@@ -266,18 +266,16 @@ def finish_run(run_dir, # a run's folder
     _write_json(path, new)
     return new
 
-# %% ../nbs/07_records.ipynb #f95b0585
-class Interrupted(KeyboardInterrupt):
+# %% ../nbs/07_records.ipynb #59ed36d4
+class Interrupted(SaysItAll, KeyboardInterrupt):
     "A run that was stopped by a signal, after it had put its things in order. `exit_code` as shells count: 130 for SIGINT, 143 for SIGTERM."
     def __init__(self, message, signum):
         super().__init__(message)
         self.signum,self.exit_code = signum,128+signum
-    def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]  # what IPython shows
 
-class TrainingStopped(Exception):
-    "Training that could not go on, with what to do about it as its message: no traceback is needed beside it."
+class TrainingStopped(SaysItAll, Exception):
+    "Training that could not go on, with what to do about it as its message."
     exit_code = 1
-    def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]
 
 # %% ../nbs/07_records.ipynb #ace75cbd
 def close_failed(run_dir, # a run's folder
