@@ -175,6 +175,20 @@ def test_the_head_is_applied_to_trained_positions_only(tmp_path, monkeypatch):
     model(input_ids=torch.tensor([e.input_ids]), labels=torch.tensor([e.labels]), completion_loss=True)
     assert seen == [sum(y != -100 for y in e.labels)]
 
+def test_padding_on_either_side_leaves_log_probabilities_as_they_are(tmp_path):
+    "Behind the real tokens it needs no mask, before them it does."
+    cfg = tiny(tmp_path)
+    prep, model = prepare(cfg), seeded_lora(load_base(cfg), cfg).train()
+    patch_forward(model)
+    short, long = (f(prep.train, key=len) for f in (min, max))
+    gap = len(long) - len(short)
+    assert gap > 3
+    def scored(pad): # to the right or to the left of the short row
+        ids, labels, real = (torch.tensor([pad(x, fill), y]) for x, y, fill in ((short.input_ids, long.input_ids, 5), (short.labels, long.labels, -100), ([1]*len(short), [1]*len(long), 0)))
+        return model(input_ids=ids, labels=labels, attention_mask=real, completion_loss=True)["log_probs"]
+    alone = torch.cat([model(input_ids=torch.tensor([e.input_ids]), labels=torch.tensor([e.labels]), completion_loss=True)["log_probs"] for e in (short, long)])
+    for pad in (lambda x, fill: x + [fill]*gap, lambda x, fill: [fill]*gap + x): assert torch.allclose(scored(pad), alone, atol=1e-5)
+
 def test_early_stopping_keeps_the_best_checkpoint(tmp_path):
     cfg = tiny(tmp_path, max_steps=12, eval_steps=2, save_steps=2, early_stopping_patience=1, learning_rate=1.0, max_grad_norm=None, lr_scheduler="constant", warmup_ratio=0.0)
     logs, model, result = trained(cfg, tmp_path/"m")
