@@ -1286,11 +1286,11 @@ def predict_cli(argv=None) -> int:
     print(f"{ns.output}: {len(answers)} rows, {failed} without an answer" if ns.csv else json.dumps(answers[0], ensure_ascii=False) if ns.json else _one_answer(answers[0]))
     return int(failed > 0 and not ns.csv)
 
-# %% ../nbs/06_evaluate.ipynb #616b1961
+# %% ../nbs/06_evaluate.ipynb #fb3452a4
 def _asked_pairs(ns):
     "Column names and pairs of the command line."
     if ns.csv:
-        if ns.premise or ns.hypothesis or not ns.output: raise DataError("--csv goes with --output, and without --premise and --hypothesis")
+        if ns.premise or ns.hypothesis or ns.json or not ns.output: raise DataError("--csv goes with --output, and without --premise, --hypothesis and --json")
         if Path(ns.output).exists(): raise DataError(f"{ns.output} exists and is not overwritten; name another --output")
         return read_pairs(ns.csv)
     if not (ns.premise and ns.hypothesis) or ns.output: raise DataError("give --premise and --hypothesis, or --csv and --output")

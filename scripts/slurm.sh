@@ -34,7 +34,8 @@ command -v accelerate >/dev/null || die "no accelerate in $PWD/.venv: ./run_trai
 
 launch=(accelerate launch --config_file "nli_ft/configs/accelerate/$kind.yaml" --num_machines "$nodes" --num_processes "$((nodes * gpus))")
 if ((nodes > 1)); then
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  MASTER_ADDR=${hosts%%$'\n'*} # not by `head`: it closes the pipe, of which scontrol and so this job may die
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one node do not meet
   launch+=(--main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
 fi

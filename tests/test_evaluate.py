@@ -359,8 +359,9 @@ def test_nli_predict_keeps_rows_columns_and_order_of_a_table_and_marks_failures(
     assert [r["key"] for r in rows] == ["7", "3", "9", "3"] and [r["note"] for r in rows] == ["x", "y", "z", ""]
     assert [r["outcome"] for r in rows] == ["forced", "bad_input", "bad_input", "forced"]
     assert rows[1]["problem"] == "the premise is empty" and "[INST]" in rows[2]["problem"] and rows[0]["predicted_label"] in "01"
-    with pytest.raises(SystemExit) as e: ev.predict_cli(["--run", str(run), "--csv", str(src), "--output", str(out)])
-    assert e.value.code == 2 and "not overwritten" in capsys.readouterr().err
+    for more, said in (([], "not overwritten"), (["--json"], "and --json")):
+        with pytest.raises(SystemExit) as e: ev.predict_cli(["--run", str(run), "--csv", str(src), "--output", str(out), *more])
+        assert e.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_records_that_cannot_be_evaluated_say_why_with_exit_code_2(run, tmp_path, capsys):
