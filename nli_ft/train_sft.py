@@ -264,7 +264,7 @@ def proofs(prep:Prepared) -> dict: # what is proved -> (holds, detail)
             r["prompt"], render_completion(r["thought_process"], r["label"], style))]
     return {name: _worst(prep, bad) for name, bad in fails.items()}
 
-# %% ../nbs/08_train_sft.ipynb #dcab81c7
+# %% ../nbs/08_train_sft.ipynb #5c14f1ea
 def linear_shapes(cfg:Config) -> tuple:
     "(linear layers as {name: (out, in)}, parameters outside them, transformers config) from an empty model."
     import torch
@@ -304,7 +304,7 @@ def estimate_memory(prep:Prepared) -> dict: # part -> GiB, and "total"
     if nf4 and not cpu: parts["weights dequantised for one product"] = max(a*b for a, b in linear.values())*(wide + 4)
     if cpu:
         if nf4: parts["dequantised weights"] = base*wide
-        if dtype == torch.bfloat16: parts["head in bf16"] = conf.vocab_size*conf.hidden_size*wide
+        if nf4 and dtype == torch.bfloat16: parts["head in bf16"] = conf.vocab_size*conf.hidden_size*wide  # beside the one in fp32
         parts |= {"left over from loading": (base + other)*wide, "interpreter and libraries": 0.55*2**30}
         parts["gaps between blocks"] = 0.25*sum(parts.values())  # measured, see runs/LOG.md
     parts = {k: v/2**30 for k, v in parts.items()}
