@@ -424,8 +424,12 @@ def patch_forward(model):
            if getattr(base.config.get_text_config(), k, None) not in (None, 1, 1.0)]
     if odd: raise ConfigError(f"{type(base).__name__} scales its logits ({', '.join(odd)}), which this trainer does not reproduce; choose another model")
     plain = base.forward
-    forward = functools.wraps(type(base).forward)(functools.partial(_completion_forward, plain=plain))
-    base.forward = types.MethodType(lambda self, *a, **kw: forward(self, **dict(zip(("input_ids", "attention_mask"), a)), **kw), base)
+
+    # `generate` reads the signature to decide whether the model takes `position_ids` and `logits_to_keep`
+    @functools.wraps(type(base).forward)
+    def forward(self, input_ids=None, attention_mask=None, **kw):
+        return _completion_forward(self, input_ids, attention_mask=attention_mask, plain=plain, **kw)
+    base.forward = types.MethodType(forward, base)
 
 # %% ../nbs/08_train_sft.ipynb #3f0199a2
 class KindCollator:
