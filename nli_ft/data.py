@@ -12,11 +12,12 @@ __all__ = ['PROMPTS', 'STYLES', 'RELATIONS', 'CONTRACTS', 'KINDS', 'MANIFEST', '
            'json_line', 'write_jsonl', 'seal', 'damage', 'norm_text', 'pair_key', 'parse_splits', 'split_of',
            'split_paths', 'thought_key', 'one_contract', 'use_thoughts', 'use_reflections', 'shuffle_thoughts',
            'with_thought', 'Shuffler', 'chosen_rows', 'prepare', 'concludes', 'leaks_gold', 'is_mojibake', 'bigrams',
-           'jaccard', 'NearSample', 'near_duplicates', 'wilson', 'overlap_features', 'baselines', 'level', 'Tally',
-           'row_text', 'row_thought', 'estimate_tokens', 'hub_tokenizer', 'count_row', 'batches', 'keep_sample',
-           'quantile', 'check_file', 'judge_baselines', 'check_files', 'render_report', 'gather_stats', 'plot_stats',
-           'write_stats', 'write_images', 'source_of', 'source_label', 'source_row', 'hub_reachable', 'load_records',
-           'class_names', 'source_rows', 'download', 'data_cli']
+           'jaccard', 'NearSample', 'near_duplicates', 'wilson', 'cluster_codes', 'design_effect', 'share_right',
+           'overlap_features', 'baselines', 'level', 'Tally', 'row_text', 'row_thought', 'estimate_tokens',
+           'hub_tokenizer', 'count_row', 'batches', 'keep_sample', 'quantile', 'check_file', 'judge_baselines',
+           'check_files', 'render_report', 'gather_stats', 'plot_stats', 'write_stats', 'write_images', 'source_of',
+           'source_label', 'source_row', 'hub_reachable', 'load_records', 'class_names', 'source_rows', 'download',
+           'data_cli']
 
 # %% ../nbs/01_data.ipynb #fa3d9c65
 import argparse, array, contextlib, csv, gzip, hashlib, io, itertools, json, os, random, re, sys, unicodedata, zlib
@@ -815,10 +816,56 @@ def near_duplicates(sample:NearSample, threshold:float=.8 # Jaccard of both prem
 # %% ../nbs/01_data.ipynb #0e0473cf
 def wilson(right:int, n:int, # successes; trials
            alpha:float=0.05, # 1 - confidence
+           deff:float=1., # design effect of trials that come in clusters, from `design_effect`
+           clusters:float|None=None, # equal clusters the trials are worth, from `design_effect`; None: trials of their own
            ) -> list: # [low, high]
-    "Wilson score interval of a proportion (Wilson 1927; `statsmodels.stats.proportion.proportion_confint`)."
+    """Wilson score interval of a proportion (Wilson 1927; `statsmodels.stats.proportion.proportion_confint`).
+
+    With clusters it is the interval of `n / deff` trials, fewer where the design effect itself is known from few clusters:
+    the degrees-of-freedom adjusted effective sample size of Korn and Graubard (1998), Survey Methodology 24:193-201."""
     from statsmodels.stats.proportion import proportion_confint
-    return [float(x) for x in proportion_confint(right, n, alpha=alpha, method="wilson")] if n else [0., 1.]
+    if not n: return [0., 1.]
+    if deff == 1 and (clusters is None or clusters >= n):
+        return [float(x) for x in proportion_confint(right, n, alpha=alpha, method="wilson")]
+    worth = max(1., n / deff * _few_clusters(n, clusters, alpha))
+    return [float(x) for x in proportion_confint(right/n * worth, worth, alpha=alpha, method="wilson")]
+
+def _few_clusters(n, clusters, alpha):
+    "Squared ratio of the t quantiles of n trials and of so many clusters; 1 for trials of their own."
+    from scipy.stats import t
+    if clusters is None or clusters >= n: return 1.
+    if clusters <= 1: return 0.
+    return float((t.ppf(alpha/2, n - 1) / t.ppf(alpha/2, clusters - 1))**2)
+
+# %% ../nbs/01_data.ipynb #cfb7243c
+def cluster_codes(groups # a name per row, of any hashable kind
+                 ): # int array: 0, 1, … in the order of first appearance
+    "Number the clusters."
+    import numpy as np
+    codes = {}
+    return np.array([codes.setdefault(g, len(codes)) for g in groups], int)
+
+def design_effect(right, groups, # 1/0 per row; its cluster
+                 ) -> tuple: # (design effect, clusters, equal clusters that they are worth)
+    "By what factor clustering raises the variance of a share."
+    import numpy as np
+    right = np.asarray(right, float)
+    size = np.bincount(codes := cluster_codes(groups))
+    n, count = len(right), len(size)
+    if count == n: return 1., count, float(count)
+    worth = n**2 / float(size @ size)
+    binomial = right.mean() * (1 - right.mean()) / (n - 1)
+    if count < 2 or not binomial: return n / worth, count, worth
+    left_out = np.bincount(codes, right - right.mean()) / (n - size)   # change of the share without one cluster
+    return max(1., (count - 1) / count * float(left_out @ left_out) / binomial), count, worth
+
+def share_right(right, groups, # 1/0 per row; its cluster
+                alpha:float=0.05, # 1 - confidence
+               ) -> dict: # n, right, accuracy, accuracy_ci, deff, n_clusters
+    "A share with the one interval that this package prints for shares: Wilson's at the effective number of rows."
+    k, n = int(sum(right)), len(right)
+    deff, count, worth = design_effect(right, groups)
+    return dict(n=n, right=k, accuracy=k/n, accuracy_ci=wilson(k, n, alpha, deff, worth), deff=deff, n_clusters=count)
 
 # %% ../nbs/01_data.ipynb #f1f3a0a0
 def overlap_features(row:dict) -> list: # 6 numbers
@@ -846,8 +893,9 @@ def baselines(rows:list, # rows with premise, hypothesis, label, maybe group_id
                  overlap=(make_pipeline(StandardScaler(), LogisticRegression()), [overlap_features(r) for r in rows]))
     out = dict(majority=dict(accuracy=max(y.count(0), y.count(1))/len(y), n=len(y)))
     for name,(model,x) in tries.items():
-        k = int(sum(a == b for a,b in zip(cross_val_predict(model, x, y, groups=groups, cv=GroupKFold(5, shuffle=True, random_state=seed)), y)))
-        out[name] = dict(accuracy=k/len(y), n=len(y), **dict(zip(("low","high"), wilson(k, len(y)))))
+        said = cross_val_predict(model, x, y, groups=groups, cv=GroupKFold(5, shuffle=True, random_state=seed))
+        share = share_right([a == b for a,b in zip(said, y)], groups)
+        out[name] = dict(accuracy=share["accuracy"], n=len(y), **dict(zip(("low","high"), share["accuracy_ci"])))
     return out
 
 # %% ../nbs/01_data.ipynb #2a9dea5d
