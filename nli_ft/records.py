@@ -6,7 +6,7 @@
 __all__ = ['redact', 'new_run_dir', 'environment', 'overrides_text', 'run_command', 'start_run', 'append_metrics', 'read_metrics',
            'finish_run', 'Interrupted', 'TrainingStopped', 'close_failed', 'watch_cells', 'Run', 'read_run',
            'list_runs', 'check_parameters', 'RunFailed', 'run_notebook', 'engine_args', 'run_as_job', 'run_cli',
-           'show_runs', 'runs_cli', 'load_compared', 'differing', 'paired', 'verdict', 'compare_runs',
+           'show_runs', 'runs_cli', 'load_compared', 'differing', 'paired', 'compare_runs', 'over_seeds',
            'compare_configs', 'run_table', 'config_table', 'remarks', 'markdown', 'plot_differences', 'plot_losses',
            'newest', 'comparable', 'full_comparison', 'compare_cli', 'model_card']
 
@@ -688,30 +688,15 @@ def differing(one, other # entries of `load_compared`
     return keys
 
 # %% ../nbs/07_records.ipynb #e42a1fc7
-def _effective_n(n, discordant, difference, ci):
-    "Number of independent items that would give an interval as wide as the clustered `ci`; at most `n`."
-    se = (ci[1]-ci[0])/3.92
-    return n if se<=0 else max(1, min(n, round((discordant-difference**2)/se**2)))
-
-def paired(a:list, b:list, # prediction rows of baseline and run, same items in the same order
-          ) -> dict: # difference (b − a), ci, p (McNemar), detectable (accuracy, or None)
-    "The paired comparison of two sets of predictions."
-    from nli_ft.evaluate import groups_of,mcnemar,minimum_detectable_difference,paired_bootstrap
-    ra,rb = ([int(p["predicted_label"]==p["label"]) for p in o] for o in (a,b))
-    boot,test = paired_bootstrap(ra, rb, groups_of(a)), mcnemar(ra, rb)
-    share = (test["only_a"]+test["only_b"])/len(a)
-    n = _effective_n(len(a), share, boot["difference"], boot["ci"])
-    return dict(difference=boot["difference"], ci=boot["ci"], p=test["p"], detectable=minimum_detectable_difference(n, share), discordant=share)
-
-# %% ../nbs/07_records.ipynb #3d320481
-def verdict(r:dict, # `difference`, `ci`, `p_holm`, `n`, `detectable`, `discordant`
-           ) -> str:
-    "In plain words whether a difference can be told from noise."
-    points = 100*r["difference"]
-    if r["p_holm"]<.05 and (r["ci"][0]>0 or r["ci"][1]<0): return f"{points:+.1f} points: can be told from noise at n={r['n']}"
-    if not r["discordant"]: return f"right and wrong on the same {r['n']} items: no difference to test"
-    seen = f"a difference below {100*r['detectable']:.1f} points would mostly go unseen" if r["detectable"] else "too few items to see any difference"
-    return f"{points:+.1f} points: cannot be told from noise at n={r['n']}; {seen}"
+def paired(base:list, others:list[list], # prediction rows of the baseline; of each run compared with it, same items in the same order
+          ) -> list[dict]: # what `decide` says of each, with n, p_mcnemar, discordant
+    "The paired comparison of one family of runs with one baseline."
+    from nli_ft.evaluate import decide,groups_of,mcnemar,paired_test
+    right = [[int(p["predicted_label"] == p["label"]) for p in preds] for preds in (base, *others)]
+    groups = groups_of(base)
+    decisions = decide([paired_test(right[0], r, groups) for r in right[1:]])
+    tests = [mcnemar(right[0], r) for r in right[1:]]
+    return [d | dict(n=len(base), p_mcnemar=t["p"], discordant=(t["only_a"] + t["only_b"]) / len(base)) for d,t in zip(decisions, tests)]
 
 # %% ../nbs/07_records.ipynb #c36126e7
 def _scores(entry):
@@ -720,7 +705,14 @@ def _scores(entry):
     run,preds,name = entry
     s = score(preds)
     return dict(run=name, config=run.config["name"], seed=run.seed, status=run.status, n=s["n"], accuracy=s["accuracy"], accuracy_ci=s["accuracy_ci"],
-                macro_f1=s["macro_f1"], mcc=s["mcc"], valid_rate=s["valid_rate"], tokens=s["mean_tokens"], seconds=s["mean_seconds"])
+                deff=s["deff"], n_clusters=s["n_clusters"], macro_f1=s["macro_f1"], mcc=s["mcc"], valid_rate=s["valid_rate"], tokens=s["mean_tokens"], seconds=s["mean_seconds"])
+
+def _majority(preds):
+    "Scores of always answering the more frequent label of these items."
+    from nli_ft.evaluate import score
+    gold = Counter(p["label"] for p in preds).most_common()
+    s = score([dict(p, predicted_label=gold[0][0], outcome="strict") for p in preds])
+    return {k: s[k] for k in ("n","accuracy","accuracy_ci","deff","n_clusters","macro_f1","mcc")} | dict(label=gold[0][0])
 
 def _first(got, baseline):
     "Entries with the baseline in front: a run folder or name, or a config's name for its first run; None keeps the order."
@@ -733,15 +725,16 @@ def _first(got, baseline):
 # %% ../nbs/07_records.ipynb #cc8232dc
 def compare_runs(run_dirs, # run folders, at least two; `<folder>:before` is the untrained model of that run
                  baseline=None, # one of them (folder, name, or config); None: the first
-                ) -> list[dict]: # one row a run, the baseline first, with difference, ci, p, p_holm, detectable, verdict, differs
+                ) -> list[dict]: # one row a run, the baseline first, with difference, ci, ci_level, p, p_holm, p_mcnemar, told, detectable, verdict, differs; `majority` in the first
     "Compare runs item by item with a baseline run. Raises `RecordError` for runs that cannot be compared."
-    from nli_ft.evaluate import holm
+    from nli_ft.evaluate import other_way,verdict
     got = _first(load_compared(run_dirs), baseline)
     if len(got)<2: raise RecordError("a comparison needs at least two runs; `nli_runs` lists them")
     rows = [_scores(e) for e in got]
-    for r,e in zip(rows[1:], got[1:]): r |= paired(got[0][1], e[1]) | dict(differs=differing(got[0], e))
-    for r,p in zip(rows[1:], holm([r["p"] for r in rows[1:]])): r["p_holm"] = p
-    for r in rows[1:]: r["verdict"] = verdict(r)
+    rows[0]["majority"] = _majority(got[0][1])
+    for r,e,decision in zip(rows[1:], got[1:], paired(got[0][1], [e[1] for e in got[1:]])):
+        r |= decision | dict(differs=differing(got[0], e), doubt=other_way(r, rows[0]))
+        r["verdict"] = verdict(r)
     return rows
 
 # %% ../nbs/07_records.ipynb #daa9c870
@@ -755,50 +748,115 @@ def _repetitions(entries): # of `load_compared` -> lists of those that nothing b
     return groups
 
 # %% ../nbs/07_records.ipynb #88393ac9
+def over_seeds(arms:list, groups:list, # (seeds, items) arrays of right/wrong, the baseline's first; cluster of each item
+               seedless=(), # numbers of the arms that no seed changes
+              ) -> list: # one per arm after the first: what `decide` says, or None where an arm has one seed
+    "The comparison of one family of configs with one baseline."
+    from nli_ft.evaluate import decide,seed_test
+    tests = [seed_test(arms[0], a, groups, (0 in seedless, i in seedless)) for i,a in enumerate(arms[1:], 1)]
+    decisions = iter(decide([t for t in tests if t]))
+    return [next(decisions) if t else None for t in tests]
+
 def compare_configs(run_dirs, # run folders of several seeds of several configs
                     baseline=None, # config name; None: that of the first run
-                   ) -> list[dict]: # one row a config: seeds, accuracy, sd, accuracy_ci, difference, ci, verdict, differs
+                   ) -> list[dict]: # one row a config: seeds, accuracy, sd, accuracy_ci, difference, ci, p, p_holm, told, verdict, differs
     "Compare configs over their seeds; runs belong together when all settings but the seed agree."
-    from nli_ft.evaluate import groups_of,hierarchical_interval
+    from nli_ft.evaluate import groups_of,other_way,seed_share
     groups = _repetitions(_first(load_compared(run_dirs), baseline))
-    right = [[[int(p["predicted_label"]==p["label"]) for p in e[1]] for e in es] for es in groups]
-    first,rows = groups[0], []
-    for es,r in zip(groups, right):
-        alone = hierarchical_interval(r, groups=groups_of(first[0][1]))
-        row = dict(config=es[0][0].config["name"]+":before"*es[0][2].endswith(":before"), seeds=[e[0].seed for e in es], n=len(es[0][1]),
-                   accuracy=alone["mean"], sd=alone["seed_sd"], accuracy_ci=alone["ci"])
-        if rows:
-            h = hierarchical_interval(r, right[0], groups_of(first[0][1]), alpha=.05/(len(groups)-1))
-            told = "can" if h["ci"][0]>0 or h["ci"][1]<0 else "cannot"
-            row |= dict(difference=h["mean"], ci=h["ci"], differs=differing(first[0], es[0]),
-                        verdict=f"{100*h['mean']:+.1f} points: {told} be told from noise over {len(first)} and {len(es)} seeds and {row['n']} items")
-        rows.append(row)
+    first,clusters = groups[0],groups_of(groups[0][0][1])
+    right = [[[int(p["predicted_label"] == p["label"]) for p in e[1]] for e in es] for es in groups]
+    untrained = [i for i,es in enumerate(groups) if es[0][2].endswith(":before")]
+    rows = [_config_row(es) | seed_share(r, clusters, i in untrained) for i,(es,r) in enumerate(zip(groups, right))]
+    rows[0]["majority"] = _majority(first[0][1])
+    for i,(row,es,decision) in enumerate(zip(rows[1:], groups[1:], over_seeds(right, clusters, untrained)), 1):
+        row |= dict(differs=differing(first[0], es[0]), doubt=other_way(row, rows[0]))
+        row |= decision or dict(difference=row["accuracy"] - rows[0]["accuracy"], ci=None, told=None)
+        few = [es for j,es in ((0, first), (i, es)) if j not in untrained and len(es) < 2]
+        row["verdict"] = _no_config_verdict(few) if few else _config_verdict(row, rows[0])
     return rows
 
+def _config_row(es):
+    "What a config's runs have in common, and the means of their scores; None where one of them is undefined."
+    scores = [_scores(e) for e in es]
+    mean = lambda k: None if any(s[k] is None for s in scores) else sum(s[k] for s in scores) / len(scores)
+    return dict(config=es[0][0].config["name"]+":before"*es[0][2].endswith(":before"), seeds=[e[0].seed for e in es], n=len(es[0][1]),
+                n_clusters=scores[0]["n_clusters"], macro_f1=mean("macro_f1"), mcc=mean("mcc"))
+
+def _config_verdict(row, base):
+    "The verdict on a config, over seeds and items."
+    from nli_ft.evaluate import MIN_CLUSTERS,unseen
+    points = f"{100*row['difference']:+.1f} points"
+    seeds = [len(r["seeds"]) for r in (base, row)]
+    where = f"over {seeds[0]} and {seeds[1]} seeds and {row['n']} items ({row['n_clusters']} clusters)"
+    if row["told"] is None: return f"{points}: no verdict {where}: at least {MIN_CLUSTERS} clusters of items are needed{row['doubt']}"
+    if row["told"]: return f"{points}: can be told from noise {where}{row['doubt']}"
+    if not row["difference"] and row["detectable"] is None: return f"no difference {where}"
+    return f"{points}: cannot be told from noise {where}; {unseen(row['detectable'])}{row['doubt']}"
+
+def _no_config_verdict(few):
+    "What is missing for a verdict on a config."
+    names = " and ".join(es[0][0].config["name"] for es in few)
+    commands = " and ".join(dict.fromkeys(f"`{_more_seeds(es)}`" for es in few))
+    return f"no verdict on the config: {names} {'have' if len(few) > 1 else 'has'} one seed, and at least 2 are needed in each trained arm, 3 are better: {commands}"
+
+def _more_seeds(es):
+    "The command that makes three seeds of a config that has one."
+    words = [w for w in shlex.split(run_command(es[0][0].cfg)) if not w.startswith("--seed=")]
+    used = {e[0].seed for e in es}
+    new = [s for s in range(1, 6) if s not in used][:3 - len(used)]
+    return shlex.join([*words, "--seeds", ",".join(map(str, new))])
+
 # %% ../nbs/07_records.ipynb #55e428d0
-def _interval(x, ci): return "" if x is None else f"{x:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]"
+def _interval(x, ci):
+    "A share or difference with its interval, as far as there are any."
+    if x is None: return ""
+    return f"{x:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")
+
+def _fixed(x, form): return "" if x is None else format(x, form)
+
+def _defined(x): return "undefined" if x is None else f"{x:.3f}"
+
+def _seen_difference(r, first):
+    "What differs, in words for the last column."
+    return ", ".join(r["differs"]) or ("seed only" if r["seed"] != first["seed"] else "nothing")
 
 def run_table(rows # from `compare_runs`
              ) -> tuple: # (head, cells as text)
-    "The columns that are shown."
-    head = ["run","seed","n","accuracy [95 %]","macro-F1","MCC","valid","tokens","s/item","difference [95 %]","p","p (Holm)","differs in"]
-    num = lambda x,f: "" if x is None else format(x, f)
-    return head, [[r["run"],r["seed"],r["n"],_interval(r["accuracy"],r["accuracy_ci"]),num(r["macro_f1"],".3f"),num(r["mcc"],".3f"),num(r["valid_rate"],".3f"),
-                   num(r["tokens"],".1f"),num(r["seconds"],".3f")]+(["baseline","","",""] if "p" not in r else
-                   [_interval(r["difference"],r["ci"]),num(r["p"],".3g"),num(r["p_holm"],".3g"),", ".join(r["differs"]) or ("seed only" if r["seed"]!=rows[0]["seed"] else "nothing")]) for r in rows]
+    "The columns that are shown; the last line is the majority label."
+    head = ["run","seed","n","clusters","accuracy [95 %]","macro-F1","MCC","valid","tokens","s/item","difference [Holm]","p","p (Holm)","p (McNemar)","differs in"]
+    cells = []
+    for r in rows:
+        own = [r["run"], r["seed"], r["n"], r["n_clusters"], _interval(r["accuracy"], r["accuracy_ci"]), _defined(r["macro_f1"]), _defined(r["mcc"]),
+               _fixed(r["valid_rate"], ".3f"), _fixed(r["tokens"], ".1f"), _fixed(r["seconds"], ".3f")]
+        against = ["baseline","","","",""]
+        if "p" in r: against = [_interval(r["difference"], r["ci"]), *(f"{r[k]:.3g}" for k in ("p","p_holm","p_mcnemar")), _seen_difference(r, rows[0])]
+        cells.append(own + against)
+    m = rows[0]["majority"]
+    return head, cells + [[f"majority label ({m['label']})", "", m["n"], m["n_clusters"], _interval(m["accuracy"], m["accuracy_ci"]),
+                           _defined(m["macro_f1"]), _defined(m["mcc"]), *[""]*8]]
 
 def config_table(rows # from `compare_configs`
                 ) -> tuple: # (head, cells as text)
-    "The columns that are shown."
-    head = ["config","seeds","n","accuracy [95 %]","sd over seeds","difference [95 %, Bonferroni]","differs in"]
-    return head, [[r["config"],len(r["seeds"]),r["n"],_interval(r["accuracy"],r["accuracy_ci"]),"" if r["sd"] is None else f"{r['sd']:.3f}"]+
-                  ([_interval(r["difference"],r["ci"]),", ".join(r["differs"])] if "ci" in r else ["baseline",""]) for r in rows]
+    "The columns that are shown; the last line is the majority label."
+    head = ["config","seeds","n","clusters","accuracy [95 %]","sd over seeds","macro-F1","MCC","difference [Holm]","p","p (Holm)","differs in"]
+    if not rows: return head, []
+    cells = []
+    for r in rows:
+        own = [r["config"], len(r["seeds"]), r["n"], r["n_clusters"], _interval(r["accuracy"], r["accuracy_ci"]), _fixed(r["sd"], ".3f"),
+               _defined(r["macro_f1"]), _defined(r["mcc"])]
+        against = ["baseline","","",""]
+        if "difference" in r:
+            against = [_interval(r["difference"], r["ci"]), *(_fixed(r.get(k), ".3g") for k in ("p","p_holm")), ", ".join(r["differs"])]
+        cells.append(own + against)
+    m = rows[0]["majority"]
+    return head, cells + [[f"majority label ({m['label']})", "", m["n"], m["n_clusters"], _interval(m["accuracy"], m["accuracy_ci"]), "",
+                           _defined(m["macro_f1"]), _defined(m["mcc"]), *[""]*4]]
 
 # %% ../nbs/07_records.ipynb #55168c0c
 def remarks(rows # from `compare_runs`
            ) -> list[str]: # sentences
     "What a reader must know beside the numbers: every verdict, confounded comparisons, runs that did not end well."
-    said = [f"{r['run']}: {r['verdict']}" for r in rows[1:]]
+    said = [f"run {r['run']} against run {rows[0]['run']}, on these items: {r['verdict']}" for r in rows[1:]]
     said += [f"warning: {r['run']} differs from the baseline in {len(r['differs'])} settings ({', '.join(r['differs'])}): "
              "a difference cannot be put down to one of them" for r in rows[1:] if len(r["differs"])>1]
     said += [f"warning: {r['run']} is {r['status']}, not done" for r in rows if r["status"]!="done"]
@@ -814,13 +872,14 @@ def markdown(head, cells # from `run_table` or `config_table`
 # %% ../nbs/07_records.ipynb #8dc05076
 def plot_differences(rows # from `compare_runs` or `compare_configs`
                     ): # Figure
-    "Forest plot: each difference to the baseline in points, with its interval; what crosses zero cannot be told from noise."
+    "Forest plot: each difference to the baseline in points, with its interval; blue where it can be told from noise, hollow where there is no verdict."
     from nli_ft.evaluate import BLUE,GREY,new_figure
-    shown = [r for r in rows if "ci" in r]
+    shown = [r for r in rows if "difference" in r]
     fig,ax = new_figure(7, .9+.4*len(shown))
     for y,r in enumerate(reversed(shown)):
-        lo,hi = (100*v for v in r["ci"])
-        ax.plot([lo,hi], [y,y], color=BLUE if lo>0 or hi<0 else GREY, lw=2); ax.plot(100*r["difference"], y, "o", color=BLUE if lo>0 or hi<0 else GREY)
+        color = BLUE if r["told"] else GREY
+        if r["ci"]: ax.plot([100*v for v in r["ci"]], [y,y], color=color, lw=2)
+        ax.plot(100*r["difference"], y, "o", color=color, markerfacecolor="white" if r["told"] is None else color)
     ax.axvline(0, color="black", lw=.8)
     first = rows[0].get("run") or rows[0]["config"]
     ax.set(yticks=range(len(shown)), yticklabels=[(r.get("run") or r["config"]).replace("$",r"\$") for r in reversed(shown)], ylim=(-.6,len(shown)-.4),
@@ -869,8 +928,9 @@ def full_comparison(run_dirs, baseline=None # as for `compare_runs`
     "Everything that `nli_compare` and compare.ipynb show."
     rows = compare_runs(run_dirs, baseline)
     by = compare_configs(run_dirs, rows[0]["run"])
-    if max(len(r["seeds"]) for r in by)>1 and len(by)>1: return rows, by, [f"{r['config']}: {r['verdict']}" for r in by[1:]]+remarks(rows)
-    return rows, [], remarks(rows)+["note: one seed each; other seeds may order these configs differently (nli_run --seeds 1,2,3)"]
+    said = [f"config {r['config']} against config {by[0]['config']}: {r['verdict']}" for r in by[1:]]
+    repeated = len(by) > 1 and max(len(r["seeds"]) for r in by) > 1
+    return rows, by if repeated else [], said + remarks(rows)
 
 def _save(path, rows, by, said):
     "Write the comparison as Markdown, CSV or JSON, by the ending of `path`."
@@ -913,7 +973,7 @@ def _limits(run, s):
     "Sentences that follow from the record."
     lo,hi = s["accuracy_ci"]
     sources = {k for d in run.environment["data"].values() for k in (d.get("sources") or {})}
-    said = [f"Evaluated on {s['n']} items: the true accuracy on items like these may be anywhere from {lo:.1%} to {hi:.1%}.",
+    said = [f"Evaluated on {s['n']} items in {s['n_clusters']} clusters: the true accuracy on items like these may be anywhere from {lo:.1%} to {hi:.1%}.",
             f"One seed ({run.seed}): another seed may give another score.", "English premise–hypothesis pairs like those named above; other text was not tested."]
     if any("synth" in o.lower() for o in sources): said.append("Synthetic rows are among the data: scores on them say nothing about natural text.")
     if s["valid_rate"]<1: said.append(f"{1-s['valid_rate']:.1%} of the answers were no valid JSON of the expected form; they count as wrong unless they could be repaired.")
@@ -927,7 +987,11 @@ def model_card(run_dir # a finished run's folder
     from nli_ft.evaluate import score
     run = read_run(run_dir)
     s,cfg = score(run.predictions()), run.cfg
-    measured = [["accuracy (no answer is wrong)", _interval(s["accuracy"], s["accuracy_ci"])], ["macro-F1", f"{s['macro_f1']:.3f}"], ["MCC", f"{s['mcc']:.3f}"],
+    majority = _majority(run.predictions())
+    defined = lambda x: "undefined (one class)" if x is None else f"{x:.3f}"
+    measured = [["accuracy (no answer is wrong)", _interval(s["accuracy"], s["accuracy_ci"])],
+                [f"accuracy of the majority label ({majority['label']})", _interval(majority["accuracy"], majority["accuracy_ci"])],
+                ["macro-F1", defined(s["macro_f1"])], ["MCC", defined(s["mcc"])],
                 ["valid JSON", f"{s['valid_rate']:.3f}"], ["tokens per answer", _share(s["mean_tokens"])], ["before training: accuracy", _share((run.summary.get("before") or {}).get("accuracy"))]]
     changed = [[k, json.dumps(v["value"]), json.dumps(v["default"])] for k,v in run.config["changed_from_default"].items()]
     git = run.environment["git"] or {}
