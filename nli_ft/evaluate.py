@@ -835,7 +835,7 @@ def calibrated_ece(conf, n_bins:int=15, # confidence in each answer; bins
                    ) -> tuple: # (mean ECE, its 95 % quantile)
     """The ECE of a model whose confidences are true: answers are right with exactly the stated probability. It is not 0, because bins are small
     (Bröcker and Smith 2007, Weather and Forecasting 22:651-661; Vaicenavicius et al. 2019)."""
-    conf, rng, found = np.asarray(conf, float), np.random.default_rng(seed), []
+    conf, rng, found = np.sort(np.asarray(conf, float)), np.random.default_rng(seed), []
     for n in _chunks(n_draws, len(conf)): found.append(_bin_errors(conf, rng.random((n, len(conf))) < conf, n_bins))
     found = np.concatenate(found)
     return float(found.mean()), float(np.quantile(found, .95))
@@ -1013,8 +1013,9 @@ def paired_test(a, b, # right (1) or wrong (0) per item, same items in the same 
     minus, weight = _flips(alike, n_flips, seed)
     flipped = sum(s * (k - 2*m) for s, k, m in zip(kind_sums, alike, minus))
     flipped_sizes = sum(s * (k - 2*m) for s, k, m in zip(kind_sizes, alike, minus))
-    p = float(weight[np.abs(flipped) >= abs(sums.sum()) - 1e-9].sum())
-    return PairedTest(float((b - a).mean()), min(1., p), len(sizes), sums, sizes, (flipped, flipped_sizes, weight))
+    as_far = np.abs(flipped) >= abs(sums.sum()) - 1e-9
+    p = 1. if as_far.all() else float(weight[as_far].sum())
+    return PairedTest(float((b - a).mean()), p, len(sizes), sums, sizes, (flipped, flipped_sizes, weight))
 
 def _flips(alike, n_flips, seed):
     "(kinds, flips) array: how many clusters of each kind change their sign; and the weight of each flip."

@@ -12,8 +12,12 @@ STRONG = dict(item=0., cluster=0., run=.95)         # a cluster is right or wron
 def clusters(n_items, size):
     "Cluster of each item; `size` is a number, or a list of sizes that is repeated."
     sizes = np.resize(np.atleast_1d(size), n_items)
-    ends = sizes.cumsum()
-    return np.repeat(np.arange(n_items), sizes)[:n_items] if ends[-1] >= n_items else None
+    return np.repeat(np.arange(n_items), sizes)[:n_items]
+
+
+def of_clusters(n_items, count):
+    "Cluster of each item, for a number of equal clusters."
+    return np.arange(n_items) * count // n_items
 
 
 def right_answers(rng, accuracies, groups, item=0., cluster=0., run=0.):

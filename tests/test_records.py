@@ -295,7 +295,7 @@ def test_all_seeds_of_configs_are_compared_config_by_config_and_written_once(pro
     for seed in (1,2,3):
         finished("minimal_test", seed=seed); finished("cpu_demo", right=lambda i: i!=seed, seed=seed)
     out = nli_compare("--all","minimal_test","cpu_demo","--out","table.md")
-    assert out.returncode==0 and "cpu_demo: +23.3 points: can be told from noise over 3 and 3 seeds and 60 items" in out.stdout
+    assert out.returncode==0 and "cpu_demo against config minimal_test: +23.3 points: can be told from noise over 3 and 3 seeds and 60 items (30 clusters)" in out.stdout
     assert (project/"table.md").read_text().count("| cpu_demo")==4
     again = nli_compare("--latest","minimal_test","cpu_demo","--out","table.md")
     assert again.returncode==2 and "exists already" in again.stderr
