@@ -307,6 +307,76 @@ def test_runs_on_copies_of_the_same_data_are_repetitions_of_one_config(project):
     runs = [finished(seed=s, overrides=f"train_data={f}.jsonl") for s,f in ((1,"a"),(2,"b"),(3,"c"))]
     assert [r["seeds"] for r in records.compare_configs(runs)]==[[1,2],[3]]
 
+# -- what a verdict may say
+
+def test_mcnemars_p_is_printed_and_the_clusters_decide(project):
+    "Six groups of ten items move as one: 60 items for McNemar, six for the verdict."
+    a,b = finished(right=lambda i: i < 30, group_id="x"), finished(right=lambda i: i < 30)
+    c = finished(right=lambda i: True)
+    [_,row] = records.compare_runs([b,c])
+    assert row["n_clusters"]==30 and row["told"] and row["p"]>row["p_mcnemar"]/2
+    d = finished(right=lambda i: True, group_id="x")
+    [_,row] = records.compare_runs([a,d])
+    assert row["p_mcnemar"]<1e-8 and row["p"]==1 and row["told"] is None
+    assert "no verdict at n=60 (1 cluster)" in row["verdict"] and "at least 10" in row["verdict"]
+
+def test_a_single_run_is_never_worded_as_a_config(project):
+    a,b = finished(), finished("cpu_demo", right=lambda i: True)
+    out = nli_compare(a,b).stdout
+    assert f"run {records.read_run(b).name} against run {records.read_run(a).name}, on these items: +25.0 points: can be told from noise" in out
+    said = next(line for line in out.splitlines() if line.startswith("config "))
+    assert "no verdict on the config" in said and "can be told" not in said
+    assert "minimal_test and cpu_demo have one seed, and at least 2 are needed in each trained arm" in said
+    assert "`nli_run --config minimal_test --seeds 1,2` and `nli_run --config cpu_demo --seeds 1,2`" in said
+
+def test_three_seeds_against_one_give_no_verdict_on_the_config(project):
+    three = [finished(seed=s, right=lambda i: i%5>s%3) for s in (1,2,3)]
+    one = finished(overrides="lora_r=4", right=lambda i: True, seed=1)
+    first,row = records.compare_configs([*three, one])
+    assert row["told"] is None is row["ci"] is row["accuracy_ci"] and first["accuracy_ci"]
+    assert "minimal_test has one seed" in row["verdict"] and "`nli_run --config minimal_test --lora_r=4 --seeds 2,3`" in row["verdict"]
+    out = nli_compare(*three, one)
+    assert out.returncode==0 and "no verdict on the config" in out.stdout
+
+def test_the_majority_line_stands_in_every_comparison_and_format(project):
+    runs = [finished(seed=s, overrides=f"lora_r={r}", right=lambda i: (i+s)%5>0) for s in (1,2) for r in (2,4)]
+    out = nli_compare(*runs, "--out", "t.md")
+    assert out.stdout.count("majority label (0)")==2 and "0.500 [" in out.stdout          # by config and by run
+    assert (project/"t.md").read_text().count("| majority label (0) |")==2
+    assert nli_compare(*runs, "--out", "t.csv").returncode==0 and "majority label (0),,60," in (project/"t.csv").read_text()
+    said = json.loads(nli_compare(*runs, "--json").stdout)
+    assert said["runs"][0]["majority"]["accuracy"]==.5==said["configs"][0]["majority"]["accuracy"]
+
+def test_a_gain_in_accuracy_that_is_a_loss_on_the_rare_class_is_said(project):
+    "50 items of 60 have label 0: always saying 0 gains accuracy and loses MCC."
+    def rows(run, said):
+        made = [json.loads(line) for line in (run/"predictions.jsonl").read_text().splitlines()]
+        made = [dict(r, label=int(i>=50), predicted_label=said(i)) for i,r in enumerate(made)]
+        (run/"predictions.jsonl").write_text("".join(json.dumps(r)+"\n" for r in made))
+        return run
+    fair = rows(finished(), lambda i: int(i>=50 or i%4==0))
+    lazy = rows(finished(overrides="lora_r=4"), lambda i: 0)
+    [_,row] = records.compare_runs([fair,lazy])
+    assert row["difference"]>0 and "but the other way by macro-F1 -" in row["verdict"] and "MCC -" in row["verdict"]
+
+def test_gold_of_one_class_breaks_no_table_card_or_plot(project):
+    a,b = (finished(overrides=f"lora_r={r}", label=0, predicted_label=0) for r in (2,4))
+    again = [finished(overrides=f"lora_r={r}", seed=7, label=0, predicted_label=0) for r in (2,4)]
+    out = nli_compare(a, b, *again, "--out", "t.md")
+    assert out.returncode==0 and "undefined" in out.stdout and "Traceback" not in out.stderr
+    assert "undefined (one class)" in records.model_card(a)
+    rows,by,_ = records.full_comparison([a, b, *again])
+    for shown in (rows, by): records.plot_differences(shown).canvas.draw()
+    assert rows[0]["mcc"] is None is by[0]["macro_f1"]
+    for form in ("json","csv"): assert nli_compare(a, b, "--out", f"t.{form}").returncode==0
+
+def test_the_plot_is_blue_only_where_the_verdict_is(project):
+    from nli_ft.evaluate import BLUE
+    a,b,c = finished(), finished(overrides="lora_r=4", right=lambda i: True), finished(overrides="lora_r=2", right=lambda i: (i+1)%4>0)
+    rows = records.compare_runs([a,b,c])
+    colors = [line.get_color()==BLUE for line in records.plot_differences(rows).axes[0].lines if line.get_marker()=="o"]
+    assert colors==[r["told"] for r in rows[:0:-1]]==[False,True]
+
 def test_the_untrained_model_of_a_run_can_be_its_baseline(project):
     run = finished()
     shutil.copy(run/"predictions.jsonl", run/"predictions_before.jsonl")
