@@ -823,7 +823,7 @@ def _seen_difference(r, first):
 def run_table(rows # from `compare_runs`
              ) -> tuple: # (head, cells as text)
     "The columns that are shown; the last line is the majority label."
-    head = ["run","seed","n","clusters","accuracy [95 %]","macro-F1","MCC","valid","tokens","s/item","difference [Holm]","p","p (Holm)","p (McNemar)","differs in"]
+    head = ["run","seed","n","clusters","accuracy [95 %]","macro-F1","MCC","valid","tokens","s/item","difference [95 %, Holm]","p","p (Holm)","p (McNemar)","differs in"]
     cells = []
     for r in rows:
         own = [r["run"], r["seed"], r["n"], r["n_clusters"], _interval(r["accuracy"], r["accuracy_ci"]), _defined(r["macro_f1"]), _defined(r["mcc"]),
@@ -838,7 +838,7 @@ def run_table(rows # from `compare_runs`
 def config_table(rows # from `compare_configs`
                 ) -> tuple: # (head, cells as text)
     "The columns that are shown; the last line is the majority label."
-    head = ["config","seeds","n","clusters","accuracy [95 %]","sd over seeds","macro-F1","MCC","difference [Holm]","p","p (Holm)","differs in"]
+    head = ["config","seeds","n","clusters","accuracy [95 %]","sd over seeds","macro-F1","MCC","difference [95 %, Holm]","p","p (Holm)","differs in"]
     if not rows: return head, []
     cells = []
     for r in rows:
