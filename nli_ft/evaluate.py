@@ -1124,8 +1124,8 @@ def seed_test(base, runs, # (seeds, items) arrays of right/wrong, on the same it
               ) -> SeedTest|None: # runs - base; None where an arm has one seed
     """Welch's t test over seeds, with the variance over clusters of items as a third part (Satterthwaite 1946, Biometrics Bulletin 2:110-114).
 
-    The seeds of both arms together count for no more degrees of freedom than twice those of the smaller arm: Satterthwaite's are too many
-    where one arm has two seeds and the other has ten."""
+    Satterthwaite's degrees of freedom are themselves an estimate, and too many where an arm is small. So the seeds of both arms together count for no more than
+    twice those of the smaller arm, and with two seeds in an arm that is all there is: two do not show that seeds vary little."""
     base, runs = (np.atleast_2d(np.asarray(x, float)) for x in (base, runs))
     if base.shape[1] != runs.shape[1]: raise RecordError(f"runs have {runs.shape[1]} items and the baseline {base.shape[1]}: not the same items")
     arms = [_seed_variance(m) for m, fixed in zip((base, runs), seedless) if not fixed]
@@ -1133,10 +1133,12 @@ def seed_test(base, runs, # (seeds, items) arrays of right/wrong, on the same it
     difference = runs.mean(0) - base.mean(0)
     codes = np.arange(len(difference)) if groups is None else cluster_codes(groups)
     seeds = sum(v for v, _ in arms)
-    seeds_df = min(_satterthwaite(arms), 2 * min((f for _, f in arms), default=math.inf))
+    smallest = min((f for _, f in arms), default=math.inf)
+    seeds_df = min(_satterthwaite(arms), 2 * smallest)
     items = _cluster_variance(difference, codes)
-    parts = [(seeds, seeds_df), items]
-    return SeedTest(float(difference.mean()), math.sqrt(seeds + items[0]), _satterthwaite(parts), int(codes.max()) + 1)
+    df = _satterthwaite([(seeds, seeds_df), items])
+    if smallest == 1: df = min(df, 2.)
+    return SeedTest(float(difference.mean()), math.sqrt(seeds + items[0]), df, int(codes.max()) + 1)
 
 def _seed_variance(arm):
     "(variance of the mean over seeds, degrees of freedom), or None for one seed."

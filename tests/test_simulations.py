@@ -125,7 +125,7 @@ def test_size_of_the_verdict_on_runs(name, comparisons):
 
 @pytest.mark.simulation
 @pytest.mark.parametrize("sd", [.01, .02, .05])
-@pytest.mark.parametrize("seeds", [(3, 3), (2, 2), (5, 5), (3, 2), (2, 3), (2, 5), (5, 2), (3, 5), (3, 10), (3, 1), (1, 3), (3,) * 5, (3,) * 15, (2, 3, 5, 3, 1)])
+@pytest.mark.parametrize("seeds", [(3, 3), (2, 2), (5, 5), (3, 2), (2, 3), (2, 5), (5, 2), (3, 5), (3, 10), (2, 10), (10, 2), (3, 1), (1, 3), (3,) * 5, (3,) * 15, (2, 3, 5, 3, 1)])
 def test_size_of_the_verdict_on_configs(seeds, sd):
     n = 800 if len(seeds) < 10 else 300
     check_configs("2000 items", seeds, sd, clusters(2000, 4), DIFFERENCES, n)
