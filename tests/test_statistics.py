@@ -178,6 +178,20 @@ def test_a_family_is_decided_as_holm_decides_and_each_interval_says_the_same():
     assert sum(r["told"] for r in ev.decide(tests)) >= 2
 
 
+def test_interval_and_detectable_difference_are_at_the_level_of_the_family():
+    # nine items of forty, all one way: p = 2/2^9, enough alone and not among fourteen
+    base, better = [0] * 40, [1] * 9 + [0] * 31
+    lone, one_of_many = ev.paired_test(base, better), ev.decide([ev.paired_test(base, better)] + [ev.paired_test(base, base)] * 13)[0]
+    assert lone.p == pytest.approx(2 / 2**9) and .05 / 14 < lone.p < .05
+    assert ev.decide([lone])[0]["told"] and lone.interval(.05)[0] > 0
+    assert one_of_many["told"] is False and one_of_many["ci"][0] <= 0 and one_of_many["ci_level"] == 1 - .05 / 14
+    assert one_of_many["detectable"] == lone.detectable(.05 / 14) > lone.detectable(.05)
+
+
+def test_what_was_seen_counts_among_the_random_flips():
+    assert ev.paired_test([0] * 600, [1] * 300 + [0] * 300, [i // 2 for i in range(600)], n_flips=99).p == pytest.approx(1 / 100)
+
+
 def test_below_ten_clusters_there_is_no_verdict_however_small_p_is():
     for count, told in ((9, None), (10, True)):
         [r] = ev.decide([ev.paired_test([0] * 4 * count, [1] * 4 * count, [i // 4 for i in range(4 * count)])])
