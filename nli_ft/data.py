@@ -14,9 +14,10 @@ __all__ = ['PROMPTS', 'STYLES', 'RELATIONS', 'CONTRACTS', 'KINDS', 'MANIFEST', '
            'with_thought', 'Shuffler', 'chosen_rows', 'prepare', 'concludes', 'leaks_gold', 'is_mojibake', 'bigrams',
            'jaccard', 'NearSample', 'near_duplicates', 'wilson', 'overlap_features', 'baselines', 'level', 'Tally',
            'row_text', 'row_thought', 'estimate_tokens', 'hub_tokenizer', 'count_row', 'batches', 'keep_sample',
-           'quantile', 'check_file', 'judge_baselines', 'check_files', 'render_report', 'gather_stats', 'plot_stats',
-           'write_stats', 'write_images', 'source_of', 'source_label', 'source_row', 'hub_reachable', 'load_records',
-           'class_names', 'source_rows', 'download', 'data_cli']
+           'quantile', 'check_file', 'judge_baselines', 'check_files', 'render_report', 'leakage', 'leakage_text',
+           'refuse_leaked', 'refuse_equal_files', 'gather_stats', 'plot_stats', 'write_stats', 'write_images',
+           'source_of', 'source_label', 'source_row', 'hub_reachable', 'load_records', 'class_names', 'source_rows',
+           'download', 'data_cli']
 
 # %% ../nbs/01_data.ipynb #fa3d9c65
 import argparse, array, contextlib, csv, gzip, hashlib, io, itertools, json, os, random, re, sys, unicodedata, zlib
@@ -553,13 +554,31 @@ def damage(folder) -> str|None: # None: every file is as it was written
     if odd := [n for n, h in files.items() if data_hash(folder/n) != h]: return f"{odd[0]} has changed since it was written (another SHA-256)"
 
 # %% ../nbs/01_data.ipynb #125f89fd
+_DASHES = re.compile("[\u2010-\u2015\u2212]")
+# Kept are letters, digits, and the marks that change a number or a sum: 3.5, 1/2, 10:30, -5, 2,3 (not 1,000), 5 %, $
+_GLUE = re.compile(r"[.,:/-](?!\d)|(?<=[^\W\d])[.,:/-]|,(?=\d{3}(?!\d))|[\s!\"#&'()*;?@\[\\\]^_`{|}~]")
+
+def _drop_marks(text):
+    "The same text without punctuation, invisible characters and stray marks, by their Unicode category."
+    kept = ".,:/-%"
+    return "".join(c for c in text if c in kept or unicodedata.category(c)[0] not in "PZC" and unicodedata.category(c) != "Sk")
+
 def norm_text(text:str) -> str:
-    "Text for comparing: NFKC, case folded, runs of white space as one blank. What is written to files is never normalised."
-    if not text.isascii(): text = unicodedata.normalize("NFKC", text)
-    return " ".join(text.casefold().split())
+    """A text's key for comparing: two spellings of one sentence have one key, whatever their case, blanks and punctuation.
+
+    NFKC, case folded, then without blanks and punctuation. Treebank spelling is undone: `a dog 's tail .` has the key of `A dog's tail.`
+    Digits keep the marks that change their value. A text of nothing but punctuation keeps it. What is written to files is never normalised."""
+    if not text.isascii():
+        text = _DASHES.sub("-", text)
+        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    text = text.casefold()
+    if "-rb-" in text or "-lrb-" in text: text = re.sub("-[lr]rb-", " ", text)
+    key = _GLUE.sub("", text if "\\" not in text else text.replace("\\", ""))
+    if not key.isascii(): key = _drop_marks(key)
+    return key or " ".join(text.split())
 
 def pair_key(row:dict) -> str:
-    "The normalised premise and hypothesis as one key."
+    "The keys of premise and hypothesis as one key."
     return norm_text(row["premise"]) + "\n" + norm_text(row["hypothesis"])
 
 # %% ../nbs/01_data.ipynb #3557bcde
@@ -578,7 +597,7 @@ def split_of(premise:str, # as in the row
              shares:list, # from `parse_splits`
              seed:int=42
             ) -> str: # a name in `SPLITS`
-    "The split a premise belongs to, by the hash of its normalised text."
+    "The split a premise belongs to, by the hash of its key (`norm_text`)."
     at = hash64(f"{seed}\n{norm_text(premise)}")/2**64
     for name,share in zip(SPLITS, shares):
         if (at := at-share) < 0: return name
@@ -796,21 +815,33 @@ class NearSample:
             self.rows = [r for r in self.rows if not r[0] & ((1 << self.k)-1)]
 
 # %% ../nbs/01_data.ipynb #bc544fc8
-def near_duplicates(sample:NearSample, threshold:float=.8 # Jaccard of both premise and hypothesis
-                   ): # yields (file, id, file, id) of a later row and an earlier one with the same label
-    "Near-duplicates in a sample: candidates by MinHash LSH (`datasketch`), each checked exactly. Equal pairs are not among them."
+def _near(one, other, threshold):
+    "Do two rows of a sample share at least `threshold` of the bigrams of both texts, without being the same pair?"
+    (p,h,key),(p2,h2,key2) = one[4:],other[4:]
+    return key != key2 and jaccard(set(p), set(p2)) >= threshold and jaccard(set(h), set(h2)) >= threshold
+
+def near_duplicates(sample:NearSample, threshold:float=.8, # Jaccard of both premise and hypothesis
+                    across:bool=False # only rows of two files
+                   ): # yields (file, id, file, id, same label?) of a later row and an earlier one
+    """Near-duplicates in a sample: candidates by MinHash LSH (`datasketch`; Broder 1997), each checked exactly. Equal pairs are not among them.
+
+    A row is given at most once with its own label and once with the other one, beside a row of an earlier file where there is one."""
     from datasketch import MinHash, MinHashLSH
     lsh = MinHashLSH(threshold=threshold-.15, num_perm=64) # lower than asked: LSH misses some near its threshold, and candidates are checked
-    for i,(_,file,rid,label,p,h,key) in enumerate(sample.rows):
+    last = max((r[1] for r in sample.rows), default=0)
+    for i,row in enumerate(sample.rows):
+        file,rid,label,p,h = row[1:6]
         m = MinHash(num_perm=64, hashfunc=int)
         m.update_batch([*p, *((o+1) % 2**32 for o in h)]) # the same bigram in premise and in hypothesis is two features
-        ps,hs = set(p),set(h)
-        for j in lsh.query(m)[:50]:
-            _,file2,rid2,label2,p2,h2,key2 = sample.rows[j]
-            if label == label2 and key != key2 and jaccard(ps, set(p2)) >= threshold and jaccard(hs, set(h2)) >= threshold:
-                yield file, rid, file2, rid2
-                break
-        lsh.insert(i, m)
+        found = {}
+        for j in sorted(lsh.query(m) if file or not across else [], key=lambda j: sample.rows[j][1])[:200]:
+            other = sample.rows[j]
+            same = other[3] == label
+            if same in found or (across and other[1] == file): continue
+            if _near(row, other, threshold): found[same] = other
+            if len(found) == 2: break
+        for same,other in found.items(): yield file, rid, other[1], other[2], same
+        if not across or file < last: lsh.insert(i, m)
 
 # %% ../nbs/01_data.ipynb #0e0473cf
 def wilson(right:int, n:int, # successes; trials
@@ -853,12 +884,13 @@ def baselines(rows:list, # rows with premise, hypothesis, label, maybe group_id
 # %% ../nbs/01_data.ipynb #2a9dea5d
 LIMITS = { # finding -> (warn above, fail above, what it means); shares of the file's rows
     "bad rows": (0, 0, "cannot be used; see the lines named"),
-    "repeated pairs": (0, .10, "the same premise and hypothesis again, up to case and blanks"),
+    "repeated pairs": (0, .10, "the same premise and hypothesis again, up to case, blanks and punctuation"),
     "pairs with both labels": (0, .01, "the same pair again, with the other label"),
     "pairs in an earlier file": (0, 0, "the same pair is in a file named before: leakage"),
     "premises in an earlier file": (0, .01, "the premise is in a file named before: leakage"),
     "near-duplicates": (.01, 1, "80 % of the word bigrams of both texts shared with another row of that label"),
     "near-duplicates of an earlier file": (0, .05, "as above, with a file named before: leakage"),
+    "near-copies with the other label": (.05, 1, "as near to another row, of this file or one named before, that has the other label: minimal pairs, or errors"),
     "minority label": (-.35, -.05, "share of the rarer label (a warning below 35 %, a failure below 5 %)"),
     "rows over the token limit": (0, .20, "would be dropped or refused in training"),
     "thoughts against their label": (0, .10, "the last sentence concludes the other label (heuristic, of those it can judge)"),
@@ -1015,9 +1047,10 @@ def check_files(paths:list, # data files, the training file first
             for i,p in enumerate(paths)]
     sampled = Counter(r[1] for r in near.rows)
     for i,(tally,_) in enumerate(done):
-        for name in ("near-duplicates", "near-duplicates of an earlier file"): tally.of[name] = sampled[i]
-    for file,rid,file2,rid2 in near_duplicates(near):
-        done[file][0].hit("near-duplicates of an earlier file" if file2 < file else "near-duplicates", f"id {rid} ~ {done[file2][0].path} id {rid2}")
+        for name in ("near-duplicates", "near-duplicates of an earlier file", "near-copies with the other label"): tally.of[name] = sampled[i]
+    for file,rid,file2,rid2,same in near_duplicates(near):
+        name = "near-duplicates of an earlier file" if file2 < file else "near-duplicates"
+        done[file][0].hit(name if same else "near-copies with the other label", f"id {rid} ~ {done[file2][0].path} id {rid2}")
     files = []
     for tally,facts in done:
         found = [f for f in tally.findings() if "baseline" not in f["check"]] + judge_baselines(facts, tally)
@@ -1042,6 +1075,73 @@ def render_report(rep:dict # from `check_files`
                 out += [f"         {e}" for e in o["examples"][:5]]
         if not f["baselines"]: out.append("  --   baselines not computed (fewer than 50 rows, or 10 of a label, or 5 premises)")
     return "\n".join(out + [f"near-duplicates sought among {rep['near_rows']}", f"verdict: {rep['verdict']}"])
+
+# %% ../nbs/01_data.ipynb #062bf55c
+def _contracts(rows): return sorted({str(r.get("contract") or "not recorded") for r in rows})
+
+def _candidates(train, judged, threshold=.8):
+    "Training rows that can be a near-copy of a judged row: of both texts at least `threshold` of the bigrams occur in judged rows."
+    known = {k: {b for r in judged for b in bigrams(r[k])} for k in ("hypothesis", "premise")}
+    def covered(row, key):
+        mine = bigrams(row[key])
+        return sum(b in known[key] for b in mine) >= threshold*len(mine)
+    return [r for r in train if covered(r, "hypothesis") and covered(r, "premise")]
+
+def leakage(train:list, # rows that are trained on
+            judged:list, # rows that are scored
+            near_rows:int=20_000 # rows of both that are held for near-copies
+           ) -> dict: # counts of judged rows, ready for JSON; `sample` says among how many rows near-copies were sought
+    """What training rows and evaluation rows share: pairs (with the same and with the other label), premises, near-copies, label contracts.
+
+    Pairs and premises count as equal by their keys (`norm_text`). Near-copies are sought among the judged rows and the training rows that come
+    into question, and in a sample of these (`NearSample`) where they are more than `near_rows`."""
+    labels = {}
+    for r in train: labels.setdefault(pair_key(r), set()).add(r["label"])
+    premises = {norm_text(r["premise"]) for r in train}
+    shared = [r for r in judged if pair_key(r) in labels]
+    known = [k for k in (norm_text(r["premise"]) for r in judged) if k in premises]
+    sample = NearSample(near_rows)
+    for file,rows in enumerate((_candidates(train, judged), judged)):
+        for i,r in enumerate(rows): sample.add(dict(r, id=i), file)
+    near = Counter(same for *_,same in near_duplicates(sample, across=True))
+    return dict(judged=len(judged), pairs=len(shared), pairs_other_label=sum(labels[pair_key(r)] != {r["label"]} for r in shared),
+                premises=len(set(known)), premise_rows=len(known), near=near[True], near_other_label=near[False],
+                sample=dict(rows=len(sample.rows), of=sample.n, judged=sum(r[1] for r in sample.rows)),
+                contracts=dict(train=_contracts(train), eval=_contracts(judged)))
+
+# %% ../nbs/01_data.ipynb #50266170
+def leakage_text(leaks:dict|None # from `leakage`; None: of a record that is older
+                ) -> list: # sentences; none where nothing is shared
+    "What a reader must know about `leakage`."
+    if not leaks: return ["Whether training and evaluation rows share pairs or premises was not looked for."]
+    n,s = leaks["judged"],leaks["sample"]
+    where = "" if s["rows"] == s["of"] else f" (sought in a sample: {s['judged']:,} of {n:,} evaluation rows)"
+    said = []
+    if leaks["pairs"]:
+        other = f", {leaks['pairs_other_label']:,} of them with the other label" if leaks["pairs_other_label"] else ""
+        said.append(f"{leaks['pairs']:,} of {n:,} evaluation pairs are among the training rows{other}: the score flatters the model.")
+    if leaks["premise_rows"]: said.append(f"{leaks['premise_rows']:,} of {n:,} evaluation rows have a premise that was trained on ({leaks['premises']:,} premises).")
+    if leaks["near"]: said.append(f"{leaks['near']:,} evaluation rows are near-copies of a training row{where}.")
+    if leaks["near_other_label"]: said.append(f"{leaks['near_other_label']:,} evaluation rows are near-copies of a training row that has the other label{where}.")
+    train,judged = leaks["contracts"]["train"],leaks["contracts"]["eval"]
+    if train != judged: said.append(f"Label contracts differ: {', '.join(train)} in training, {', '.join(judged)} in evaluation. A 1 may not mean the same.")
+    if where and not (leaks["near"] or leaks["near_other_label"]): said.append(f"No near-copies were found{where}.")
+    return said
+
+def refuse_leaked(leaks:dict, # from `leakage`
+                  train, judged # how messages call the two files
+                 ):
+    "Raise `DataError` where every evaluation pair was trained on: such a score measures memory and nothing else."
+    if leaks["judged"] and leaks["pairs"] == leaks["judged"]:
+        raise DataError(f"all {leaks['judged']:,} evaluation pairs of {judged} are among the training rows of {train}: the score would measure memory. Evaluate on rows that are not trained on")
+
+def refuse_equal_files(train, judged # paths of training and evaluation rows
+                      ):
+    "Raise `DataError` where the two are one file, or have the same bytes. Files that are not there are for others to refuse."
+    train,judged = Path(train),Path(judged)
+    if not (train.is_file() and judged.is_file()): return
+    same = "the same file" if train.samefile(judged) else "files of the same bytes" if data_hash(train) == data_hash(judged) else None
+    if same: raise DataError(f"train_data {train} and eval_data {judged} are {same}: the score would measure memory. Give evaluation rows that are not trained on")
 
 # %% ../nbs/01_data.ipynb #df679464
 def gather_stats(rows # any iterable of rows: a generator is streamed
