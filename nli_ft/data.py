@@ -1095,17 +1095,19 @@ def leakage(train:list, # rows that are trained on
 
     Pairs and premises count as equal by their keys (`norm_text`). Near-copies are sought among the judged rows and the training rows that come
     into question, and in a sample of these (`NearSample`) where they are more than `near_rows`."""
-    labels = {}
-    for r in train: labels.setdefault(pair_key(r), set()).add(r["label"])
-    premises = {norm_text(r["premise"]) for r in train}
-    shared = [r for r in judged if pair_key(r) in labels]
-    known = [k for k in (norm_text(r["premise"]) for r in judged) if k in premises]
+    asked,labels,trained = {norm_text(r["premise"]) for r in judged},{pair_key(r): set() for r in judged},set()
+    for r in train:
+        if (p := norm_text(r["premise"])) not in asked: continue
+        trained.add(p)
+        if (key := pair_key(r)) in labels: labels[key].add(r["label"])
+    known = [r for r in judged if norm_text(r["premise"]) in trained]
+    shared = [(r, ys) for r in known if (ys := labels[pair_key(r)])]
     sample = NearSample(near_rows)
     for file,rows in enumerate((_candidates(train, judged), judged)):
         for i,r in enumerate(rows): sample.add(dict(r, id=i), file)
     near = Counter(same for *_,same in near_duplicates(sample, across=True))
-    return dict(judged=len(judged), pairs=len(shared), pairs_other_label=sum(labels[pair_key(r)] != {r["label"]} for r in shared),
-                premises=len(set(known)), premise_rows=len(known), near=near[True], near_other_label=near[False],
+    return dict(judged=len(judged), pairs=len(shared), pairs_other_label=sum(ys != {r["label"]} for r,ys in shared),
+                premises=len(trained), premise_rows=len(known), near=near[True], near_other_label=near[False],
                 sample=dict(rows=len(sample.rows), of=sample.n, judged=sum(r[1] for r in sample.rows)),
                 contracts=dict(train=_contracts(train), eval=_contracts(judged)))
 
