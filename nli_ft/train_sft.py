@@ -187,7 +187,6 @@ def check_ready(cfg:Config):
     compute_dtype(cfg)
     attention(cfg)
     make_embedded_data(cfg)
-    refuse_equal_files(cfg.path("train_data"), cfg.path("eval_data"))
 
 # %% ../nbs/08_train_sft.ipynb #f80bb25b
 @dataclass
@@ -897,6 +896,7 @@ def run_facts(prep:Prepared) -> dict: # ready for JSON
 class Session:
     "A run in progress: its config, its record, its rows and its model."
     def __init__(self, cfg:Config, run): # Config; the record's folder
+        refuse_equal_files(cfg.path("train_data"), cfg.path("eval_data"))
         self.cfg, self.run, self.prep, self.model = cfg, Path(run), prepare(cfg), None
         refuse_leaked(self.prep.leakage, cfg.train_data, cfg.eval_data)
         if not int(os.environ.get("RANK", 0)): note(self.run, **run_facts(self.prep))
@@ -1147,6 +1147,7 @@ def run_training(cfg:Config, run_dir=None, # an open record, or None to open one
                 ) -> Path: # the record's folder
     "The whole run, in one process or as one of several."
     check_ready(cfg)
+    refuse_equal_files(cfg.path("train_data"), cfg.path("eval_data"))   # here too, so that no record is opened for it
     state, run = _shared_run(cfg, run_dir)
     main, summary = state.is_main_process, {}
     try:
@@ -1223,6 +1224,7 @@ def train_cli(argv=None) -> int:
 
 def _preflight_only(cfg):
     check_ready(cfg)
+    refuse_equal_files(cfg.path("train_data"), cfg.path("eval_data"))
     prep = prepare(cfg)
     p = preflight(prep)
     print(preflight_text(p))
