@@ -382,7 +382,8 @@ def _object_in(path):
 def _part(obj, key): # an object within an object; {} for anything else
     return obj[key] if isinstance(obj.get(key), dict) else {}
 
-SCORED = {"predictions.jsonl": "after", "predictions_before.jsonl": "before"} # file of a run -> the key of its scores in summary.json
+# file of a run -> the key of its scores in summary.json
+SCORED = {"predictions.jsonl": "after", "predictions_before.jsonl": "before", "predictions_before_forced.jsonl": "before_forced"}
 
 def recorded(path, # a predictions file
              ) -> Recorded: # empty for a file that is in no record
@@ -1361,7 +1362,7 @@ def _predict_and_probe(cfg, adapter, rows, out, ns):
     path, mode = out/"predictions.jsonl", ns.mode
     extra = dict(mode=mode, untuned=ns.untuned, engine=ns.engine)
     if len(done := resume_predictions(path, rows, mode, ns.engine)) == len(rows) and not ns.probe: return [done[r["id"]] for r in rows], extra
-    if len(done) < len(rows) and not (out/"summary.json").is_file(): (out/"report.json").unlink(missing_ok=True)   # it tells of fewer rows
+    if len(done) < len(rows): (out/"report.json").unlink(missing_ok=True)   # it tells of fewer rows
     from nli_ft.model import load_for_inference, load_tokenizer
     if ns.engine == "vllm":
         engine = vllm_engine(cfg, adapter)

@@ -390,7 +390,7 @@ def _listed(path):
             if not isinstance(s[k] if k in ("status","started") else s.get(k), kinds) or s.get(k) in (math.inf,-math.inf) or s.get(k)!=s.get(k): raise TypeError(f"{k} is {s.get(k)!r}")
         status = "died" if _died(s) else s["status"]
         after,before = s.get("after") or {}, s.get("before") or {}
-        for name,scores in (("after",after),("before",before)):
+        for name,scores in (("after",after),("before",before),("before_forced",s.get("before_forced") or {})):
             if wrong := _miscounted(scores): raise RecordError(f"{path/'summary.json'}: {name} {wrong}; it was changed after it was written")
         row |= dict(seed=s.get("seed"), status=status, before=before.get("accuracy"), accuracy=after.get("accuracy"),
                     valid_rate=after.get("valid_rate"), n=after.get("n"), started=s["started"], wall_s=s.get("wall_s"), why=s.get("error"))
@@ -840,6 +840,9 @@ def _circumstances(one, other):
     found = [f"{k} {x} → {y}" for k, x, y in said if None not in (x, y) and x != y]
     # a run that ended before it trained has no device and no precision to speak of
     unknown = [k for k, x, y in said if None in (x, y) and {"steps","adapter"} & {*a.summary, *b.summary}]
+    bases = [r.summary.get("base") for r in (a, b)]
+    if None not in bases and bases[0] != bases[1]: found.append("base weights")
+    elif bases[0] != bases[1]: unknown.append("base weights")
     for name,entry in (("package versions", _package_entry(a, b, " ".join(engines))), ("code", _code_entry(a, b))):
         if entry: found.append(entry)
         if entry == "": unknown.append(name)

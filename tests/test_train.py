@@ -269,7 +269,7 @@ def test_leakage_is_counted_before_training_and_written_into_the_record(tmp_path
     assert summary["leakage"] == ses.prep.leakage and summary["rows"] == dict(train=4, judged=4, dropped=0) and summary["compute_dtype"] == "float32"
     assert "2 of 4 evaluation pairs are among the training rows" in preflight_text(preflight(ses.prep))
 
-@pytest.mark.parametrize("change, steps, rows", [(dict(max_steps=3), 3, 12), (dict(num_epochs=2), 6, 20), (dict(num_epochs=1, grad_accumulation_steps=2), 2, 10)])
+@pytest.mark.parametrize("change, steps, rows", [(dict(max_steps=2), 2, 8), (dict(max_steps=4), 4, 14), (dict(num_epochs=2), 6, 20), (dict(num_epochs=1, grad_accumulation_steps=2), 2, 10)])
 def test_rows_trained_are_those_that_went_through_the_model(tmp_path, monkeypatch, change, steps, rows):
     cfg = tiny(tmp_path, train_data=rows_of(tmp_path/"a.jsonl", [f"w{i}" for i in range(10)]), batch_size=4, **dict(grad_accumulation_steps=1, max_steps=None) | change)
     seen, real = [], make_trainer_class
