@@ -464,13 +464,14 @@ def test_a_few_tokens_are_no_difference_between_seeds_and_one_token_is_within_a_
     (lambda e: e["device"].update(gpus=[dict(name="NVIDIA H100", memory_gib=79, capability="9.0")]), "device "),
     (lambda e: e["data"]["train"].update(sha256="1"*64), "train_data (same path, other content)"), (lambda e: e["data"]["eval"].update(sha256="1"*64), "eval_data (other content, same items)"),
     (lambda e: e["data"]["train"].update(contracts={"course":4}), "label contract of train_data entailment → course")])
-def test_what_a_run_ran_in_is_a_difference(project, change, said):
+def test_what_a_run_ran_in_is_a_difference(project, change, said, capsys):
     a,b = finished(overrides="device=auto"), finished(overrides="device=auto")
     for run in (a, b): rewrite(run/"environment.json", lambda e: (e["data"]["train"].update(contracts={"entailment":4}), e["device"].update(gpus=[])))
     rewrite(b/"environment.json", change)
     found = apart(a, b)
     assert found==[] if said is None else len(found)==1 and said in found[0]
-    shown = nli_compare(a, b).stdout
+    records.compare_cli([str(a), str(b)])
+    shown = capsys.readouterr().out
     assert ("nothing" in shown)==(said is None), shown
 
 def test_runs_of_other_code_are_not_pooled_and_a_commit_of_the_same_code_is(project):
