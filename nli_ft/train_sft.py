@@ -8,9 +8,10 @@ __all__ = ['newest_checkpoint', 'find_checkpoint', 'trackers', 'embedded_data', 
            'step_counts', 'histogram', 'preflight', 'preflight_text', 'refuse_failed_proofs', 'plot_lengths',
            'patch_forward', 'KindCollator', 'EpochOrder', 'NotFinite', 'make_trainer_class', 'resume_facts',
            'changed_facts', 'resume_point', 'weights_of', 'how_to_go_on', 'resolved_optim', 'training_args',
-           'to_dataset', 'print_log', 'stop_requests', 'fit', 'never_fatal', 'tell_as_configured', 'Session',
-           'smaller_configs', 'memory_advice', 'explained_memory', 'judge', 'tracker', 'launch_command', 'launch',
-           'join_cpu_processes', 'run_training', 'sigterm_interrupts', 'train_cli', 'merge_agreement', 'merge_cli']
+           'to_dataset', 'print_log', 'stop_requests', 'fit', 'never_fatal', 'tell_as_configured', 'run_facts',
+           'Session', 'smaller_configs', 'memory_advice', 'explained_memory', 'judge', 'tracker', 'launch_command',
+           'launch', 'join_cpu_processes', 'run_training', 'sigterm_interrupts', 'train_cli', 'merge_agreement',
+           'merge_cli']
 
 # %% ../nbs/08_train_sft.ipynb #8b8d5252
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -30,10 +31,11 @@ from pathlib import Path
 from .config_loader import (Config, ConfigError, DataError, NliError, add_config_args, command, config_from_args, config_names,
                                   RecordError, load_config, print_config, project_root, result_values)
 from .corpus import write_corpus
-from .data import MANIFEST, atomic_writer, damage, read_rows, seal, render_completion, shuffle_thoughts, spread, template_of
+from .data import (MANIFEST, atomic_writer, damage, leakage, leakage_text, read_rows, refuse_equal_files, refuse_leaked, render_completion, seal, shuffle_thoughts,
+                         spread, template_of)
 from .evaluate import BLUE, GREY, ORANGE, evaluation_rows, new_figure, open_run, predict_rows, question, score
 from .prompt import LABEL, PROMPT, encode_prompt, encode_rows, end_of_turn, mask_text, mistral_reference, parse_completion, prompt_form
-from .records import Interrupted, TrainingStopped, append_metrics, close_failed, finish_run, model_card, run_command, start_run
+from .records import Interrupted, TrainingStopped, append_metrics, close_failed, finish_run, model_card, note, run_command, start_run
 
 # %% ../nbs/08_train_sft.ipynb #ba18503c
 _INFO = "resume.json"  # step, time and facts of a checkpoint; hashed like its other files
@@ -199,6 +201,7 @@ class Prepared:
     dropped:list = field(default_factory=list) # (file key, row id, why)
     bad:dict = field(default_factory=dict) # file key -> [(line, why)] of unreadable rows tolerated by max_bad_rows
     template:str|None = None # name of the prompt wording, None if it has none
+    leakage:dict = field(default_factory=dict) # what training and evaluation rows share, see `data.leakage`
 
 # %% ../nbs/08_train_sft.ipynb #3554fdc1
 def training_rows(cfg:Config # train_data, data_strategy, max_train_samples, prompt_template
@@ -234,7 +237,7 @@ def prepare(cfg:Config, tok=None) -> Prepared:
     if with_thought:  # a row too long for the loss is still judged: generation has no such limit
         _, encoded, out = encode_rows(tok, with_thought, cfg.max_seq_length, cfg.too_long, **how)
         dropped += [("eval", *d) for d in out]
-    return Prepared(cfg, tok, rows, train, judged, encoded, dropped, {"train": list(bad)}, template)
+    return Prepared(cfg, tok, rows, train, judged, encoded, dropped, {"train": list(bad)}, template, leakage(rows, judged))
 
 # %% ../nbs/08_train_sft.ipynb #e0ffa8e5
 def _worst(prep, bad):
@@ -354,14 +357,13 @@ def preflight(prep:Prepared) -> dict: # ready for JSON: counts, balance, lengths
     n_tok = sorted(len(e) for e in prep.train)
     quantile = lambda q: n_tok[min(len(n_tok) - 1, int(q*len(n_tok)))]
     found = proofs(prep)
-    both = {(r["premise"], r["hypothesis"]) for r in prep.train_rows} & {(r["premise"], r["hypothesis"]) for r in prep.eval_rows}
     return dict(rows=dict(train=len(prep.train), judged=len(prep.eval_rows), eval_loss=len(prep.eval)),
                 labels={str(y): sum(r["label"] == y for r in prep.train_rows) for y in (0, 1)},
                 sources={s: sum(r["source"] == s for r in prep.train_rows) for s in sorted({r["source"] for r in prep.train_rows})},
                 histogram=histogram(n_tok), tokens=dict(total=sum(n_tok), median=quantile(.5), p99=quantile(.99), longest=n_tok[-1],
                             trained=sum(k != PROMPT for e in prep.train for k in e.kind)),
                 dropped=[list(d) for d in prep.dropped], unreadable={k: [list(b) for b in v] for k, v in prep.bad.items()},
-                prompt=dict(form=prompt_form(prep.tok), template=prep.template), pairs_in_both=len(both),
+                prompt=dict(form=prompt_form(prep.tok), template=prep.template), pairs_in_both=prep.leakage["pairs"], leakage=prep.leakage,
                 proofs={k: dict(holds=ok, detail=d) for k, (ok, d) in found.items()}, steps=step_counts(prep.cfg, len(prep.train)),
                 memory_gib=estimate_memory(prep), ok=all(ok for ok, _ in found.values()))
 
@@ -377,7 +379,8 @@ def preflight_text(p:dict # from `preflight`
              f"steps      {s['steps']} of {s['rows_per_step']} rows, {s['steps_per_epoch']} an epoch"]
     lines += [f"dropped    {len(p['dropped'])}: " + "; ".join(f"{k} row {i}: {why}" for k, i, why in p["dropped"][:3]) + (" …" if len(p["dropped"]) > 3 else "")] if p["dropped"] else ["dropped    0"]
     lines += [f"unreadable {k}: {len(v)} rows" for k, v in p["unreadable"].items() if v]
-    if p["pairs_in_both"]: lines.append(f"WARNING    {p['pairs_in_both']} pairs are in the training and in the evaluation data: the score will flatter the model")
+    shared = leakage_text(p["leakage"])
+    lines += [f"WARNING    {s}" for s in shared] or [f"leakage    no pair, premise or near-copy of the {p['rows']['judged']} rows to judge is trained on"]
     lines += [f"{'proof' if v['holds'] else 'FAILED':10} {k} ({v['detail']})" for k, v in p["proofs"].items()]
     top = max(n for _, _, n in p["histogram"])
     lines += [f"{'lengths' if i == 0 else '':10} {a:>5}–{b:<5} {'█'*round(30*n/top)} {n}" for i, (a, b, n) in enumerate(p["histogram"])]
@@ -764,8 +767,8 @@ def fit(prep:Prepared, # from `prepare`
         out, # folder for checkpoints and adapter
         on_log=print_log, # called with every log, as it happens
         start=None, # checkpoint to go on from, of `resume_point`; None: looked for if the config asks for one
-       ) -> dict: # processes, steps, train_loss, train_s, train_tokens, tokens_per_s; resumed_from where it was
-    """Train and save the adapter in `out/adapter`; returns what it cost (of a resumed run: since then).
+       ) -> dict: # processes, steps, rows_trained, tokens_trained, train_loss, train_s, train_tokens, tokens_per_s; resumed_from where it was
+    """Train and save the adapter in `out/adapter`; returns what was done in all (steps, rows_trained, tokens_trained) and what it cost (of a resumed run: since then).
 
     Raises `Interrupted` after SIGINT or SIGTERM, with a checkpoint saved, and `TrainingStopped` for a step that is not finite or a checkpoint that
     cannot be written; both say how to go on."""
@@ -789,7 +792,15 @@ def fit(prep:Prepared, # from `prepare`
     if asked: raise Interrupted(f"stopped after the last step. {how_to_go_on(cfg, out)}", asked[0])
     seconds = result.metrics["train_runtime"]
     return dict(processes=trainer.accelerator.num_processes, steps=result.global_step, train_loss=_mean_loss(trainer.state.log_history), train_s=seconds,
+                rows_trained=_rows_trained(prep, result.global_step, trainer.state.epoch or 0), tokens_trained=sum(row.get("tokens", 0) for row in trainer.state.log_history),
                 train_tokens=sum(tokens), tokens_per_s=sum(tokens)/seconds) | (dict(resumed_from=os.path.relpath(start, project_root())) if start else {}) | (dict(sharding="fsdp") if sharded() else {})
+
+def _rows_trained(prep, steps, epochs):
+    "Rows that went through so many steps, each as often as it was trained on; the last step of an epoch may hold fewer."
+    n, count = len(prep.train), step_counts(prep.cfg, len(prep.train))
+    if prep.cfg.use_packing: return round(epochs*n)   # a row of a batch is several of ours
+    whole, rest = divmod(steps, count["steps_per_epoch"])
+    return whole*n + min(rest*count["rows_per_step"], n)
 
 def _say():
     "`print` for lines that every process of a run would say."
@@ -871,11 +882,24 @@ def _save_whole(trainer, prep, folder, state=None):
         raise TrainingStopped(f"the adapter could not be written to {folder} ({type(e).__name__}: {e}). Make room on the disk, or choose another output_dir. "
                               + how_to_go_on(prep.cfg, folder.parent)) from e
 
+# %% ../nbs/08_train_sft.ipynb #d2cc9d7e
+def run_facts(prep:Prepared) -> dict: # ready for JSON
+    "What a run knows of itself before it trains and no config says: rows, contracts and leakage, the device and the precision it computes in."
+    import torch
+    from nli_ft.model import compute_dtype, device
+    dev = device(prep.cfg)
+    name = torch.cuda.get_device_name(dev) if dev.type == "cuda" else f"{platform.machine()} CPU"
+    return dict(rows=dict(train=len(prep.train), judged=len(prep.eval_rows), dropped=len(prep.dropped)), leakage=prep.leakage,
+                contracts=prep.leakage["contracts"], device=name, compute_dtype=str(compute_dtype(prep.cfg, dev)).removeprefix("torch."))
+
 # %% ../nbs/08_train_sft.ipynb #aa947b0d
 class Session:
     "A run in progress: its config, its record, its rows and its model."
     def __init__(self, cfg:Config, run): # Config; the record's folder
+        refuse_equal_files(cfg.path("train_data"), cfg.path("eval_data"))
         self.cfg, self.run, self.prep, self.model = cfg, Path(run), prepare(cfg), None
+        refuse_leaked(self.prep.leakage, cfg.train_data, cfg.eval_data)
+        if not int(os.environ.get("RANK", 0)): note(self.run, **run_facts(self.prep))
         self.weights, self.begun = weights_of(cfg, run), False
         self.start = resume_point(self.prep, _say())  # refused now, and not after an evaluation of an hour
 
@@ -1123,6 +1147,7 @@ def run_training(cfg:Config, run_dir=None, # an open record, or None to open one
                 ) -> Path: # the record's folder
     "The whole run, in one process or as one of several."
     check_ready(cfg)
+    refuse_equal_files(cfg.path("train_data"), cfg.path("eval_data"))   # here too, so that no record is opened for it
     state, run = _shared_run(cfg, run_dir)
     main, summary = state.is_main_process, {}
     try:
@@ -1199,9 +1224,11 @@ def train_cli(argv=None) -> int:
 
 def _preflight_only(cfg):
     check_ready(cfg)
+    refuse_equal_files(cfg.path("train_data"), cfg.path("eval_data"))
     prep = prepare(cfg)
     p = preflight(prep)
     print(preflight_text(p))
+    refuse_leaked(prep.leakage, cfg.train_data, cfg.eval_data)
     print("one row    as it is trained on:\n" + mask_text(prep.tok, prep.train[0], colour=sys.stdout.isatty()))
     return 0 if p["ok"] else 2
 

@@ -386,6 +386,40 @@ def test_records_that_cannot_be_evaluated_say_why_with_exit_code_2(run, tmp_path
     assert "other data?" in refused(other_items)
 
 
+def test_an_evaluation_that_was_edited_is_not_taken_up_again(run, tmp_path, capsys):
+    import shutil
+    d = tmp_path/"run"
+    shutil.copytree(run, d, ignore=shutil.ignore_patterns("predictions.jsonl", "evaluations", "report.json"))
+    for more, folder in (([], d), (["--mode", "forced"], None)):
+        assert ev.evaluate_cli(["--run", str(d), *more]) == 0
+        folder = folder or next((d/"evaluations").iterdir())
+        path = folder/"predictions.jsonl"
+        kept = path.read_text()
+        assert json.loads((folder/"report.json").read_text())["predictions"]["n"] == 4
+        path.write_text(kept.replace('"seconds": 0.', '"seconds": 1.', 1))
+        with pytest.raises(SystemExit) as e: ev.evaluate_cli(["--run", str(d), *more])
+        assert e.value.code == 2 and "its SHA-256 is" in capsys.readouterr().err
+        path.write_text(kept)
+        assert ev.evaluate_cli(["--run", str(d), *more]) == 0
+        capsys.readouterr()
+
+
+def test_more_rows_are_asked_of_an_evaluation_but_not_of_a_finished_run(run, tmp_path, capsys):
+    import shutil
+    from nli_ft.records import finish_run
+    d = tmp_path/"run"
+    shutil.copytree(run, d, ignore=shutil.ignore_patterns("predictions.jsonl", "evaluations", "report.json"))
+    for n in (2, 4): assert ev.evaluate_cli(["--run", str(d), "--mode", "forced", "--max_eval_samples", str(n)]) == 0
+    folder = next((d/"evaluations").iterdir())
+    assert json.loads((folder/"report.json").read_text())["predictions"]["n"] == 4
+    assert ev.evaluate_cli(["--run", str(d), "--max_eval_samples", "2"]) == 0
+    (d/"summary.json").write_text(json.dumps(json.loads((d/"summary.json").read_text()) | dict(started="2026-01-01T00:00:00Z")))
+    finish_run(d, after=ev.score(ev.read_predictions(d/"predictions.jsonl")))
+    with pytest.raises(SystemExit) as e: ev.evaluate_cli(["--run", str(d)])
+    assert e.value.code == 2 and "finished record is not added to" in capsys.readouterr().err
+    assert len(ev.read_predictions(d/"predictions.jsonl")) == 2
+
+
 def test_an_adapter_of_another_shape_is_refused_and_the_base_is_not_used_instead(run, tmp_path, capsys):
     import shutil
     from safetensors.torch import load_file, save_file

@@ -223,13 +223,13 @@ def test_going_on_as_another_run_is_refused_with_the_difference_unless_it_is_mea
 def test_other_rows_under_the_same_name_are_noticed_and_the_same_rows_under_another_name_are_not(tmp_path):
     from nli_ft.data import sft_row
     def rows(name, word): write_jsonl(tmp_path/name, [sft_row(i, f"Dog {i} {word}.", f"A dog {word}.", f"dog {i} is a dog", i % 2, "test", "brief") for i in range(12)], overwrite=True)
-    rows("a.jsonl", "barked")
-    cfg = tiny(tmp_path, train_data=str(tmp_path/"a.jsonl"), eval_data=str(tmp_path/"a.jsonl"), num_epochs=1)
+    rows("a.jsonl", "barked"), rows("b.jsonl", "ran")
+    cfg = tiny(tmp_path, train_data=str(tmp_path/"a.jsonl"), eval_data=str(tmp_path/"b.jsonl"), num_epochs=1)
     run_training(cfg)
-    (tmp_path/"a.jsonl").rename(tmp_path/"moved.jsonl")
-    moved = cfg.replace(train_data=str(tmp_path/"moved.jsonl"), eval_data=str(tmp_path/"moved.jsonl"), resume_from_checkpoint="latest")
+    (tmp_path/"a.jsonl").rename(tmp_path/"moved.jsonl"), (tmp_path/"b.jsonl").rename(tmp_path/"moved_too.jsonl")
+    moved = cfg.replace(train_data=str(tmp_path/"moved.jsonl"), eval_data=str(tmp_path/"moved_too.jsonl"), resume_from_checkpoint="latest")
     assert resume_point(prepare(moved))
-    rows("a.jsonl", "slept")
+    rows("a.jsonl", "slept"), rows("b.jsonl", "sat")
     with pytest.raises(ConfigError, match="training rows .*\n.*evaluation rows"): resume_point(prepare(cfg.replace(resume_from_checkpoint="latest")))
 
 def test_the_command_refuses_with_2_and_a_changed_run_records_that_it_was_allowed(copied, capsys):
