@@ -9,21 +9,21 @@ __all__ = ['PROMPTS', 'STYLES', 'RELATIONS', 'CONTRACTS', 'PAIR_NAMES', 'KINDS',
            'recode', 'open_data', 'encoding_hint', 'json_record', 'whole_json', 'line_records', 'jsonl_records',
            'spread_json', 'whole_records', 'csv_header', 'split_line', 'table_dialect', 'plain_rows', 'quoted_rows',
            'swallows', 'table_text', 'table_start', 'table_rows', 'width_fault', 'csv_records', 'parquet_file',
-           'parquet_records', 'first_line', 'file_format', 'records', 'row_kind', 'clean_text', 'clean_messages',
-           'answer_of', 'text_to_sft', 'clean_sft', 'row_contract', 'check_relation', 'check_gold', 'check_writable',
-           'clean_row', 'hash64', 'Seen', 'BadRows', 'refuse', 'find_column', 'file_kind', 'columns_hint',
-           'other_spellings', 'rename', 'check_records', 'iter_rows', 'Rows', 'data_hash', 'read_rows', 'spread',
-           'template_of', 'atomic_writer', 'json_line', 'write_jsonl', 'seal', 'damage', 'norm_text', 'pair_key',
-           'parse_splits', 'split_of', 'split_paths', 'thought_key', 'one_contract', 'use_thoughts', 'use_reflections',
-           'shuffle_thoughts', 'with_thought', 'Shuffler', 'chosen_rows', 'prepare', 'concludes', 'leaks_gold',
-           'is_mojibake', 'bigrams', 'jaccard', 'NearSample', 'near_duplicates', 'wilson', 'overlap_features',
-           'baselines', 'level', 'Tally', 'row_text', 'row_thought', 'estimate_tokens', 'hub_tokenizer', 'count_row',
-           'batches', 'keep_sample', 'quantile', 'check_file', 'judge_baselines', 'check_files', 'render_report',
-           'gather_stats', 'plot_stats', 'write_stats', 'write_images', 'read_names', 'read_words', 'source_of',
-           'source_label', 'source_columns', 'source_id', 'source_row', 'hub_reachable', 'load_records', 'class_names',
-           'with_header', 'label_spelling', 'check_used', 'other_gold', 'says_other', 'source_rows', 'number_row',
-           'no_gold_hint', 'split_in_name', 'source_records', 'source_pairs', 'download', 'column_option',
-           'word_option', 'name_option', 'layout_args', 'data_cli']
+           'parquet_records', 'first_line', 'file_format', 'records', 'faults_named', 'row_kind', 'clean_text',
+           'clean_messages', 'answer_of', 'text_to_sft', 'clean_sft', 'row_contract', 'check_relation', 'check_gold',
+           'check_writable', 'clean_row', 'hash64', 'Seen', 'BadRows', 'refuse', 'find_column', 'file_kind',
+           'columns_hint', 'other_spellings', 'one_spelling', 'rename', 'check_records', 'iter_rows', 'Rows',
+           'data_hash', 'read_rows', 'spread', 'template_of', 'atomic_writer', 'json_line', 'write_jsonl', 'seal',
+           'damage', 'norm_text', 'pair_key', 'parse_splits', 'split_of', 'split_paths', 'thought_key', 'one_contract',
+           'use_thoughts', 'use_reflections', 'shuffle_thoughts', 'with_thought', 'Shuffler', 'chosen_rows', 'prepare',
+           'concludes', 'leaks_gold', 'is_mojibake', 'bigrams', 'jaccard', 'NearSample', 'near_duplicates', 'wilson',
+           'overlap_features', 'baselines', 'level', 'Tally', 'row_text', 'row_thought', 'estimate_tokens',
+           'hub_tokenizer', 'count_row', 'batches', 'keep_sample', 'quantile', 'check_file', 'judge_baselines',
+           'check_files', 'render_report', 'gather_stats', 'plot_stats', 'write_stats', 'write_images', 'read_names',
+           'read_words', 'source_of', 'source_label', 'source_columns', 'source_id', 'source_row', 'hub_reachable',
+           'load_records', 'class_names', 'with_header', 'label_spelling', 'check_used', 'other_gold', 'says_other',
+           'source_rows', 'number_row', 'no_gold_hint', 'split_in_name', 'source_records', 'source_pairs', 'download',
+           'column_option', 'word_option', 'name_option', 'layout_args', 'data_cli']
 
 # %% ../nbs/01_data.ipynb #fa3d9c65
 import argparse, array, contextlib, csv, gzip, hashlib, io, itertools, json, os, random, re, shlex, sys, unicodedata, zlib
@@ -195,7 +195,8 @@ def open_data(path # a file, plain or gzip
     try: f = open(p, "rb")
     except OSError as e: raise DataError(f"{path}: {e.strerror}") from e
     if f.peek(2)[:2] == b"\x1f\x8b": f = gzip.open(f)
-    head = f.peek(64)[:64]
+    try: head = f.peek(64)[:64]
+    except (EOFError, zlib.error, OSError) as e: raise DataError(f"{path}: damaged gzip file: {e}") from e
     encoding = wide_encoding(head)
     found = next((v for k, v in _no_text.items() if head.lower().startswith(k.lower())), None)
     if encoding or found: f.close()
@@ -209,8 +210,8 @@ def encoding_hint(path, limit:int=1 << 24 # bytes looked at
     "What the bytes of a file that is not UTF-8 look like."
     wrong, right, n = None, False, 0
     with open_data(path) as f:
-        for n, raw in enumerate(f, 1):
-            try: right = right or not raw.decode("utf-8").isascii()
+        for n, raw in faults_named(path, enumerate(f, 1)):
+            try: right |= not raw.decode("utf-8").isascii()
             except UnicodeDecodeError as e: wrong = wrong or (n, raw, raw[e.start])
             limit -= len(raw)
             if limit < 0: break
@@ -482,7 +483,7 @@ def parquet_records(path): # yields (row number from 1, record)
 def first_line(path) -> bytes: # b"" where there is none
     "The first line that is not blank, without a byte-order mark."
     with open_data(path) as f:
-        for raw in f:
+        for raw in faults_named(path, f):
             raw = raw.removeprefix(b"\xef\xbb\xbf")
             if raw.strip(): return raw
     return b""
@@ -505,10 +506,16 @@ def records(path, # JSON Lines, CSV, TSV or Parquet, plain or gzip
             whole:bool=False # read also JSON that does not keep to one object a line?
            ): # yields (line number, record or ValueError)
     "The records of a data file. No value is converted: what stands between two commas is text. Raises `DataError` on a file that cannot be read."
-    try:
-        kind = file_format(path)
-        if kind == "json": yield from jsonl_records(path, whole)
-        else: yield from dict(table=csv_records, parquet=parquet_records)[kind](path)
+    yield from faults_named(path, _records(path, whole))
+
+def _records(path, whole):
+    kind = file_format(path)
+    if kind == "json": yield from jsonl_records(path, whole)
+    else: yield from dict(table=csv_records, parquet=parquet_records)[kind](path)
+
+def faults_named(path, rows): # yields the rows
+    "Rows as they are read from a file. Raises `DataError` where the file is damaged or its disk is."
+    try: yield from rows
     except (gzip.BadGzipFile, EOFError, zlib.error) as e: raise DataError(f"{path}: damaged gzip file: {e}") from e
     except OSError as e: raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
 
@@ -771,6 +778,15 @@ def other_spellings(recs:list, # the first (line, record) of a file
     columns = {name: find_column(found, [name], path) for name in _renamed}
     return {column: name for name, column in columns.items() if column and column != name}
 
+def one_spelling(label, # as the file has it
+                 line:int, seen:dict # how labels are written -> the first line that has it so
+                ):
+    "Raises `ValueError` where numbers and relations stand in one column: those numbers are hardly 0 and 1 of this package."
+    written = "a number" if relation_name(label) is None else "a relation"
+    seen.setdefault(written, line)
+    other = [n for how, n in seen.items() if how != written]
+    if other: raise ValueError(f"label {label!r} is {written}, unlike that of line {other[0]}: nothing says what the numbers mean; nli_data download --names does")
+
 def rename(rec, names:dict): # the record under our names
     return rec if isinstance(rec, ValueError) else {names.get(k, k): v for k, v in rec.items()}
 
@@ -784,7 +800,7 @@ def check_records(recs, # (line, record or ValueError) pairs, as from `records`
                   meta:dict|None=None # gets `kind` before the first row
                  ): # yields rows; `text` rows arrive as SFT rows
     "Check records one by one. Raises `DataError` at once for a hopeless file, at the end for too many bad rows."
-    recs,bad,ids,good = iter(recs),BadRows() if bad is None else bad,Seen(),0
+    recs,bad,ids,good,spellings = iter(recs),BadRows() if bad is None else bad,Seen(),0,{}
     head = list(itertools.islice(recs, 50))
     renamed = other_spellings(head, path)
     if renamed: head = [(line, rename(rec, renamed)) for line, rec in head]
@@ -795,6 +811,7 @@ def check_records(recs, # (line, record or ValueError) pairs, as from `records`
             if isinstance(rec, ValueError): raise rec
             if renamed: rec = rename(rec, renamed)
             row = clean_row(rec, kind, contract, i)
+            if kind == "pair": one_spelling(rec["label"], line, spellings)
             before = ids.add(repr(row["id"]), line)
             if before is not None: raise ValueError(f"id {row['id']!r} was used on line {before} already")
         except ValueError as e: bad.add(line, e)

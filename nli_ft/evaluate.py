@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 
 from .config_loader import ConfigError, DataError, RecordError, command, config_from_json, project_root
-from .data import prompt_messages, read_rows, render_completion, spread, wilson
+from .data import (CONTRACTS, PAIR_NAMES, SOURCES, column_option, encoding_hint, faults_named, file_format, find_column, layout_args, prompt_messages,
+                         read_rows, records, render_completion, source_pairs, spread, table_rows, width_fault, wilson)
 from .prompt import encode_prompt, encode_row, end_of_turn, json_closed, parse_completion
 
 # %% ../nbs/06_evaluate.ipynb #0a164527
@@ -1149,9 +1150,13 @@ def question(row:dict, # a row with premise and hypothesis, maybe with a prompt
 
 def evaluation_rows(path, # data file: SFT rows, `text` rows, or labelled pairs
                     cfg, template:str, # Config of the run; its prompt wording
+                    contract:str|None=None, # what the labels mean, for rows that do not say
+                    layout:dict|None=None, # dataset, columns, words, names of `source_pairs`, for a file in its own columns
                     ) -> list: # SFT rows, `max_eval_samples` of them, evenly spaced
     "Rows to be scored; `DataError` for unusable ones. A wording named in the config replaces the rows' own."
-    rows = spread(read_rows(path, max_bad=cfg.max_bad_rows), cfg.max_eval_samples)
+    if layout: rows = list(source_pairs(path, contract=contract, max_bad=cfg.max_bad_rows, **layout))
+    else: rows = read_rows(path, max_bad=cfg.max_bad_rows, contract=contract)
+    rows = spread(rows, cfg.max_eval_samples)
     if cfg.prompt_template != "auto": rows = [{k: v for k, v in r.items() if k != "prompt"} for r in rows]
     return [question(r, template) for r in rows]
 
@@ -1179,6 +1184,9 @@ def evaluate_cli(argv=None) -> int:
     p = argparse.ArgumentParser(prog="nli_evaluate", description=evaluate_cli.__doc__, epilog="example: nli_evaluate --run runs/cpu_demo/… --mode forced")
     _model_args(p)
     p.add_argument("--data", metavar="FILE", help="rows to score [the run's eval_data]")
+    p.add_argument("--contract", choices=CONTRACTS, help="what the labels of --data mean, for rows that do not say")
+    p.add_argument("--dataset", choices=SOURCES, help="--data is a file of this public set, in its own columns")
+    layout_args(p)
     p.add_argument("--max_eval_samples", type=int, metavar="N", help="score only N rows, evenly spaced [the run's]")
     p.add_argument("--untuned", action="store_true", help="ask the base model without the adapter")
     p.add_argument("--probe", type=int, default=0, metavar="N", help="also probe faithfulness on N rows: cut, swap, remove the thought")
@@ -1189,9 +1197,11 @@ def evaluate_cli(argv=None) -> int:
     if ns.engine == "vllm" and (ns.mode != "cot" or ns.probe): raise ConfigError(f"--engine vllm has mode cot only; {'--probe' if ns.probe else '--mode ' + ns.mode} needs --engine transformers")
     run, cfg, adapter, template = open_run(ns.run, **_changes(ns))
     if ns.probe and cfg.completion != "cot": raise DataError(f"--probe changes the thought before the label; with completion={cfg.completion} there is none")
+    layout = {k: v for k in ("dataset", "columns", "words", "names") if (v := getattr(ns, k)) is not None}
+    if ns.data is None and (layout or ns.contract): raise ConfigError("--contract, --dataset, --columns, --map and --names say how --data is read: name the file with it")
     own = ns.data is None or Path(ns.data).resolve() == cfg.path("eval_data").resolve()
     data = cfg.path("eval_data") if own else Path(ns.data)
-    rows, out = evaluation_rows(data, cfg, template), evaluation_dir(run, data, own, ns.mode, ns.untuned, ns.max_new_tokens, ns.engine)
+    rows, out = evaluation_rows(data, cfg, template, ns.contract, layout), evaluation_dir(run, data, own, ns.mode, ns.untuned, ns.max_new_tokens, ns.engine)
     resume_predictions(out/"predictions.jsonl", rows, ns.mode, ns.engine)         # other rows or another mode: said before the model is loaded
     train = _learnt_pairs(cfg) if cfg.path("train_data").is_file() else None
     before = run/"predictions_before.jsonl"
@@ -1232,18 +1242,56 @@ def _probe_text(probe):
 # %% ../nbs/06_evaluate.ipynb #b63fcb18
 ANSWER_COLUMNS = ("predicted_label", "p_entail", "outcome", "thought_process", "problem")
 
-def read_pairs(path, # CSV with a header, UTF-8
-               ) -> tuple: # (column names, rows as dicts of text)
-    "Pairs to be predicted, everything else in the table kept; `DataError` names what is wrong with it."
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            table = csv.DictReader(f, strict=True)
-            names, rows = list(table.fieldnames or []), list(table)
-    except (OSError, UnicodeDecodeError, csv.Error) as e: raise DataError(f"{path} cannot be read as CSV: {e}") from None
-    for name in ("premise", "hypothesis"):
-        if name not in names: raise DataError(f"{path} has no column {name!r}; its first line names {', '.join(names) or 'nothing'}")
+def read_pairs(path, # a table or JSON Lines, as `nli_data` reads them
+               columns:dict|None=None, # premise, hypothesis -> the file's own name
+               ) -> tuple: # (column names, rows as dicts of text with `premise` and `hypothesis` among their keys)
+    """Pairs to be predicted, everything else in the file kept. `DataError` says why a file cannot be read.
+
+    A row that is no row (too many cells, not JSON) has its fault under `problem`, and as much of its text as there is."""
+    if file_format(path) == "table": names, rows = _table_pairs(path)
+    else: names, rows = _record_pairs(path)
+    if not rows: raise DataError(f"{path}: holds no rows; its first line names {', '.join(names) or 'nothing'}")
+    if any(re.search("[\ud800-\udfff]", v) for r in [dict.fromkeys(names, ""), *rows] for kv in r.items() for v in kv):
+        raise DataError(f"{path}: is not UTF-8; {encoding_hint(path) or 'it escapes half a character'}")
     if clash := [n for n in names if n in ANSWER_COLUMNS]: raise DataError(f"{path} already has a column {clash[0]!r}, which the predictions would overwrite; rename it")
-    if bad := [n for n, r in enumerate(rows, 2) if None in r or None in r.values()]: raise DataError(f"{path}, record {bad[0]}: not as many cells as the header has")
+    for want in ("premise", "hypothesis"):
+        column = _pair_column(names, want, columns or {}, path)
+        if column != want and want in names: raise DataError(f"{path}: has a column {want!r} beside {column!r}, which --columns names; rename it")
+        for row in rows: row[want] = row.get(column, "")
+    return names, rows
+
+def _pair_column(names, want, columns, path):
+    "The column that holds the premise or hypothesis."
+    wanted = [columns[want]] if want in columns else PAIR_NAMES[want]
+    column = find_column(names, wanted, path)
+    if column is not None: return column
+    raise DataError(f"{path} has no column {' or '.join(map(repr, wanted))}; its first line names {', '.join(names) or 'nothing'}; "
+                    "say which is which with --columns premise=…,hypothesis=…")
+
+def _table_pairs(path):
+    "Column names and rows of a table. A row wider or narrower than the header keeps the cells that have a column."
+    names, rows = None, []
+    for line, cells in faults_named(path, table_rows(path)):
+        fault = None
+        if isinstance(cells, ValueError): cells, fault = [], str(cells)
+        elif names is None:
+            names = [c.strip() for c in cells]
+            twice = [c for c, n in Counter(names).items() if n > 1]
+            if twice: raise DataError(f"{path}: names the column {twice[0]!r} more than once; found: {', '.join(names)}")
+            continue
+        elif len(cells) != len(names): fault = f"{width_fault(cells, names)}; the fields: {cells!r}"
+        if names is None: raise DataError(f"{path}:{line}: the header cannot be read: {fault}")
+        row = dict.fromkeys(names, "") | dict(zip(names, cells))
+        rows.append(row | dict(problem=f"line {line}: {fault}") if fault else row)
+    return names or [], rows
+
+def _record_pairs(path):
+    "Column names and rows of JSON Lines or Parquet; what is no text becomes JSON."
+    rows = []
+    for line, record in records(path):
+        if isinstance(record, ValueError): rows.append(dict(problem=f"line {line}: {record}"))
+        else: rows.append({k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in record.items() if v is not None})
+    names = list(dict.fromkeys(k for r in rows for k in r if "problem" not in r or len(r) > 1))
     return names, rows
 
 # %% ../nbs/06_evaluate.ipynb #a5e81134
@@ -1255,6 +1303,7 @@ def answer_pairs(model, tok, pairs:list, cfg, # model; tokenizer; dicts with pre
     asked, answers = [], [dict.fromkeys(ANSWER_COLUMNS) for _ in pairs]
     for i, pair in enumerate(pairs):
         try:
+            if pair.get("problem"): raise DataError(pair["problem"])
             if empty := [k for k in ("premise", "hypothesis") if not pair[k].strip()]: raise DataError(f"the {empty[0]} is empty")
             row = question(dict(id=i, premise=pair["premise"], hypothesis=pair["hypothesis"]), template)
             _check_prompts(model, [encode_prompt(tok, row["prompt"])], cfg.max_new_tokens)
@@ -1272,8 +1321,9 @@ def predict_cli(argv=None) -> int:
     _model_args(p)
     p.add_argument("--premise", metavar="TEXT")
     p.add_argument("--hypothesis", metavar="TEXT")
-    p.add_argument("--csv", metavar="FILE", help="table with the columns premise and hypothesis; others are kept")
-    p.add_argument("--output", metavar="FILE", help="table to write, with the columns " + ", ".join(ANSWER_COLUMNS) + " added")
+    p.add_argument("--csv", metavar="FILE", help="table (comma, semicolon, tab) or JSON Lines with the columns premise and hypothesis, or sentence1 and sentence2; others are kept")
+    p.add_argument("--columns", type=column_option, metavar="premise=A,hypothesis=B", help="the file's own names of the two")
+    p.add_argument("--output", metavar="FILE", help="table to write (CSV), with the columns " + ", ".join(ANSWER_COLUMNS) + " added")
     p.add_argument("--json", action="store_true", help="print the answer to one pair as JSON")
     ns = p.parse_args(argv)
     parse_mode(ns.mode)
@@ -1292,8 +1342,8 @@ def _asked_pairs(ns):
     if ns.csv:
         if ns.premise or ns.hypothesis or ns.json or not ns.output: raise DataError("--csv goes with --output, and without --premise, --hypothesis and --json")
         if Path(ns.output).exists(): raise DataError(f"{ns.output} exists and is not overwritten; name another --output")
-        return read_pairs(ns.csv)
-    if not (ns.premise and ns.hypothesis) or ns.output: raise DataError("give --premise and --hypothesis, or --csv and --output")
+        return read_pairs(ns.csv, ns.columns)
+    if not (ns.premise and ns.hypothesis) or ns.output or ns.columns: raise DataError("give --premise and --hypothesis, or --csv and --output")
     return [], [dict(premise=ns.premise, hypothesis=ns.hypothesis)]
 
 def _one_answer(a):
@@ -1304,7 +1354,7 @@ def _one_answer(a):
 def _write_answers(path, names, pairs, answers):
     part = Path(f"{path}.part")
     with open(part, "w", newline="", encoding="utf-8") as f:
-        table = csv.DictWriter(f, [*names, *ANSWER_COLUMNS])
+        table = csv.DictWriter(f, [*names, *ANSWER_COLUMNS], restval="", extrasaction="ignore")
         table.writeheader()
         table.writerows(pair | a for pair, a in zip(pairs, answers, strict=True))
     os.replace(part, path)
