@@ -1513,7 +1513,7 @@ SOURCES = dict(
     hans=_two | dict(hub="jhu-cogsci/hans", revision="refs/convert/parquet", keep=("heuristic", "subcase", "template")),
     # `gold` is the set's label; in its file of annotations `label` is what one worker said
     wanli=_three | dict(hub="alisawuffles/WANLI", id=("id",), keep=("genre",), names=None),
-    lingnli=_three | dict(keep=("protocol", "round", "group"), names=None),
+    lingnli=_three | dict(id=(("protocol", "pairID"), "pairID"), keep=("protocol", "round", "group"), names=None),
     sick=_three | dict(premise=("sentence_A",), hypothesis=("sentence_B",), label=("entailment_label", "entailment_judgment"),
                        keep=("SemEval_set",), names=None),
     scitail=_three | dict(words=dict(entails="entailment"), bare=("premise", "hypothesis", "label"), names=None),
