@@ -1723,6 +1723,8 @@ def source_rows(records, # (line, record or ValueError) pairs
         try:
             if isinstance(rec, ValueError): raise rec
             if not cols: raise ValueError("no columns in the first 50 records")
+            late = [c for c in ("gold_label", "gold") if c in rec and c not in found]
+            if late: raise ValueError(f"has a column {late[0]} that none of the first records has")
             if len(used) < 1000: used.add(label_spelling(rec.get(cols["label"])))
             row = source_row(rec, cols, src, dataset, split)
         except NoGold: counts["no gold label (left out)"] += 1

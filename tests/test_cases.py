@@ -184,6 +184,22 @@ def test_a_gold_column_beats_a_label_column_and_that_is_said(tmp_path):
     assert counts["gold taken from gold_label, not from label"] == counts["of these, label says otherwise"] == 1
 
 
+def test_a_gold_column_that_comes_late_in_a_file_is_not_passed_over(tmp_path):
+    pair = dict(premise="P", hypothesis="H", label="neutral")
+    (tmp_path/"a.jsonl").write_text("\n".join(map(json.dumps, [pair]*60 + [pair | dict(gold_label="entailment")])))
+    with pytest.raises(DataError, match="a.jsonl:61: has a column gold_label"): download(tmp_path/"o.jsonl", "snli", from_file=tmp_path/"a.jsonl")
+
+
+def test_class_names_of_the_hub_and_of_the_command_line_must_agree(tmp_path, monkeypatch):
+    class Hub(list): features = dict(label=type("ClassLabel", (), dict(names=["entailment", "not_entailment"])))
+    hub = Hub([dict(sentence1="P", sentence2="H", label=0)])
+    monkeypatch.setattr("nli_ft.data.load_records", lambda *args: hub)
+    assert download(tmp_path/"o.jsonl", "glue/rte", contract="binary")["label 1"] == 1
+    with pytest.raises(DataError, match="and --names says non-entailment, entailment"):
+        download(tmp_path/"p.jsonl", "glue/rte", contract="binary", names=("not_entailment", "entailment"))
+    with pytest.raises(DataError, match="read from its own files"): download(tmp_path/"p.jsonl", "sick")
+
+
 def test_own_ids_are_kept_where_they_are_unique(tmp_path):
     counts = download(tmp_path/"o.jsonl", "multi_nli", "dev", CASES/"ok"/"dup_pair_ids.jsonl")
     assert [r["id"] for r in written(tmp_path/"o.jsonl")] == ["700e", "multi_nli-dev-1"]
