@@ -20,10 +20,10 @@ __all__ = ['PROMPTS', 'STYLES', 'RELATIONS', 'CONTRACTS', 'PAIR_NAMES', 'KINDS',
            'overlap_features', 'baselines', 'level', 'Tally', 'row_text', 'row_thought', 'estimate_tokens',
            'hub_tokenizer', 'count_row', 'batches', 'keep_sample', 'quantile', 'check_file', 'judge_baselines',
            'check_files', 'render_report', 'gather_stats', 'plot_stats', 'write_stats', 'write_images', 'read_names',
-           'read_words', 'source_of', 'source_label', 'source_columns', 'source_id', 'source_row', 'hub_reachable',
-           'load_records', 'class_names', 'with_header', 'label_spelling', 'check_used', 'other_gold', 'says_other',
-           'source_rows', 'number_row', 'no_gold_hint', 'split_in_name', 'source_records', 'source_pairs', 'download',
-           'column_option', 'word_option', 'name_option', 'layout_args', 'data_cli']
+           'read_words', 'source_of', 'source_label', 'source_columns', 'id_columns', 'source_id', 'source_row',
+           'hub_reachable', 'load_records', 'class_names', 'with_header', 'label_spelling', 'check_used', 'other_gold',
+           'says_other', 'source_rows', 'number_row', 'no_gold_hint', 'split_in_name', 'source_records', 'source_pairs',
+           'download', 'column_option', 'word_option', 'name_option', 'layout_args', 'data_cli']
 
 # %% ../nbs/01_data.ipynb #fa3d9c65
 import argparse, array, contextlib, csv, gzip, hashlib, io, itertools, json, os, random, re, shlex, sys, unicodedata, zlib
@@ -111,7 +111,8 @@ def map_relation(relation:str, # "entailment", "neutral", "contradiction" or "no
     if m is None: raise ValueError(f"contract {contract!r} needs the data set's name ({' or '.join(maps)}), got {dataset!r}")
     if relation not in m:
         others = [c for c in contracts_of(relation) if c != contract]
-        raise ValueError(f"label {relation!r}: contract {contract!r} maps only {', '.join(m)}; {' and '.join(others)} map it")
+        raise ValueError(f"label {relation!r}: contract {contract!r} maps only {', '.join(m)}; "
+                         f"{' and '.join(others)} map it")
     return m[relation]
 
 def contracts_of(relation:str) -> list: # names in `CONTRACTS`
@@ -171,7 +172,9 @@ _no_text = {b"PK\x03\x04": ("a zip archive, which an .xlsx workbook is too", "un
 
 def wide_encoding(head:bytes # the first bytes of a file
                  ) -> str|None: # "UTF-16", "UTF-16LE", "UTF-16BE", "UTF-32"
-    "The encoding with two or four bytes a character that a file begins in: by its mark, else by the zeros between ASCII letters."
+    """The encoding with two or four bytes a character that a file begins in.
+
+    It is known by its mark, else by the zeros between ASCII letters."""
     if head[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"): return "UTF-32"
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"): return "UTF-16"
     even, odd = head[0:32:2], head[1:32:2]
@@ -187,7 +190,9 @@ def recode(path, encoding:str # as iconv calls it
 
 def open_data(path # a file, plain or gzip
              ): # binary file object with `peek`
-    "Open a data file for reading. Raises `DataError` for a missing file, a directory, UTF-16, and files that hold no text."
+    """Open a data file for reading.
+
+    Raises `DataError` for a missing file, a directory, UTF-16, and files that hold no text."""
     p = Path(path)
     if os.path.isdir(p): raise DataError(f"{path}: is a directory; name a file in it")
     if not os.path.exists(p): raise DataError(f"{path}: no such file")
@@ -267,10 +272,13 @@ def line_records(raw:bytes # one line, maybe of a file whose lines end in a carr
 def jsonl_records(path, # JSON Lines
                   whole:bool=False # read also one array, or objects that stand over several lines?
                  ): # yields (line number, record or the ValueError that says why not)
-    "The records of a JSON Lines file. Blank lines and a byte-order mark are skipped. Raises `DataError` where lines hold no objects of their own."
+    """The records of a JSON Lines file.
+
+    Blank lines and a byte-order mark are skipped. Raises `DataError` where lines hold no objects of their own."""
     with open_data(path) as f:
         numbered = enumerate(f, 1)
-        first = next(((n, raw.removeprefix(b"\xef\xbb\xbf")) for n, raw in numbered if raw.removeprefix(b"\xef\xbb\xbf").strip()), None)
+        whole_lines = ((n, raw.removeprefix(b"\xef\xbb\xbf")) for n, raw in numbered)
+        first = next(((n, raw) for n, raw in whole_lines if raw.strip()), None)
         if first is None: return
         what = spread_json(path, first[1])
         if what and not whole: raise DataError(f"{path}: {what[0]}; convert it: {what[1]}")
@@ -284,18 +292,23 @@ def spread_json(path, first:bytes # its first line that is not blank
                ) -> tuple|None: # (what the file holds, the command that makes lines of it)
     "Is this one JSON array, or objects that stand over several lines?"
     name = shlex.quote(Path(path).name)
-    if first.lstrip()[:1] == b"[": return "holds one JSON array where one object a line was expected", f"jq -c '.[]' {name}"
+    if first.lstrip()[:1] == b"[":
+        return "holds one JSON array where one object a line was expected", f"jq -c '.[]' {name}"
     if first.lstrip()[:1] != b"{": return None
     try: json.JSONDecoder().raw_decode(first.decode("utf-8", "replace").lstrip())
     except (ValueError, RecursionError):
-        if whole_json(path): return "holds objects over several lines where one object a line was expected", f"jq -c . {name}"
+        if whole_json(path):
+            return "holds objects over several lines where one object a line was expected", f"jq -c . {name}"
 
 def whole_records(path): # yields (number of the value, record or ValueError)
     "The records of a JSON file that is no JSON Lines. Raises `DataError` where it cannot be read."
     values = whole_json(path)
-    if values is None: raise DataError(f"{path}: holds a JSON array that is damaged or too large; jq -c '.[]' {shlex.quote(Path(path).name)} shows where")
+    if values is None:
+        raise DataError(f"{path}: holds a JSON array that is damaged or too large; jq -c '.[]' "
+                        f"{shlex.quote(Path(path).name)} shows where")
     for n, value in enumerate(values, 1):
-        yield n, value if isinstance(value, dict) else ValueError(f"a JSON {type(value).__name__} where an object was expected")
+        yield n, value if isinstance(value, dict) else ValueError(f"a JSON {type(value).__name__} where an object "
+                                                                  f"was expected")
 
 # %% ../nbs/01_data.ipynb #cf7675bd
 def csv_header(names:list, # cells of the first line
@@ -303,6 +316,7 @@ def csv_header(names:list, # cells of the first line
               ) -> list: # names, stripped
     "The column names of a table. Raises `DataError` where a name is empty, occurs twice or is not UTF-8."
     names = [c.strip() for c in names]
+    if any(re.search("[\\0-\\x08\\x0e-\\x1b]", c) for c in names): raise DataError(f"{path}: its first line is no text")
     if any(not c.isascii() and re.search("[\ud800-\udfff]", c) for c in names):
         raise DataError(f"{path}: the names in its first line are not UTF-8; {encoding_hint(path)}")
     twice = [c for c,k in Counter(names).items() if k > 1 or not c]
@@ -311,7 +325,8 @@ def csv_header(names:list, # cells of the first line
     if names[0] == "" and names.count("") == 1:
         cure = "its first column has none, as pandas writes an index: name it id, or write the table with index=False"
     elif names[-1] == "": cure = "its first line ends in a delimiter: remove it"
-    raise DataError(f"{path}: the header has empty or repeated column names: {twice}; {cure}; found: {', '.join(names)}")
+    raise DataError(f"{path}: the header has empty or repeated column names: {twice}; {cure}; found: "
+                    f"{', '.join(names)}")
 
 # %% ../nbs/01_data.ipynb #893c5e72
 PAIR_NAMES = dict(premise=("premise", "sentence1", "sentence_A", "context"),
@@ -329,7 +344,9 @@ def split_line(line:str, delimiter:str) -> list: # cells
 def table_dialect(line:str, # the first line that is not blank
                   name:str # of the file
                  ) -> tuple: # (delimiter, are cells quoted, does a blank follow the delimiter)
-    """The dialect of a table, by its first line: the delimiter that separates most known names, then most names; the file's own in a tie.
+    """The dialect of a table, by its first line.
+
+    The delimiter is the one that separates most known names, then most names, and the file's own in a tie.
 
     Cells between tabs are not quoted, since the public sets' are not (a `"` there belongs to the text),
     but in a file named .csv, or under a header whose names all stand in quotes, they are."""
@@ -350,7 +367,9 @@ def plain_rows(lines, # (line number, line) pairs
                newline:str, # what ends a line
                path # for messages
               ): # yields (line number, cells)
-    "Rows between tabs, text as it stands. Raises `DataError` at the end where every quote was one of CSV, as a table that pandas wrote has them."
+    """Rows between tabs, text as it stands.
+
+    Raises `DataError` at the end where every quote was one of CSV, as a table that pandas wrote has them."""
     csv_quotes = other_quotes = 0
     for n, line in lines:
         line = line.removesuffix(newline).removesuffix("\r")
@@ -363,8 +382,8 @@ def plain_rows(lines, # (line number, line) pairs
             csv_quotes += sum('""' in c[1:-1] for c in as_csv)
         yield n, cells
     if csv_quotes and not other_quotes:
-        raise DataError(f'{path}: has cells such as "say ""no""", which are quoted as in CSV, though cells between tabs are read as they stand; '
-                        "give the file a name that ends in .csv, and its quotes are read as quotes")
+        raise DataError(f'{path}: has cells such as "say ""no""", which are quoted as in CSV, '
+                        "though cells between tabs are read as they stand; give the file a name that ends in .csv, and its quotes are read as quotes")
 
 # %% ../nbs/01_data.ipynb #6cb6acb8
 _bare_label = re.compile(r"-|-?\d(?:\.0*)?|(?:not?n?.?)?entail\w*|neutral|contradict\w*", re.I)
@@ -373,7 +392,9 @@ def quoted_rows(lines, # (line number, line) pairs
                 delimiter:str,
                 blank:bool=False # does a blank follow the delimiter?
                ): # yields (line number, cells or ValueError)
-    "Rows with quoted cells (RFC 4180), which may hold newlines. Where an unpaired quote swallows lines, each of them is a bad row."
+    """Rows with quoted cells (RFC 4180), which may hold newlines.
+
+    Where an unpaired quote swallows lines, each of them is a bad row."""
     csv.field_size_limit(1 << 24) # a premise of 100 kB is long, not broken; the default limit is 128 KiB
     taken = []
 
@@ -390,7 +411,8 @@ def quoted_rows(lines, # (line number, line) pairs
         except StopIteration: return
         except csv.Error as e: cells = ValueError(f"not CSV: {e}")
         if header is None and not isinstance(cells, ValueError): header = [c.strip().lower() for c in cells]
-        elif swallows(taken, header, delimiter): cells = ValueError("not CSV: a quote that is not closed swallows whole rows")
+        elif swallows(taken, header, delimiter): cells = ValueError("not CSV: a quote that is not closed swallows "
+                                                                    "whole rows")
         if isinstance(cells, ValueError):
             for n, _ in taken:
                 note = "" if n == taken[0][0] else f" (the quote opens on line {taken[0][0]})"
@@ -468,7 +490,9 @@ def parquet_file(path): # pyarrow.parquet.ParquetFile
         raise DataError(f"{path}: cannot be read as Parquet: {(str(e).splitlines() or [''])[0]}") from e
 
 def parquet_records(path): # yields (row number from 1, record)
-    "The records of a Parquet file with the values that stand in it. What JSON has no form for (dates, bytes) becomes text."
+    """The records of a Parquet file with the values that stand in it.
+
+    What JSON has no form for (dates, bytes) becomes text."""
     import pyarrow
     n = 0
     try:
@@ -489,7 +513,9 @@ def first_line(path) -> bytes: # b"" where there is none
     return b""
 
 def file_format(path) -> str: # "json", "table" or "parquet"
-    "The format of a file: by its name, by its first line where the name leaves it open. Raises `DataError` where the two disagree."
+    """The format of a file: by its name, by its first line where the name leaves it open.
+
+    Raises `DataError` where the two disagree."""
     name = Path(path).name.lower().removesuffix(".gz")
     if name.endswith(".parquet"): return "parquet"
     first = first_line(path)
@@ -500,12 +526,15 @@ def file_format(path) -> str: # "json", "table" or "parquet"
     cells = [c.strip(' "').lower() for c in split_line(text, table_dialect(text, name)[0])]
     if len(_known.intersection(cells)) < 2: return "json"
     if not name.endswith(("json", "jsonl")): return "table"
-    raise DataError(f"{path}: has the name of a JSON file and the first line of a table ({text.strip():.80}); rename it to .csv or .tsv")
+    raise DataError(f"{path}: has the name of a JSON file and the first line of a table ({text.strip():.80}); rename "
+                    f"it to .csv or .tsv")
 
 def records(path, # JSON Lines, CSV, TSV or Parquet, plain or gzip
             whole:bool=False # read also JSON that does not keep to one object a line?
            ): # yields (line number, record or ValueError)
-    "The records of a data file. No value is converted: what stands between two commas is text. Raises `DataError` on a file that cannot be read."
+    """The records of a data file.
+
+    No value is converted: what stands between two commas is text. Raises `DataError` on a file that cannot be read."""
     yield from faults_named(path, _records(path, whole))
 
 def _records(path, whole):
@@ -625,7 +654,8 @@ def check_gold(row:dict, label:int, contract:str|None=None):
         if contract is None and relation_name(value): said = int(relation_name(value) == "entailment")
         else: said = read_label(value, contract, row.get("dataset"))[0]
         if said != label:
-            raise ValueError(f"{key} is {value!r} where label is {label}: nli_data download takes the gold column and says so")
+            raise ValueError(f"{key} is {value!r} where label is {label}: nli_data download takes the gold column "
+                             f"and says so")
 
 def check_writable(row:dict):
     "Raises `ValueError` where a value could not be written again: half a surrogate pair (from an escape, or a spoilt byte in CSV), or too deep nesting."
@@ -736,11 +766,15 @@ def find_column(found, # names of a file's columns
                 wanted, # names to look for, the best first
                 path="the file" # for the message
                ) -> str|None: # the column's own name
-    "The column that has one of the names, else one that differs in case and blanks only. Raises `DataError` where two such do."
+    """The column that has one of the names, else one that differs in case and blanks only.
+
+    Raises `DataError` where two such do."""
     for name in wanted:
         if name in found: return name
         alike = [c for c in found if isinstance(c, str) and c.strip().lower() == name.lower()]
-        if len(alike) > 1: raise DataError(f"{path}: the columns {' and '.join(map(repr, alike))} both read as {name}; rename one of them")
+        if len(alike) > 1:
+            raise DataError(f"{path}: the columns {' and '.join(map(repr, alike))} both read as {name}; rename one "
+                            f"of them")
         if alike: return alike[0]
 
 def file_kind(path, recs:list # the first (line, record) of the file
@@ -755,7 +789,8 @@ def file_kind(path, recs:list # the first (line, record) of the file
     # the kind that lacks least is what was probably meant; a file that has nothing of any kind holds pairs in other words
     some = [k for k in KINDS if len(lacks[k]) < len(KINDS[k])]
     kind = min(some or ["pair"], key=lambda k: (len(lacks[k]), -len(KINDS[k])))
-    raise DataError(f"{path}: missing column {', '.join(lacks[kind])} (for {kind} rows); found: {', '.join(map(str, found)) or 'none'}"
+    raise DataError(f"{path}: missing column {', '.join(lacks[kind])} (for {kind} rows); found: "
+                    f"{', '.join(map(str, found)) or 'none'}"
                     + columns_hint(found, kind))
 
 def columns_hint(found:list, kind:str) -> str: # the end of a sentence
@@ -765,7 +800,8 @@ def columns_hint(found:list, kind:str) -> str: # the end of a sentence
     if None in (cols["premise"], cols["hypothesis"]): cols = dict(premise="…", hypothesis="…", label="…")
     elif cols["label"] is None: return ". Without labels nli_predict --csv can read it"
     said = ",".join(f"{want}={name}" for want, name in cols.items())
-    return f". nli_data download --from_file FILE --columns {shlex.quote(said)} --contract NAME makes pair rows of it; for the sets it knows, --dataset NAME is enough"
+    return (f". nli_data download --from_file FILE --columns {shlex.quote(said)} --contract NAME makes pair rows of it; "
+            "for the sets it knows, --dataset NAME is enough")
 
 # %% ../nbs/01_data.ipynb #9f82c171
 _renamed = ("id", "contract", "relation", "premise", "hypothesis", "label", "true_label", "predicted_label",
@@ -773,7 +809,9 @@ _renamed = ("id", "contract", "relation", "premise", "hypothesis", "label", "tru
 
 def other_spellings(recs:list, # the first (line, record) of a file
                     path) -> dict: # name in the file -> name here
-    "The columns whose names differ from ours in case and blanks only, such as Excel's `Premise`. Raises `DataError` where that is ambiguous."
+    """The columns whose names differ from ours in case and blanks only, such as Excel's `Premise`.
+
+    Raises `DataError` where that is ambiguous."""
     found = list(dict.fromkeys(k for _, r in recs if isinstance(r, dict) for k in r))
     columns = {name: find_column(found, [name], path) for name in _renamed}
     return {column: name for name, column in columns.items() if column and column != name}
@@ -781,11 +819,15 @@ def other_spellings(recs:list, # the first (line, record) of a file
 def one_spelling(label, # as the file has it
                  line:int, seen:dict # how labels are written -> the first line that has it so
                 ):
-    "Raises `ValueError` where numbers and relations stand in one column: those numbers are hardly 0 and 1 of this package."
+    """Raises `ValueError` where numbers and relations stand in one column.
+
+    Those numbers are hardly 0 and 1 of this package."""
     written = "a number" if relation_name(label) is None else "a relation"
     seen.setdefault(written, line)
     other = [n for how, n in seen.items() if how != written]
-    if other: raise ValueError(f"label {label!r} is {written}, unlike that of line {other[0]}: nothing says what the numbers mean; nli_data download --names does")
+    if other:
+        raise ValueError(f"label {label!r} is {written}, unlike that of line {other[0]}: nothing says what the "
+                         f"numbers mean; nli_data download --names does")
 
 def rename(rec, names:dict): # the record under our names
     return rec if isinstance(rec, ValueError) else {names.get(k, k): v for k, v in rec.items()}
@@ -1534,7 +1576,9 @@ def read_names(names, # class names in the order of their numbers, or None
     if names is None: return None
     known = {n: (words or {}).get(str(n).strip().lower()) or relation_name(n) for n in names}
     odd = [n for n, relation in known.items() if relation is None]
-    if odd: raise DataError(f"class name {odd[0]!r} is no relation ({', '.join(RELATIONS)}, non-entailment); say which with --map {odd[0]}=…")
+    if odd:
+        raise DataError(f"class name {odd[0]!r} is no relation ({', '.join(RELATIONS)}, non-entailment); say which "
+                        f"with --map {odd[0]}=…")
     return tuple(known[n] for n in names)
 
 def read_words(words:dict|None # spelling -> relation, as a user writes them
@@ -1542,7 +1586,9 @@ def read_words(words:dict|None # spelling -> relation, as a user writes them
     "What a file's own label words mean. Raises `DataError`."
     read = {str(k).strip().lower(): "-" if v == "-" else relation_name(v) for k, v in (words or {}).items()}
     odd = [v for k, v in (words or {}).items() if read[str(k).strip().lower()] is None]
-    if odd: raise DataError(f"{odd[0]!r} is no relation; map a label to one of {', '.join(RELATIONS)}, non-entailment, or to - for no gold label")
+    if odd:
+        raise DataError(f"{odd[0]!r} is no relation; map a label to one of {', '.join(RELATIONS)}, non-entailment, "
+                        f"or to - for no gold label")
     return read
 
 def source_of(dataset:str, # a name in `SOURCES`, a hub id, or what a local file shall be called
@@ -1553,11 +1599,13 @@ def source_of(dataset:str, # a name in `SOURCES`, a hub id, or what a local file
               local:bool=False # is it a file of no public set?
              ) -> dict:
     "The layout of a set. Raises `DataError` where an unknown set comes without a contract."
-    src = _three | dict(hub=dataset, names=None) if local else SOURCES.get(dataset, _three | dict(hub=dataset, names=None))
+    unknown = _three | dict(hub=dataset, names=None)
+    src = unknown if local else SOURCES.get(dataset, unknown)
     if dataset not in SOURCES and "/" not in dataset and not local:
         raise DataError(f"no data set {dataset!r}; there are: {', '.join(SOURCES)}, or a hub id (owner/name)")
     if (local or dataset not in SOURCES) and contract is None:
-        raise DataError(f"{dataset}: nothing says what its labels mean: name a contract with --contract ({', '.join(CONTRACTS)})")
+        raise DataError(f"{dataset}: nothing says what its labels mean: name a contract with --contract "
+                        f"({', '.join(CONTRACTS)})")
     odd = [k for k in columns or {} if k not in ("premise", "hypothesis", "label", "id")]
     if odd: raise DataError(f"--columns maps premise, hypothesis, label and id, not {odd[0]!r}")
     given = dict(names=names, columns=columns or {}, words=read_words(words)) # what the user says has to be used
@@ -1578,11 +1626,14 @@ def source_label(value, # a label as the set has it: class number or name
     elif number is not None and number >= 0:
         if not names:
             order = ",".join(CONTRACTS[src["contract"]]["maps"].get("*", RELATIONS))
-            raise ValueError(f"label {value}: nothing says which relation this number is; give --names, class 0 first, as in --names {order}")
-        if number >= len(names): raise ValueError(f"label {value}: there are class names for 0 to {len(names)-1} only ({', '.join(names)})")
+            raise ValueError(f"label {value}: nothing says which relation this number is; give --names, class 0 "
+                             f"first, as in --names {order}")
+        if number >= len(names):
+            raise ValueError(f"label {value}: there are class names for 0 to {len(names)-1} only ({', '.join(names)})")
         value = names[number]
     elif isinstance(value, str) and value.strip() not in ("", "-") and number is None and relation_name(value) is None:
-        raise ValueError(f"label {value!r:.80} is no relation ({', '.join(RELATIONS)}, non-entailment); say which with --map {value.strip():.40}=…")
+        raise ValueError(f"label {value!r:.80} is no relation ({', '.join(RELATIONS)}, non-entailment); say which "
+                         f"with --map {value.strip():.40}=…")
     return read_label(value, src["contract"], dataset)
 
 # %% ../nbs/01_data.ipynb #84a7650a
@@ -1591,15 +1642,24 @@ def source_columns(found:list, # the names of the file's columns
                    path) -> dict: # premise, hypothesis, label, id, keep -> the file's own names
     "Which columns are read. Raises `DataError` naming those that were looked for and those that are there."
     cols = {want: find_column(found, src[want], path) for want in ("premise", "hypothesis", "label")}
-    ids = [[find_column(found, [c], path) for c in ((names,) if isinstance(names, str) else names)] for names in src["id"]]
-    cols["id"] = next((names for names in ids if None not in names), [])
+    cols["id"] = id_columns(found, src["id"], path)
     needed = {"premise", "hypothesis", *src["given"]["columns"]} # a set without labels is judged by its rows
     lost = [want for want in cols if want in needed and not cols[want]]
     if lost:
-        raise DataError(f"{path}: missing column {' or '.join(src[lost[0]])}; found: {', '.join(map(str, found)) or 'none'}"
+        raise DataError(f"{path}: missing column {' or '.join(src[lost[0]])}; found: "
+                        f"{', '.join(map(str, found)) or 'none'}"
                         "; say which are which with --columns premise=…,hypothesis=…,label=…")
     kept = {name: find_column(found, [name], path) for name in src["keep"]}
     return cols | dict(keep={k: c for k, c in kept.items() if c})
+
+def id_columns(found:list, wanted, # names, or tuples of names that make an id together
+               path) -> list: # the file's own names; [] where it has no id
+    "The columns of the first id that the file has."
+    for names in wanted:
+        names = (names,) if isinstance(names, str) else names
+        columns = [find_column(found, [name], path) for name in names]
+        if None not in columns: return columns
+    return []
 
 def source_id(rec:dict, names:list # columns whose values make the id
              ) -> int|str|None: # None where the record has no usable id
@@ -1615,8 +1675,10 @@ def source_row(rec:dict, cols:dict, # from `source_columns`
     if cols["label"] is None: raise NoGold("no column of labels")
     if cols["label"] not in rec: raise ValueError(f"missing {cols['label']}")
     value, contract = rec[cols["label"]], src["contract"]
-    if rec.get("contract") in CONTRACTS and class_number(value) is not None: # a pair row of this package: no number of a class
-        if rec["contract"] != contract: raise ValueError(f"records the label contract {rec['contract']!r} where {contract!r} holds for {dataset}")
+    ours = rec.get("contract") in CONTRACTS and class_number(value) is not None
+    if ours: # a pair row of this package, whose number is a label and no class
+        if rec["contract"] != contract:
+            raise ValueError(f"records the label contract {rec['contract']!r} where {contract!r} holds for {dataset}")
         label, relation = read_label(value)
     else: label, relation = source_label(value, src, dataset)
     row = dict(id=source_id(rec, cols["id"]), **texts, label=label)
@@ -1690,10 +1752,13 @@ def label_spelling(value) -> str:
 def check_used(path, given:dict, # names and words of the command line
                used:set # spellings of the labels that were met
               ):
-    "Raises `DataError` where the user explains labels that the file does not have: it is another file, or another column, than the user thinks."
+    """Raises `DataError` where the user explains labels that the file does not have.
+
+    It is another file, or another column, than the user thinks."""
     met = ", ".join(sorted(used)[:8]) or "none"
     if given["names"] and not any(re.fullmatch("[0-9]+", o) for o in used):
-        raise DataError(f"{path}: --names says what class numbers mean, and no label here is a number; leave it out; labels: {met}")
+        raise DataError(f"{path}: --names says what class numbers mean, and no label here is a number; leave it out; "
+                        f"labels: {met}")
     if given["words"] and not used.intersection(given["words"]):
         raise DataError(f"{path}: --map explains labels that do not occur ({', '.join(given['words'])}); labels: {met}")
 
@@ -1711,7 +1776,9 @@ def source_rows(records, # (line, record or ValueError) pairs
                 src:dict, dataset:str, split:str|None, bad:BadRows, counts:Counter, max_bad:float=0.0,
                 path=None # for messages; None: the set's name
                ): # yields pair rows
-    "Records as pair rows. Rows without gold label are counted apart: they are no fault of the file. Raises `DataError`."
+    """Records as pair rows.
+
+    Rows without gold label are counted apart: they are no fault of the file. Raises `DataError`."""
     path = path or f"{dataset} {split}"
     records = with_header(records, src)
     head = list(itertools.islice(records, 50))
@@ -1736,7 +1803,8 @@ def source_rows(records, # (line, record or ValueError) pairs
             number_row(row, [dataset, split, i], ids, line, counts)
             yield row
     left_out = counts["no gold label (left out)"]
-    if left_out and not good and not bad.total: raise DataError(f"{path}: {left_out:,} rows, none with a gold label{no_gold_hint(cols, found)}")
+    if left_out and not good and not bad.total:
+        raise DataError(f"{path}: {left_out:,} rows, none with a gold label{no_gold_hint(cols, found)}")
     refuse(path, bad, good, max_bad)
     check_used(path, src["given"], used)
 
@@ -1760,17 +1828,20 @@ def split_in_name(path) -> str|None: # "train", "dev", "test", …
     said = set(re.split(r"[^a-z]+", Path(path).name.lower())).intersection(_split_words)
     return said.pop() if len(said) == 1 else None
 
-def source_records(src:dict, dataset:str, split:str|None=None, from_file=None, config:str|None=None) -> tuple: # ((line, record) pairs, layout)
+def source_records(src:dict, dataset:str, split:str|None=None, from_file=None, config:str|None=None
+                  ) -> tuple: # ((line, record) pairs, layout)
     "The records of a set, and its layout with the class names that the data themselves declare. Raises `DataError`."
     if from_file is None:
-        if "hub" not in src: raise DataError(f"{dataset}: is read from its own files; get them and give one with --from_file")
+        if "hub" not in src:
+            raise DataError(f"{dataset}: is read from its own files; get them and give one with --from_file")
         loaded = load_records(src["hub"], split or "train", src.get("revision"), config or src.get("subset"))
         found, declared = enumerate(loaded, 1), class_names(loaded)
     else: found, declared = records(from_file, whole=True), class_names(from_file)
     if not declared: return found, src
     declared = read_names(declared, src["words"])
     if src["given"]["names"] and declared != src["names"]:
-        raise DataError(f"{from_file or dataset}: declares the classes {', '.join(declared)}, and --names says {', '.join(src['names'])}")
+        raise DataError(f"{from_file or dataset}: declares the classes {', '.join(declared)}, and --names says "
+                        f"{', '.join(src['names'])}")
     return found, src | dict(names=declared)
 
 def source_pairs(path, # a file in a set's own columns
@@ -1798,15 +1869,20 @@ def download(output, # file to write
              words:dict|None=None # the file's own label words -> relations
             ) -> dict: # counts
     "A public set as pair rows (or the published SFT rows), with the label contract in every row."
-    if published and (dataset or names or columns or words): raise DataError("--published goes without --dataset, --names, --columns and --map")
-    if not published and dataset is None and from_file is None: raise DataError("name a data set (--dataset), a file (--from_file) or --published")
+    if published and (dataset or names or columns or words):
+        raise DataError("--published goes without --dataset, --names, --columns and --map")
+    if not published and dataset is None and from_file is None:
+        raise DataError("name a data set (--dataset), a file (--from_file) or --published")
     if from_file is not None and config: raise DataError("--subset is a part of a hub set; a file has none")
     bad, counts = BadRows(), Counter()
     with atomic_writer(output, overwrite) as f: # opened first: a file that exists is refused before anything is fetched
         if published:
-            found = records(from_file, whole=True) if from_file else enumerate(load_records(PUBLISHED["hub"], split or "train"), 1)
-            rows = check_records(found, from_file or PUBLISHED["hub"], None, max_bad, contract or PUBLISHED["contract"], bad)
-        elif from_file is not None: rows = source_pairs(from_file, dataset, contract, names, columns, words, max_bad, counts, bad, split)
+            name, contract = from_file or PUBLISHED["hub"], contract or PUBLISHED["contract"]
+            if from_file is not None: found = records(from_file, whole=True)
+            else: found = enumerate(load_records(name, split or "train"), 1)
+            rows = check_records(found, name, None, max_bad, contract, bad)
+        elif from_file is not None:
+            rows = source_pairs(from_file, dataset, contract, names, columns, words, max_bad, counts, bad, split)
         else:
             split = split or "train"
             found, src = source_records(source_of(dataset, contract, names, columns, words), dataset, split, None, config)
@@ -1899,14 +1975,16 @@ def column_option(text:str # "premise=sentence1,label=gold_label"
                  ) -> dict:
     "The value of --columns. A name of a column may hold commas."
     parts = [part.partition("=") for part in re.split(r",(?=\s*(?:premise|hypothesis|label|id)=)", text)]
-    if not all(k.strip() and v.strip() for k, _, v in parts): raise argparse.ArgumentTypeError(f"{text!r} is not like premise=sentence1,hypothesis=sentence2,label=gold")
+    if not all(k.strip() and v.strip() for k, _, v in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like premise=sentence1,hypothesis=sentence2,label=gold")
     return {k.strip(): v.strip() for k, _, v in parts}
 
 def word_option(text:str # "entails=entailment,neutral=neutral"
                ) -> dict:
     "The value of --map."
     parts = [part.rpartition("=") for part in text.split(",")]
-    if not all(k.strip() and v.strip() for k, _, v in parts): raise argparse.ArgumentTypeError(f"{text!r} is not like entails=entailment,contradicts=contradiction")
+    if not all(k.strip() and v.strip() for k, _, v in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like entails=entailment,contradicts=contradiction")
     return {k.strip(): v.strip() for k, _, v in parts}
 
 def name_option(text:str # "entailment,neutral,contradiction"
@@ -1916,17 +1994,22 @@ def name_option(text:str # "entailment,neutral,contradiction"
 
 def layout_args(p):
     "Options that say how a file in its own columns is read; `nli_evaluate` has them too."
-    p.add_argument("--columns", type=column_option, metavar="premise=A,hypothesis=B,label=C", help="the file's own names of its columns; id=D too")
-    p.add_argument("--map", type=word_option, dest="words", metavar="WORD=RELATION,…", help="what the file's own label words mean, as in entails=entailment")
-    p.add_argument("--names", type=name_option, metavar="NAME,NAME,…", help="class names of integer labels, class 0 first; they replace the set's own")
+    p.add_argument("--columns", type=column_option, metavar="premise=A,hypothesis=B,label=C",
+                   help="the file's own names of its columns; id=D too")
+    p.add_argument("--map", type=word_option, dest="words", metavar="WORD=RELATION,…",
+                   help="what the file's own label words mean, as in entails=entailment")
+    p.add_argument("--names", type=name_option, metavar="NAME,NAME,…",
+                   help="class names of integer labels, class 0 first; they replace the set's own")
 
 def _download_args(p):
     p.add_argument("--dataset", help=f"{', '.join(SOURCES)}, or a hub id; not needed for a file of your own")
     p.add_argument("--published", action="store_true", help=f"the SFT rows published for this task ({PUBLISHED['hub']})")
     p.add_argument("--split", help="the set's own name of the split (train; for a file: what its name says)")
     p.add_argument("--output", required=True, help="file to write")
-    p.add_argument("--from_file", help="a local json, csv, tsv, txt or parquet file in the set's own columns, in place of the hub")
-    p.add_argument("--contract", choices=CONTRACTS, help="another label contract than the set's usual one; required for other sets")
+    p.add_argument("--from_file", metavar="FILE",
+                   help="a local json, csv, tsv, txt or parquet file in the set's own columns, in place of the hub")
+    p.add_argument("--contract", choices=CONTRACTS,
+                   help="another label contract than the set's usual one; required for other sets")
     layout_args(p)
     p.add_argument("--subset", help="configuration of a hub set")
     p.add_argument("--max_bad", type=float, default=0.0, help="share of unusable rows that is tolerated (0)")
@@ -1934,8 +2017,8 @@ def _download_args(p):
     p.set_defaults(fn=_download)
 
 def _download(ns) -> int:
-    counts = download(ns.output, ns.dataset, ns.split, ns.from_file, ns.published, ns.contract, ns.names, ns.subset, ns.overwrite,
-                      ns.max_bad, ns.columns, ns.words)
+    counts = download(ns.output, ns.dataset, ns.split, ns.from_file, ns.published, ns.contract, ns.names, ns.subset,
+                      ns.overwrite, ns.max_bad, ns.columns, ns.words)
     for k,v in counts.items(): print(f"{v:>9,} {k}")
     print(f"written to {ns.output}")
     return 0

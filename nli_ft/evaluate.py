@@ -1198,10 +1198,13 @@ def evaluate_cli(argv=None) -> int:
     run, cfg, adapter, template = open_run(ns.run, **_changes(ns))
     if ns.probe and cfg.completion != "cot": raise DataError(f"--probe changes the thought before the label; with completion={cfg.completion} there is none")
     layout = {k: v for k in ("dataset", "columns", "words", "names") if (v := getattr(ns, k)) is not None}
-    if ns.data is None and (layout or ns.contract): raise ConfigError("--contract, --dataset, --columns, --map and --names say how --data is read: name the file with it")
+    if ns.data is None and (layout or ns.contract):
+        raise ConfigError("--contract, --dataset, --columns, --map and --names say how --data is read: name the file "
+                          "with it")
     own = ns.data is None or Path(ns.data).resolve() == cfg.path("eval_data").resolve()
     data = cfg.path("eval_data") if own else Path(ns.data)
-    rows, out = evaluation_rows(data, cfg, template, ns.contract, layout), evaluation_dir(run, data, own, ns.mode, ns.untuned, ns.max_new_tokens, ns.engine)
+    rows = evaluation_rows(data, cfg, template, ns.contract, layout)
+    out = evaluation_dir(run, data, own, ns.mode, ns.untuned, ns.max_new_tokens, ns.engine)
     resume_predictions(out/"predictions.jsonl", rows, ns.mode, ns.engine)         # other rows or another mode: said before the model is loaded
     train = _learnt_pairs(cfg) if cfg.path("train_data").is_file() else None
     before = run/"predictions_before.jsonl"
@@ -1256,7 +1259,8 @@ def read_pairs(path, # a table or JSON Lines, as `nli_data` reads them
     if clash := [n for n in names if n in ANSWER_COLUMNS]: raise DataError(f"{path} already has a column {clash[0]!r}, which the predictions would overwrite; rename it")
     for want in ("premise", "hypothesis"):
         column = _pair_column(names, want, columns or {}, path)
-        if column != want and want in names: raise DataError(f"{path}: has a column {want!r} beside {column!r}, which --columns names; rename it")
+        if column != want and want in names:
+            raise DataError(f"{path}: has a column {want!r} beside {column!r}, which --columns names; rename it")
         for row in rows: row[want] = row.get(column, "")
     return names, rows
 
@@ -1265,7 +1269,8 @@ def _pair_column(names, want, columns, path):
     wanted = [columns[want]] if want in columns else PAIR_NAMES[want]
     column = find_column(names, wanted, path)
     if column is not None: return column
-    raise DataError(f"{path} has no column {' or '.join(map(repr, wanted))}; its first line names {', '.join(names) or 'nothing'}; "
+    raise DataError(f"{path} has no column {' or '.join(map(repr, wanted))}; its first line names "
+                    f"{', '.join(names) or 'nothing'}; "
                     "say which is which with --columns premise=…,hypothesis=…")
 
 def _table_pairs(path):
@@ -1277,7 +1282,8 @@ def _table_pairs(path):
         elif names is None:
             names = [c.strip() for c in cells]
             twice = [c for c, n in Counter(names).items() if n > 1]
-            if twice: raise DataError(f"{path}: names the column {twice[0]!r} more than once; found: {', '.join(names)}")
+            if twice:
+                raise DataError(f"{path}: names the column {twice[0]!r} more than once; found: {', '.join(names)}")
             continue
         elif len(cells) != len(names): fault = f"{width_fault(cells, names)}; the fields: {cells!r}"
         if names is None: raise DataError(f"{path}:{line}: the header cannot be read: {fault}")
@@ -1285,12 +1291,14 @@ def _table_pairs(path):
         rows.append(row | dict(problem=f"line {line}: {fault}") if fault else row)
     return names or [], rows
 
+def _cell(value): return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
 def _record_pairs(path):
     "Column names and rows of JSON Lines or Parquet; what is no text becomes JSON."
     rows = []
     for line, record in records(path):
         if isinstance(record, ValueError): rows.append(dict(problem=f"line {line}: {record}"))
-        else: rows.append({k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in record.items() if v is not None})
+        else: rows.append({k: _cell(v) for k, v in record.items() if v is not None})
     names = list(dict.fromkeys(k for r in rows for k in r if "problem" not in r or len(r) > 1))
     return names, rows
 
@@ -1321,8 +1329,10 @@ def predict_cli(argv=None) -> int:
     _model_args(p)
     p.add_argument("--premise", metavar="TEXT")
     p.add_argument("--hypothesis", metavar="TEXT")
-    p.add_argument("--csv", metavar="FILE", help="table (comma, semicolon, tab) or JSON Lines with the columns premise and hypothesis, or sentence1 and sentence2; others are kept")
-    p.add_argument("--columns", type=column_option, metavar="premise=A,hypothesis=B", help="the file's own names of the two")
+    p.add_argument("--csv", metavar="FILE", help="table (comma, semicolon, tab) or JSON Lines with the columns premise "
+                                                 "and hypothesis, or sentence1 and sentence2; others are kept")
+    p.add_argument("--columns", type=column_option, metavar="premise=A,hypothesis=B",
+                   help="the file's own names of the two")
     p.add_argument("--output", metavar="FILE", help="table to write (CSV), with the columns " + ", ".join(ANSWER_COLUMNS) + " added")
     p.add_argument("--json", action="store_true", help="print the answer to one pair as JSON")
     ns = p.parse_args(argv)
@@ -1343,7 +1353,8 @@ def _asked_pairs(ns):
         if ns.premise or ns.hypothesis or ns.json or not ns.output: raise DataError("--csv goes with --output, and without --premise, --hypothesis and --json")
         if Path(ns.output).exists(): raise DataError(f"{ns.output} exists and is not overwritten; name another --output")
         return read_pairs(ns.csv, ns.columns)
-    if not (ns.premise and ns.hypothesis) or ns.output or ns.columns: raise DataError("give --premise and --hypothesis, or --csv and --output")
+    if not (ns.premise and ns.hypothesis) or ns.output or ns.columns:
+        raise DataError("give --premise and --hypothesis, or --csv and --output")
     return [], [dict(premise=ns.premise, hypothesis=ns.hypothesis)]
 
 def _one_answer(a):

@@ -215,7 +215,7 @@ def test_a_split_is_what_the_name_of_the_file_says_or_is_not_said(tmp_path):
 
 @pytest.mark.parametrize("first,last", [('"label": 0, "reason": null', '"label": 1, "reason": "because"'), ('"label": 0', '"label": "neutral"')])
 def test_a_column_that_changes_its_type_far_down_is_read(tmp_path, first, last):
-    pair = '{"premise": "P", "hypothesis": "H", '
+    pair = '{"premise": "' + "a long premise "*20 + '", "hypothesis": "H", ' # other readers guess a column's type block by block
     (tmp_path/"a.jsonl").write_text((pair + first + "}\n")*60_000 + pair + last + "}\n")
     counts = download(tmp_path/"o.jsonl", "anli", from_file=tmp_path/"a.jsonl")
     assert (counts["label 1"], counts["label 0"]) == (60_000, 1)
@@ -248,7 +248,7 @@ def test_no_reader_of_another_package_sees_a_local_file(tmp_path, monkeypatch):
 
 
 BROKEN = dict(empty=(b"", "holds no rows"), blank=(b"\n \n", "holds no rows"), header=(b"premise,hypothesis,label\n", "holds no rows"),
-              binary=(bytes(range(256)), ""), zip=(b"PK\x03\x04\0\0", "save the sheet as CSV"), cut_gz=(gzip.compress(b"premise,hypothesis\n" * 500)[:40], "gzip"),
+              binary=(bytes(range(256)), "no text"), zip=(b"PK\x03\x04\0\0", "save the sheet as CSV"), cut_gz=(gzip.compress(b"premise,hypothesis\n" * 500)[:40], "gzip"),
               utf16=("premise,hypothesis\na,b\n".encode("utf-16"), "iconv -f UTF-16"), bare_utf16=("premise,hypothesis\na,b\n".encode("utf-16-le"), "iconv -f UTF-16LE"),
               html=(b"<!DOCTYPE html><p>Sign in", "a web page"), lfs=(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
               cp1252=(b"premise,hypothesis,label\ncaf\xe9,H,1\n", "iconv -f CP1252"), cp1252_header=(b"pr\xe9mise,hypothesis,label\nP,H,1\n", "CP1252"),
