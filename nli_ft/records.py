@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['redact', 'new_run_dir', 'environment', 'overrides_text', 'run_command', 'start_run', 'append_metrics', 'read_metrics',
-           'finish_run', 'Interrupted', 'TrainingStopped', 'close_failed', 'watch_cells', 'Run', 'read_run',
+           'note', 'finish_run', 'Interrupted', 'TrainingStopped', 'close_failed', 'watch_cells', 'Run', 'read_run',
            'list_runs', 'check_parameters', 'RunFailed', 'run_notebook', 'engine_args', 'run_as_job', 'run_cli',
-           'show_runs', 'runs_cli', 'load_compared', 'differing', 'paired', 'compare_runs', 'over_seeds',
-           'compare_configs', 'run_table', 'config_table', 'remarks', 'markdown', 'plot_differences', 'plot_losses',
-           'newest', 'comparable', 'full_comparison', 'compare_cli', 'model_card']
+           'show_runs', 'runs_cli', 'load_compared', 'differing', 'explains', 'paired', 'compare_runs',
+           'distinct_entries', 'over_seeds', 'compare_configs', 'run_table', 'config_table', 'remarks', 'markdown',
+           'plot_differences', 'plot_losses', 'newest', 'distinct', 'comparable', 'record_notes', 'full_comparison',
+           'compare_cli', 'model_card']
 
 # %% ../nbs/07_records.ipynb #35418c37
 import argparse,ast,csv,hashlib,html,importlib.metadata,io,json,math,netrc,os,platform,re,secrets,shlex,signal,subprocess,sys,threading
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from .config_loader import (Config,ConfigError,ModelKeys,NliError,RecordError,SaysItAll,add_config_args,command,config_from_args,config_from_json,config_hash,
                                   load_config,one_factor,print_config,project_root)
-from .data import PROMPTS,atomic_writer,data_hash,read_rows,records as file_records,template_of
+from .data import PROMPTS,atomic_writer,data_hash,leakage_text,read_rows,records as file_records,template_of
 
 # %% ../nbs/07_records.ipynb #ee07e41f
 _secret_name = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I)
@@ -130,6 +131,16 @@ def _git():
     except (OSError,subprocess.CalledProcessError): return None
     return dict(commit=commit, dirty=bool(changed), changed=[o[3:] for o in changed[:20]])
 
+# %% ../nbs/07_records.ipynb #4ba76ba5
+_CODE = ("config_loader", "data", "prompt", "model", "evaluate", "train_sft")   # the modules that a run's numbers come from
+
+def _code_hash():
+    "SHA-256 over the modules that numbers come from, which also tells uncommitted changes apart."
+    import nli_ft
+    folder, made = Path(nli_ft.__file__).parent, hashlib.sha256()
+    for name in _CODE: made.update((folder/f"{name}.py").read_bytes())
+    return made.hexdigest()
+
 # %% ../nbs/07_records.ipynb #042ee636
 def _device(look:bool):
     "Processor, memory and, where torch is there already or `look` asks for it, accelerators."
@@ -171,7 +182,7 @@ def environment(cfg, # `Config`
 
     Environment variables appear by name only, as set or not. Neither host name nor any absolute path is included."""
     return dict(python=platform.python_version(), platform=" ".join((platform.system(),*platform.libc_ver())), packages=_versions(),
-                device=_device(look), git=_git(), env={k:bool(os.environ.get(k)) for k in _ENV_NAMES},
+                device=_device(look), git=_git(), code_sha256=_code_hash(), env={k:bool(os.environ.get(k)) for k in _ENV_NAMES},
                 config_hash=config_hash(cfg), data={k:_data(cfg,f"{k}_data") for k in ("train","eval")}, prompt=_prompt(cfg))
 
 # %% ../nbs/07_records.ipynb #7bdc8b65
@@ -251,11 +262,25 @@ def _read_json(path):
     if not isinstance(obj, dict): raise RecordError(f"{path} holds {type(obj).__name__}, not an object")
     return obj
 
+def _seals(run, summary):
+    "Hashes of the predictions whose scores are being recorded."
+    from nli_ft.evaluate import SCORED,predictions_seal
+    return {name: predictions_seal(run/name) for name, key in SCORED.items() if key in summary and (run/name).is_file()}
+
+def note(run_dir, # a run's folder
+         **facts # merged into summary.json, e.g. `leakage=…`
+        ):
+    "Add what is known by now to the summary of a record that is still open."
+    path = Path(run_dir)/"summary.json"
+    _write_json(path, _read_json(path) | facts)
+
 def finish_run(run_dir, # a run's folder
                status:str="done", # done, failed or interrupted
                **summary # merged into summary.json, e.g. `before=score(...)`, `after=score(...)`
               ) -> dict: # the whole summary
-    "Close a record: merge `summary` into `summary.json`, with the end and the wall time in seconds. May be called again."
+    """Close a record: merge `summary` into `summary.json`, with the end and the wall time in seconds. May be called again.
+
+    With the scores of predictions (`before`, `after`) their SHA-256 is recorded, so that a later change is noticed."""
     if status not in _STATUSES: raise ValueError(f"status {status!r} is none of {', '.join(_STATUSES)}")
     path = Path(run_dir)/"summary.json"
     old = _read_json(path)
@@ -263,6 +288,7 @@ def finish_run(run_dir, # a run's folder
     wall = (datetime.fromisoformat(ended)-datetime.fromisoformat(old["started"])).total_seconds()
     if status=="done": old.pop("error", None)  # of a cell that was put right and run again
     new = old | dict(status=status, ended=ended, wall_s=wall) | summary
+    if seals := _seals(Path(run_dir), summary): new["predictions"] = old.get("predictions", {}) | seals
     _write_json(path, new)
     return new
 
@@ -322,6 +348,11 @@ class Run:
         "Checked rows of a predictions file. Raises `RecordError` where it is missing or damaged."
         from nli_ft.evaluate import read_predictions
         return read_predictions(self.path/which)
+    def checks(self):
+        "`{file: how far it was checked}` of the predictions that are there. Raises `RecordError` for what was changed after it was written."
+        from nli_ft.evaluate import SCORED,check_record
+        there = [name for name in SCORED if (self.path/name).is_file()]
+        return {name: check_record(self.path/name, self.predictions(name)) for name in there}
 
 # %% ../nbs/07_records.ipynb #912999c7
 def read_run(run_dir # a run's folder
@@ -333,9 +364,22 @@ def read_run(run_dir # a run's folder
     for name,obj,keys in (("config",config,("name","config","changed_from_default")), ("environment",env,("data","prompt")),
                           ("summary",summary,("status","started"))):
         if lost := [k for k in keys if k not in obj]: raise RecordError(f"{path/name}.json lacks {', '.join(lost)}")
+    seeds = config["config"].get("seed") if isinstance(config["config"], dict) else None, summary.get("seed")
+    if None not in seeds and seeds[0] != seeds[1]:
+        raise RecordError(f"{path}: config.json says seed {seeds[0]} and summary.json says seed {seeds[1]}. One of them was changed after it was written: "
+                          "restore the record from git or a backup, or make the run again")
     return Run(path, config, env, summary, read_metrics(path))
 
 # %% ../nbs/07_records.ipynb #fdb74163
+def _miscounted(scores):
+    "What is wrong within recorded scores, as far as their own counts tell: a list of runs reads no predictions."
+    n,right,accuracy,cells = (scores.get(k) for k in ("n","right","accuracy","confusion"))
+    if not (isinstance(n, int) and n>0 and isinstance(right, int) and isinstance(accuracy, (int,float))): return None
+    if abs(accuracy-right/n)>1e-9: return f"says accuracy {accuracy} and {right} right of {n}"
+    if cells and right!=cells[0][0]+cells[1][1]: return f"says {right} right and another number in its confusion"
+    if cells and n!=sum(map(sum, cells)): return f"says n={n} and another number in its confusion"
+    return None
+
 def _listed(path):
     "One row of `list_runs`."
     row = dict(config=path.parent.name, run_id=path.name, seed=None, status="unreadable", before=None, accuracy=None, valid_rate=None,
@@ -346,10 +390,12 @@ def _listed(path):
             if not isinstance(s[k] if k in ("status","started") else s.get(k), kinds) or s.get(k) in (math.inf,-math.inf) or s.get(k)!=s.get(k): raise TypeError(f"{k} is {s.get(k)!r}")
         status = "died" if _died(s) else s["status"]
         after,before = s.get("after") or {}, s.get("before") or {}
+        for name,scores in (("after",after),("before",before),("before_forced",s.get("before_forced") or {})):
+            if wrong := _miscounted(scores): raise RecordError(f"{path/'summary.json'}: {name} {wrong}; it was changed after it was written")
         row |= dict(seed=s.get("seed"), status=status, before=before.get("accuracy"), accuracy=after.get("accuracy"),
                     valid_rate=after.get("valid_rate"), n=after.get("n"), started=s["started"], wall_s=s.get("wall_s"), why=s.get("error"))
     except RecordError as e: row["why"] = str(e)
-    except (KeyError,AttributeError,TypeError) as e: row["why"] = f"{path/'summary.json'} is no summary ({e})"
+    except (KeyError,AttributeError,TypeError,IndexError) as e: row["why"] = f"{path/'summary.json'} is no summary ({e})"
     return row
 
 def list_runs(runs_dir=None # folder of all records; None: the default config's
@@ -636,7 +682,7 @@ def runs_cli(argv=None) -> int:
         return 0
     if ns.run:
         r = read_run(ns.run)
-        shown = dict(name=r.name, status=r.status, summary=r.summary, differs=r.config["changed_from_default"], files=sorted(os.listdir(r.path)))
+        shown = dict(name=r.name, status=r.status, checked=r.checks(), summary=r.summary, differs=r.config["changed_from_default"], files=sorted(os.listdir(r.path)))
         print(json.dumps(shown, indent=1, ensure_ascii=False))
         return 0
     rows = list_runs(ns.runs_dir)
@@ -663,29 +709,168 @@ def _same_task(one, other):
         if odd := [i for i in a if a[i].get(key)!=b[i].get(key)]:
             raise RecordError(f"{name_a} and {name_b} were evaluated on different {what} (for example id {odd[0]!r}; {len(odd)} of {len(a)} differ)")
 
+# %% ../nbs/07_records.ipynb #72fe77b4
+def _is_before(entry): return entry[2].endswith(":before")
+
+def _run_id(entry):
+    "What a run was called when it began, wherever its folder lies now."
+    return entry[0].summary.get("run_id") or str(entry[0].path.resolve())
+
+def _copied(one, other):
+    "Are two entries one run, in two folders?"
+    return _run_id(one) == _run_id(other) and _is_before(one) == _is_before(other)
+
 # %% ../nbs/07_records.ipynb #47116da4
 def load_compared(refs, # run folders; `<folder>:before` is the untrained model of that run
                  ) -> list[tuple]: # (Run, prediction rows, name); the rows of all in the order of the first
     "Read runs that are to be compared. Raises `RecordError` where they cannot be."
     got = [_entry(r) for r in refs]
     if twice := [n for n,k in Counter(name for *_,name in got).items() if k>1]: raise RecordError(f"{twice[0]} is given twice")
+    for i,e in enumerate(got):
+        if copied := next((o for o in got[:i] if _copied(o, e)), None): raise RecordError(f"{e[2]} is a copy of {copied[2]} (both are the run {_run_id(e)}); give one of them")
     for other in got[1:]: _same_task(got[0], other)
     order = {p["id"]:i for i,p in enumerate(got[0][1])} if got else {}
     return [(run, sorted(preds, key=lambda p: order[p["id"]]), name) for run,preds,name in got]
 
 # %% ../nbs/07_records.ipynb #ef7b410d
-_untrained = {f.name for f in fields(ModelKeys)} | {"prompt_template","completion","max_new_tokens","decoding mode"}   # what an untrained model can show
+_untrained = {f.name for f in fields(ModelKeys)} | {"prompt_template","completion","max_new_tokens"}   # what an untrained model can show
+_SCHEDULE = ("max_steps","num_epochs","batch_size","grad_accumulation_steps","distributed_training","num_processes")   # these are meant to change the number of steps
+_WORDING = ("completion","prompt_template","data_strategy","train_data","model_id","max_seq_length","too_long")        # these change the number of tokens of the same rows
+
+def _number(x): return x if isinstance(x, (int,float)) and not isinstance(x, bool) else None
+
+def _amounts(run):
+    "Optimizer steps done, rows and tokens that went through them; None where neither summary.json nor metrics.jsonl says so."
+    steps,rows,tokens = (_number(run.summary.get(k)) for k in ("steps","rows_trained","tokens_trained"))
+    logged = [r for r in run.metrics if isinstance(r, dict)]
+    if steps is None: steps = max((r["step"] for r in logged if _number(r.get("step")) is not None), default=None)
+    if tokens is None: tokens = sum(r["tokens"] for r in logged if _number(r.get("tokens")) is not None) or None
+    return dict(steps=steps, rows=rows, tokens=tokens)
+
+def _amount_entry(a, b, keys):
+    """`(key or None, text)` of what was trained more or less, or None: "steps 40 → 400 (rows 640 → 6,400)", and the setting that means it.
+
+    With other seeds other rows may be drawn, so that a few tokens more or less say nothing: 5 % there."""
+    one,two = _amounts(a),_amounts(b)
+    def apart(k):
+        x,y = one[k],two[k]
+        if None in (x, y): return False
+        return abs(x-y) > (.05*max(x, y) if k == "tokens" and a.seed != b.seed else 0)
+    changed = [f"{k} {one[k]:,} → {two[k]:,}" for k in one if apart(k)]
+    if not changed: return None
+    text = changed[0] + (f" ({', '.join(changed[1:])})" if changed[1:] else "")
+    meant = _SCHEDULE + (_WORDING if changed[0].startswith("tokens") else ())
+    return next((k for k in keys if k in meant), None), text
+
+def _device_kind(run):
+    "Name of the GPU, or the CPU's architecture; None where it is not recorded."
+    if isinstance(said := run.summary.get("device"), str): return said
+    device = run.environment.get("device")
+    if not isinstance(device, dict) or ("gpus" not in device and run.cfg.device != "cpu"): return None
+    names = sorted({g["name"] for g in device["gpus"]}) if run.cfg.device != "cpu" else []
+    return ", ".join(names) or f"{device.get('machine', '')} CPU".strip()
+
+def _processes(run):
+    said = _number(run.summary.get("processes"))
+    if said is not None: return said
+    return run.cfg.num_processes if run.cfg.distributed_training else 1
+
+def _contract(run, use):
+    "Label contracts of a data file, or None where the file was not there."
+    found = run.environment["data"].get(use, {}).get("contracts")
+    return None if found is None else ", ".join(sorted(found)) or "not recorded"
+
+def _shares(preds, key, default):
+    "What the rows say under `key`: one word, or each with its number of rows."
+    found = Counter(str(p.get(key) or default) for p in preds)
+    return next(iter(found)) if len(found) == 1 else " + ".join(f"{k} {n}" for k, n in sorted(found.items()))
+
+# %% ../nbs/07_records.ipynb #c7c6dfb3
+_NUMERIC = "torch transformers trl peft bitsandbytes accelerate tokenizers safetensors numpy vllm".split()   # packages whose version can change a number
+_ASIDE = ("runs/", "models/", "data/")   # changes below these folders are no changes of the code
+
+def _package_entry(a, b, engines):
+    "Packages of other versions, as one entry; None where there are none; "" where a record has no versions."
+    one,two = (r.environment.get("packages") for r in (a, b))
+    if not (isinstance(one, dict) and isinstance(two, dict)): return ""
+    names = [n for n in _NUMERIC if n != "vllm" or "vllm" in engines]
+    changed = [f"{n} {one.get(n) or 'none'} → {two.get(n) or 'none'}" for n in names if one.get(n) != two.get(n)]
+    return f"packages ({', '.join(changed)})" if changed else None
+
+def _code(run):
+    "`(commit, is it the whole truth?)`: a checkout with uncommitted changes is not its commit."
+    git = run.environment.get("git")
+    if not isinstance(git, dict) or not git.get("commit"): return None, False
+    changed = [p.strip('"') for p in git.get("changed") or []]
+    aside = all(p.startswith(_ASIDE) or p.endswith(".md") for p in changed) and len(changed) < 20   # no more than 20 are recorded
+    return git["commit"], not git.get("dirty") or aside
+
+def _code_entry(a, b):
+    "What differs in the code, None where nothing does, "" where that is not recorded."
+    (one,clean),(two,clean2) = _code(a),_code(b)
+    hashes = [r.environment.get("code_sha256") for r in (a, b)]
+    commits = f"commit {(one or 'none')[:7]} → {(two or 'none')[:7]}"
+    if None not in hashes:
+        if hashes[0] == hashes[1]: return f"{commits} (same code)" if one != two else None
+        return f"code ({commits})" if one != two else "code (uncommitted changes)"
+    if one and two and one != two: return commits
+    return None if one and one == two and clean and clean2 else ""
+
+# %% ../nbs/07_records.ipynb #5bac984a
+def _files(a, b):
+    "Data files of other content."
+    found = []
+    for use in ("train", "eval"):
+        one,two = (r.environment["data"].get(use, {}) for r in (a, b))
+        sha,path = [d.get("sha256") for d in (one, two)],[d.get("path") for d in (one, two)]
+        if use == "eval":
+            if sha[0] != sha[1]: found.append("eval_data (other content, same items)")
+        elif sha[0] != sha[1] or (sha == [None,None] and path[0] != path[1]):
+            found.append("train_data" if path[0] != path[1] else "train_data (same path, other content)")
+        contracts = [_contract(r, use) for r in (a, b)]
+        if None not in contracts and contracts[0] != contracts[1]: found.append(f"label contract of {use}_data {contracts[0]} → {contracts[1]}")
+    return found
+
+def _circumstances(one, other):
+    "`(what the runs ran in and differs, what of it is not recorded)`."
+    (a,pa,_),(b,pb,_) = one,other
+    engines = [_shares(p, "engine", "transformers") for p in (pa, pb)]
+    said = [("device", _device_kind(a), _device_kind(b)), ("compute dtype", a.summary.get("compute_dtype"), b.summary.get("compute_dtype")),
+            ("decoding mode", _shares(pa, "mode", "cot"), _shares(pb, "mode", "cot")), ("engine", *engines)]
+    found = [f"{k} {x} → {y}" for k, x, y in said if None not in (x, y) and x != y]
+    # a run that ended before it trained has no device and no precision to speak of
+    unknown = [k for k, x, y in said if None in (x, y) and {"steps","adapter"} & {*a.summary, *b.summary}]
+    bases = [r.summary.get("base") for r in (a, b)]
+    if None not in bases and bases[0] != bases[1]: found.append("base weights")
+    elif bases[0] != bases[1]: unknown.append("base weights")
+    for name,entry in (("package versions", _package_entry(a, b, " ".join(engines))), ("code", _code_entry(a, b))):
+        if entry: found.append(entry)
+        if entry == "": unknown.append(name)
+    return found, unknown
 
 def differing(one, other # entries of `load_compared`
-             ) -> list[str]: # names of settings, and of what no setting shows
-    "What differs between two runs and could explain a difference of their scores."
-    (a,pa,na),(b,pb,nb) = one,other
-    keys = [k for k in one_factor([a.cfg,b.cfg], ignore=("seed","eval_data")) if k!="train_data"]
-    sha,path = ([r.environment["data"]["train"].get(k) for r in (a,b)] for k in ("sha256","path"))
-    if sha[0]!=sha[1] or (sha==[None,None] and path[0]!=path[1]): keys.append("train_data" if path[0]!=path[1] else "train_data (same path, other content)")
-    if pa[0].get("mode")!=pb[0].get("mode"): keys.append("decoding mode")
-    if na.endswith(":before")!=nb.endswith(":before"): return ["training"]+[k for k in keys if k in _untrained]
-    return keys
+             ) -> list[str]: # settings by name, and what no setting shows as "steps 40 → 400"; last, as one entry, what is not recorded
+    """What differs between two runs and could explain a difference of their scores, from what happened and not only from what was asked for.
+
+    Rows and tokens count where both records have them: with the same steps, settings and files they are the same anyway."""
+    (a,_,na),(b,_,nb) = one,other
+    keys = one_factor([a.cfg,b.cfg], ignore=("seed","train_data","eval_data"))
+    found,unknown = _circumstances(one, other)
+    trained = [n for n in (na, nb) if not n.endswith(":before")]
+    if len(trained) < 2: keys = ["training"]*len(trained) + [k for k in keys if k in _untrained]
+    else:
+        keys += _files(a, b)
+        if _amounts(a)["steps"] is None or _amounts(b)["steps"] is None: unknown.insert(0, "steps")
+        key,text = _amount_entry(a, b, keys) or (None, None)
+        if key: keys[keys.index(key)] = f"{key} ({text})"
+        elif text: keys.append(text)
+        if (p := _processes(a)) != (q := _processes(b)): keys.append(f"processes {p or 'not recorded'} → {q or 'not recorded'}")
+    return keys + found + ([f"not recorded: {', '.join(unknown)}"] if unknown else [])
+
+def explains(differs # from `differing`
+            ) -> list[str]: # those entries that can be the cause of another score
+    "Left out are what is not recorded, a commit that changed nothing of the code, and an evaluation file of which the same items were asked."
+    return [d for d in differs if not d.startswith(("not recorded: ", "eval_data (")) and not d.endswith("(same code)")]
 
 # %% ../nbs/07_records.ipynb #e42a1fc7
 def paired(base:list, others:list[list], # prediction rows of the baseline; of each run compared with it, same items in the same order
@@ -738,13 +923,64 @@ def compare_runs(run_dirs, # run folders, at least two; `<folder>:before` is the
     return rows
 
 # %% ../nbs/07_records.ipynb #daa9c870
-def _repetitions(entries): # of `load_compared` -> lists of those that nothing but the seed tells apart
-    "Files count by their content, so that runs started from two copies of a project are repetitions of one config."
+def _configs(entries):
+    "Lists of the entries that nothing but the seed tells apart. Files count by their content, so that runs started from two copies of a project are repetitions of one config."
     groups = []
     for e in entries:
-        same = (g for g in groups if g[0][0].config["name"]==e[0].config["name"] and g[0][2].endswith(":before")==e[2].endswith(":before") and not differing(g[0], e))
+        same = (g for g in groups if g[0][0].config["name"] == e[0].config["name"] and _is_before(g[0]) == _is_before(e) and not explains(differing(g[0], e)))
         if (g := next(same, None)) is None: groups.append([e])
         else: g.append(e)
+    return groups
+
+def _answers(entry):
+    "Hash of what a model answered, whatever the time it took."
+    kept = [[p.get(k) for k in ("id","completion","predicted_label","p_entail","outcome")] for p in entry[1]]
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+def _rerun(entries):
+    "`{id(entry): why}` of runs that were made again with the same config and seed: the last one counts."
+    why = {}
+    for group in _configs(entries):
+        last = {e[0].seed: e for e in group}
+        why |= {id(e): f"{e[2]} was run again as {last[e[0].seed][2]}, with the same config and seed" for e in group if e is not last[e[0].seed]}
+    return why
+
+def _twins(entries):
+    "`{id(entry): why}` of runs whose adapter or whose answers are those of an earlier run: another seed in config.json makes no repetition."
+    why,adapters = {},{}
+    for e in entries:
+        sha = None if _is_before(e) else e[0].summary.get("adapter_sha256")
+        if sha and (first := adapters.setdefault(sha, e)) is not e: why[id(e)] = f"{e[2]} has the adapter of {first[2]} (the same SHA-256)"
+    for group in _configs([e for e in entries if id(e) not in why]):
+        first = {}
+        for e in group:
+            o = first.setdefault(_answers(e), e)
+            if o is not e: why[id(e)] = f"{e[2]} gives exactly the answers of {o[2]}, though its seed is another: no repetition"
+    return why
+
+def distinct_entries(entries # of `load_compared`
+                    ) -> tuple: # (entries that are runs of their own, {id(entry): why another is not})
+    """Runs that count once: of copies the first, of runs made again with one config and seed the last, of runs with the same adapter or answers the first.
+
+    Where nothing would be left to compare with, runs made again stay: what they show is how far one config and seed repeat."""
+    why = {}
+    for i,e in enumerate(entries):
+        twin = next((o for o in entries[:i] if id(o) not in why and _copied(o, e)), None)
+        if twin: why[id(e)] = f"{e[2]} is a copy of {twin[2]} (both are the run {_run_id(e)})"
+    left = [e for e in entries if id(e) not in why]
+    rerun = _rerun(left)
+    if len(left)-len(rerun) < 2: rerun = {}
+    left = [e for e in left if id(e) not in rerun]
+    why |= rerun | _twins(left)
+    return [e for e in entries if id(e) not in why], why
+
+def _repetitions(entries): # of `load_compared` -> lists of those that nothing but the seed tells apart, one run a seed
+    "What a config's interval over seeds is made of."
+    groups = []
+    for group in _configs(entries):
+        last = list({e[0].seed: e for e in group}.values())
+        twins = _twins(last)
+        groups.append([e for e in last if id(e) not in twins])
     return groups
 
 # %% ../nbs/07_records.ipynb #88393ac9
@@ -907,20 +1143,43 @@ def newest(config, # config name
     if not found: raise RecordError(f"no finished run of {config}; `nli_run --config {config}` makes one, `nli_runs` lists what there is")
     return found if every else found[-1:]
 
+def _entries(refs):
+    "Entries that may hold copies, the rows of all in the order of the first."
+    got = [_entry(r) for r in refs]
+    for other in got[1:]: _same_task(got[0], other)
+    order = {p["id"]: i for i, p in enumerate(got[0][1])} if got else {}
+    return [(run, sorted(preds, key=lambda p: order[p["id"]]), name) for run, preds, name in got]
+
+def distinct(refs # run folders; `<folder>:before` is the untrained model of that run
+            ) -> tuple: # (folders that are runs of their own, [(folder, why it is not)])
+    "`distinct_entries` of folders: what both `nli_compare` and compare.ipynb leave out. Raises `RecordError` where runs cannot be compared."
+    refs = list(dict.fromkeys(map(str, refs)))
+    entries = _entries(refs)
+    why = distinct_entries(entries)[1]
+    left_out = [(ref, why[id(e)]) for ref, e in zip(refs, entries) if id(e) in why]
+    return [ref for ref, e in zip(refs, entries) if id(e) not in why], left_out
+
 def comparable(run_dirs # run folders
               ) -> tuple: # (folders that share one evaluation, [(folder, why it does not)])
-    "Of many runs those that were evaluated on what the last readable one was; of runs that agree in everything, the seed too, the last."
+    "Of many runs those that were evaluated on what the last readable one was, each once (`distinct`)."
     good,bad = [],[]
     for ref in reversed(list(run_dirs)):
-        try: load_compared([*good[-1:], ref]); good.append(ref)
+        try: _entries([*good[-1:], ref])
         except NliError as e: bad.append((ref, str(e)))
-    good,bad,repeated = good[::-1], bad[::-1], {}
-    entries = load_compared(good)
-    for group in _repetitions(entries):
-        last = {e[0].seed:e for e in group}
-        repeated |= {id(e):f"{e[2]} was run again as {last[e[0].seed][2]}, with the same config and seed" for e in group if e is not last[e[0].seed]}
-    bad += [(ref, repeated[id(e)]) for ref,e in zip(good, entries) if id(e) in repeated]
-    return [ref for ref,e in zip(good, entries) if id(e) not in repeated], bad
+        else: good.append(ref)
+    kept,left_out = distinct(good[::-1])
+    return [ref for ref in good[::-1] if str(ref) in kept], bad[::-1]+left_out
+
+def record_notes(refs # run folders, as for `compare_runs`
+                ) -> list[str]: # sentences
+    "What the records say about the rows below the scores: leakage, and predictions that carry no hash."
+    said = {}
+    for path in dict.fromkeys(str(r).removesuffix(":before") for r in refs):
+        run = read_run(path)
+        for s in leakage_text(run.summary.get("leakage")): said.setdefault(s, []).append(run.name)
+        if not run.summary.get("predictions"): said.setdefault("The record has no hash of its predictions: an edit would show only in its counts and completions.", []).append(run.name)
+    n = len({str(r).removesuffix(":before") for r in refs})
+    return [f"{'every run' if len(names) == n else ', '.join(names)}: {s}" for s, names in said.items()]
 
 # %% ../nbs/07_records.ipynb #70f9ebc9
 def full_comparison(run_dirs, baseline=None # as for `compare_runs`
@@ -957,7 +1216,11 @@ def compare_cli(argv=None) -> int:
     p.add_argument("--json", action="store_true", help="print JSON")
     ns = p.parse_args(argv)
     refs = ns.runs+[r for c in ns.latest for r in newest(c, ns.runs_dir)]+[r for c in ns.all for r in newest(c, ns.runs_dir, every=True)]
-    rows,by,said = full_comparison(list(dict.fromkeys(refs)), ns.baseline)
+    refs,left_out = distinct(refs)
+    left_out = [f"left out: {why}" for _,why in left_out]
+    if left_out and len(refs)<2: raise RecordError("fewer than two runs are left to compare\n" + "\n".join(f"  {o}" for o in left_out))
+    rows,by,said = full_comparison(refs, ns.baseline)
+    said = left_out+said+record_notes(refs)
     if ns.out: _save(ns.out, rows, by, said)
     if ns.json: print(json.dumps(_plain(dict(runs=rows, configs=by, remarks=said)), indent=1, ensure_ascii=False))
     else: print("\n\n".join([*(_table(t[1], t[0]) for t in [config_table(by)] if by), _table(*reversed(run_table(rows))), "\n".join(said)]))
@@ -977,6 +1240,8 @@ def _limits(run, s):
             f"One seed ({run.seed}): another seed may give another score.", "English premise–hypothesis pairs like those named above; other text was not tested."]
     if any("synth" in o.lower() for o in sources): said.append("Synthetic rows are among the data: scores on them say nothing about natural text.")
     if s["valid_rate"]<1: said.append(f"{1-s['valid_rate']:.1%} of the answers were no valid JSON of the expected form; they count as wrong unless they could be repaired.")
+    said += leakage_text(run.summary.get("leakage"))
+    if not run.summary.get("predictions"): said.append("The record has no hash of its predictions: an edit would show only in its counts and completions.")
     if run.environment["git"] is None or run.environment["git"]["dirty"]: said.append("The code had uncommitted changes or no commit: the run cannot be repeated exactly.")
     return said
 
@@ -986,6 +1251,7 @@ def model_card(run_dir # a finished run's folder
     "Write a model card from a record. Raises `RecordError` where the run was not evaluated."
     from nli_ft.evaluate import score
     run = read_run(run_dir)
+    run.checks()
     s,cfg = score(run.predictions()), run.cfg
     majority = _majority(run.predictions())
     defined = lambda x: "undefined (one class)" if x is None else f"{x:.3f}"

@@ -63,6 +63,9 @@ NOT_RUN = {
     # DATA
     "nli_think --input pairs.csv --output thoughts.jsonl --base_url http://localhost:8000/v1 --model NAME --workers 8": ENDPOINT,
     "nli_reflect --input thoughts.jsonl --output reflections.jsonl --base_url http://localhost:8000/v1 --model NAME": ENDPOINT,
+    "nli_data download --dataset snli --from_file snli_1.0_dev.jsonl --output data/snli_dev.jsonl": "needs SNLI's own file; tests/test_cases.py reads such files",
+    "nli_data download --from_file mine.tsv --columns premise=text,hypothesis=claim,label=verdict --map entails=entailment,other=non-entailment --contract binary --output data/mine.jsonl": "needs such a file; tests/test_cases.py reads some",
+    "nli_data download --dataset OWNER/NAME --names entailment,not_entailment --contract binary --split validation --output data/theirs.jsonl": HUB,
     # EVALUATION
     "nli_evaluate --run $RUN --mode forced --probe 100": WEIGHTS,
     "nli_evaluate --run $RUN --data data/other.jsonl --mode vote:5": WEIGHTS,

@@ -364,6 +364,33 @@ def test_nli_predict_keeps_rows_columns_and_order_of_a_table_and_marks_failures(
         assert e.value.code == 2 and said in capsys.readouterr().err
 
 
+CASES = Path(__file__).parent/"cases"
+
+
+def test_nli_predict_answers_the_rows_around_a_ragged_one(run, tmp_path, capsys):
+    src, out = tmp_path/"in.csv", tmp_path/"out.csv"
+    src.write_text("Sentence1;note;sentence2\nA dog runs.;1;A dog moves.\nA dog; old;2;A cat runs.\nA dog runs.;3;None\n")
+    assert ev.predict_cli(["--run", str(run), "--csv", str(src), "--output", str(out), "--mode", "forced"]) == 0
+    rows = list(csv.DictReader(open(out, newline="")))
+    assert [r["outcome"] for r in rows] == ["forced", "bad_input", "forced"] and list(rows[0])[:3] == ["Sentence1", "note", "sentence2"]
+    assert "line 3: 4 fields where the header has 3" in rows[1]["problem"] and "A cat runs." in rows[1]["problem"]
+    assert "3 rows, 1 without an answer" in capsys.readouterr().out
+    argv = ["--run", str(run), "--csv", str(CASES/"QNLI_dev.tsv"), "--output", str(tmp_path/"q.csv"), "--mode", "forced"]
+    with pytest.raises(SystemExit) as e: ev.predict_cli(argv)
+    assert e.value.code == 2 and "say which is which with --columns" in capsys.readouterr().err
+    assert ev.predict_cli([*argv, "--columns", "premise=sentence,hypothesis=question"]) == 0
+
+
+def test_nli_evaluate_reads_written_labels_under_a_contract(run, capsys):
+    argv = ["--run", str(run), "--mode", "forced", "--data", str(CASES/"lingnli_val.jsonl")]
+    with pytest.raises(SystemExit) as e: ev.evaluate_cli(argv)
+    assert e.value.code == 2 and "name a contract" in capsys.readouterr().err
+    assert ev.evaluate_cli([*argv, "--contract", "entailment"]) == 0 and "n = 6" in capsys.readouterr().out
+    assert ev.evaluate_cli([*argv[:-1], str(CASES/"SICK.txt"), "--dataset", "sick"]) == 0
+    with pytest.raises(SystemExit) as e: ev.evaluate_cli([*argv[:-2], "--contract", "entailment"])
+    assert e.value.code == 2 and "name the file with it" in capsys.readouterr().err
+
+
 def test_records_that_cannot_be_evaluated_say_why_with_exit_code_2(run, tmp_path, capsys):
     import shutil
     def refused(change, *more):
