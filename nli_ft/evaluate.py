@@ -1189,8 +1189,13 @@ def question(row:dict, # a row with premise and hypothesis, maybe with a prompt
              ) -> dict: # the row with `prompt`
     "A row as the run's model is asked it: with its own prompt, else in the wording that the run was trained on."
     if "prompt" in row: return row
-    if template == "auto": raise DataError("the run was trained on a prompt wording that has no name (it is not one of " + ", ".join(PROMPTS) + "), so pairs cannot be asked in it; give rows that carry their `prompt`")
+    _refuse_unnamed(template)
     return dict(row, prompt=prompt_messages(row["premise"], row["hypothesis"], template))
+
+def _refuse_unnamed(template):
+    if template != "auto": return
+    raise DataError("the run was trained on a prompt wording that has no name (it is not one of " + ", ".join(PROMPTS) + "), so pairs cannot be asked in it; "
+                    "give rows that carry their `prompt` to nli_evaluate")
 
 def evaluation_rows(path, # data file: SFT rows, `text` rows, or labelled pairs
                     cfg, template:str, # Config of the run; its prompt wording
@@ -1326,6 +1331,7 @@ def predict_cli(argv=None) -> int:
     parse_mode(ns.mode)
     names, pairs = _asked_pairs(ns)
     run, cfg, adapter, template = open_run(ns.run, **_changes(ns))
+    _refuse_unnamed(template)
     from nli_ft.model import load_for_inference, load_tokenizer
     check_recorded_base(run, cfg)
     answers = answer_pairs(load_for_inference(cfg, adapter), load_tokenizer(cfg), pairs, cfg, template, ns.mode, progress=bool(ns.csv))

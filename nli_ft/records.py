@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['redact', 'new_run_dir', 'environment', 'overrides_text', 'run_command', 'start_run', 'append_metrics', 'read_metrics',
            'finish_run', 'Interrupted', 'TrainingStopped', 'close_failed', 'watch_cells', 'Run', 'read_run',
-           'list_runs', 'check_parameters', 'RunFailed', 'run_notebook', 'before_text', 'engine_args', 'run_as_job',
+           'before_text', 'list_runs', 'check_parameters', 'RunFailed', 'run_notebook', 'engine_args', 'run_as_job',
            'run_cli', 'show_runs', 'runs_cli', 'load_compared', 'differing', 'paired', 'verdict', 'compare_runs',
            'compare_configs', 'run_table', 'config_table', 'remarks', 'markdown', 'plot_differences', 'plot_losses',
            'newest', 'comparable', 'full_comparison', 'compare_cli', 'model_card']
@@ -335,6 +335,17 @@ def read_run(run_dir # a run's folder
         if lost := [k for k in keys if k not in obj]: raise RecordError(f"{path/name}.json lacks {', '.join(lost)}")
     return Run(path, config, env, summary, read_metrics(path))
 
+# %% ../nbs/07_records.ipynb #ebcf1d24
+def before_text(summary:dict # a record's summary
+               ) -> str: # such as "0.000 (no JSON; forced 0.500)"; "–" where nothing was judged
+    "The untrained model's accuracy, never without what it means: an answer that is no JSON counts as wrong, whatever the model knows."
+    before, forced = summary.get("before") or {}, summary.get("before_forced") or {}
+    if not isinstance(before.get("accuracy"), (int,float)): return "–"
+    valid, said = before.get("valid_rate"), []
+    if isinstance(valid, (int,float)): said.append(f"valid JSON {valid:.3f}" if valid else "no JSON")
+    if isinstance(forced.get("accuracy"), (int,float)): said.append(f"forced {forced['accuracy']:.3f}")
+    return f"{before['accuracy']:.3f}" + (f" ({'; '.join(said)})" if said else "")
+
 # %% ../nbs/07_records.ipynb #fdb74163
 def _listed(path):
     "One row of `list_runs`."
@@ -489,16 +500,6 @@ def _planned(ns):
 # %% ../nbs/07_records.ipynb #1d21d60a
 def _duration(s): return "" if s is None else f"{int(s)//3600}:{int(s)//60%60:02}:{int(s)%60:02}"
 def _share(x): return "–" if not isinstance(x, (int,float)) else f"{x:.3f}"
-
-def before_text(summary:dict # a record's summary
-               ) -> str: # such as "0.000 (no JSON; forced 0.500)"; "–" where nothing was judged
-    "The untrained model's accuracy, never without what it means: an answer that is no JSON counts as wrong, whatever the model knows."
-    before, forced = summary.get("before") or {}, summary.get("before_forced") or {}
-    if not isinstance(before.get("accuracy"), (int,float)): return "–"
-    valid, said = before.get("valid_rate"), []
-    if isinstance(valid, (int,float)): said.append(f"valid JSON {valid:.3f}" if valid else "no JSON")
-    if isinstance(forced.get("accuracy"), (int,float)): said.append(f"forced {forced['accuracy']:.3f}")
-    return _share(before["accuracy"]) + (f" ({'; '.join(said)})" if said else "")
 
 def _result_line(run):
     "Where a record is and what came out, in one line."
