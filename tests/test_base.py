@@ -114,7 +114,7 @@ def test_another_base_under_an_adapter_is_refused_by_every_command(project, caps
     old = json.loads((run/"summary.json").read_text())["base"]["files"][path.name]
     new = base_facts(config(folder))["files"][path.name]
     asks = [(predict_cli, *PAIR), (evaluate_cli, "--data", folder/"others.jsonl"), (evaluate_cli, "--data", folder/"others.jsonl", "--untuned"),
-            (merge_cli, "--out", folder/"merged")]
+            (evaluate_cli, "--data", folder/"others.jsonl", "--engine", "vllm"), (merge_cli, "--out", folder/"merged")]
     for command, *args in asks:
         code, said = outcome(command, "--run", run, *args, capsys=capsys)
         assert code == 2 and f"{path.name}: SHA-256 {old[:12]}… then, {new[:12]}… now" in said and "put the old files back" in said

@@ -112,7 +112,8 @@ def test_generation_after_training_gives_each_row_its_positions_and_computes_one
 
 # --- bf16: the norms and embeddings of a model that trains are in fp32, those of a loaded one are not
 
-LEAVES_MORE = [dict(), dict(gradient_checkpointing=True, lora_dropout=.1), dict(use_dora=True), dict(quantization="none")]
+LEAVES_MORE = [dict(), dict(gradient_checkpointing=True, lora_dropout=.1), dict(use_dora=True), dict(quantization="none", gradient_checkpointing=True),
+               dict(early_stopping_patience=1, eval_steps=2, save_steps=2)]
 
 
 @pytest.mark.parametrize("as_on_a_gpu", [False, True], ids=["plain weights", "4-bit products"])
@@ -126,3 +127,12 @@ def test_in_bf16_a_run_writes_what_its_saved_adapter_answers_to_the_last_digit(b
     for mode in ("cot", "forced"):
         assert_same(*(answers(m, session.prep.tok, [session.prep.eval_rows], cfg, mode) for m in (session.model, again)), 0)
     assert {name: p.dtype for name, p in session.model.named_parameters()} == kept
+
+
+def test_in_bf16_the_untrained_model_of_a_run_answers_as_the_base_alone(bases, tmp_path):
+    cfg = config(bases["mistral"], tmp_path, compute_dtype="bf16", max_new_tokens=12)
+    (tmp_path/"run").mkdir()
+    session = Session(cfg, tmp_path/"run")
+    written = session.judge("before", progress=False)
+    want = answers(load_for_inference(cfg), session.prep.tok, [session.prep.eval_rows], cfg, "cot")
+    assert_same({p["id"]: (p["completion"], p["predicted_label"], p["p_entail"]) for p in written}, want, 0)
