@@ -9,7 +9,7 @@ from nli_ft.data import seal, write_jsonl
 from nli_ft.evaluate import evaluate_cli, open_run, predict_cli, predict_rows, read_predictions
 from nli_ft.model import base_facts, load_base, load_for_inference, load_tokenizer, save_adapter, seeded_lora
 from nli_ft.records import list_runs, model_card, read_run, show_runs
-from nli_ft.train_sft import Session, merge_cli, prepare, run_training
+from nli_ft.train_sft import Session, changed_facts, merge_cli, prepare, run_training
 
 PAIR = ["--premise", "The red box holds a blue ball.", "--hypothesis", "The blue ball is in the red box."]
 
@@ -172,6 +172,15 @@ def test_a_checkpoint_of_another_base_is_not_gone_on_from(project, tmp_path, cap
     seal(checkpoint)
     Session(on, tmp_path)
     assert capsys.readouterr().out.count("does not say which weights") == 1
+
+
+def test_a_resumed_run_may_name_the_commit_that_its_branch_meant():
+    then = dict(config=dict(model_revision=None, seed=1), base=dict(commit="a"*40))
+    now = dict(config=dict(model_revision="a"*40, seed=1), base=dict(commit="a"*40))
+    assert changed_facts(then, now) == []
+    moved = changed_facts(then, dict(then, base=dict(commit="b"*40)))
+    assert moved == [f"base, commit {'a'*12}… then, {'b'*12}… now"]
+    assert len(changed_facts(dict(then, base={}), now)) == 1, "without commits, only the names can be compared"
 
 
 def test_a_model_of_the_hub_is_known_by_its_commit_and_the_old_one_stays_askable(tmp_path, monkeypatch):
