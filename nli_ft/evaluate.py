@@ -9,16 +9,17 @@ __all__ = ['CARRIED', 'SCORED', 'LORA_RANKS', 'VLLM_ROWS', 'NO_ANSWER', 'BLUE', 
            'SharedStart', 'shared_start', 'generate_batch', 'row_progress', 'generate_completions', 'parse_mode',
            'forced_ids', 'score_labels', 'prompt_hash', 'prediction_row', 'check_predictions', 'parser_mark',
            'predictions_seal', 'Recorded', 'recorded', 'counted', 'read_again', 'check_record', 'read_predictions',
-           'resume_predictions', 'partial_thought', 'majority', 'predict_rows', 'vllm_completion', 'vllm_rank',
-           'VllmEngine', 'vllm_engine', 'predict_rows_vllm', 'groups_of', 'accuracy', 'class_scores', 'score',
-           'new_figure', 'plot_confusion', 'metric_series', 'plot_loss', 'confidences', 'equal_mass_bins',
+           'resume_predictions', 'partial_thought', 'majority', 'predict_rows', 'force_predictions', 'vllm_completion',
+           'vllm_rank', 'VllmEngine', 'vllm_engine', 'predict_rows_vllm', 'groups_of', 'accuracy', 'class_scores',
+           'score', 'new_figure', 'plot_confusion', 'metric_series', 'plot_loss', 'confidences', 'equal_mass_bins',
            'reliability_bins', 'plot_reliability', 'risk_coverage', 'plot_risk_coverage', 'words', 'count_bins',
            'plot_accuracy_by_length', 'Shown', 'show_examples', 'ece', 'calibrated_ece', 'calibration', 'has_negation',
            'overlap', 'slice_names', 'slices', 'consistency', 'mcnemar', 'PairedTest', 'paired_test', 'holm', 'decide',
            'verdict', 'unseen', 'other_way', 'minimum_detectable_difference', 'SeedTest', 'seed_test', 'seed_share',
            'surface_features', 'baseline_labels', 'compare_answers', 'stated_label', 'grounded_share', 'reasoning',
-           'altered_thoughts', 'probe_thoughts', 'report', 'report_text', 'save_report', 'open_run', 'question',
-           'evaluation_rows', 'evaluation_dir', 'evaluate_cli', 'read_pairs', 'answer_pairs', 'predict_cli']
+           'altered_thoughts', 'probe_thoughts', 'report', 'report_text', 'save_report', 'open_run', 'asked_wording',
+           'check_recorded_base', 'question', 'evaluation_rows', 'evaluation_dir', 'evaluate_cli', 'read_pairs',
+           'answer_pairs', 'predict_cli']
 
 # %% ../nbs/06_evaluate.ipynb #63b7b067
 import argparse, bisect, builtins, copy, csv, functools, hashlib, html, importlib.util, json, math, os, re, sys, time
@@ -30,9 +31,10 @@ from pathlib import Path
 import numpy as np
 
 from .config_loader import ConfigError, DataError, RecordError, command, config_from_json, project_root
-from .data import (CONTRACTS, PAIR_NAMES, SOURCES, cluster_codes, column_option, encoding_hint, faults_named,
-                         file_format, find_column, layout_args, norm_text, prompt_messages, read_rows, records,
-                         render_completion, share_right, source_pairs, spread, table_rows, width_fault, wilson)
+from .data import (CONTRACTS, PAIR_NAMES, PROMPTS, SOURCES, cluster_codes, column_option, encoding_hint,
+                         faults_named, file_format, find_column, layout_args, norm_text, prompt_messages, read_rows,
+                         records, render_completion, share_right, source_pairs, spread, table_rows, template_of,
+                         width_fault, wilson)
 from .prompt import encode_prompt, encode_row, end_of_turn, json_closed, parse_completion
 
 # %% ../nbs/06_evaluate.ipynb #0a164527
@@ -545,7 +547,10 @@ def partial_thought(text:str, # a completion, perhaps cut off
 def _answer_forced(model, tok, rows, prompts, cfg, mode, start):
     nothing = dict(text="", n_tokens=0, finish="stop", p_entail=None)
     made = generate_batch(model, tok, prompts, cfg.max_new_tokens, start=start) if cfg.completion == "cot" else [nothing] * len(rows)
-    preds = [prediction_row(r, m, cfg.completion, mode) for r, m in zip(rows, made)]
+    return _forced(model, tok, rows, [prediction_row(r, m, cfg.completion, mode) for r, m in zip(rows, made)], cfg, start)
+
+def _forced(model, tok, rows, preds, cfg, start):
+    "Prediction rows, changed in place, whose label is the more probable one after the thought that they hold."
     asked, at = [], []
     for i, p in enumerate(preds):
         thought = p["thought_process"] or partial_thought(p["completion"])
@@ -614,6 +619,22 @@ def predict_rows(model, tok, rows:list, # model; tokenizer; SFT rows
     with fast_weights(model, cfg), autocast(cfg):
         start = shared_start(model, [p for p, r in zip(prompts, rows) if r["id"] not in done], cfg.max_new_tokens)
         return _answer_in_batches(lambda r, p: answer(model, tok, r, p, cfg, mode, start), rows, prompts, done, cfg.eval_batch_size, progress, out)
+
+def force_predictions(model, tok, rows:list, # model; tokenizer; SFT rows
+                      preds:list, # what the same model wrote to them, in their order: from `predict_rows` in mode cot
+                      cfg, # Config: completion and eval_batch_size are read
+                      progress:bool=True, # show a bar
+                      out=None, # file to append to as batches end; one that exists is resumed
+                      ) -> list: # prediction rows of mode forced; `seconds` are those of scoring alone
+    "The forced labels of completions that are there already: one forward pass a row, and nothing is generated again."
+    from nli_ft.model import autocast, fast_weights
+    prompts, written = _check_rows(tok, rows), {p["id"]: p for p in preds}
+    if lost := [r["id"] for r in rows if r["id"] not in written]: raise DataError(f"row {lost[0]!r} has no completion to force a label after ({len(lost)} such rows)")
+    done = {} if out is None else resume_predictions(out, rows, "forced")
+    def answer(rows, prompts):
+        again = [dict(written[r["id"]], mode="forced", p_entail=None) for r in rows]
+        return _forced(model, tok, rows, again, cfg, None)
+    with fast_weights(model, cfg), autocast(cfg): return _answer_in_batches(answer, rows, prompts, done, cfg.eval_batch_size, progress, out)
 
 def _answer_in_batches(answer, rows, prompts, done, batch_size, progress, out):
     "All predictions in the order of `rows`: those in `done`, the others from `answer` (rows, prompts -> prediction rows), appended to `out` batch by batch."
@@ -688,17 +709,17 @@ def vllm_engine(cfg, # Config of the run
                 ) -> VllmEngine: # not loaded yet
     "What vLLM will be asked for; `ConfigError` without the package, a CUDA device or support for the adapter, `RecordError` for an adapter that is damaged or another base's."
     from transformers import AutoConfig, GenerationConfig
-    from nli_ft.model import compute_dtype, device, model_source
+    from nli_ft.model import compute_dtype, device, model_source, pinned
     for name in ("vllm", *["vllm_bnb_plugin"] * (cfg.quantization == "nf4")):
         if importlib.util.find_spec(name) is None: raise ConfigError(f"--engine vllm needs the package {name}: `pip install -e .[vllm]` in the project's folder, or use --engine transformers")
     if (dev := device(cfg)).type != "cuda":
         raise ConfigError("--engine vllm needs a CUDA device, and " + ("the config says device=cpu: add --device cuda" if cfg.device == "cpu" else "torch sees none: check `nvidia-smi`") + ", or use --engine transformers")
-    source, d = model_source(cfg), adapter_dir and Path(adapter_dir)
-    config = AutoConfig.from_pretrained(source, revision=cfg.model_revision, trust_remote_code=False)
-    try: generation = GenerationConfig.from_pretrained(source, revision=cfg.model_revision)
+    source, revision, d = model_source(cfg), pinned(cfg), adapter_dir and Path(adapter_dir)
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    try: generation = GenerationConfig.from_pretrained(source, revision=revision)
     except OSError: generation = GenerationConfig.from_model_config(config)      # none came with the weights: what transformers does then
     # vLLM's in-flight quantisation is that of training: NF4, double-quantised. Its own defaults for generation, not those that came with the weights
-    settings = dict(model=source, revision=cfg.model_revision, dtype=str(compute_dtype(cfg, dev)).removeprefix("torch."), quantization="bitsandbytes" if cfg.quantization == "nf4" else None,
+    settings = dict(model=source, revision=revision, dtype=str(compute_dtype(cfg, dev)).removeprefix("torch."), quantization="bitsandbytes" if cfg.quantization == "nf4" else None,
                     seed=cfg.seed, trust_remote_code=False, tokenizer_mode="hf", config_format="hf", generation_config="vllm", enable_prefix_caching=True)
     if d: settings |= dict(enable_lora=True, max_loras=1, max_lora_rank=_adapter_rank(cfg, d, config))
     return VllmEngine(config, generation, settings, d)
@@ -1440,14 +1461,17 @@ def probe_thoughts(model, tok, rows:list, preds:list, cfg, # model; tokenizer; S
 def report(preds:list, # prediction rows with gold labels
            train:list|None=None, # the run's training rows, for the shortcut baselines
            before:list|None=None, # predictions of the untuned model on the same rows
+           forced:list|None=None, # the same, with both labels scored after what it wrote
            ) -> dict: # scores, calibration, slices, consistency, reasoning, baselines, resolvable
     "Everything this module can say about one set of predictions; plain numbers, ready for JSON."
     scores = score(preds)
     others = {} if not train else baseline_labels(train, preds)
-    if before:
-        said = {p["id"]: (p["predicted_label"], p["label"]) for p in check_predictions(before, "untuned predictions")}
-        if {p["id"]: p["label"] for p in preds} != {i: y for i, (_, y) in said.items()}: raise RecordError("the untuned model answered other items or labels: its predictions cannot be paired with these")
-        others["untuned"] = [said[p["id"]][0] for p in preds]
+    for name, untuned in (("untuned", before), ("untuned, label forced", forced)):
+        if not untuned: continue
+        said = {p["id"]: (p["predicted_label"], p["label"]) for p in check_predictions(untuned, f"{name}: predictions")}
+        if {p["id"]: p["label"] for p in preds} != {i: y for i, (_, y) in said.items()}:
+            raise RecordError("the untuned model answered other items or labels: its predictions cannot be paired with these")
+        others[name] = [said[p["id"]][0] for p in preds]
     acc = scores["accuracy"]
     return dict(scores=scores, calibration=calibration(preds), slices=slices(preds), consistency=consistency(preds), reasoning=reasoning(preds),
                 baselines=compare_answers(preds, others),
@@ -1494,7 +1518,7 @@ PLOTS = dict(confusion=plot_confusion, reliability=plot_reliability, risk_covera
 def save_report(folder, # where report.json and the plots go
                 preds:list, # prediction rows with gold labels
                 extra:dict|None=None, # further keys of report.json, such as the mode
-                **kwargs, # `train` and `before`, as in `report`
+                **kwargs, # `train`, `before` and `forced`, as in `report`
                 ) -> dict: # the report
     "Write the report and its plots beside the predictions they are computed from; both can be made again from these at any time."
     folder = Path(folder)
@@ -1523,8 +1547,30 @@ def open_run(run, # a run's folder
     cfg = config_from_json(parts["config"], str(run/"config.json"))
     if summary.get("status") == "running": raise RecordError(f"{run} is still going (or was killed): its summary.json says running")
     if not summary.get("adapter"): raise RecordError(f"{run} has no adapter (status {summary.get('status')}): its training did not finish")
-    template = cfg.prompt_template if cfg.prompt_template != "auto" else env.get("prompt", {}).get("template", "auto")
+    template = next((t for t in (cfg.prompt_template, env.get("prompt", {}).get("template", "auto")) if t != "auto"), None)
+    template = template or asked_wording(run) or _taught_wording(cfg) or "auto"
+    # the very commit, also where its branch has moved since
+    if isinstance(summary.get("base"), dict) and summary["base"].get("commit"): changes = dict(model_revision=summary["base"]["commit"]) | changes
     return run, cfg.replace(**changes) if changes else cfg, project_root()/summary["adapter"], template
+
+def asked_wording(run:Path, # a run's folder
+                  ) -> str|None: # a name in `PROMPTS`; None where no wording gives the questions that were asked, or none was asked
+    "The wording of a run's predictions, found by their `prompt_hash`: older records name it only where the evaluation rows did."
+    path = run/"predictions.jsonl"
+    if not path.is_file(): return None
+    preds = read_predictions(path)
+    def asked(p, t): return p.get("prompt_hash") == prompt_hash(prompt_messages(str(p.get("premise")), str(p.get("hypothesis")), t))
+    return next((t for t in PROMPTS if all(asked(p, t) for p in preds)), None)
+
+def _taught_wording(cfg):
+    "The wording of the run's training rows, where they are still there."
+    if not cfg.path("train_data").is_file(): return None
+    return template_of(r for r in read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows) if "prompt" in r)
+
+def check_recorded_base(run:Path, cfg): # a run's folder; its Config
+    "Raise `RecordError` where `model_id` no longer holds the weights that a record was made with; older records name none."
+    from nli_ft.model import check_base
+    check_base(cfg, json.loads((run/"summary.json").read_text(encoding="utf-8")).get("base"), f"the run {run}")
 
 # %% ../nbs/06_evaluate.ipynb #69be4522
 def question(row:dict, # a row with premise and hypothesis, maybe with a prompt
@@ -1532,8 +1578,13 @@ def question(row:dict, # a row with premise and hypothesis, maybe with a prompt
              ) -> dict: # the row with `prompt`
     "A row as the run's model is asked it: with its own prompt, else in the wording that the run was trained on."
     if "prompt" in row: return row
-    if template == "auto": raise DataError("the run was trained on a prompt wording that has no name, so pairs cannot be asked in it; give rows that carry their `prompt`")
+    _refuse_unnamed(template)
     return dict(row, prompt=prompt_messages(row["premise"], row["hypothesis"], template))
+
+def _refuse_unnamed(template):
+    if template != "auto": return
+    raise DataError("the run was trained on a prompt wording that has no name (it is not one of " + ", ".join(PROMPTS) + "), so pairs cannot be asked in it; "
+                    "give rows that carry their `prompt` to nli_evaluate")
 
 def evaluation_rows(path, # data file: SFT rows, `text` rows, or labelled pairs
                     cfg, template:str, # Config of the run; its prompt wording
@@ -1594,9 +1645,10 @@ def evaluate_cli(argv=None) -> int:
     out = evaluation_dir(run, data, own, ns.mode, ns.untuned, ns.max_new_tokens, ns.engine)
     resume_predictions(out/"predictions.jsonl", rows, ns.mode, ns.engine)         # other rows or another mode: said before the model is loaded
     train = _learnt_pairs(cfg) if cfg.path("train_data").is_file() else None
-    before = run/"predictions_before.jsonl"
+    untuned = dict(before=run/"predictions_before.jsonl", forced=run/"predictions_before_forced.jsonl")
+    untuned = {k: read_predictions(p) for k, p in untuned.items() if out == run and p.is_file()}
     preds, extra = _predict_and_probe(cfg, None if ns.untuned else adapter, rows, out, ns)
-    made = save_report(out, preds, extra, train=train, before=read_predictions(before) if out == run and before.is_file() else None)
+    made = save_report(out, preds, extra, train=train, **untuned)
     if ns.json:
         print(json.dumps(made, ensure_ascii=False))
         return 0
@@ -1618,6 +1670,7 @@ def _predict_and_probe(cfg, adapter, rows, out, ns):
     if len(done := resume_predictions(path, rows, mode, ns.engine)) == len(rows) and not ns.probe: return [done[r["id"]] for r in rows], extra
     if len(done) < len(rows): (out/"report.json").unlink(missing_ok=True)   # it tells of fewer rows
     from nli_ft.model import load_for_inference, load_tokenizer
+    check_recorded_base(Path(ns.run), cfg)
     if ns.engine == "vllm":
         engine = vllm_engine(cfg, adapter)
         return predict_rows_vllm(engine, load_tokenizer(cfg), rows, cfg, out=path), extra
@@ -1727,7 +1780,9 @@ def predict_cli(argv=None) -> int:
     parse_mode(ns.mode)
     names, pairs = _asked_pairs(ns)
     run, cfg, adapter, template = open_run(ns.run, **_changes(ns))
+    _refuse_unnamed(template)
     from nli_ft.model import load_for_inference, load_tokenizer
+    check_recorded_base(run, cfg)
     answers = answer_pairs(load_for_inference(cfg, adapter), load_tokenizer(cfg), pairs, cfg, template, ns.mode, progress=bool(ns.csv))
     if ns.csv: _write_answers(ns.output, names, pairs, answers)
     failed = sum(a["predicted_label"] is None for a in answers)

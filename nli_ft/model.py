@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'device', 'bf16_in_hardware', 'compute_dtype', 'autocast', 'attention', 'blocked_attention',
            'register_blocked_attention', 'held_back', 'product', 'trl_log_probs', 'target_log_probs', 'cache_dir',
-           'embedded_model', 'model_source', 'load_tokenizer', 'sharded', 'load_sharded_adapter',
-           'find_sharded_adapter', 'keep_unpacked', 'keep_freed_memory', 'load_base', 'add_lora', 'seeded_lora',
-           'check_adapter', 'load_for_inference', 'save_adapter', 'merged', 'fast_weights', 'dequantised_once',
-           'bf16_between_products', 'merge_adapter', 'in_fp32']
+           'embedded_model', 'model_source', 'cached_commit', 'pinned', 'load_tokenizer', 'base_facts', 'base_changes',
+           'check_base', 'sharded', 'load_sharded_adapter', 'find_sharded_adapter', 'keep_unpacked',
+           'keep_freed_memory', 'load_base', 'add_lora', 'seeded_lora', 'check_adapter', 'load_for_inference',
+           'save_adapter', 'merged', 'as_loaded', 'fast_weights', 'dequantised_once', 'bf16_between_products',
+           'merge_adapter', 'in_fp32']
 
 # %% ../nbs/05_model.ipynb #19922e33
-import contextlib, functools, importlib.util, json, logging, math, os, platform, re, shutil, tempfile, warnings
+import contextlib, functools, hashlib, importlib.util, json, logging, math, os, platform, re, shutil, sys, tempfile, warnings
 from pathlib import Path
 
 import torch
@@ -276,15 +277,82 @@ def model_source(cfg) -> str: # a folder or a hub id
     if cfg.model_id in EMBEDDED: return str(embedded_model(cfg.model_id))
     return str(cfg.path("model_id")) if cfg.model_id.startswith((".", "/", "~")) else cfg.model_id
 
+def cached_commit(cfg) -> str|None: # 40 hex digits; None for a folder, an embedded model, or where the cache has none
+    "The commit that `model_id` and `model_revision` mean in the hub's local cache."
+    from huggingface_hub import try_to_load_from_cache
+    if cfg.model_id in EMBEDDED or cfg.model_id.startswith((".", "/", "~")): return None
+    found = try_to_load_from_cache(cfg.model_id, "config.json", revision=cfg.model_revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+def pinned(cfg) -> str|None: # a `revision` of transformers
+    "The commit in the cache where there is one: a branch that moves on the hub does not change what is loaded."
+    return cached_commit(cfg) or cfg.model_revision
+
 def load_tokenizer(cfg):
     "The model's tokenizer, right-padding, with a pad token that is not EOS wherever the vocabulary has one."
     from transformers import AutoTokenizer
-    tok = AutoTokenizer.from_pretrained(model_source(cfg), revision=cfg.model_revision, trust_remote_code=False)
+    tok = AutoTokenizer.from_pretrained(model_source(cfg), revision=pinned(cfg), trust_remote_code=False)
     # Our masks are made by position, so padding with EOS would be harmless here; other tools that read the saved tokenizer mask by id.
     if tok.pad_token is None or tok.pad_token == tok.eos_token:
         tok.pad_token = next((t for t in ("<pad>", "<|pad|>", "<|endoftext|>", "<unk>") if t in tok.get_vocab() and t != tok.eos_token), tok.eos_token)
     tok.padding_side = "right"
     return tok
+
+# %% ../nbs/05_model.ipynb #fe737ca3
+_SETTINGS = ("config.json", "generation_config.json")
+_TOKENIZER = ("*token*", "vocab*", "merges.txt", "chat_template*", "*.model", "tekken.json")
+
+def _base_files(d):
+    "Paths of all files that decide what the model in a folder computes: settings, tokenizer, and the weights that transformers would choose."
+    names = {d/n for n in _SETTINGS} | {p for pattern in _TOKENIZER for p in d.glob(pattern)}
+    index = d/"model.safetensors.index.json"
+    if (d/"model.safetensors").is_file() or not index.is_file(): names.add(d/"model.safetensors")
+    else: names |= {index, *(d/n for n in json.loads(index.read_text())["weight_map"].values())}
+    return sorted(p for p in names if p.is_file())
+
+@functools.lru_cache(maxsize=4096)
+def _hash_once(path, size, changed):
+    "`data_hash`; what has the same size and time as before is not read again by this process."
+    return data_hash(path)
+
+def _file_hash(p):
+    if p.name not in _SETTINGS:
+        stat = p.stat()
+        return _hash_once(str(p), stat.st_size, stat.st_mtime_ns)
+    said = {k: v for k, v in json.loads(p.read_text()).items() if k != "transformers_version"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+def base_facts(cfg) -> dict: # `commit`, or `files` as name -> SHA-256; empty for a hub model that is not in the cache
+    "What tells the base of a config from any other that could stand in its place. Raises `ConfigError` for a folder that cannot be read."
+    if (commit := cached_commit(cfg)) is not None: return dict(commit=commit)
+    d = Path(model_source(cfg))
+    if not d.is_dir(): return {}
+    try: return dict(files={p.name: _file_hash(p) for p in _base_files(d)})
+    except (OSError, ValueError, KeyError) as e: raise ConfigError(f"model_id = {cfg.model_id}: its files cannot be read ({e}); save the model again") from e
+
+def base_changes(then:dict, now:dict) -> list: # one line for each difference
+    "How two `base_facts` differ, in words. Nothing where one of them says nothing."
+    def short(h): return f"{str(h)[:12]}…" if h else "not there"
+    a, b = then.get("commit"), now.get("commit")
+    if a and b and a != b: return [f"commit {short(a)} then, {short(b)} now"]
+    if "files" not in then or "files" not in now: return []
+    names = sorted(then["files"].keys() | now["files"].keys())
+    pairs = [(n, then["files"].get(n), now["files"].get(n)) for n in names]
+    return [f"{n}: SHA-256 {short(a)} then, {short(b)} now" for n, a, b in pairs if a != b]
+
+def check_base(cfg, # Config of the run
+               then:dict|None, # its `base_facts` when it was trained; None where nothing was noted
+               what:str, # who says so, such as "the adapter in models/…"
+              ):
+    "Raise `RecordError` where the base is another one now."
+    if then is None: return
+    if not isinstance(then, dict) or not isinstance(then.get("files", {}), dict): raise RecordError(f"{what} notes its base as {then!a:.80}, which no run writes")
+    changed = base_changes(then, base_facts(cfg))
+    if not changed: return
+    commit, remedy = then.get("commit"), "put the old files back"
+    if commit: remedy = f"set model_revision={commit} (`hf download {cfg.model_id} --revision {commit}` gets it)"
+    raise RecordError(f"{what} belongs to another base than {cfg.model_id} is now:\n" + "\n".join(f"  - {c}" for c in changed)
+                      + f"\nTo ask this model, {remedy}. To use the new base, train again.")
 
 # %% ../nbs/05_model.ipynb #2ef53ff9
 def sharded() -> bool: # whether the model will be sharded over the processes
@@ -346,13 +414,14 @@ def load_base(cfg, # Config
     quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype if flat else torch.uint8) if nf4 else None
     model = AutoModelForCausalLM.from_pretrained(
-        model_source(cfg), revision=cfg.model_revision, quantization_config=quant, dtype=dtype, device_map={"": dev},
+        model_source(cfg), revision=pinned(cfg), quantization_config=quant, dtype=dtype, device_map={"": dev},
         attn_implementation=attention(cfg, dev), use_safetensors=True, trust_remote_code=False)
     model.config.use_cache = not train
     keep_unpacked(model)
     if not train: return model.eval()
     if dev.type == "cpu" and cfg.attn_implementation == "auto": model.set_attn_implementation(register_blocked_attention())
     if nf4 and not flat:
+        for p in model.parameters(): p.loaded_as = p.dtype  # see `as_loaded`
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns about any input dtype but fp16
             return prepare_model_for_kbit_training(model, use_gradient_checkpointing=cfg.gradient_checkpointing,
@@ -401,10 +470,21 @@ def check_adapter(cfg, # Config of the run
     note = d/"nli_ft.json"
     try:
         conf = json.loads((d/"adapter_config.json").read_text())
-        made_for = json.loads(note.read_text())["model_id"] if note.is_file() else conf["base_model_name_or_path"]
+        said = dict(json.loads(note.read_text())) if note.is_file() else {}
+        made_for = said["model_id"] if note.is_file() else conf["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as e: raise RecordError(f"the adapter in {d} does not say what it was trained on ({type(e).__name__}: {e}); restore its adapter_config.json") from e
     if made_for != cfg.model_id: raise RecordError(f"the adapter in {d} was trained on {made_for!r} and the config names {cfg.model_id!r}; load it with the config of its own run")
+    if said.get("base"): check_base(cfg, said["base"], f"the adapter in {d}")
+    else: _say_unknown_base(cfg, d)
     return conf
+
+_said_unknown = set()  # adapters
+
+def _say_unknown_base(cfg, d):
+    "Once for each adapter."
+    if str(d) in _said_unknown: return
+    _said_unknown.add(str(d))
+    print(f"note: the adapter in {d} does not say which weights of {cfg.model_id} it was trained beside (older ones do not); they are taken to be these", file=sys.stderr)
 
 def load_for_inference(cfg, # Config of the run
                        adapter_dir=None, # folder with adapter_model.safetensors; None for the untuned base
@@ -438,7 +518,8 @@ def save_adapter(model, # a PeftModel
     conf = json.loads((out/"adapter_config.json").read_text())
     conf["base_model_name_or_path"] = cfg.model_id
     (out/"adapter_config.json").write_text(json.dumps(conf, indent=2))
-    (out/"nli_ft.json").write_text(json.dumps(dict(model_id=cfg.model_id, model_revision=cfg.model_revision, quantization=cfg.quantization), indent=1))
+    note = dict(model_id=cfg.model_id, model_revision=cfg.model_revision, quantization=cfg.quantization, base=base_facts(cfg))
+    (out/"nli_ft.json").write_text(json.dumps(note, indent=1))
     if (out/"README.md").exists(): (out/"README.md").unlink()  # peft's empty template of a model card, with that path in it
     return out
 
@@ -500,9 +581,24 @@ def merged(model, # a base or PeftModel
     if type(head) is torch.nn.Linear: layers.append((head, _head(head, dtype)))
     with _forwards(layers): yield model
 
-def fast_weights(model, cfg): # a context
-    "`merged` on a CPU. On a GPU plain weights may not fit beside a run, and the 4-bit kernels are fast anyway."
-    return merged(model, compute_dtype(cfg)) if device(cfg).type == "cpu" else contextlib.nullcontext()
+@contextlib.contextmanager
+def as_loaded(model): # a base or PeftModel
+    """Context in which what `prepare_model_for_kbit_training` made fp32 (embeddings, norms, head) has the dtype again in which it was loaded.
+    Exact both ways: the numbers are those of the narrower dtype, and none of them is trained."""
+    narrow = (torch.float16, torch.bfloat16)
+    widened = [p for p in model.parameters() if p.dtype == torch.float32 and getattr(p, "loaded_as", None) in narrow]
+    try:
+        for p in widened: p.data = p.data.to(p.loaded_as)
+        yield model
+    finally:
+        for p in widened: p.data = p.data.float()
+
+@contextlib.contextmanager
+def fast_weights(model, cfg):
+    """Context for judging: the weights as they are when the saved adapter is loaded again, and on a CPU `merged`. On a GPU plain weights may not
+    fit beside a run, and the 4-bit kernels are fast anyway."""
+    plain = merged(model, compute_dtype(cfg)) if device(cfg).type == "cpu" else contextlib.nullcontext()
+    with as_loaded(model), plain: yield model
 
 # %% ../nbs/05_model.ipynb #3e43e307
 def _is_4bit(m): return type(m).__name__ == "Linear4bit" and not hasattr(m, "base_layer")  # peft calls its wrapper by the same name
@@ -539,7 +635,7 @@ def merge_adapter(cfg, # Config of the run
     from transformers import AutoModelForCausalLM
     if cfg.use_dora: raise ConfigError("a DoRA adapter is not merged here; `PeftModel.merge_and_unload` on an unquantised base does it")
     tuned = load_for_inference(cfg, adapter_dir)
-    plain = AutoModelForCausalLM.from_pretrained(model_source(cfg), revision=cfg.model_revision, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    plain = AutoModelForCausalLM.from_pretrained(model_source(cfg), revision=pinned(cfg), dtype=dtype, use_safetensors=True, trust_remote_code=False)
     base = tuned.get_base_model()
     layers, linear, beside = dict(plain.named_modules()), dict(_linear_layers(base)), dict(base.named_parameters())
     with torch.no_grad():

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['redact', 'new_run_dir', 'environment', 'overrides_text', 'run_command', 'start_run', 'append_metrics', 'read_metrics',
            'note', 'finish_run', 'Interrupted', 'TrainingStopped', 'close_failed', 'watch_cells', 'Run', 'read_run',
-           'list_runs', 'check_parameters', 'RunFailed', 'run_notebook', 'engine_args', 'run_as_job', 'run_cli',
-           'show_runs', 'runs_cli', 'load_compared', 'differing', 'explains', 'paired', 'compare_runs',
+           'before_text', 'list_runs', 'check_parameters', 'RunFailed', 'run_notebook', 'engine_args', 'run_as_job',
+           'run_cli', 'show_runs', 'runs_cli', 'load_compared', 'differing', 'explains', 'paired', 'compare_runs',
            'distinct_entries', 'over_seeds', 'compare_configs', 'run_table', 'config_table', 'remarks', 'markdown',
            'plot_differences', 'plot_losses', 'newest', 'distinct', 'comparable', 'record_notes', 'full_comparison',
            'compare_cli', 'model_card']
@@ -166,11 +166,11 @@ def _data(cfg, key):
     return info | dict(sha256=data_hash(path), rows=len(rows), contracts=count("contract"), sources=count("source"))
 
 def _prompt(cfg):
-    "Name and hash of the prompt wording. `auto` is looked up in the evaluation rows, and stays auto where they do not say."
+    "Name and hash of the prompt wording. `auto` is looked up in the training rows, then in the evaluation rows, and stays auto where neither says."
     name = cfg.prompt_template
-    if name=="auto":
-        try: name = template_of(r for r in read_rows(cfg.path("eval_data"), max_bad=.99) if "prompt" in r) or "auto"
-        except NliError: pass
+    for key in ("train_data","eval_data"):
+        if name!="auto": break
+        with suppress(NliError): name = template_of(r for r in read_rows(cfg.path(key), max_bad=.99) if "prompt" in r) or "auto"
     text = json.dumps(PROMPTS[name], sort_keys=True) if name in PROMPTS else None
     return dict(template=name, sha256=text and hashlib.sha256(text.encode()).hexdigest())
 
@@ -370,6 +370,17 @@ def read_run(run_dir # a run's folder
                           "restore the record from git or a backup, or make the run again")
     return Run(path, config, env, summary, read_metrics(path))
 
+# %% ../nbs/07_records.ipynb #ebcf1d24
+def before_text(summary:dict # a record's summary
+               ) -> str: # such as "0.000 (no JSON; forced 0.500)"; "–" where nothing was judged
+    "The untrained model's accuracy, never without what it means: an answer that is no JSON counts as wrong, whatever the model knows."
+    before, forced = summary.get("before") or {}, summary.get("before_forced") or {}
+    if not isinstance(before.get("accuracy"), (int,float)): return "–"
+    valid, said = before.get("valid_rate"), []
+    if isinstance(valid, (int,float)): said.append(f"valid JSON {valid:.3f}" if valid else "no JSON")
+    if isinstance(forced.get("accuracy"), (int,float)): said.append(f"forced {forced['accuracy']:.3f}")
+    return f"{before['accuracy']:.3f}" + (f" ({'; '.join(said)})" if said else "")
+
 # %% ../nbs/07_records.ipynb #fdb74163
 def _miscounted(scores):
     "What is wrong within recorded scores, as far as their own counts tell: a list of runs reads no predictions."
@@ -382,7 +393,7 @@ def _miscounted(scores):
 
 def _listed(path):
     "One row of `list_runs`."
-    row = dict(config=path.parent.name, run_id=path.name, seed=None, status="unreadable", before=None, accuracy=None, valid_rate=None,
+    row = dict(config=path.parent.name, run_id=path.name, seed=None, status="unreadable", before=None, before_text="–", accuracy=None, valid_rate=None,
                n=None, started=None, wall_s=None, path=str(path), why=None)
     try:
         s = _read_json(path/"summary.json")
@@ -392,14 +403,14 @@ def _listed(path):
         after,before = s.get("after") or {}, s.get("before") or {}
         for name,scores in (("after",after),("before",before),("before_forced",s.get("before_forced") or {})):
             if wrong := _miscounted(scores): raise RecordError(f"{path/'summary.json'}: {name} {wrong}; it was changed after it was written")
-        row |= dict(seed=s.get("seed"), status=status, before=before.get("accuracy"), accuracy=after.get("accuracy"),
+        row |= dict(seed=s.get("seed"), status=status, before=before.get("accuracy"), before_text=before_text(s), accuracy=after.get("accuracy"),
                     valid_rate=after.get("valid_rate"), n=after.get("n"), started=s["started"], wall_s=s.get("wall_s"), why=s.get("error"))
     except RecordError as e: row["why"] = str(e)
     except (KeyError,AttributeError,TypeError,IndexError) as e: row["why"] = f"{path/'summary.json'} is no summary ({e})"
     return row
 
 def list_runs(runs_dir=None # folder of all records; None: the default config's
-             ) -> list[dict]: # config, run_id, seed, status, before, accuracy, valid_rate, n, started, wall_s, path, why
+             ) -> list[dict]: # config, run_id, seed, status, before, before_text, accuracy, valid_rate, n, started, wall_s, path, why
     "Every record below `runs_dir`, oldest first. What cannot be read is listed as unreadable, with `why`."
     root = Path(runs_dir or load_config().path("runs_dir"))
     found = [_listed(p) for p in root.glob("*/*") if p.is_dir()] if root.is_dir() else []
@@ -539,8 +550,8 @@ def _share(x): return "–" if not isinstance(x, (int,float)) else f"{x:.3f}"
 def _result_line(run):
     "Where a record is and what came out, in one line."
     s = _read_json(run/"summary.json")
-    before,after = s.get("before") or {}, s.get("after") or {}
-    scores = "   ".join(f"{name} {_share(before.get(k))} → {_share(after.get(k))}" for name,k in (("accuracy","accuracy"),("valid JSON","valid_rate")))
+    after = s.get("after") or {}
+    scores = f"accuracy {before_text(s)} → {_share(after.get('accuracy'))}   valid JSON {_share(after.get('valid_rate'))}"
     return f"{os.path.relpath(run)}   {s['status']}   {scores}   n={after.get('n','–')}   {_duration(s.get('wall_s'))}"
 
 # %% ../nbs/07_records.ipynb #0796e0ec
@@ -662,7 +673,7 @@ def show_runs(rows # from `list_runs`
              ) -> str: # a table, and below it why runs failed or cannot be read
     "Records as text."
     head = "config run_id seed status before accuracy n started wall".split()
-    body = [[r["config"],r["run_id"],r["seed"],r["status"],_share(r["before"]),_share(r["accuracy"]),r["n"],r["started"],_duration(r["wall_s"])] for r in rows]
+    body = [[r["config"],r["run_id"],r["seed"],r["status"],r["before_text"],_share(r["accuracy"]),r["n"],r["started"],_duration(r["wall_s"])] for r in rows]
     why = [f"{r['config']}/{r['run_id']}: {r['why'].splitlines()[0]}" for r in rows if r["why"]]
     return "\n".join([_table(body, head)]+([""]+why if why else []))
 
@@ -1258,7 +1269,7 @@ def model_card(run_dir # a finished run's folder
     measured = [["accuracy (no answer is wrong)", _interval(s["accuracy"], s["accuracy_ci"])],
                 [f"accuracy of the majority label ({majority['label']})", _interval(majority["accuracy"], majority["accuracy_ci"])],
                 ["macro-F1", defined(s["macro_f1"])], ["MCC", defined(s["mcc"])],
-                ["valid JSON", f"{s['valid_rate']:.3f}"], ["tokens per answer", _share(s["mean_tokens"])], ["before training: accuracy", _share((run.summary.get("before") or {}).get("accuracy"))]]
+                ["valid JSON", f"{s['valid_rate']:.3f}"], ["tokens per answer", _share(s["mean_tokens"])], ["before training: accuracy", before_text(run.summary)]]
     changed = [[k, json.dumps(v["value"]), json.dumps(v["default"])] for k,v in run.config["changed_from_default"].items()]
     git = run.environment["git"] or {}
     text = "\n\n".join([f"---\nbase_model: {json.dumps(cfg.model_id)}\nlibrary_name: peft\ntags: [natural-language-inference, qlora, nli_ft]\n---",

@@ -31,9 +31,10 @@ from pathlib import Path
 from .config_loader import (Config, ConfigError, DataError, NliError, add_config_args, command, config_from_args, config_names,
                                   RecordError, load_config, print_config, project_root, result_values)
 from .corpus import write_corpus
-from .data import (MANIFEST, atomic_writer, damage, leakage, leakage_text, read_rows, refuse_equal_files, refuse_leaked, render_completion, seal, shuffle_thoughts,
-                         spread, template_of)
-from .evaluate import BLUE, GREY, ORANGE, evaluation_rows, new_figure, open_run, predict_rows, question, score
+from .data import (MANIFEST, atomic_writer, damage, leakage, leakage_text, read_rows, refuse_equal_files,
+                         refuse_leaked, render_completion, seal, shuffle_thoughts, spread, template_of)
+from .evaluate import (BLUE, GREY, ORANGE, check_recorded_base, evaluation_rows, force_predictions, new_figure,
+                             open_run, predict_rows, question, read_predictions, score)
 from .prompt import LABEL, PROMPT, encode_prompt, encode_rows, end_of_turn, mask_text, mistral_reference, parse_completion, prompt_form
 from .records import Interrupted, TrainingStopped, append_metrics, close_failed, finish_run, model_card, note, run_command, start_run
 
@@ -197,7 +198,7 @@ class Prepared:
     train_rows:list # SFT rows that are trained on
     train:list # their `Encoded`
     eval_rows:list # rows that are judged, each with its prompt
-    eval:list # `Encoded` of those of them that carry a thought: for the evaluation loss
+    eval:list # `Encoded` of those of them that carry what is trained on: for the evaluation loss
     dropped:list = field(default_factory=list) # (file key, row id, why)
     bad:dict = field(default_factory=dict) # file key -> [(line, why)] of unreadable rows tolerated by max_bad_rows
     template:str|None = None # name of the prompt wording, None if it has none
@@ -232,10 +233,12 @@ def prepare(cfg:Config, tok=None) -> Prepared:
     how = dict(completion=cfg.completion, train_on_prompt=cfg.train_on_prompt)
     rows, train, out = encode_rows(tok, rows, cfg.max_seq_length, cfg.too_long, **how)
     dropped = [("train", *d) for d in out]
-    with_thought = [r for r in judged if r.get("thought_process")]
-    encoded = []
-    if with_thought:  # a row too long for the loss is still judged: generation has no such limit
-        _, encoded, out = encode_rows(tok, with_thought, cfg.max_seq_length, cfg.too_long, **how)
+    whole, encoded = [r for r in judged if cfg.completion == "label_only" or r.get("thought_process")], []
+    if cfg.early_stopping_patience is not None and not whole:
+        raise DataError(f"early_stopping_patience = {cfg.early_stopping_patience} needs an evaluation loss, and no row of {cfg.eval_data} has a thought_process, which "
+                        f"completion={cfg.completion} is trained on. Give evaluation rows with thoughts (`nli_data prepare` makes them), or leave early_stopping_patience out")
+    if whole:  # a row too long for the loss is still judged: generation has no such limit
+        _, encoded, out = encode_rows(tok, whole, cfg.max_seq_length, cfg.too_long, **how)
         dropped += [("eval", *d) for d in out]
     return Prepared(cfg, tok, rows, train, judged, encoded, dropped, {"train": list(bad)}, template, leakage(rows, judged))
 
@@ -372,7 +375,7 @@ def preflight_text(p:dict # from `preflight`
                   ) -> str:
     "The preflight for a terminal or a notebook cell."
     t, s = p["tokens"], p["steps"]
-    lines = [f"rows       {p['rows']['train']} to train on, {p['rows']['judged']} to judge ({p['rows']['eval_loss']} with a thought, for the evaluation loss)",
+    lines = [f"rows       {p['rows']['train']} to train on, {p['rows']['judged']} to judge ({p['rows']['eval_loss']} of them for the evaluation loss)",
              f"labels     {p['labels']['1']} entailment, {p['labels']['0']} not; sources " + ", ".join(f"{k} {v}" for k, v in p["sources"].items()),
              f"tokens     {t['total']} in all, {t['trained']} with loss; a row: median {t['median']}, 99 % {t['p99']}, longest {t['longest']}",
              f"prompt     {p['prompt']['form']}, wording {p['prompt']['template'] or 'the rows’ own'}",
@@ -591,7 +594,7 @@ def make_trainer_class():
 # %% ../nbs/08_train_sft.ipynb #7d3b7da1
 def resume_facts(prep:Prepared) -> dict: # ready for JSON
     "What a checkpoint's continuation must share with it. Rows count by their token ids, so a file that moved is the same and another tokenizer is not."
-    from nli_ft.model import sharded
+    from nli_ft.model import base_facts, sharded
     def rows(encs):
         h = hashlib.sha256()
         for e in encs:
@@ -599,15 +602,20 @@ def resume_facts(prep:Prepared) -> dict: # ready for JSON
         return h.hexdigest()
     apart = ("train_data", "eval_data", "max_steps", "num_epochs", "distributed_training", "num_processes")  # told by the other facts
     return dict(config={k: v for k, v in result_values(prep.cfg).items() if k not in apart}, steps=step_counts(prep.cfg, len(prep.train))["steps"],
-                processes=world_size(prep.cfg), train_rows=rows(prep.train), eval_rows=rows(prep.eval), **(dict(sharding="fsdp") if sharded() else {}))
+                processes=world_size(prep.cfg), train_rows=rows(prep.train), eval_rows=rows(prep.eval), base=base_facts(prep.cfg),
+                **(dict(sharding="fsdp") if sharded() else {}))
 
 def changed_facts(then:dict, now:dict) -> list: # one line each
-    "Differences between two `resume_facts`, in words."
-    flat = lambda f: {k: v for k, v in f.items() if k != "config"} | f.get("config", {})
+    "Differences between two `resume_facts`, in words. Older checkpoints do not say their base, and nothing is said of it then."
+    from nli_ft.model import base_changes
+    bases = [f.get("base") or {} for f in (then, now)]
+    # the same commit by another name is the same base
+    apart = ("config", "base", *(["model_revision"] if bases[0] and bases[0] == bases[1] else []))
+    def flat(f): return {k: v for k, v in [*f.items(), *f.get("config", {}).items()] if k not in apart}
     then, now = flat(then), flat(now)
     name = dict(steps="steps in all", train_rows="training rows (their token ids)", eval_rows="evaluation rows (their token ids)")
     show = lambda k, v: v[:12] + "…" if k.endswith("_rows") and v else json.dumps(v)
-    return [f"{name.get(k, k)}: {show(k, then.get(k))} in the checkpoint, {show(k, now.get(k))} now" for k in {**now, "sharding": now.get("sharding")} if then.get(k) != now.get(k)]
+    return [f"{name.get(k, k)}: {show(k, then.get(k))} in the checkpoint, {show(k, now.get(k))} now" for k in {**now, "sharding": now.get("sharding")} if then.get(k) != now.get(k)] + [f"base, {c}" for c in base_changes(*bases)]
 
 # %% ../nbs/08_train_sft.ipynb #f3c8baaf
 def resume_point(prep:Prepared, say=lambda line: None): # Path, or None
@@ -622,6 +630,7 @@ def resume_point(prep:Prepared, say=lambda line: None): # Path, or None
                           + "\nGive the same values again; or --allow_changed, and what comes out is a run of neither config")
     _refuse_lost_best(found)
     say(f"going on from {shown}" + "".join(f"\n  changed: {d}" for d in differs))
+    if not info.get("facts", {}).get("base"): say(f"  note: it does not say which weights of {cfg.model_id} it was trained beside (older ones do not); they are taken to be these")
     return found
 
 def _refuse_lost_best(checkpoint):
@@ -898,9 +907,10 @@ class Session:
     def __init__(self, cfg:Config, run): # Config; the record's folder
         refuse_equal_files(cfg.path("train_data"), cfg.path("eval_data"))
         self.cfg, self.run, self.prep, self.model = cfg, Path(run), prepare(cfg), None
+        from nli_ft.model import base_facts
         refuse_leaked(self.prep.leakage, cfg.train_data, cfg.eval_data)
         if not int(os.environ.get("RANK", 0)): note(self.run, **run_facts(self.prep))
-        self.weights, self.begun = weights_of(cfg, run), False
+        self.weights, self.begun, self.base = weights_of(cfg, run), False, base_facts(cfg)
         self.start = resume_point(self.prep, _say())  # refused now, and not after an evaluation of an hour
 
     def load(self):
@@ -911,11 +921,17 @@ class Session:
             self.model = seeded_lora(load_base(self.cfg), self.cfg)
         return self.model
 
-    def judge(self, when:str, # "before" or "after"
+    def judge(self, when:str, # "before", "before_forced" or "after"
               progress:bool=True) -> list: # prediction rows
-        "Predict the evaluation rows and leave them in the record."
-        out = self.run/("predictions_before.jsonl" if when == "before" else "predictions.jsonl")
-        with explained_memory(f"Set eval_batch_size lower (now {self.cfg.eval_batch_size})."): return judge(self.load(), self.prep, out, progress)
+        """Predict the evaluation rows and leave them in the record. "before_forced" scores both labels after what the untrained model wrote "before":
+        no answer in JSON is not the same as knowing nothing."""
+        out = self.run/dict(before="predictions_before.jsonl", before_forced="predictions_before_forced.jsonl", after="predictions.jsonl")[when]
+        if when == "before_forced":
+            written = read_predictions(self.run/"predictions_before.jsonl")
+            def answer(model): return force_predictions(model, self.prep.tok, self.prep.eval_rows, written, self.cfg, progress, out)
+        else:
+            def answer(model): return judge(model, self.prep, out, progress)
+        with explained_memory(f"Set eval_batch_size lower (now {self.cfg.eval_batch_size})."): return answer(self.load())
 
     def train(self, on_log=print_log) -> dict: # what `fit` returns, and where the adapter is
         "Train here, or in children if the config asks for several processes. Once: `RecordError` for a second time."
@@ -925,7 +941,7 @@ class Session:
         self.begun = True
         if world_size(self.cfg) > 1 and "WORLD_SIZE" not in os.environ: result = self._train_in_children(on_log)  # they log into the record
         else: result = self._train_here(on_log)
-        return result | dict(adapter=os.path.relpath(self.weights/"adapter", project_root()), adapter_sha256=_adapter_hash(self.weights/"adapter"))
+        return result | dict(adapter=os.path.relpath(self.weights/"adapter", project_root()), adapter_sha256=_adapter_hash(self.weights/"adapter"), base=self.base)
 
     def _train_here(self, on_log):
         from nli_ft.model import sharded
@@ -1169,7 +1185,8 @@ def _whole_run(cfg, run, state, only_train, summary):
         p = preflight(ses.prep)
         if not only_train: print(preflight_text(p), flush=True)
         refuse_failed_proofs(p)
-    if main and not only_train and cfg.eval_before: summary["before"] = score(ses.judge("before"))
+    if main and not only_train and cfg.eval_before:
+        for when in ("before", "before_forced"): summary[when] = score(ses.judge(when))
     state.wait_for_everyone()
     log = (lambda row: print("NLI_LOG " + json.dumps(row), flush=True)) if only_train else print_log
     summary |= ses.train(log if main else lambda logs: None)
@@ -1268,10 +1285,11 @@ def merge_cli(argv=None) -> int:
     out = Path(ns.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ConfigError(f"--out {out} already holds something; give a new folder")
     if ns.check < 0: raise ConfigError(f"--check {ns.check}: expected a number of rows")
-    _, cfg, adapter, template = open_run(ns.run)
+    run, cfg, adapter, template = open_run(ns.run)
     rows = evaluation_rows(cfg.path("eval_data"), cfg.replace(max_eval_samples=ns.check), template) if ns.check else []  # missing ones are said before the work
     import torch
     from nli_ft.model import load_tokenizer, merge_adapter
+    check_recorded_base(run, cfg)
     merge_adapter(cfg, adapter, dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[ns.dtype]).save_pretrained(out)
     load_tokenizer(cfg).save_pretrained(out)
     print(f"merged model: {out}")

@@ -89,7 +89,7 @@ NOT_RUN = {
 
 MADE = {   # files that documents speak of and a clone does not have -> where they come from
     "runs/.jobs/": "nli_run --engine", "tensorboard/": "report_to", ".venv": "run_training.sh", "data/embedded/": "train_sft.make_embedded_data", "models/": "a run", "evaluations/": "nli_evaluate", "MODEL_CARD.md": "train.ipynb, nli_runs --card",
-    "finetune/train_ft.jsonl": "nli_data prepare", "finetune/dev_ft.jsonl": "nli_data prepare",
+    "predictions_before_forced.jsonl": "a run with eval_before", "finetune/train_ft.jsonl": "nli_data prepare", "finetune/dev_ft.jsonl": "nli_data prepare",
     "thoughts.jsonl": "nli_think", "reflections.jsonl": "nli_reflect", ".venv/install.log": "run_training.sh"}
 ELSEWHERE = {   # messages and their fragments that are not ours -> whose they are
     "could not select device driver": "Docker's"}
