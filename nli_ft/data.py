@@ -546,7 +546,7 @@ def seal(folder) -> dict: # relative name -> SHA-256
 def damage(folder) -> str|None: # None: every file is as it was written
     "What is wrong with a folder that `seal` should have sealed."
     folder = Path(folder)
-    try: files = json.loads((folder/MANIFEST).read_text())
+    try: files = json.loads((folder/MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError: return f"it was not saved to its end (no {MANIFEST})"
     except (OSError, ValueError) as e: return f"its {MANIFEST} cannot be read ({e})"
     if lost := [n for n in files if not (folder/n).is_file()]: return f"{lost[0]} is missing"

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .config_loader import ConfigError, DataError, RecordError, command, config_from_json, project_root
+from .config_loader import ConfigError, DataError, RecordError, command, config_from_json, project_root, typed_text
 from .data import prompt_messages, read_rows, render_completion, spread, wilson
 from .prompt import encode_prompt, encode_row, end_of_turn, json_closed, parse_completion
 
@@ -1294,7 +1294,7 @@ def _asked_pairs(ns):
         if Path(ns.output).exists(): raise DataError(f"{ns.output} exists and is not overwritten; name another --output")
         return read_pairs(ns.csv)
     if not (ns.premise and ns.hypothesis) or ns.output: raise DataError("give --premise and --hypothesis, or --csv and --output")
-    return [], [dict(premise=ns.premise, hypothesis=ns.hypothesis)]
+    return [], [{k: typed_text(getattr(ns, k), f"--{k}") for k in ("premise", "hypothesis")}]
 
 def _one_answer(a):
     if a["predicted_label"] is None: return f"no answer ({a['outcome']}): {a['problem']}"

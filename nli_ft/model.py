@@ -137,7 +137,7 @@ def register_blocked_attention(): # for `attn_implementation`
 def held_back(): # fp32 products of this CPU
     "Whether they are slower than they could be: an AMD CPU with AVX-512, and MKL."
     info = Path("/proc/cpuinfo")
-    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and info.is_file() and "AuthenticAMD" in info.read_text()
+    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and info.is_file() and "AuthenticAMD" in info.read_text(encoding="utf-8", errors="replace")
 
 class _Convolution(torch.autograd.Function):
     "A product with frozen weights as a convolution; `conv2d`'s own gradient would keep the input, for that of the weights."
@@ -400,8 +400,8 @@ def check_adapter(cfg, # Config of the run
     if (d/MANIFEST).is_file() and (wrong := damage(d)): raise RecordError(f"the adapter in {d} is not what training saved: {wrong}. Restore it, or train again")
     note = d/"nli_ft.json"
     try:
-        conf = json.loads((d/"adapter_config.json").read_text())
-        made_for = json.loads(note.read_text())["model_id"] if note.is_file() else conf["base_model_name_or_path"]
+        conf = json.loads((d/"adapter_config.json").read_text(encoding="utf-8"))
+        made_for = json.loads(note.read_text(encoding="utf-8"))["model_id"] if note.is_file() else conf["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as e: raise RecordError(f"the adapter in {d} does not say what it was trained on ({type(e).__name__}: {e}); restore its adapter_config.json") from e
     if made_for != cfg.model_id: raise RecordError(f"the adapter in {d} was trained on {made_for!r} and the config names {cfg.model_id!r}; load it with the config of its own run")
     return conf
@@ -435,10 +435,10 @@ def save_adapter(model, # a PeftModel
         raise RecordError(f"{out/'adapter_model.safetensors'} was saved without {len(lost)} of its matrices, among them {min(lost)}")
     tok.save_pretrained(out)
     # peft records the folder it was loaded from, which for an embedded model is a path of this machine
-    conf = json.loads((out/"adapter_config.json").read_text())
+    conf = json.loads((out/"adapter_config.json").read_text(encoding="utf-8"))
     conf["base_model_name_or_path"] = cfg.model_id
-    (out/"adapter_config.json").write_text(json.dumps(conf, indent=2))
-    (out/"nli_ft.json").write_text(json.dumps(dict(model_id=cfg.model_id, model_revision=cfg.model_revision, quantization=cfg.quantization), indent=1))
+    (out/"adapter_config.json").write_text(json.dumps(conf, indent=2), encoding="utf-8")
+    (out/"nli_ft.json").write_text(json.dumps(dict(model_id=cfg.model_id, model_revision=cfg.model_revision, quantization=cfg.quantization), indent=1), encoding="utf-8")
     if (out/"README.md").exists(): (out/"README.md").unlink()  # peft's empty template of a model card, with that path in it
     return out
 
