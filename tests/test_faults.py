@@ -265,9 +265,10 @@ def test_the_checkpoints_with_the_fewest_steps_are_deleted_and_the_best_one_stay
     real = nli_ft.train_sft.seal
     def seal(folder):
         real(folder)
-        if (step := int(Path(folder).name.partition("-")[2]) if "checkpoint" in str(folder) else None):
-            os.utime(folder, (1e9 - step*1e6,)*2)  # the newer, the older
-            if step == 9: shutil.copytree(folder, Path(folder).with_name("checkpoint-1.mine"))
+        name, _, step = Path(folder).name.partition("-")
+        if name != "checkpoint": return
+        os.utime(folder, (1e9 - int(step)*1e6,)*2)  # the newer, the older
+        if step == "9": shutil.copytree(folder, Path(folder).with_name("checkpoint-1.mine"))
     monkeypatch.setattr(nli_ft.train_sft, "seal", seal)
     run_training(tiny(tmp_path, save_total_limit=3))
     assert {p.name for p in checkpoints(tmp_path)} == {"checkpoint-10", "checkpoint-11", "checkpoint-12", "checkpoint-1.mine"}
