@@ -147,10 +147,11 @@ def typed_text(
 ) -> str: # text without stray bytes
     "A text of the command line, read as UTF-8 or in the locale's encoding. Raises `DataError` for bytes that are neither."
     if not re.search("[\udc80-\udcff]", word): return word
-    for encoding in ("utf-8", locale.getencoding()):
+    encodings = dict.fromkeys(("UTF-8", locale.getencoding()))
+    for encoding in encodings:
         try: return os.fsencode(word).decode(encoding)
         except (UnicodeError, LookupError): pass
-    raise DataError(f"{name} is no text: its bytes are neither UTF-8 nor {locale.getencoding()}. Put it into a UTF-8 file instead")
+    raise DataError(f"{name} cannot be read as text in {' or '.join(encodings)}. Put it into a UTF-8 file instead")
 
 # %% ../nbs/00_config_loader.ipynb #e634e04a
 def can_be_written(
@@ -193,16 +194,16 @@ def settle():
     try: folder = _own_temporary_folder()
     except OSError: return # a command that needs none of them can still do its work; the others say what they lack
     for name in lost: os.environ[name] = str(folder if name == "HOME" else folder/name.lower())
-    if "NLI_FT_CACHE" in lost:
-        where = lost.get("HOME", lost["NLI_FT_CACHE"])
-        print(f"note: {where} cannot be written, so caches go to {folder} (set HOME or NLI_FT_CACHE to keep them elsewhere)", file=sys.stderr)
+    if "NLI_FT_CACHE" not in lost: return
+    why = "there is no home folder" if "HOME" in lost else f"{lost['NLI_FT_CACHE']} cannot be written"
+    print(f"note: {why}, so caches go to {folder} (HOME or NLI_FT_CACHE names another place)", file=sys.stderr)
 
 # %% ../nbs/00_config_loader.ipynb #fc937623
 def command(fn): # takes `argv` (list of str, or None for `sys.argv[1:]`), returns the exit code: int, or None for 0
     """Decorate the function behind a console script, so that every command begins and ends in the same way.
 
     Returns 0 after success. Anything else leaves by `SystemExit`: `error: …` on stderr and 2 for an `NliError`, 128 + its number for a signal
-    (130 for ctrl-c), 1 where the system did not let it write, else the code that `fn` returned. So `python -m` keeps the exit code without a
+    (130 for ctrl-c), 1 for a full disk and 2 for a file that may not be written, else the code that `fn` returned. So `python -m` keeps the exit code without a
     `sys.exit` of its own."""
     @functools.wraps(fn)
     def run(argv=None):
@@ -239,7 +240,8 @@ def _system_error(e:OSError) -> tuple: # (line, exit code), or (None, 1) where o
         return "error: there is no temporary folder that can be written: set TMPDIR to one", 2
     cure = _refused_by_the_system.get(e.errno)
     if cure is None: return None, 1
-    return f"error: {e.filename or 'what it writes'}: {e.strerror}; {cure}", 1
+    full = e.errno in (errno.ENOSPC, errno.EDQUOT) # which comes while something is being written; what is forbidden is so from the start
+    return f"error: {e.filename or 'what it writes'}: {e.strerror}; {cure}", 1 if full else 2
 
 # %% ../nbs/00_config_loader.ipynb #09b8397a
 def _package_dir() -> Path: # the folder of the imported package, which also holds `configs/`

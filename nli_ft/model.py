@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .config_loader import ConfigError, RecordError
+from .config_loader import ConfigError, RecordError, can_be_written
 from .data import MANIFEST, damage, data_hash, seal
 from .prompt import mistral_v3_tokenizer
 
@@ -204,9 +204,12 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def cache_dir() -> Path: # made when missing
-    "Where converted models are kept: `$NLI_FT_CACHE`, or `~/.cache/nli_ft`."
-    d = Path(os.environ.get("NLI_FT_CACHE") or Path.home()/".cache"/"nli_ft")
-    d.mkdir(parents=True, exist_ok=True)
+    "Where converted models are kept: `$NLI_FT_CACHE`, or `~/.cache/nli_ft`. Raises `ConfigError` where it cannot be made."
+    try:
+        d = Path(os.environ.get("NLI_FT_CACHE") or Path.home()/".cache"/"nli_ft")
+        d.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as e: # RuntimeError: there is no home folder
+        raise ConfigError(f"the cache of converted models cannot be made ({e}); set NLI_FT_CACHE to a folder that you can write") from None
     return d
 
 # %% ../nbs/05_model.ipynb #4e687fe5
@@ -252,11 +255,14 @@ def _intact(d):
     if state in _seen_intact or damage(d) is None: return not _seen_intact.add(state)
     return False
 
+from safetensors import SafetensorError
+
 def embedded_model(name:str, # "smollm2-135m" or "tiny-mistral"
                   ) -> Path: # a folder `from_pretrained` can read
     "Folder of an embedded model in the cache, made on first use and made again when damaged. Safe against two processes at once."
     from filelock import FileLock
     d = cache_dir()/name
+    if not can_be_written(d.parent): return _kept_by_others(d)
     with FileLock(cache_dir()/f"{name}.lock"):
         if d.exists() and not _intact(d):
             print(f"the cached {name} is damaged; making it again")
@@ -267,8 +273,15 @@ def embedded_model(name:str, # "smollm2-135m" or "tiny-mistral"
                 _MAKERS[name](tmp)
                 seal(tmp)
                 tmp.rename(d)
+            except (OSError, SafetensorError) as e:
+                raise ConfigError(f"{name} cannot be written to {d.parent} ({e}); make room there, or set NLI_FT_CACHE to another folder") from None
             finally: shutil.rmtree(tmp, ignore_errors=True)
     return d
+
+def _kept_by_others(d):
+    "The model of a cache that can only be read."
+    if d.is_dir() and _intact(d): return d
+    raise ConfigError(f"{d.parent} cannot be written and holds no whole {d.name}; set NLI_FT_CACHE to a folder that you can write")
 
 # %% ../nbs/05_model.ipynb #ed6e9d01
 def model_source(cfg) -> str: # a folder or a hub id

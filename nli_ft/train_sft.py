@@ -28,7 +28,7 @@ from array import array
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .config_loader import (Config, ConfigError, DataError, NliError, add_config_args, command, config_from_args, config_names,
+from .config_loader import (Config, ConfigError, DataError, NliError, add_config_args, can_be_written, command, config_from_args, config_names,
                                   RecordError, load_config, outlives_its_reader, print_config, project_root, result_values, stop_signals)
 from .corpus import write_corpus
 from .data import MANIFEST, atomic_writer, damage, read_rows, seal, render_completion, shuffle_thoughts, spread, template_of
@@ -180,7 +180,10 @@ def embedded_data() -> Path: # data/embedded
 def make_embedded_data(cfg:Config):
     "Generate the synthetic corpus if the config wants it and it is not there yet. Safe against two processes at once."
     d = embedded_data()
-    if d not in (cfg.path("train_data").parent, cfg.path("eval_data").parent): return
+    if d.exists() or d not in (cfg.path("train_data").parent, cfg.path("eval_data").parent): return
+    if not can_be_written(d.parent):
+        raise ConfigError(f"{d} is generated on first use and cannot be written; copy the project to a folder of your own, or write the rows elsewhere by "
+                          "`nli_corpus --size demo --out FOLDER` and name them with --train_data and --eval_data")
     from filelock import FileLock
     d.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(d.parent/".embedded.lock"):
