@@ -108,7 +108,10 @@ def new_run_dir(cfg, # `Config`
             if not parent.is_dir(): raise RecordError(f"{parent} is not a folder; move it or choose another runs_dir") from e
             continue
         except OSError as e: raise RecordError(f"cannot make a run folder in {parent}: {e.strerror}; choose another runs_dir") from e
-        _write_json(run/"summary.json", _running(cfg) | {"run_id":run.name})
+        try: _write_json(run/"summary.json", _running(cfg) | {"run_id":run.name})
+        except OSError as e:
+            with suppress(OSError): run.rmdir()
+            raise RecordError(f"cannot write a record in {parent}: {e.strerror}; make room there, or choose another runs_dir") from e
         return run
 
 # %% ../nbs/07_records.ipynb #8a55e47a
