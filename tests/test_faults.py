@@ -387,6 +387,18 @@ def test_a_signal_outside_of_training_closes_the_record_too_and_a_second_one_doe
     assert e.value.exit_code == code and signal.getsignal(sig) == before
     assert summary(only_run(tmp_path))["status"] == "interrupted"
 
+def test_a_signal_while_the_record_of_a_failed_run_is_closed_does_not_leave_it_open(tmp_path, monkeypatch):
+    import nli_ft.train_sft
+    real = nli_ft.train_sft.close_failed
+    def close_failed(*args, **kw):
+        os.kill(os.getpid(), signal.SIGHUP)
+        real(*args, **kw)
+    def judge(self, when): raise RuntimeError("no such thing")
+    monkeypatch.setattr(nli_ft.train_sft, "close_failed", close_failed)
+    monkeypatch.setattr(Session, "judge", judge)
+    with pytest.raises(RuntimeError): run_training(tiny(tmp_path, eval_before=True))
+    assert summary(only_run(tmp_path))["status"] == "failed"
+
 @pytest.mark.parametrize("module", ["nli_ft.train_sft", "nli_ft.records"])
 def test_a_reader_that_left_and_a_hangup_that_comes_with_sigterm_leave_one_whole_checkpoint(tmp_path, module):
     "As when a window with `nli_run … | tee log` in it is closed, or a session is ended: both signals, and nobody reads any more."

@@ -124,6 +124,10 @@ def test_a_run_without_a_home_keeps_its_caches_in_a_folder_of_its_own(tmp_path):
     assert err.count("note: there is no home folder") == 1 and str(own) in err
     assert (own/"nli_ft_cache"/"tiny-mistral").is_dir() and own.stat().st_mode & 0o777 == 0o700
 
+def test_a_command_without_a_home_says_once_where_its_caches_go(tmp_path):
+    code, out, err = nli("runs", HOME="/dev/null/home", TMPDIR=str(tmp_path))
+    assert code == 0 and out and err.startswith("note: there is no home folder, so caches go to") and err.count("\n") == 1
+
 def settled(code, **env):
     "What a new process prints after `settle`; `code` comes before it."
     text = f"import getpass, os, pwd, tempfile, json\n{code}\nfrom nli_ft.config_loader import settle\nsettle()\n" \
