@@ -751,7 +751,9 @@ def _parser():
                "  nli_bench train --variants plain,plain-micro-batches,ours-head-everywhere,ours --pairs 1\n  nli_bench generate --run runs/cpu_demo/RUN_ID\n  nli_bench growth --model tiny-mistral",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     subs = p.add_subparsers(dest="what", required=True, metavar="train|generate|growth")
-    def add(name, text, epilog=None):
+    def add(name, text, epilog=""):
+        examples = [line for line in p.epilog.splitlines() if line.startswith(f"  nli_bench {name}")]
+        epilog = "\n".join(["examples:", *examples, "", epilog])
         s = subs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
         s.add_argument("--config", metavar="NAME|PATH", help="adapter, optimizer and quantisation as in this config [default, with the embedded model]")
         s.add_argument("--model", metavar="M", help="smollm2-135m, tiny-mistral, mistral-7b-shapes (random weights), a hub name or ./folder [the config's; without --config smollm2-135m]")

@@ -1257,7 +1257,9 @@ def _parser() -> argparse.ArgumentParser:
   nli_data download --dataset snli --split validation --output data/snli_dev.jsonl
 exit codes: 0 done (check: OK or warnings), 1 failed while running, 2 bad arguments or data (check: FAIL)""")
     sub = ap.add_subparsers(dest="cmd", required=True, metavar="prepare|check|stats|download")
-    add = lambda name, help: sub.add_parser(name, help=help, description=help, formatter_class=fmt)
+    def add(name, help):
+        examples = [line for line in ap.epilog.splitlines() if line.startswith(f"  nli_data {name}")]
+        return sub.add_parser(name, help=help, description=help, formatter_class=fmt, epilog="\n".join(["example:", *examples]))
     _prepare_args(add("prepare", "thoughts and reflections to SFT rows"))
     _check_args(add("check", "faults, duplicates, leakage, balance, lengths, contradictions, shortcuts; ends with a verdict"))
     _stats_args(add("stats", "plots of lengths, sources and label balance"))

@@ -50,6 +50,13 @@ def test_every_command_shows_its_help_in_every_locale(locale):
         assert (code, err) == (0, ""), (command, err)
         assert b"example" in out, command
 
+SUBCOMMANDS = [("data", s) for s in "prepare check stats download".split()] + [("bench", s) for s in "train generate growth".split()]
+
+def test_every_subcommand_shows_an_example_of_itself():
+    for command, sub in SUBCOMMANDS:
+        code, out, err = nli(command, sub, "--help")
+        assert code == 0 and f"  nli_{command} {sub} " in out.decode().partition("example")[2], (command, sub)
+
 def test_light_commands_read_and_write_any_text_in_every_locale(tmp_path, locale):
     there = tmp_path/"données 狗"
     there.mkdir()
