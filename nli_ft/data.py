@@ -970,7 +970,7 @@ def seal(folder) -> dict: # relative name -> SHA-256
 def damage(folder) -> str|None: # None: every file is as it was written
     "What is wrong with a folder that `seal` should have sealed."
     folder = Path(folder)
-    try: files = json.loads((folder/MANIFEST).read_text())
+    try: files = json.loads((folder/MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError: return f"it was not saved to its end (no {MANIFEST})"
     except (OSError, ValueError) as e: return f"its {MANIFEST} cannot be read ({e})"
     if lost := [n for n in files if not (folder/n).is_file()]: return f"{lost[0]} is missing"
@@ -2053,7 +2053,9 @@ def _parser() -> argparse.ArgumentParser:
   nli_data download --dataset snli --split validation --output data/snli_dev.jsonl
 exit codes: 0 done (check: OK or warnings), 1 failed while running, 2 bad arguments or data (check: FAIL)""")
     sub = ap.add_subparsers(dest="cmd", required=True, metavar="prepare|check|stats|download")
-    add = lambda name, help: sub.add_parser(name, help=help, description=help, formatter_class=fmt)
+    def add(name, help):
+        examples = [line for line in ap.epilog.splitlines() if line.startswith(f"  nli_data {name}")]
+        return sub.add_parser(name, help=help, description=help, formatter_class=fmt, epilog="\n".join(["example:", *examples]))
     _prepare_args(add("prepare", "thoughts and reflections to SFT rows"))
     _check_args(add("check", "faults, duplicates, leakage, balance, lengths, contradictions, shortcuts; ends with a verdict"))
     _stats_args(add("stats", "plots of lengths, sources and label balance"))

@@ -30,7 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .config_loader import ConfigError, DataError, RecordError, command, config_from_json, project_root
+from .config_loader import (ConfigError, DataError, RecordError, command, config_from_json, project_root,
+                                  typed_text)
 from .data import (CONTRACTS, PAIR_NAMES, PROMPTS, SOURCES, cluster_codes, column_option, encoding_hint,
                          faults_named, file_format, find_column, layout_args, norm_text, prompt_messages, read_rows,
                          records, render_completion, share_right, source_pairs, spread, table_rows, template_of,
@@ -1798,7 +1799,7 @@ def _asked_pairs(ns):
         return read_pairs(ns.csv, ns.columns)
     if not (ns.premise and ns.hypothesis) or ns.output or ns.columns:
         raise DataError("give --premise and --hypothesis, or --csv and --output")
-    return [], [dict(premise=ns.premise, hypothesis=ns.hypothesis)]
+    return [], [{k: typed_text(getattr(ns, k), f"--{k}") for k in ("premise", "hypothesis")}]
 
 def _one_answer(a):
     if a["predicted_label"] is None: return f"no answer ({a['outcome']}): {a['problem']}"

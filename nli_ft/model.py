@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .config_loader import ConfigError, RecordError
+from .config_loader import ConfigError, RecordError, can_be_written
 from .data import MANIFEST, damage, data_hash, seal
 from .prompt import mistral_v3_tokenizer
 
@@ -138,7 +138,7 @@ def register_blocked_attention(): # for `attn_implementation`
 def held_back(): # fp32 products of this CPU
     "Whether they are slower than they could be: an AMD CPU with AVX-512, and MKL."
     info = Path("/proc/cpuinfo")
-    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and info.is_file() and "AuthenticAMD" in info.read_text()
+    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and info.is_file() and "AuthenticAMD" in info.read_text(encoding="utf-8", errors="replace")
 
 class _Convolution(torch.autograd.Function):
     "A product with frozen weights as a convolution; `conv2d`'s own gradient would keep the input, for that of the weights."
@@ -205,9 +205,12 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def cache_dir() -> Path: # made when missing
-    "Where converted models are kept: `$NLI_FT_CACHE`, or `~/.cache/nli_ft`."
-    d = Path(os.environ.get("NLI_FT_CACHE") or Path.home()/".cache"/"nli_ft")
-    d.mkdir(parents=True, exist_ok=True)
+    "Where converted models are kept: `$NLI_FT_CACHE`, or `~/.cache/nli_ft`. Raises `ConfigError` where it cannot be made."
+    try:
+        d = Path(os.environ.get("NLI_FT_CACHE") or Path.home()/".cache"/"nli_ft")
+        d.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as e: # RuntimeError: there is no home folder
+        raise ConfigError(f"the cache of converted models cannot be made ({e}); set NLI_FT_CACHE to a folder that you can write") from None
     return d
 
 # %% ../nbs/05_model.ipynb #4e687fe5
@@ -253,11 +256,14 @@ def _intact(d):
     if state in _seen_intact or damage(d) is None: return not _seen_intact.add(state)
     return False
 
+from safetensors import SafetensorError
+
 def embedded_model(name:str, # "smollm2-135m" or "tiny-mistral"
                   ) -> Path: # a folder `from_pretrained` can read
     "Folder of an embedded model in the cache, made on first use and made again when damaged. Safe against two processes at once."
     from filelock import FileLock
     d = cache_dir()/name
+    if not can_be_written(d.parent): return _kept_by_others(d)
     with FileLock(cache_dir()/f"{name}.lock"):
         if d.exists() and not _intact(d):
             print(f"the cached {name} is damaged; making it again")
@@ -268,8 +274,15 @@ def embedded_model(name:str, # "smollm2-135m" or "tiny-mistral"
                 _MAKERS[name](tmp)
                 seal(tmp)
                 tmp.rename(d)
+            except (OSError, SafetensorError) as e:
+                raise ConfigError(f"{name} cannot be written to {d.parent} ({e}); make room there, or set NLI_FT_CACHE to another folder") from None
             finally: shutil.rmtree(tmp, ignore_errors=True)
     return d
+
+def _kept_by_others(d):
+    "The model of a cache that can only be read."
+    if d.is_dir() and _intact(d): return d
+    raise ConfigError(f"{d.parent} cannot be written and holds no whole {d.name}; set NLI_FT_CACHE to a folder that you can write")
 
 # %% ../nbs/05_model.ipynb #ed6e9d01
 def model_source(cfg) -> str: # a folder or a hub id
@@ -469,8 +482,8 @@ def check_adapter(cfg, # Config of the run
     if (d/MANIFEST).is_file() and (wrong := damage(d)): raise RecordError(f"the adapter in {d} is not what training saved: {wrong}. Restore it, or train again")
     note = d/"nli_ft.json"
     try:
-        conf = json.loads((d/"adapter_config.json").read_text())
-        said = dict(json.loads(note.read_text())) if note.is_file() else {}
+        conf = json.loads((d/"adapter_config.json").read_text(encoding="utf-8"))
+        said = dict(json.loads(note.read_text(encoding="utf-8"))) if note.is_file() else {}
         made_for = said["model_id"] if note.is_file() else conf["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as e: raise RecordError(f"the adapter in {d} does not say what it was trained on ({type(e).__name__}: {e}); restore its adapter_config.json") from e
     if made_for != cfg.model_id: raise RecordError(f"the adapter in {d} was trained on {made_for!r} and the config names {cfg.model_id!r}; load it with the config of its own run")
@@ -515,11 +528,11 @@ def save_adapter(model, # a PeftModel
         raise RecordError(f"{out/'adapter_model.safetensors'} was saved without {len(lost)} of its matrices, among them {min(lost)}")
     tok.save_pretrained(out)
     # peft records the folder it was loaded from, which for an embedded model is a path of this machine
-    conf = json.loads((out/"adapter_config.json").read_text())
+    conf = json.loads((out/"adapter_config.json").read_text(encoding="utf-8"))
     conf["base_model_name_or_path"] = cfg.model_id
-    (out/"adapter_config.json").write_text(json.dumps(conf, indent=2))
+    (out/"adapter_config.json").write_text(json.dumps(conf, indent=2), encoding="utf-8")
     note = dict(model_id=cfg.model_id, model_revision=cfg.model_revision, quantization=cfg.quantization, base=base_facts(cfg))
-    (out/"nli_ft.json").write_text(json.dumps(note, indent=1))
+    (out/"nli_ft.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
     if (out/"README.md").exists(): (out/"README.md").unlink()  # peft's empty template of a model card, with that path in it
     return out
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['redact', 'new_run_dir', 'environment', 'overrides_text', 'run_command', 'start_run', 'append_metrics', 'read_metrics',
-           'note', 'finish_run', 'Interrupted', 'TrainingStopped', 'close_failed', 'watch_cells', 'Run', 'read_run',
-           'before_text', 'list_runs', 'check_parameters', 'RunFailed', 'run_notebook', 'engine_args', 'run_as_job',
-           'run_cli', 'show_runs', 'runs_cli', 'load_compared', 'differing', 'explains', 'paired', 'compare_runs',
+           'note', 'finish_run', 'TrainingStopped', 'close_failed', 'watch_cells', 'Run', 'read_run', 'before_text',
+           'list_runs', 'check_parameters', 'RunFailed', 'run_notebook', 'engine_args', 'run_as_job', 'run_cli',
+           'show_runs', 'runs_cli', 'load_compared', 'differing', 'explains', 'paired', 'compare_runs',
            'distinct_entries', 'over_seeds', 'compare_configs', 'run_table', 'config_table', 'remarks', 'markdown',
            'plot_differences', 'plot_losses', 'newest', 'distinct', 'comparable', 'record_notes', 'full_comparison',
            'compare_cli', 'model_card']
@@ -20,7 +20,7 @@ from datetime import datetime,timezone
 from pathlib import Path
 
 from .config_loader import (Config,ConfigError,ModelKeys,NliError,RecordError,SaysItAll,add_config_args,command,config_from_args,config_from_json,config_hash,
-                                  load_config,one_factor,print_config,project_root)
+                                  load_config,one_factor,outlives_its_reader,print_config,project_root,stop_signals)
 from .data import PROMPTS,atomic_writer,data_hash,leakage_text,read_rows,records as file_records,template_of
 
 # %% ../nbs/07_records.ipynb #ee07e41f
@@ -30,8 +30,13 @@ def _secrets():
     "`(name, value)` of credentials: environment variables by their names, .netrc, and the file of `hf auth login`."
     yield from ((n,v) for n,v in os.environ.items() if _secret_name.search(n))
     with suppress(OSError,netrc.NetrcParseError): yield from ((f"password of {host}",login[2] or "") for host,login in netrc.netrc(os.environ.get("NETRC")).hosts.items())
-    hub = Path(os.environ.get("HF_TOKEN_PATH") or Path(os.environ.get("HF_HOME") or Path.home()/".cache"/"huggingface")/"token")
-    with suppress(OSError,UnicodeDecodeError): yield "hub token", hub.read_text().strip()
+    hub = os.environ.get("HF_TOKEN_PATH") or Path(os.environ.get("HF_HOME") or Path(_home())/".cache"/"huggingface")/"token"
+    with suppress(OSError,UnicodeDecodeError): yield "hub token", Path(hub).read_text(encoding="utf-8").strip()
+
+def _home():
+    "The home folder as text, or the root folder where there is none, as in a container under a foreign user id."
+    home = os.path.expanduser("~")
+    return home if os.path.isabs(home) else os.sep
 
 def redact(text:str, # what is about to be written
           ) -> str: # the same without credentials and without the paths of this machine
@@ -39,7 +44,7 @@ def redact(text:str, # what is about to be written
     for name,value in _secrets():
         if len(value)>=8:
             for form in {value, json.dumps(value)[1:-1]}: text = text.replace(form, f"[{name} removed]")
-    for folder,short in ((project_root(),"."), (Path.home(),"~")):
+    for folder,short in ((project_root(),"."), (Path(_home()),"~")):
         if folder!=Path(folder.anchor): text = re.sub(re.escape(str(folder))+r"(?![\w.-])", short, text)
     return text
 
@@ -64,9 +69,9 @@ def _write_json(path, obj): return _write_text(path, json.dumps(_plain(obj), ind
 def _process_mark(pid=None):
     "`(start, boot)` of a process from Linux's /proc, or None where there is no such process or no /proc."
     try:
-        start = Path(f"/proc/{pid or 'self'}/stat").read_text().rpartition(")")[2].split()
+        start = Path(f"/proc/{pid or 'self'}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         if start[0]=="Z": return None   # a zombie has ended; only its parent has not looked yet
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii") + os.readlink("/proc/self/ns/pid")
         return int(start[19]), hashlib.sha256(boot.encode()).hexdigest()[:16]
     except OSError: return None
 
@@ -104,7 +109,10 @@ def new_run_dir(cfg, # `Config`
             if not parent.is_dir(): raise RecordError(f"{parent} is not a folder; move it or choose another runs_dir") from e
             continue
         except OSError as e: raise RecordError(f"cannot make a run folder in {parent}: {e.strerror}; choose another runs_dir") from e
-        _write_json(run/"summary.json", _running(cfg) | {"run_id":run.name})
+        try: _write_json(run/"summary.json", _running(cfg) | {"run_id":run.name})
+        except OSError as e:
+            with suppress(OSError): run.rmdir()
+            raise RecordError(f"cannot write a record in {parent}: {e.strerror}; make room there, or choose another runs_dir") from e
         return run
 
 # %% ../nbs/07_records.ipynb #8a55e47a
@@ -126,7 +134,7 @@ def _git():
     "`{commit, dirty, changed}` of the project, or None where it is no git checkout (or there is no git)."
     root = project_root()
     def git(*args): # a mounted checkout may belong to another user, which git refuses unless told
-        return subprocess.run(["git","-c",f"safe.directory={root}","-C",str(root),*args], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(["git","-c",f"safe.directory={root}","-C",str(root),*args], capture_output=True, encoding="utf-8", errors="replace", check=True).stdout
     try: commit,changed = git("rev-parse","HEAD").strip(), git("status","--porcelain").splitlines()
     except (OSError,subprocess.CalledProcessError): return None
     return dict(commit=commit, dirty=bool(changed), changed=[o[3:] for o in changed[:20]])
@@ -293,11 +301,7 @@ def finish_run(run_dir, # a run's folder
     return new
 
 # %% ../nbs/07_records.ipynb #59ed36d4
-class Interrupted(SaysItAll, KeyboardInterrupt):
-    "A run that was stopped by a signal, after it had put its things in order. `exit_code` as shells count: 130 for SIGINT, 143 for SIGTERM."
-    def __init__(self, message, signum):
-        super().__init__(message)
-        self.signum,self.exit_code = signum,128+signum
+from .config_loader import Interrupted
 
 class TrainingStopped(SaysItAll, Exception):
     "Training that could not go on, with what to do about it as its message."
@@ -445,28 +449,42 @@ def _kernel_manager(made:list):
     return ThisPython
 
 # %% ../nbs/07_records.ipynb #dfa5f719
+def _kernel_group(made):
+    "The process group of the kernel that was started last, or None."
+    return getattr(made[-1].provisioner, "pgid", None) if made else None
+
 @contextmanager
-def _kernel_guard(made):
-    "While a notebook runs: the first SIGINT, SIGTERM or SIGUSR2 interrupts the kernel, the second ends it; no process of it is left behind."
-    def group(): return getattr(made[-1].provisioner, "pgid", None) if made else None
-    asked = []
+def _stop_on_signal(made, asked):
+    """From the first cell to the closed record: the first signal interrupts the kernel, the second ends it. They are noted in `asked`.
+
+    SIGHUP is never a second one. A terminal that closes sends it twice, and a session that ends sends it beside SIGTERM."""
     def on_signal(signum, frame):
-        if asked or not group(): raise KeyboardInterrupt
+        first = not asked
+        again = signum!=signal.SIGHUP and any(s!=signal.SIGHUP for s in asked)
         asked.append(signum)
-        print("\nstopping after this step; again to stop at once", file=sys.stderr, flush=True)
-        os.killpg(group(), signal.SIGINT)
+        group = _kernel_group(made)
+        if again or (first and not group): raise KeyboardInterrupt
+        if not first: return
+        # not print: the signal may have come in the middle of one, and the terminal may be gone
+        with suppress(OSError): os.write(2, b"\nstopping after this step; again to stop at once\n")
+        with suppress(ProcessLookupError): os.killpg(group, signal.SIGINT)
     main = threading.current_thread() is threading.main_thread()   # only there may handlers be set
-    old = {s:signal.signal(s, on_signal) for s in (signal.SIGINT,signal.SIGTERM,signal.SIGUSR2)} if main else {}
+    old = {s:signal.signal(s, on_signal) for s in (*stop_signals(),signal.SIGUSR2)} if main else {}
     try: yield
     finally:
-        try:
-            if group(): os.killpg(group(), signal.SIGKILL)
-        except ProcessLookupError: pass   # it had gone by itself, as it should
         for s,h in old.items(): signal.signal(s, h)
+
+@contextmanager
+def _kernel_guard(made):
+    "No process of a kernel is left behind."
+    try: yield
+    finally:
+        with suppress(ProcessLookupError):   # it had gone by itself, as it should
+            if group := _kernel_group(made): os.killpg(group, signal.SIGKILL)
 
 # %% ../nbs/07_records.ipynb #789b6759
 class RunFailed(Exception):
-    "A run that was started and did not finish. `exit_code`: 1, 2 when it was refused before training, 130 when interrupted."
+    "A run that was started and did not finish. `exit_code`: 1, 2 when it was refused before training, 128 + the signal's number when interrupted."
     def __init__(self, message, run_dir, exit_code=1):
         super().__init__(message)
         self.run_dir,self.exit_code = run_dir,exit_code
@@ -491,10 +509,10 @@ def _tidy(path, root):
         if k in nb["metadata"].get("papermill", {}): nb["metadata"]["papermill"][k] = os.path.relpath(nb["metadata"]["papermill"][k], root)
     _write_text(path, json.dumps(nb, indent=1, ensure_ascii=False)+"\n")
 
-def _execute(notebook, run, params):
-    "Execute `notebook` into `<run>/train.ipynb` on this Python, from the project's folder, its output shown as it comes."
+def _execute(notebook, run, params, made):
+    "Execute `notebook` into `<run>/train.ipynb` on this Python, from the project's folder, its output shown as it comes. The kernel is put into `made`."
     import papermill
-    made,out = [],str(run/"train.ipynb").replace("{","{{").replace("}","}}")   # papermill formats paths
+    out = str(run/"train.ipynb").replace("{","{{").replace("}","}}")   # papermill formats paths
     with _kernel_guard(made):
         papermill.execute_notebook(str(notebook), out, params, cwd=str(project_root()), kernel_manager_class=_kernel_manager(made),
                                    progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, start_timeout=180, iopub_timeout=60,
@@ -513,17 +531,21 @@ def run_notebook(cfg, # config name or path, or a `Config`
     root = project_root()
     if not isinstance(cfg, Config): cfg = load_config(cfg, overrides)
     check_parameters(root/notebook)
-    run = new_run_dir(cfg, runs_dir)
-    try:
-        _execute(root/notebook, run, dict(config=_spec(cfg), overrides=overrides_text(cfg), run_dir=os.path.relpath(run, root)))
-        status,why,code = _outcome(run)
-    except (Exception,KeyboardInterrupt) as e: status,why,code = _failure(e, run)
-    try:
-        _tidy(run/"train.ipynb", root)
-        if why is None: return run
-        finish_run(run, status, error=redact(why)[:2000])
-    except (OSError,NliError) as e: why,code = f"{why or 'the run ended well'}; but the record could not be written to its end ({e})", code or 1
-    raise RunFailed(redact(why), run, code)
+    run,made,asked = new_run_dir(cfg, runs_dir), [], []
+    params = dict(config=_spec(cfg), overrides=overrides_text(cfg), run_dir=os.path.relpath(run, root))
+    with _stop_on_signal(made, asked):
+        try:
+            _execute(root/notebook, run, params, made)
+            status,why,code = _outcome(run)
+        except (Exception,KeyboardInterrupt) as e: status,why,code = _failure(e, run)
+        if asked and why is not None: status,why,code = _asked_to_stop(status, why, asked[0])
+        try:
+            _tidy(run/"train.ipynb", root)
+            if why is not None: finish_run(run, status, error=redact(why)[:2000])
+        except (OSError,NliError) as e: why,code = f"{why or 'the run ended well'}; but the record could not be written to its end ({e})", code or 1
+    if why is not None: raise RunFailed(redact(why), run, code)
+    if asked: raise Interrupted(f"{os.path.relpath(run)} was done before it could be stopped", asked[0])
+    return run
 
 # %% ../nbs/07_records.ipynb #b3dbe551
 def _outcome(run):
@@ -533,6 +555,11 @@ def _outcome(run):
     if s["status"]=="done": return "done", None, 0
     if s["status"]=="running": return "failed", "the notebook ended without closing its record (finish_run)", 1
     return s["status"], s.get("error") or s["status"], 130 if s["status"]=="interrupted" else 1
+
+def _asked_to_stop(status, why, signum):
+    "`(status, why, exit_code)` of a run that did not finish after a signal. A scheduler sends it to the kernel too, which may die of it."
+    if status!="interrupted": why = f"stopped by {signal.Signals(signum).name} ({why})"
+    return "interrupted", why, 128+signum
 
 # %% ../nbs/07_records.ipynb #c6662653
 def _planned(ns):
@@ -564,8 +591,13 @@ def _run_all(cfgs):
         except RunFailed as e:
             print(f"error: {e}\n       the notebook with the error: {os.path.relpath(e.run_dir/'train.ipynb')}", file=sys.stderr, flush=True)
             done.append(e.run_dir); codes.add(e.exit_code)
-            if e.exit_code==130: break
-    return done, next(c for c in (130,1,2,0) if c in codes)
+            if e.exit_code>128: break
+    return done, _worst(codes)
+
+def _worst(codes):
+    "The exit code of several runs: of an interruption, else of a failure, else of a refusal, else 0."
+    if max(codes)>128: return max(codes)
+    return next(c for c in (1,2,0) if c in codes)
 
 # %% ../nbs/07_records.ipynb #c7ddc2d3
 def engine_args(text:str|None # e.g. "slurm_partition=gpu timeout_min=240 gpus_per_node=1"
@@ -631,7 +663,7 @@ def _submit_all(cfgs, executor):
     except KeyboardInterrupt:
         print(f"no longer waiting; the jobs go on: {' '.join(j.job_id for j in jobs)}. `nli_runs` lists their records, `scancel` ends them", file=sys.stderr)
         raise
-    return done, next(c for c in (130,1,2,0) if c in codes)
+    return done, _worst(codes)
 
 # %% ../nbs/07_records.ipynb #d0863679
 @command
@@ -656,8 +688,9 @@ def run_cli(argv=None) -> int:
         for c in cfgs: print(shlex.join(["papermill","nbs/train.ipynb",f"{c.runs_dir}/{c.name}/<run_id>/train.ipynb","-p","config",_spec(c),
                                          "-p","overrides",overrides_text(c)]))
         return 0
-    runs,code = _submit_all(cfgs, executor) if executor else _run_all(cfgs)
-    print("\n"+"\n".join(r if isinstance(r, str) else _result_line(r) for r in runs))
+    with outlives_its_reader():
+        runs,code = _submit_all(cfgs, executor) if executor else _run_all(cfgs)
+        print("\n"+"\n".join(r if isinstance(r, str) else _result_line(r) for r in runs))
     return code
 
 # %% ../nbs/07_records.ipynb #dddb2cda

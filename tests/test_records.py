@@ -175,16 +175,23 @@ def _started(project, cells):
         time.sleep(.1)
     p.kill(); raise AssertionError("never started")
 
-@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_reaches_the_kernel_which_closes_its_record(project, sig):
     p = _started(project, [OPEN, "import time\ntry:\n    "+STEP+"\n    time.sleep(62.5252)\nexcept KeyboardInterrupt:\n"
                                  "    finish_run(run, 'interrupted', saved_step=7); raise"])
     p.send_signal(sig)
     out,err = p.communicate(timeout=60)
-    assert p.returncode==130, err
+    assert p.returncode==128+sig, err
     [row] = runs(project)
     assert row["status"]=="interrupted" and records.read_run(row["path"]).summary["saved_step"]==7
     assert "KeyboardInterrupt" in (Path(row["path"])/"train.ipynb").read_text() and not left_behind(project)
+
+def test_a_kernel_that_dies_of_the_schedulers_signal_is_an_interrupted_run(project):
+    p = _started(project, [OPEN, STEP+"\nimport os,signal,time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: os.kill(os.getpid(), signal.SIGTERM)"])
+    p.send_signal(signal.SIGTERM)
+    out,err = p.communicate(timeout=60)
+    [row] = runs(project)
+    assert p.returncode==143 and row["status"]=="interrupted" and "stopped by SIGTERM" in row["why"], err
 
 def test_a_second_signal_ends_a_kernel_that_does_not_listen(project):
     p = _started(project, [OPEN, "import time,signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"+STEP+"\nwhile True: time.sleep(.1)"])
