@@ -213,7 +213,9 @@ def shared_start(model, prompts:list, # model; lists of token ids
     if _window(model) < max(map(len, prompts)) + new: return None
     with for_inference(model) as inner:
         ids = torch.tensor([prompts[0][:n]], device=inner.get_input_embeddings().weight.device)
-        return SharedStart(n, inner(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values)
+        how = dict(logits_to_keep=1) if takes(model, "logits_to_keep") else {}
+        keys = getattr(inner(input_ids=ids, use_cache=True, **how), "past_key_values", None)
+        return None if keys is None else SharedStart(n, keys)  # the first GPT has no cache
 
 # %% ../nbs/06_evaluate.ipynb #1d1bb06a
 def _unpadded(model, lengths):

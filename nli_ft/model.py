@@ -361,13 +361,14 @@ def _no_decoder(conf, family):
     kind = f"it is of the type {conf.model_type!r}"
     if getattr(conf, "is_encoder_decoder", False): return f"{kind}, an encoder with a decoder; choose a decoder-only model"
     if family is None: return f"{kind}, of which transformers has no causal language model; choose a decoder-only model"
-    if conf.model_type in _NOT_CAUSAL: return f"{kind}, which does not predict from left to right; choose a decoder-only model"
-    if type(conf) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(conf, "is_decoder", False):
+    if conf.model_type in _NOT_CAUSAL: return f"{kind}, which does not read text from left to right alone; choose a decoder-only model"
+    encoder = type(conf) in MODEL_FOR_MASKED_LM_MAPPING or conf.model_type == "bert-generation"
+    if encoder and not getattr(conf, "is_decoder", False):
         return f"{kind}, an encoder, which sees what it should predict; choose a decoder-only model"
     return None
 
-# transformers lists them among its causal models; they permute the order, or read the prompt in both directions
-_NOT_CAUSAL = ("xlnet", "cpmant")
+# transformers lists them among its causal models; they permute the order, read the prompt in both directions, or read pictures
+_NOT_CAUSAL = ("xlnet", "cpmant", "trocr", "git")
 
 def _quantised(conf):
     "Why weights that are quantised already are not trained on, or None."
@@ -420,7 +421,9 @@ def why_unusable(cfg # Config: model_id, quantization, target_modules, gradient_
     except ConfigError as e: return str(e)
     family = base_class(conf)
     if why := _no_decoder(conf, family) or _quantised(conf) or _no_weights(folder): return said + why
-    model = empty_model(conf)
+    try: model = empty_model(conf)
+    except Exception as e:  # each family has its own for values that do not go together
+        return said + f"transformers cannot build a {family.__name__} from its config.json ({type(e).__name__}: {e})"
     if why := _more_than_text(model) or _untrainable(model, cfg): return said + why
     if why := _no_tokenizer(cfg, model.get_input_embeddings().weight.shape[0]): return said + why
     try: lora_targets(model, cfg)
@@ -487,6 +490,13 @@ def keep_freed_memory():
     libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 # %% ../nbs/05_model.ipynb #440b69d9
+def _never_quantised(conf, family):
+    "Names of the layers that stay as they are in 4 bits: those whose weights are read past the layer, and then the head too; None leaves it to transformers."
+    if not family._is_stateful: return None
+    model = empty_model(conf)
+    layers, head = _read_by_kernels(model, linear_layers(model)), model.get_output_embeddings()
+    return [*sorted(layers), *(n for n, m in model.named_modules() if m is head)] if layers else None
+
 def load_base(cfg, # Config
               train:bool=True, # prepare it for training (norms in fp32, checkpointing as configured)
              ):
@@ -499,10 +509,11 @@ def load_base(cfg, # Config
     if dev.type == "cpu": keep_freed_memory()
     dtype, flat = compute_dtype(cfg, dev), train and sharded()
     if flat: find_sharded_adapter()
-    quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                               bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype if flat else torch.uint8) if nf4 else None
-    family = base_class(base_config(cfg))
+    conf = base_config(cfg)
+    family = base_class(conf)
     kernel = attention(cfg, dev, family)
+    quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=_never_quantised(conf, family),
+                               bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype if flat else torch.uint8) if nf4 else None
     model = AutoModelForCausalLM.from_pretrained(
         model_source(cfg), revision=cfg.model_revision, quantization_config=quant, dtype=dtype, device_map={"": dev},
         attn_implementation=kernel, use_safetensors=True, trust_remote_code=False)
@@ -546,14 +557,14 @@ def lora_targets(model, # a base, or `empty_model`
                 ): # what peft gets as `target_modules`
     """`target_modules`, each found in the model; raises `ConfigError` otherwise. In a mixture of experts `all-linear` leaves the experts out:
     they are stacked in one tensor, of which peft would make whole matrices at every step, and which it trains without dropout only.
-    Routers stay as they are."""
+    Routers stay as they are. Of a state-space mixer only `in_proj` gets one: the fused kernels read the weights of the others and go past an adapter."""
     layers, said = linear_layers(model), cfg.target_modules
     names = {n.rpartition(".")[2] for n in layers}
-    experts = stacked_experts(model)
+    experts, bypassed = stacked_experts(model), _read_by_kernels(model, layers)
     if isinstance(said, str):
-        routers = _routers(model, layers)
-        if not (experts or routers): return said
-        kept = [n for n in layers if n not in routers and not (experts and n.rpartition(".")[2] in _EXPERT_LAYERS)]
+        left = _routers(model, layers) | bypassed
+        if not (experts or left): return said
+        kept = [n for n in layers if n not in left and not (experts and n.rpartition(".")[2] in _EXPERT_LAYERS)]
         if not kept: raise ConfigError(f"target_modules={said}: outside its experts {cfg.model_id} has no linear layer")
         return kept
     if missing := [t for t in said if t not in names]:
@@ -562,7 +573,15 @@ def lora_targets(model, # a base, or `empty_model`
         raise ConfigError(f"target_modules {missing} match no linear layer of {cfg.model_id}; it has {sorted(names)}. Name some of these, or say all-linear")
     if experts and (stuck := [t for t in said if t in _EXPERT_LAYERS]):
         raise ConfigError(f"target_modules {stuck} belong to the experts of {cfg.model_id}, which stay frozen here; name layers of the attention, or say all-linear")
+    if past := sorted({n.rpartition(".")[2] for n in bypassed} & set(said)):
+        raise ConfigError(f"target_modules {past} are read by fused kernels in the state-space layers of {cfg.model_id}, which would go past an adapter; "
+                          "leave them out, or say all-linear")
     return list(said)
+
+def _read_by_kernels(model, layers):
+    "Names of the linear layers in Mamba's mixers (known by their convolution and their skip weights D), but for in_proj."
+    mixers = {n for n, m in model.named_modules() if hasattr(m, "conv1d") and hasattr(m, "D")}
+    return {n for n in layers if n.rpartition(".")[0] in mixers and not n.endswith(".in_proj")}
 
 def _routers(model, layers):
     "Names of the linear layers that choose between experts."

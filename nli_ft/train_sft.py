@@ -248,6 +248,11 @@ def _worst(prep, bad):
     if not bad: return True, f"all {len(prep.train)} training rows"
     return False, f"{len(bad)} of {len(prep.train)} rows, first: row {prep.train_rows[bad[0]]['id']!r}"
 
+def _writes_bos(tok):
+    "Whether prompts begin with BOS. Many chat templates (Granite's, Phi's) write none, though the tokenizer names one."
+    if prompt_form(tok) == "mistral_instruct": return True
+    return tok.apply_chat_template([dict(role="user", content="x")], tokenize=False).startswith(tok.bos_token)
+
 def proofs(prep:Prepared) -> dict: # what is proved -> (holds, detail)
     "Check the encoded training rows against what tokenizer and model say about themselves; see the keys."
     from nli_ft.model import base_config
@@ -255,11 +260,12 @@ def proofs(prep:Prepared) -> dict: # what is proved -> (holds, detail)
     bos, end, style = tok.bos_token_id, end_of_turn(tok), prep.cfg.completion
     conf = base_config(prep.cfg).get_text_config()
     embedded, limit = conf.vocab_size, getattr(conf, "max_position_embeddings", None) or math.inf
-    def bos_wrong(e): return bos is not None and (e.input_ids[0] != bos or e.input_ids[1] == bos)
+    begins = bos is not None and _writes_bos(tok)
+    def bos_wrong(e): return bos is not None and (e.input_ids[0] == bos) != begins or e.input_ids[:2] == [bos, bos]
     def completion_wrong(r, e): return tok.decode(e.input_ids[e.n_prompt:-1]).strip() != render_completion(r["thought_process"], r["label"], style)
     def label_wrong(r, e): return tok.decode([i for i, k in zip(e.input_ids, e.kind) if k == LABEL]).strip() != str(r["label"])
     fails = {
-        "the prompt starts with exactly one BOS": [i for i, (r, e) in enumerate(rows) if bos_wrong(e)],
+        "the prompt starts with exactly one BOS" if begins else "the prompt starts without BOS, as its form has it": [i for i, (r, e) in enumerate(rows) if bos_wrong(e)],
         "the end of turn is learned": [i for i, (r, e) in enumerate(rows) if e.labels[-1] != end],
         "the label is inside the row and has loss": [i for i, (r, e) in enumerate(rows) if label_wrong(r, e)
                                                      or any(y == -100 for y, k in zip(e.labels, e.kind) if k != PROMPT)],
@@ -303,7 +309,7 @@ def estimate_memory(prep:Prepared) -> dict: # part -> GiB, and "total", which is
 
 def _estimated(prep):
     import torch
-    from nli_ft.model import attention, compute_dtype, device, lora_targets, stacked_experts
+    from nli_ft.model import _never_quantised, attention, base_config, compute_dtype, device, lora_targets, stacked_experts
     cfg = prep.cfg
     dev, model = device(cfg), _empty(cfg)
     linear, other, conf = linear_shapes(cfg)
@@ -312,6 +318,9 @@ def _estimated(prep):
     cpu, dtype = dev.type == "cpu", compute_dtype(cfg, dev)
     wide = dtype.itemsize
     base, nf4 = sum(a*b for a, b in linear.values()), cfg.quantization == "nf4"
+    apart = set(_never_quantised(base_config(cfg), type(model)) or []) if nf4 else set()
+    plain = sum(a*b for n, (a, b) in linear.items() if n in apart)
+    base, other = base - plain, other + plain
     hit = lambda n: targets == "all-linear" or n in targets or n.rpartition(".")[2] in targets
     lora = sum(cfg.lora_r*(a + b) for n, (a, b) in linear.items() if hit(n))
     longest = sorted(prep.train, key=len, reverse=True)[:cfg.batch_size]
