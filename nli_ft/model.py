@@ -311,7 +311,7 @@ def base_config(cfg): # a transformers config
     from transformers import AutoConfig
     try:
         return AutoConfig.from_pretrained(model_source(cfg), revision=cfg.model_revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except Exception as e:  # of the hub, and each family has its own for values that do not go together
         why = str(e).strip().splitlines()
         raise ConfigError(f"model_id = {cfg.model_id}: transformers cannot read its config.json ({why[0] if why else type(e).__name__:.300})") from e
 
@@ -362,6 +362,7 @@ def _no_decoder(conf, family):
     if getattr(conf, "is_encoder_decoder", False): return f"{kind}, an encoder with a decoder; choose a decoder-only model"
     if family is None: return f"{kind}, of which transformers has no causal language model; choose a decoder-only model"
     if conf.model_type in _NOT_CAUSAL: return f"{kind}, which does not read text from left to right alone; choose a decoder-only model"
+    if conf.model_type in _NO_ANSWERS: return f"{kind}, with which transformers {_transformers_version()} fails to generate; choose another model"
     encoder = type(conf) in MODEL_FOR_MASKED_LM_MAPPING or conf.model_type == "bert-generation"
     if encoder and not getattr(conf, "is_decoder", False):
         return f"{kind}, an encoder, which sees what it should predict; choose a decoder-only model"
@@ -369,6 +370,11 @@ def _no_decoder(conf, family):
 
 # transformers lists them among its causal models; they permute the order, read the prompt in both directions, or read pictures
 _NOT_CAUSAL = ("xlnet", "cpmant", "trocr", "git")
+_NO_ANSWERS = ("xlstm",)  # its cache has another shape than its states
+
+def _transformers_version():
+    import transformers
+    return transformers.__version__
 
 def _quantised(conf):
     "Why weights that are quantised already are not trained on, or None."

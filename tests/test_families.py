@@ -96,7 +96,7 @@ def rows(path):
     return str(path)
 
 def config(tmp_path, folder, **changes):
-    data = rows(tmp_path/"rows.jsonl")
+    data = str(tmp_path/"rows.jsonl") if (tmp_path/"rows.jsonl").exists() else rows(tmp_path/"rows.jsonl")
     values = dict(model_id=str(folder), device="cpu", compute_dtype="fp32", train_data=data, eval_data=data, target_modules="all-linear", lora_dropout=0.0,
                   learning_rate=1e-2, max_steps=2, max_new_tokens=4, eval_batch_size=4, output_dir=str(tmp_path/"models"), runs_dir=str(tmp_path/"runs"))
     return load_config("minimal_test", values | changes)
@@ -165,3 +165,185 @@ def test_a_family_scores_the_same_in_the_run_saved_alone_and_merged(tmp_path, na
     assert max(abs(p - q) for (_, p), (_, q) in zip(again, untrained)) > 1e-3, "the adapter changed nothing"
     own_loss_agrees(model, prep, tmp_path/"x")
     assert scoring(model.get_base_model()) == (FAST | LONG)[name][2]
+
+def test_prompts_of_several_lengths_are_never_padded_for_a_recurrent_model(tmp_path, monkeypatch):
+    import nli_ft.evaluate as ev
+    widths, real = [], ev.left_pad
+    def watch(prompts, *args):
+        widths.append({len(p) for p in prompts})
+        return real(prompts, *args)
+    monkeypatch.setattr(ev, "left_pad", watch)
+    cfg = config(tmp_path, make(tmp_path/"lfm2", "lfm2"))
+    model, tok = load_base(cfg, train=False), load_tokenizer(cfg)
+    assert recurrent(model)
+    ids = [[1, 5, 9, 11], [1, 5], [1, 7, 8, 9]]
+    made = ev.generate_batch(model, tok, ids, 3)
+    assert widths == [{4}, {2}]
+    assert [m["text"] for m in made] == [ev.generate_batch(model, tok, [p], 3)[0]["text"] for p in ids]
+
+@pytest.mark.parametrize("name, has_states", [("llama", False), ("gemma3", False), ("lfm2", True), ("qwen35", True), ("mamba", True), ("recurrent_gemma", True)])
+def test_recurrent_families_are_known_by_their_config(name, has_states):
+    import transformers
+    from nli_ft.model import empty_model
+    kind, values, _ = (FAST | LONG)[name]
+    assert recurrent(empty_model(getattr(transformers, kind)(**values))) is has_states
+
+def test_the_loss_of_a_mixture_of_experts_has_no_term_for_the_router(tmp_path):
+    cfg = config(tmp_path, make(tmp_path/"moe", "qwen3moe", output_router_logits=True, router_aux_loss_coef=.5), max_steps=1)
+    prep, model = prepare(cfg), seeded_lora(load_base(cfg), cfg)
+    e = prep.train[0]
+    batch = dict(input_ids=torch.tensor([e.input_ids]), labels=torch.tensor([e.labels]))
+    logits = model(**batch).logits[:, :-1].float()
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert model(**batch).loss > want + .01, "the model's own loss has one"
+    args = training_args(cfg, tmp_path, False)
+    trainer = make_trainer_class()(model=model, args=args, train_dataset=to_dataset([e], cfg), processing_class=prep.tok)
+    for frozen in (True, False):  # our head, and TRL's
+        model.get_output_embeddings().weight.requires_grad_(not frozen)
+        got = trainer.compute_loss(model, dict(batch, kind=torch.tensor([e.kind])))
+        assert got.item() == pytest.approx(want.item(), rel=1e-5)
+
+def test_experts_and_routers_get_no_adapter(tmp_path):
+    cfg = config(tmp_path, make(tmp_path/"moe", "qwen3moe"))
+    model = seeded_lora(load_base(cfg), cfg)
+    adapted = {n.split(".lora_")[0].rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    named = config(tmp_path, make(tmp_path/"deepseek", "deepseek3"), target_modules=["down_proj"])  # its first layer has a plain one
+    with pytest.raises(ConfigError, match="belong to the experts"): lora_targets(load_base(named), named)
+
+# -- what is refused, before anything starts
+
+def refused(cfg, *said):
+    with pytest.raises(ConfigError) as e: check_ready(cfg)
+    for text in ("cannot start here", cfg.model_id, *said): assert text in str(e.value)
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory): return make(tmp_path_factory.mktemp("base")/"llama", "llama")
+
+@pytest.fixture
+def copied(tmp_path, llama):
+    "A copy of a model's folder to spoil, and its config."
+    shutil.copytree(llama, tmp_path/"m")
+    return tmp_path/"m", config(tmp_path, tmp_path/"m")
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+def test_a_sound_folder_is_not_refused(copied): check_ready(copied[1])
+
+def test_an_adapters_folder_is_no_model(copied):
+    (copied[0]/"adapter_config.json").write_text(json.dumps(dict(base_model_name_or_path="some/base")))
+    refused(copied[1], "holds an adapter", "Give some/base as model_id")
+
+@pytest.mark.parametrize("name, said", [("config.json", "no config.json"), ("model.safetensors", "it has no weights"), ("tokenizer.json", "tokenizer")])
+def test_a_folder_without_one_of_its_parts(copied, name, said):
+    (copied[0]/name).unlink()
+    refused(copied[1], said)
+
+def test_weights_of_other_kinds(copied):
+    folder, cfg = copied
+    (folder/"model.safetensors").rename(folder/"pytorch_model.bin")
+    refused(cfg, "pickled (.bin)")
+    (folder/"config.json").unlink()
+    (folder/"m.gguf").write_text("GGUF")
+    refused(cfg, "GGUF file")
+
+def test_weights_that_are_not_whole(copied):
+    folder, cfg = copied
+    whole = (folder/"model.safetensors").read_bytes()
+    (folder/"model.safetensors").write_bytes(whole[:1000])
+    refused(cfg, "no whole safetensors file")
+    (folder/"model.safetensors").unlink()
+    (folder/"model.safetensors.index.json").write_text(json.dumps(dict(weight_map=dict(a="model-00001-of-00002.safetensors", b="model-00002-of-00002.safetensors"))))
+    (folder/"model-00001-of-00002.safetensors").write_bytes(whole)
+    refused(cfg, "1 of its 2 files of weights are missing, among them model-00002-of-00002.safetensors")
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(model_type="own", auto_map=dict(AutoModelForCausalLM="modeling_own.Own")), "trust_remote_code"),
+    (dict(model_type="unheard_of"), "cannot read its config.json"),
+    (dict(model_type="t5", architectures=["T5ForConditionalGeneration"]), "an encoder with a decoder"),
+    (dict(model_type="bert", architectures=["BertForMaskedLM"]), "an encoder, which sees what it should predict"),
+    (dict(model_type="xlnet", architectures=["XLNetLMHeadModel"]), "does not read text from left to right"),
+    (dict(model_type="vit", architectures=["ViTModel"]), "no causal language model"),
+    (dict(model_type="gemma3", architectures=["Gemma3ForConditionalGeneration"]), "reads more than text"),
+    (dict(model_type="xlstm", architectures=["xLSTMForCausalLM"]), "fails to generate"),
+    (dict(quantization_config=dict(quant_method="gptq", bits=4)), "quantised already (gptq)"),
+    (dict(quantization_config=dict(quant_method="bitsandbytes", load_in_4bit=True)), "quantised already (bitsandbytes)"),
+    (dict(num_attention_heads=0), "transformers cannot"),
+], ids=lambda v: v if isinstance(v, str) else None)
+def test_models_of_other_kinds(copied, changes, said):
+    folder, cfg = copied
+    conf = json.loads((folder/"config.json").read_text())
+    if changes.get("model_type") not in (None, "own"): conf = dict(vocab_size=conf["vocab_size"])
+    (folder/"config.json").write_text(json.dumps(conf | changes))
+    refused(cfg, said)
+
+@pytest.mark.parametrize("tok, said", [
+    (dict(chat_template=None, additional_special_tokens=[]), "no chat template"),
+    (dict(eos_token=None), "no EOS token"),
+    (dict(chat_template="{% for m in messages %}{{ m.content }}\n{% endfor %}"), "no special token after the assistant's turn"),
+], ids=["no template", "no eos", "no end of turn"])
+def test_tokenizers_that_cannot_teach(copied, tok, said):
+    from transformers import AutoTokenizer
+    folder, cfg = copied
+    made = AutoTokenizer.from_pretrained(folder)
+    for key, value in tok.items(): setattr(made, key, value)
+    if made.chat_template is None:
+        (folder/"chat_template.jinja").unlink()
+        import tokenizers
+        made = type(made)(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "</s>": 1}, merges=[])), eos_token="</s>")
+    made.save_pretrained(folder)
+    refused(cfg, said)
+
+def test_target_modules_that_a_family_does_not_have_are_named_with_those_it_has(tmp_path):
+    cfg = config(tmp_path, make(tmp_path/"neox", "neox"), target_modules=["q_proj", "v_proj"])
+    refused(cfg, "['q_proj', 'v_proj'] match no linear layer", "'query_key_value'", "say all-linear")
+
+def test_a_family_of_which_nothing_can_be_quantised(tmp_path):
+    cfg = config(tmp_path, make(tmp_path/"falcon", "falcon"))
+    refused(cfg, "no layer of FalconForCausalLM that it could quantise", "quantization=none")
+    check_ready(cfg.replace(quantization="none"))
+
+def test_an_attention_that_a_family_does_not_have(tmp_path):
+    cfg = config(tmp_path, make(tmp_path/"gemma2", "gemma2"), attn_implementation="sdpa")
+    with pytest.raises(ConfigError, match="Gemma2ForCausalLM has no sdpa attention"): check_ready(cfg)
+
+def test_activations_that_a_family_cannot_recompute(tmp_path):
+    cfg = config(tmp_path, make(tmp_path/"m", "llama"), gradient_checkpointing=True)
+    from unittest import mock
+    from transformers import LlamaForCausalLM
+    with mock.patch.object(LlamaForCausalLM, "supports_gradient_checkpointing", False): refused(cfg, "cannot recompute activations")
+
+def test_a_token_without_a_row_in_the_embedding_ends_a_run_with_2_before_anything_is_judged(copied, capsys, monkeypatch):
+    import nli_ft.train_sft as t
+    folder, cfg = copied
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    used = max(max(e.input_ids) for e in prepare(cfg).train)
+    model.resize_token_embeddings(used)
+    model.save_pretrained(folder)
+    monkeypatch.setattr(t, "judge", lambda *a, **kw: pytest.fail("it was judged"))
+    assert not proofs(prepare(cfg))["every token has a row in the model's embedding"][0]
+    with pytest.raises(SystemExit) as e: raise SystemExit(t.train_cli(cfg.to_args()))
+    assert e.value.code == 2
+    assert "every token has a row in the model's embedding" in capsys.readouterr().err
+
+def test_rows_longer_than_the_models_positions_are_a_failed_proof(tmp_path):
+    cfg = config(tmp_path, make(tmp_path/"gpt2", "gpt2", n_positions=64))
+    assert not proofs(prepare(cfg))["no row is longer than the model has positions"][0]
+
+def test_an_estimate_that_cannot_be_made_is_said_and_no_reason_to_stop(tmp_path, llama, monkeypatch):
+    import nli_ft.train_sft as t
+    prep = prepare(config(tmp_path, llama))
+    def unknown(*a): raise AttributeError("no such attribute")
+    monkeypatch.setattr(t, "_estimated", unknown)
+    p = preflight(prep)
+    assert p["memory_gib"] == {"total": None} and p["ok"]
+    assert "no estimate" in t.preflight_text(p)
+    assert "is not known" in t.memory_advice(prep, 8.)
+
+def test_a_prompt_without_bos_is_right_where_the_template_writes_none(tmp_path):
+    cfg = config(tmp_path, make(tmp_path/"m", "llama", tokenizer(TURNS.removeprefix("{{ bos_token }}"))))
+    found = proofs(prepare(cfg))
+    assert all(ok for ok, _ in found.values())
+    assert "the prompt starts without BOS, as its form has it" in found
