@@ -219,9 +219,7 @@ def shared_start(model, prompts:list, # model; lists of token ids
 
 # %% ../nbs/06_evaluate.ipynb #1d1bb06a
 def _unpadded(model, lengths):
-    """Positions of the prompts that may stand in one batch: all of them, or in a recurrent model those of one length. RWKV's answers are read one
-    by one: transformers 5.23 adds up the states of a batch wrongly."""
-    if takes(model, "state"): return [[i] for i in range(len(lengths))]
+    "Positions of the prompts that may stand in one batch: all of them, or in a recurrent model those of one length."
     if not recurrent(model): return [list(range(len(lengths)))]
     return [[i for i, n in enumerate(lengths) if n == width] for width in sorted(set(lengths), reverse=True)]
 

@@ -362,7 +362,7 @@ def _no_decoder(conf, family):
     if getattr(conf, "is_encoder_decoder", False): return f"{kind}, an encoder with a decoder; choose a decoder-only model"
     if family is None: return f"{kind}, of which transformers has no causal language model; choose a decoder-only model"
     if conf.model_type in _NOT_CAUSAL: return f"{kind}, which does not read text from left to right alone; choose a decoder-only model"
-    if conf.model_type in _NO_ANSWERS: return f"{kind}, with which transformers {_transformers_version()} fails to generate; choose another model"
+    if conf.model_type in _NOT_HERE: return f"{kind}, of which transformers {_NOT_HERE[conf.model_type]}; choose another model"
     encoder = type(conf) in MODEL_FOR_MASKED_LM_MAPPING or conf.model_type == "bert-generation"
     if encoder and not getattr(conf, "is_decoder", False):
         return f"{kind}, an encoder, which sees what it should predict; choose a decoder-only model"
@@ -370,11 +370,9 @@ def _no_decoder(conf, family):
 
 # transformers lists them among its causal models; they permute the order, read the prompt in both directions, or read pictures
 _NOT_CAUSAL = ("xlnet", "cpmant", "trocr", "git")
-_NO_ANSWERS = ("xlstm",)  # its cache has another shape than its states
-
-def _transformers_version():
-    import transformers
-    return transformers.__version__
+# found with transformers 5.23
+_NOT_HERE = dict(xlstm="makes a cache of another shape than the states",
+                 rwkv="mixes the states of a batch, and changes the weights beside an adapter between training and judging")
 
 def _quantised(conf):
     "Why weights that are quantised already are not trained on, or None."
