@@ -278,7 +278,7 @@ def without_ours(name:str # a variant or an answerer
     with contextlib.ExitStack() as undo:
         if not options["keep_freed_memory"]: undo.enter_context(mock.patch.object(model, "keep_freed_memory", lambda: None))
         if not options["by_onednn"]: undo.enter_context(mock.patch.object(model, "held_back", lambda: False))
-        if not options["frozen_head"]: undo.enter_context(mock.patch.object(model, "target_log_probs", model.trl_log_probs))
+        if not options["frozen_head"]: undo.enter_context(mock.patch.object(model, "scored_here", lambda head: False))
         if not options["bf16_between"]: undo.enter_context(mock.patch.object(model, "bf16_between_products", contextlib.nullcontext))
         if not options["dequantised_once"]: undo.enter_context(mock.patch.object(model, "dequantised_once", contextlib.nullcontext))
         yield
@@ -300,7 +300,7 @@ def positions(cfg:Config, name:str, # from `variant_config`; a variant
     padded = sum(lengths) if options["padding_free"] else padded_tokens(lengths, cfg.batch_size)
     trained = sum(y != -100 for e in encs for y in e.labels[1:])
     batches = len(encs)/cfg.batch_size if options["padding_free"] else len(encs)
-    everywhere = options["head_everywhere"] or (options["trl"] and not triton)
+    everywhere = options["head_everywhere"] or not (options["frozen_head"] or triton)
     return dict(tokens=sum(lengths), trained=trained, padded=padded, scored=int(padded - batches) if everywhere else trained)
 
 def train_once(cfg:Config, # from `bench_config`

@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['CARRIED', 'SCORED', 'LORA_RANKS', 'VLLM_ROWS', 'NO_ANSWER', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'NEGATIONS',
            'MIN_CLUSTERS', 'PLOTS', 'ANSWER_COLUMNS', 'digit_pairs', 'label_step', 'digit_recorder',
-           'entail_probability', 'stop_rule', 'json_stopper', 'for_inference', 'length_batches', 'left_pad',
-           'SharedStart', 'shared_start', 'generate_batch', 'row_progress', 'generate_completions', 'parse_mode',
-           'forced_ids', 'score_labels', 'prompt_hash', 'prediction_row', 'check_predictions', 'parser_mark',
-           'predictions_seal', 'Recorded', 'recorded', 'counted', 'read_again', 'check_record', 'read_predictions',
-           'resume_predictions', 'partial_thought', 'majority', 'predict_rows', 'force_predictions', 'vllm_completion',
-           'vllm_rank', 'VllmEngine', 'vllm_engine', 'predict_rows_vllm', 'groups_of', 'accuracy', 'class_scores',
-           'score', 'new_figure', 'plot_confusion', 'metric_series', 'plot_loss', 'confidences', 'equal_mass_bins',
-           'reliability_bins', 'plot_reliability', 'risk_coverage', 'plot_risk_coverage', 'words', 'count_bins',
-           'plot_accuracy_by_length', 'Shown', 'show_examples', 'ece', 'calibrated_ece', 'calibration', 'has_negation',
-           'overlap', 'slice_names', 'slices', 'consistency', 'mcnemar', 'PairedTest', 'paired_test', 'holm', 'decide',
-           'verdict', 'unseen', 'other_way', 'minimum_detectable_difference', 'SeedTest', 'seed_test', 'seed_share',
-           'surface_features', 'baseline_labels', 'compare_answers', 'stated_label', 'grounded_share', 'reasoning',
-           'altered_thoughts', 'probe_thoughts', 'report', 'report_text', 'save_report', 'open_run', 'asked_wording',
-           'check_recorded_base', 'question', 'evaluation_rows', 'evaluation_dir', 'evaluate_cli', 'read_pairs',
-           'answer_pairs', 'predict_cli']
+           'entail_probability', 'stop_rule', 'json_stopper', 'for_inference', 'length_batches', 'recurrent', 'takes',
+           'left_pad', 'SharedStart', 'shared_start', 'generate_batch', 'row_progress', 'generate_completions',
+           'parse_mode', 'forced_ids', 'score_labels', 'prompt_hash', 'prediction_row', 'check_predictions',
+           'parser_mark', 'predictions_seal', 'Recorded', 'recorded', 'counted', 'read_again', 'check_record',
+           'read_predictions', 'resume_predictions', 'partial_thought', 'majority', 'predict_rows', 'force_predictions',
+           'vllm_completion', 'vllm_rank', 'VllmEngine', 'vllm_engine', 'predict_rows_vllm', 'groups_of', 'accuracy',
+           'class_scores', 'score', 'new_figure', 'plot_confusion', 'metric_series', 'plot_loss', 'confidences',
+           'equal_mass_bins', 'reliability_bins', 'plot_reliability', 'risk_coverage', 'plot_risk_coverage', 'words',
+           'count_bins', 'plot_accuracy_by_length', 'Shown', 'show_examples', 'ece', 'calibrated_ece', 'calibration',
+           'has_negation', 'overlap', 'slice_names', 'slices', 'consistency', 'mcnemar', 'PairedTest', 'paired_test',
+           'holm', 'decide', 'verdict', 'unseen', 'other_way', 'minimum_detectable_difference', 'SeedTest', 'seed_test',
+           'seed_share', 'surface_features', 'baseline_labels', 'compare_answers', 'stated_label', 'grounded_share',
+           'reasoning', 'altered_thoughts', 'probe_thoughts', 'report', 'report_text', 'save_report', 'open_run',
+           'asked_wording', 'check_recorded_base', 'question', 'evaluation_rows', 'evaluation_dir', 'evaluate_cli',
+           'read_pairs', 'answer_pairs', 'predict_cli']
 
 # %% ../nbs/06_evaluate.ipynb #63b7b067
-import argparse, bisect, builtins, copy, csv, functools, hashlib, html, importlib.util, json, math, os, re, sys, time
+import argparse, bisect, builtins, copy, csv, functools, hashlib, html, importlib.util, inspect, json, math, os, re, sys, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,6 +152,19 @@ def length_batches(lengths, # prompt lengths in tokens
     return [order[i:i+batch_size] for i in range(0, len(order), batch_size)]
 
 # %% ../nbs/06_evaluate.ipynb #7e5f5056
+def recurrent(model # PEFT or plain
+             ) -> bool: # whether it has layers that carry a state from token to token, so that padding in front would change it
+    "By what transformers says of the family, and by the kinds of layers that the config names."
+    inner = _inner(model)
+    conf = inner.config.get_text_config()
+    kinds = getattr(conf, "layer_types", None) or getattr(conf, "layers_block_type", None) or []
+    return bool(inner._is_stateful) or any("attention" not in k or "linear" in k for k in kinds)
+
+def takes(model, name:str # PEFT or plain; an argument such as position_ids
+         ) -> bool: # whether the model's forward has it
+    "Asked of the signature, as `generate` does."
+    return name in inspect.signature(_inner(model).forward).parameters
+
 def left_pad(prompts:list, pad_id:int, device="cpu", # lists of token ids; id to fill with; torch device
              shared:int=0, # tokens at the start of every prompt that stay where they are: the filling comes behind them
             ):
@@ -170,7 +183,7 @@ def _end_ids(model, tok):
     return sorted({i for i in [end_of_turn(tok), tok.eos_token_id, *named] if i is not None})
 
 def _check_prompts(model, prompts, max_new_tokens):
-    limit = getattr(_inner(model).config, "max_position_embeddings", None)
+    limit = getattr(_inner(model).config.get_text_config(), "max_position_embeddings", None)
     for i, p in enumerate(prompts):
         if not p: raise DataError(f"prompt {i} is empty: nothing to continue")
         if limit and len(p) + max_new_tokens > limit:
@@ -189,20 +202,34 @@ class SharedStart:
         cache.batch_repeat_interleave(n)
         return cache
 
+def _window(model):
+    "The narrowest window of attention in a model, in tokens; infinite where every layer sees all."
+    conf = _inner(model).config.get_text_config()
+    keys = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size", "local_attention")
+    return min([v for k in keys if isinstance(v := getattr(conf, k, None), int) and v > 0], default=math.inf)
+
 def shared_start(model, prompts:list, # model; lists of token ids
                  new:int=1, # tokens that may follow a prompt
                  least:int=8, # tokens; fewer are not worth it
                 ): # SharedStart, or None
-    "The longest common start of several prompts, leaving each a token of its own. None where a sliding window would count the padding."
+    """The longest common start of several prompts, leaving each a token of its own. None where padding behind it would count: in a window that
+    is narrower than a row, in a recurrent state, and where positions are not told."""
     import torch
     n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts), default=1) - 1)
-    window = getattr(_inner(model).config, "sliding_window", None) or math.inf
-    if len(prompts) < 2 or n < least or window < max(map(len, prompts)) + new: return None
+    if len(prompts) < 2 or n < least or recurrent(model) or not takes(model, "position_ids"): return None
+    if _window(model) < max(map(len, prompts)) + new: return None
     with for_inference(model) as inner:
         ids = torch.tensor([prompts[0][:n]], device=inner.get_input_embeddings().weight.device)
-        return SharedStart(n, inner(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values)
+        how = dict(logits_to_keep=1) if takes(model, "logits_to_keep") else {}
+        keys = getattr(inner(input_ids=ids, use_cache=True, **how), "past_key_values", None)
+        return None if keys is None else SharedStart(n, keys)  # the first GPT has no cache
 
 # %% ../nbs/06_evaluate.ipynb #1d1bb06a
+def _unpadded(model, lengths):
+    "Positions of the prompts that may stand in one batch: all of them, or in a recurrent model those of one length."
+    if not recurrent(model): return [list(range(len(lengths)))]
+    return [[i for i, n in enumerate(lengths) if n == width] for width in sorted(set(lengths), reverse=True)]
+
 def generate_batch(model, tok, prompts:list, # model; tokenizer; one batch of prompt ids
                    max_new_tokens:int, # token budget of a completion
                    completion:str="cot", # style of the completion, as in the config: what the parser expects
@@ -213,6 +240,13 @@ def generate_batch(model, tok, prompts:list, # model; tokenizer; one batch of pr
     "Complete one batch. Only completion tokens are decoded; `n_tokens` counts them, EOS included; `finish` is stop or length."
     import torch
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+    groups = _unpadded(model, [len(p) for p in prompts])
+    if len(groups) > 1:
+        done = [None]*len(prompts)
+        for at in groups:
+            made = generate_batch(model, tok, [prompts[i] for i in at], max_new_tokens, completion, seed, temperature)
+            for i, row in zip(at, made): done[i] = row
+        return done
     pad = tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id
     eos, pairs, device = _end_ids(model, tok), digit_pairs(tok), _inner(model).get_input_embeddings().weight.device
     sampling = dict(do_sample=True, temperature=temperature, top_p=1., top_k=0) if seed is not None else dict(do_sample=False)
@@ -299,11 +333,15 @@ def score_labels(model, tok, asked:list, # model; tokenizer; pairs as returned b
     pad, device, done = tok.pad_token_id or 0, _inner(model).get_input_embeddings().weight.device, [None] * len(asked)
     start = start or shared_start(model, [ids for ids, _ in asked])
     known = start.length if start else 0
-    for batch in length_batches([len(ids) for ids, _ in asked], batch_size):
+    lengths = [len(ids) for ids, _ in asked]
+    sorted_batches = length_batches(lengths, batch_size)
+    for batch in [[b[i] for i in at] for b in sorted_batches for at in _unpadded(model, [lengths[i] for i in b])]:
         ids, mask = left_pad([asked[i][0] for i in batch], pad, device, known)
         with for_inference(model) as inner:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)     # padding must not shift positions
-            last = inner(input_ids=ids[:, known:], attention_mask=mask, position_ids=positions[:, known:], logits_to_keep=1,
+            how = dict(position_ids=positions[:, known:], logits_to_keep=1)
+            how = {k: v for k, v in how.items() if takes(model, k)}
+            last = inner(input_ids=ids[:, known:], attention_mask=mask, **how,
                          **(dict(past_key_values=start.cache(len(batch))) if start else dict(use_cache=False))).logits[:, -1].float()
             pair = last.gather(1, torch.tensor([asked[i][1] for i in batch], device=device))
             for i, p in zip(batch, (pair[:, 1] - pair[:, 0]).sigmoid().tolist()): done[i] = p

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'device', 'bf16_in_hardware', 'compute_dtype', 'autocast', 'attention', 'blocked_attention',
-           'register_blocked_attention', 'held_back', 'product', 'trl_log_probs', 'target_log_probs', 'cache_dir',
-           'embedded_model', 'model_source', 'cached_commit', 'pinned', 'load_tokenizer', 'base_facts', 'base_changes',
-           'check_base', 'sharded', 'load_sharded_adapter', 'find_sharded_adapter', 'keep_unpacked',
-           'keep_freed_memory', 'load_base', 'add_lora', 'seeded_lora', 'check_adapter', 'load_for_inference',
-           'save_adapter', 'merged', 'as_loaded', 'fast_weights', 'dequantised_once', 'bf16_between_products',
-           'merge_adapter', 'in_fp32']
+           'register_blocked_attention', 'held_back', 'product', 'scored_here', 'target_log_probs', 'cache_dir',
+           'embedded_model', 'model_source', 'cached_commit', 'pinned', 'load_tokenizer', 'base_config', 'base_class',
+           'empty_model', 'model_folder', 'why_unusable', 'base_facts', 'base_changes', 'check_base', 'sharded',
+           'load_sharded_adapter', 'find_sharded_adapter', 'keep_unpacked', 'keep_freed_memory', 'load_base',
+           'linear_layers', 'stacked_experts', 'lora_targets', 'add_lora', 'seeded_lora', 'check_adapter',
+           'load_for_inference', 'save_adapter', 'merged', 'as_loaded', 'fast_weights', 'dequantised_once',
+           'bf16_between_products', 'merge_adapter', 'in_fp32']
 
 # %% ../nbs/05_model.ipynb #19922e33
 import contextlib, functools, hashlib, importlib.util, json, logging, math, os, platform, re, shutil, sys, tempfile, warnings
@@ -17,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from .config_loader import ConfigError, RecordError, can_be_written
+from .config_loader import ConfigError, DataError, RecordError, can_be_written
 from .data import MANIFEST, damage, data_hash, seal
-from .prompt import mistral_v3_tokenizer
+from .prompt import end_of_turn, mistral_v3_tokenizer
 
 # %% ../nbs/05_model.ipynb #17b5c5be
 EMBEDDED = ("smollm2-135m", "tiny-mistral")  # models that need neither a hub nor a GPU
@@ -59,8 +60,12 @@ def autocast(cfg): # Config
     return torch.autocast(dev.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 # %% ../nbs/05_model.ipynb #37f0ed84
-def attention(cfg, dev=None) -> str: # an `attn_implementation` of transformers
-    "FlashAttention 2 where it is installed on a GPU that has it, else PyTorch's own scaled dot product attention."
+def attention(cfg, # Config with `attn_implementation` and `use_packing`
+              dev=None, # torch.device, the config's by default
+              family=None, # class of the model, where it is known: see `base_class`
+             ) -> str: # an `attn_implementation` of transformers
+    """FlashAttention 2 where it is installed on a GPU that has it, else PyTorch's own scaled dot product attention, else ("eager") the
+    family's own: soft caps (Gemma 2) and sinks (gpt-oss) are in that alone. `ConfigError` for an implementation that the family lacks."""
     flash = importlib.util.find_spec("flash_attn") is not None and (dev or device(cfg)).type == "cuda"
     if cfg.attn_implementation == "flash_attention_2" and not flash:
         raise ConfigError("attn_implementation=flash_attention_2 needs a CUDA device and the flash-attn package "
@@ -68,8 +73,23 @@ def attention(cfg, dev=None) -> str: # an `attn_implementation` of transformers
     if cfg.use_packing and not flash:
         raise ConfigError("use_packing needs FlashAttention 2: with any other attention packed rows would attend to each other. "
                           "Install flash-attn on a CUDA machine, or set use_packing=false (rows are grouped by length instead)")
-    if cfg.attn_implementation != "auto": return cfg.attn_implementation
-    return "flash_attention_2" if flash else "sdpa"
+    has = {"eager", "sdpa", "flash_attention_2"} if family is None else _attentions(family)
+    wanted = "flash_attention_2" if cfg.use_packing else cfg.attn_implementation
+    if wanted not in {"auto", *has}:
+        key = "use_packing" if cfg.use_packing else "attn_implementation"
+        raise ConfigError(f"{key}={getattr(cfg, key)}: {family.__name__} has no {wanted} attention in transformers, "
+                          f"it has {', '.join(sorted(has))}; set attn_implementation=auto and use_packing=false")
+    if wanted != "auto": return wanted
+    if flash and "flash_attention_2" in has: return "flash_attention_2"
+    return "sdpa" if "sdpa" in has else "eager"
+
+def _attentions(family):
+    "The names in `attn_implementation` that a class of models says it supports."
+    flash = getattr(family, "_compatible_flash_implementations", None) or ["flash_attention_2"]
+    has = {"eager"}
+    if family._supports_sdpa: has.add("sdpa")
+    if family._supports_flash_attn and "flash_attention_2" in flash: has.add("flash_attention_2")
+    return has
 
 # %% ../nbs/05_model.ipynb #8f81cb2a
 class _BlockedAttention(torch.autograd.Function):
@@ -117,7 +137,7 @@ def blocked_attention(module, query, key, value, attention_mask, dropout=0., sca
     "An attention function of transformers: blocks for plain causal training, its SDPA function for everything else (judging, a cache, dropout, soft caps)."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     plain = module.is_causal and not dropout and query.shape[2] == key.shape[2] and query.shape[3] == value.shape[3]
-    plain &= kw.get("is_causal") in (None, True) and all(kw.get(k) is None for k in ("softcap", "position_bias", "cache"))
+    plain &= kw.get("is_causal") in (None, True) and all(kw.get(k) is None for k in ("softcap", "position_bias", "cache", "s_aux"))
     if not (module.training and plain and (attention_mask is None or attention_mask.dtype == torch.bool)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
@@ -189,15 +209,14 @@ class _FrozenHead(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, up): return (ctx.saved_tensors[0]*up[:, None]).to(ctx.saved_tensors[0].dtype), None, None, None
 
-def trl_log_probs(hidden, head, target):
-    "TRL's: the logits a second time in the backward pass, by a Triton kernel on CUDA."
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-    return ChunkedLogProbFunction.apply(hidden, head.weight, head.bias, target, 1.0, 32768, None, 1.0, ())[0]
+def scored_here(head # the model's output head
+               ) -> bool: # whether `target_log_probs` takes it
+    "A plain and frozen linear layer on a CPU. Any other head is scored by TRL."
+    return type(head) is torch.nn.Linear and head.weight.device.type == "cpu" and not head.weight.requires_grad
 
-def target_log_probs(hidden, head, target, # hidden states (N, H); the model's output head, a `torch.nn.Linear`; token ids (N,)
+def target_log_probs(hidden, head, target, # hidden states (N, H); the model's output head, see `scored_here`; token ids (N,)
                     ): # log-probabilities (N,)
     "Log-probabilities of the targets without the logits of all rows in memory at once."
-    if head.weight.device.type != "cpu" or head.weight.requires_grad: return trl_log_probs(hidden, head, target)
     return _FrozenHead.apply(hidden, getattr(head, "rounded", head.weight), head.bias, target)  # see `bf16_between_products`
 
 # %% ../nbs/05_model.ipynb #5c9d1b1f
@@ -311,6 +330,150 @@ def load_tokenizer(cfg):
     tok.padding_side = "right"
     return tok
 
+# %% ../nbs/05_model.ipynb #052159e9
+def base_config(cfg): # a transformers config
+    "The base's own configuration; raises `ConfigError` for one that transformers cannot read by itself."
+    from transformers import AutoConfig
+    try:
+        return AutoConfig.from_pretrained(model_source(cfg), revision=cfg.model_revision, trust_remote_code=False)
+    except Exception as e:  # of the hub, and each family has its own for values that do not go together
+        why = str(e).strip().splitlines()
+        raise ConfigError(f"model_id = {cfg.model_id}: transformers cannot read its config.json ({why[0] if why else type(e).__name__:.300})") from e
+
+def base_class(conf): # of `base_config` -> a class, or None
+    "The causal language model of transformers for a configuration."
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(conf) not in MODEL_FOR_CAUSAL_LM_MAPPING: return None
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(conf)]
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+def empty_model(conf): # of `base_config`
+    "The model without memory for its weights: its layers and their shapes."
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"): return AutoModelForCausalLM.from_config(conf)
+
+def model_folder(cfg) -> Path: # of config.json, weights and tokenizer
+    "Where the files of a base lie, for a hub id in the local cache; raises an error of huggingface_hub where they are not there."
+    source = model_source(cfg)
+    if cfg.model_id in EMBEDDED or cfg.model_id.startswith((".", "/", "~")): return Path(source)
+    from huggingface_hub import snapshot_download
+    wanted = ["*.json", "*.safetensors"]
+    return Path(snapshot_download(source, revision=cfg.model_revision, local_files_only=True, allow_patterns=wanted))
+
+# %% ../nbs/05_model.ipynb #0a81f1da
+def _no_model_folder(folder):
+    "What a folder without a model is instead, or None."
+    adapter = folder/"adapter_config.json"
+    if adapter.is_file():
+        try: base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError): base = "its base"
+        return (f"this folder holds an adapter, not a model. Give {base} as model_id; "
+                "to train on from a checkpoint of a run, use resume_from_checkpoint")
+    if (folder/"config.json").is_file(): return None
+    if any(folder.glob("*.gguf")): return "this folder holds a GGUF file and no config.json; get the model as safetensors"
+    return "this folder has no config.json, so it holds no model of transformers"
+
+def _needs_own_code(folder):
+    "Whether the model's classes come with it, as Python; None is run here."
+    from transformers import CONFIG_MAPPING
+    try: conf = json.loads((folder/"config.json").read_text())
+    except ValueError: return False  # `base_config` says it
+    return "auto_map" in conf and conf.get("model_type") not in CONFIG_MAPPING
+
+def _no_decoder(conf, family):
+    "Why a known configuration is not that of a decoder of text, or None."
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+    kind = f"it is of the type {conf.model_type!r}"
+    if getattr(conf, "is_encoder_decoder", False): return f"{kind}, an encoder with a decoder; choose a decoder-only model"
+    if family is None: return f"{kind}, of which transformers has no causal language model; choose a decoder-only model"
+    if conf.model_type in _NOT_CAUSAL: return f"{kind}, which does not read text from left to right alone; choose a decoder-only model"
+    if conf.model_type in _NOT_HERE: return f"{kind}, of which transformers {_NOT_HERE[conf.model_type]}; choose another model"
+    encoder = type(conf) in MODEL_FOR_MASKED_LM_MAPPING or conf.model_type == "bert-generation"
+    if encoder and not getattr(conf, "is_decoder", False):
+        return f"{kind}, an encoder, which sees what it should predict; choose a decoder-only model"
+    return None
+
+# transformers lists them among its causal models; they permute the order, read the prompt in both directions, or read pictures
+_NOT_CAUSAL = ("xlnet", "cpmant", "trocr", "git")
+# found with transformers 5.23
+_NOT_HERE = dict(xlstm="makes a cache of another shape than the states",
+                 rwkv="mixes the states of a batch, and changes the weights beside an adapter between training and judging")
+
+def _quantised(conf):
+    "Why weights that are quantised already are not trained on, or None."
+    quant = getattr(conf, "quantization_config", None)
+    if quant is None: return None
+    method = quant.get("quant_method", "unknown") if isinstance(quant, dict) else getattr(quant, "quant_method", "unknown")
+    return (f"its weights are quantised already ({getattr(method, 'value', method)}), so that an adapter could not be merged into them. "
+            "Give the same model in bf16, fp16 or fp32: quantization=nf4 quantises it here")
+
+def _no_weights(folder):
+    "What is wrong with a folder's safetensors, or None; their headers are read, the weights are not."
+    from safetensors import SafetensorError, safe_open
+    index, whole = folder/"model.safetensors.index.json", folder/"model.safetensors"
+    if whole.is_file(): files = [whole]
+    elif index.is_file():
+        try: files = sorted({folder/name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError) as e: return f"{index.name} cannot be read ({type(e).__name__}: {e})"
+    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        return ("its weights are pickled (.bin), which are not loaded here. Where they are trusted, "
+                "`AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)` writes safetensors")
+    else: return "it has no weights: neither model.safetensors nor model.safetensors.index.json"
+    if lost := [f.name for f in files if not f.is_file()]: return f"{len(lost)} of its {len(files)} files of weights are missing, among them {lost[0]}"
+    for f in files:
+        try:
+            with safe_open(f, "pt"): pass
+        except (SafetensorError, OSError) as e: return f"{f.name} is no whole safetensors file ({e}); get it again"
+    return None
+
+def _no_tokenizer(cfg, rows):
+    "What a tokenizer lacks for training, or None. `rows`: of the model's embedding."
+    try: tok = load_tokenizer(cfg)
+    except Exception as e:  # of transformers, tokenizers, sentencepiece and tiktoken, each with its own
+        why = str(e).strip().splitlines()
+        return f"it has no tokenizer that transformers can read ({why[0] if why else type(e).__name__:.300})"
+    if not tok.is_fast: return f"its tokenizer ({type(tok).__name__}) gives no character positions; save the fast one (tokenizer.json) beside the model"
+    if tok.eos_token is None: return "its tokenizer has no EOS token, so that no answer could end; name one in its tokenizer_config.json (eos_token)"
+    try: end = end_of_turn(tok)
+    except DataError as e: return str(e)
+    if end >= rows: return f"the token {tok.convert_ids_to_tokens(end)!r} that ends an answer has the id {end}, and the model embeds {rows} tokens only"
+    return None
+
+def why_unusable(cfg # Config: model_id, quantization, target_modules, gradient_checkpointing
+                ) -> str|None: # a sentence that names the model and what to do; None where it can be trained
+    "What keeps a base that is on this machine from being trained. Reads no weights."
+    folder, said = model_folder(cfg), f"model_id = {cfg.model_id}: "
+    if why := _no_model_folder(folder): return said + why
+    if _needs_own_code(folder):
+        return said + "it brings code of its own (trust_remote_code), which is not run here; choose a model whose type transformers knows"
+    try: conf = base_config(cfg)
+    except ConfigError as e: return str(e)
+    family = base_class(conf)
+    if why := _no_decoder(conf, family) or _quantised(conf) or _no_weights(folder): return said + why
+    try: model = empty_model(conf)
+    except Exception as e:  # each family has its own for values that do not go together
+        return said + f"transformers cannot build a {family.__name__} from its config.json ({type(e).__name__}: {e})"
+    if why := _more_than_text(model) or _untrainable(model, cfg): return said + why
+    if why := _no_tokenizer(cfg, model.get_input_embeddings().weight.shape[0]): return said + why
+    try: lora_targets(model, cfg)
+    except ConfigError as e: return str(e)
+    return None
+
+def _more_than_text(model):
+    "Why a model with a part for images or sound is not trained on, or None."
+    if model.config.get_text_config() is model.config: return None
+    return (f"{type(model).__name__} reads more than text, and only decoders of text are trained here. "
+            "Save its text part by itself, or choose the family's model for text")
+
+def _untrainable(model, cfg):
+    "What the config asks of a family that it cannot do, or None."
+    name = type(model).__name__
+    if cfg.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        return f"{name} cannot recompute activations; set gradient_checkpointing=false"
+    if cfg.quantization == "nf4" and not any(_quantisable(m) for m in linear_layers(model).values()):
+        return f"bitsandbytes finds no layer of {name} that it could quantise; set quantization=none"
+    return None
+
 # %% ../nbs/05_model.ipynb #fe737ca3
 _SETTINGS = ("config.json", "generation_config.json")
 _TOKENIZER = ("*token*", "vocab*", "merges.txt", "chat_template*", "*.model", "tekken.json")
@@ -412,6 +575,13 @@ def keep_freed_memory():
     libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 # %% ../nbs/05_model.ipynb #440b69d9
+def _never_quantised(conf, family):
+    "Names of the layers that stay as they are in 4 bits: those whose weights are read past the layer, and then the head too; None leaves it to transformers."
+    if not family._is_stateful: return None
+    model = empty_model(conf)
+    layers, head = _read_by_kernels(model, linear_layers(model)), model.get_output_embeddings()
+    return [*sorted(layers), *(n for n, m in model.named_modules() if m is head)] if layers else None
+
 def load_base(cfg, # Config
               train:bool=True, # prepare it for training (norms in fp32, checkpointing as configured)
              ):
@@ -424,15 +594,19 @@ def load_base(cfg, # Config
     if dev.type == "cpu": keep_freed_memory()
     dtype, flat = compute_dtype(cfg, dev), train and sharded()
     if flat: find_sharded_adapter()
-    quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+    conf = base_config(cfg)
+    family = base_class(conf)
+    kernel = attention(cfg, dev, family)
+    quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=_never_quantised(conf, family),
                                bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype if flat else torch.uint8) if nf4 else None
     model = AutoModelForCausalLM.from_pretrained(
         model_source(cfg), revision=pinned(cfg), quantization_config=quant, dtype=dtype, device_map={"": dev},
-        attn_implementation=attention(cfg, dev), use_safetensors=True, trust_remote_code=False)
+        attn_implementation=kernel, use_safetensors=True, trust_remote_code=False)
     model.config.use_cache = not train
     keep_unpacked(model)
     if not train: return model.eval()
-    if dev.type == "cpu" and cfg.attn_implementation == "auto": model.set_attn_implementation(register_blocked_attention())
+    blocked = dev.type == "cpu" and cfg.attn_implementation == "auto" and kernel == "sdpa" and family._supports_attention_backend
+    if blocked: model.set_attn_implementation(register_blocked_attention())
     if nf4 and not flat:
         for p in model.parameters(): p.loaded_as = p.dtype  # see `as_loaded`
         with warnings.catch_warnings():
@@ -446,17 +620,69 @@ def load_base(cfg, # Config
     return model
 
 # %% ../nbs/05_model.ipynb #06d9cd22
+def linear_layers(model) -> dict: # name -> module
+    "The layers that may get an adapter: linear ones (GPT-2 calls its own `Conv1D`), without the output head."
+    from transformers.pytorch_utils import Conv1D
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head}
+
+def _quantisable(m):
+    "Whether bitsandbytes puts a 4-bit layer in its place: subclasses (Falcon's) it leaves alone."
+    from transformers.pytorch_utils import Conv1D
+    return isinstance(m, Conv1D) or type(m) is torch.nn.Linear
+
+def stacked_experts(model) -> dict: # name -> parameter
+    "The weights of a mixture of experts that transformers keeps in one three-dimensional tensor a layer."
+    return {n: p for n, p in model.named_parameters() if p.ndim == 3 and "expert" in n}
+
+# the layers of a block of experts, by the names that peft would turn into adapters of the stacked tensors
+_EXPERT_LAYERS = ("gate", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
+
+def lora_targets(model, # a base, or `empty_model`
+                 cfg, # Config: target_modules
+                ): # what peft gets as `target_modules`
+    """`target_modules`, each found in the model; raises `ConfigError` otherwise. In a mixture of experts `all-linear` leaves the experts out:
+    they are stacked in one tensor, of which peft would make whole matrices at every step, and which it trains without dropout only.
+    Routers stay as they are. Of a state-space mixer only `in_proj` gets one: the fused kernels read the weights of the others and go past an adapter."""
+    layers, said = linear_layers(model), cfg.target_modules
+    names = {n.rpartition(".")[2] for n in layers}
+    experts, bypassed = stacked_experts(model), _read_by_kernels(model, layers)
+    if isinstance(said, str):
+        left = _routers(model, layers) | bypassed
+        if not (experts or left): return said
+        kept = [n for n in layers if n not in left and not (experts and n.rpartition(".")[2] in _EXPERT_LAYERS)]
+        if not kept: raise ConfigError(f"target_modules={said}: outside its experts {cfg.model_id} has no linear layer")
+        return kept
+    if missing := [t for t in said if t not in names]:
+        head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), "").rpartition(".")[2]
+        if head in missing: raise ConfigError(f"target_modules={said} puts an adapter on the output head, which stays frozen here; name layers of the blocks")
+        raise ConfigError(f"target_modules {missing} match no linear layer of {cfg.model_id}; it has {sorted(names)}. Name some of these, or say all-linear")
+    if experts and (stuck := [t for t in said if t in _EXPERT_LAYERS]):
+        raise ConfigError(f"target_modules {stuck} belong to the experts of {cfg.model_id}, which stay frozen here; name layers of the attention, or say all-linear")
+    if past := sorted({n.rpartition(".")[2] for n in bypassed} & set(said)):
+        raise ConfigError(f"target_modules {past} are read by fused kernels in the state-space layers of {cfg.model_id}, which would go past an adapter; "
+                          "leave them out, or say all-linear")
+    return list(said)
+
+def _read_by_kernels(model, layers):
+    "Names of the linear layers in Mamba's mixers (known by their convolution and their skip weights D), but for in_proj."
+    mixers = {n for n, m in model.named_modules() if hasattr(m, "conv1d") and hasattr(m, "D")}
+    return {n for n in layers if n.rpartition(".")[0] in mixers and not n.endswith(".in_proj")}
+
+def _routers(model, layers):
+    "Names of the linear layers that choose between experts."
+    conf = model.config.get_text_config()
+    keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    experts = {getattr(conf, k) for k in keys if isinstance(getattr(conf, k, None), int)}
+    short = ("gate", "router", "layer", "classifier")
+    return {n for n, m in layers.items() if n.rpartition(".")[2] in short and getattr(m, "out_features", None) in experts}
+
 def add_lora(model, # a base from `load_base`
              cfg, # Config: lora_r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora
             ): # a `PeftModel`
     "Put a fresh LoRA adapter on `model`; its weights are fp32, its B matrices zero (so it starts as the base)."
     from peft import LoraConfig, get_peft_model
-    targets = cfg.target_modules if isinstance(cfg.target_modules, str) else list(cfg.target_modules)
-    if isinstance(targets, list):
-        names = {n.rpartition(".")[2] for n, m in model.named_modules() if "Linear" in type(m).__name__}
-        if missing := [t for t in targets if t not in names]:
-            raise ConfigError(f"target_modules {missing} match no linear layer of {cfg.model_id}; it has {sorted(names)}")
-    head = model.get_output_embeddings()
+    targets, head = lora_targets(model, cfg), model.get_output_embeddings()
     model = get_peft_model(model, LoraConfig(
         r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules=targets, bias="none",
         task_type="CAUSAL_LM", use_rslora=cfg.use_rslora, use_dora=cfg.use_dora), autocast_adapter_dtype=True)
@@ -538,7 +764,8 @@ def save_adapter(model, # a PeftModel
 
 # %% ../nbs/05_model.ipynb #06da443b
 def _plain_weight(m):
-    "The weight a linear layer (NF4 or plain, with or without LoRA) applies, as one fp32 matrix."
+    "(weight, bias) that a linear layer (NF4 or plain, with or without LoRA) applies; the weight as one fp32 matrix (out, in)."
+    from transformers.pytorch_utils import Conv1D
     base = getattr(m, "base_layer", m)
     if type(base).__name__ == "Linear4bit":
         import bitsandbytes.functional as bnb
@@ -546,7 +773,7 @@ def _plain_weight(m):
     else: w = base.weight.data.to(torch.float32)
     for name in getattr(m, "active_adapters", []) if base is not m and not m.disable_adapters else []:
         if name in m.lora_A: w = w + m.get_delta_weight(name).to(torch.float32)
-    return w, base.bias
+    return w.T if isinstance(base, Conv1D) else w, base.bias  # GPT-2's own layer keeps (in, out)
 
 def _linear_layers(model):
     "(name, module) of every linear layer that is quantised or carries LoRA; a LoRA layer stands for the base layer inside it."
@@ -646,6 +873,7 @@ def merge_adapter(cfg, # Config of the run
                  ): # a plain transformers model on the CPU
     "Base and adapter as one model without quantisation or peft; raises `ConfigError` for DoRA, whose merge is not a sum."
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
     if cfg.use_dora: raise ConfigError("a DoRA adapter is not merged here; `PeftModel.merge_and_unload` on an unquantised base does it")
     tuned = load_for_inference(cfg, adapter_dir)
     plain = AutoModelForCausalLM.from_pretrained(model_source(cfg), revision=pinned(cfg), dtype=dtype, use_safetensors=True, trust_remote_code=False)
@@ -657,7 +885,7 @@ def merge_adapter(cfg, # Config of the run
             if name.rpartition(".")[0] not in linear: p.copy_(beside[name])
         for name, m in linear.items():
             weight, bias = _plain_weight(m)
-            layers[name].weight.copy_(weight)
+            layers[name].weight.copy_(weight.T if isinstance(layers[name], Conv1D) else weight)
             if bias is not None: layers[name].bias.copy_(bias)
     return plain.eval()
 

@@ -40,10 +40,19 @@ def _knows_inst(tok):
     "Does the vocabulary hold Mistral's control tokens? Asked once: a tokenizer builds the whole dictionary anew at every call."
     return {"[INST]", "[/INST]"} <= tok.get_vocab().keys()
 
+@lru_cache(maxsize=8)
+def _takes_system(tok, template): # the template is part of the cache's key only
+    "Does the chat template write a system turn out? Some refuse one, some lose it without a word."
+    asked = [dict(role="system", content="marked system text"), dict(role="user", content="marked user text")]
+    try:
+        return asked[0]["content"] in tok.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template raises what it likes; what it refuses without a system turn, `encode_prompt` says
+        return False
+
 def prompt_form(tok, # a tokenizer
-               ) -> str: # "chat_template" or "mistral_instruct"
+               ) -> str: # "chat_template", "chat_template_without_system" or "mistral_instruct"
     "How prompts are laid out for `tok`; raises `DataError` for a tokenizer without a form of its own."
-    if tok.chat_template: return "chat_template"
+    if tok.chat_template: return "chat_template" if _takes_system(tok, str(tok.chat_template)) else "chat_template_without_system"
     if _knows_inst(tok): return "mistral_instruct"
     raise DataError(f"{type(tok).__name__} has no chat template and no [INST] control tokens, so there is no agreed way to "
                     "write a prompt for it. Use an instruct model, a Mistral v3 base, or save the tokenizer with a chat_template.")
@@ -70,6 +79,14 @@ def refuse_control_tokens(tok, # the tokenizer whose control tokens count
     return text
 
 # %% ../nbs/03_prompt.ipynb #c33c0e14
+def _system_with_user(messages):
+    "The messages without a system turn: its text stands in front of the first user's, as `mistral-common` writes it."
+    system = [m["content"] for m in messages if m["role"] == "system"]
+    others = [m for m in messages if m["role"] != "system"]
+    if not system or not others or others[0]["role"] != "user": return messages
+    first = dict(others[0], content="\n\n".join([*system, others[0]["content"]]))
+    return [first, *others[1:]]
+
 def encode_prompt(tok, # a tokenizer
                   messages:list, # [{role, content}, …] ending with the user's turn
                  ) -> list: # token ids, one BOS at most, ready to be continued by the completion
@@ -77,7 +94,9 @@ def encode_prompt(tok, # a tokenizer
     if not (isinstance(messages, list) and messages and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)):
         raise DataError("a prompt is a list of {role, content} messages")
     for m in messages: refuse_control_tokens(tok, m["role"]), refuse_control_tokens(tok, m["content"])  # templates write the role out, too
-    if prompt_form(tok) == "chat_template":
+    form = prompt_form(tok)
+    if form == "chat_template_without_system": messages = _system_with_user(messages)
+    if form != "mistral_instruct":
         try: return list(tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
         except Exception as e: raise DataError(f"the chat template of {type(tok).__name__} refuses turns of {[m['role'] for m in messages]}: {e}") from e
     system = [m["content"] for m in messages if m["role"] == "system"]
