@@ -1137,8 +1137,11 @@ def remarks(rows # from `compare_runs`
            ) -> list[str]: # sentences
     "What a reader must know beside the numbers: every verdict, confounded comparisons, runs that did not end well."
     said = [f"run {r['run']} against run {rows[0]['run']}, on these items: {r['verdict']}" for r in rows[1:]]
-    said += [f"warning: {r['run']} differs from the baseline in {len(r['differs'])} settings ({', '.join(r['differs'])}): "
-             "a difference cannot be put down to one of them" for r in rows[1:] if len(r["differs"])>1]
+    for r in rows[1:]:
+        causes = explains(r["differs"])
+        if len(causes) > 1:
+            said.append(f"warning: {r['run']} differs from the baseline in {len(causes)} settings ({', '.join(causes)}): "
+                        "a difference cannot be put down to one of them")
     said += [f"warning: {r['run']} is {r['status']}, not done" for r in rows if r["status"]!="done"]
     return said
 
