@@ -26,6 +26,7 @@ import argparse, bisect, builtins, copy, csv, functools, hashlib, html, importli
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ from .data import (CONTRACTS, PAIR_NAMES, PROMPTS, SOURCES, cluster_codes, colum
                          faults_named, file_format, find_column, layout_args, norm_text, prompt_messages, read_rows,
                          records, render_completion, share_right, source_pairs, spread, table_rows, template_of,
                          width_fault, wilson)
-from .prompt import encode_prompt, encode_row, end_of_turn, json_closed, parse_completion
+from .prompt import (encode_prompt, encode_row, end_of_turn, find_answer, json_closed, marks_thinking,
+                           parse_completion)
 
 # %% ../nbs/06_evaluate.ipynb #0a164527
 def digit_pairs(tok, # tokenizer
@@ -54,7 +56,18 @@ def digit_pairs(tok, # tokenizer
 _STRICT_LABEL = re.compile(r'"predicted_label"\s*:\s*"?([01])(?!\d)')
 _LOOSE_LABEL = re.compile(r'predicted_label\W{1,8}([01])(?!\d)')   # repaired completions: single quotes, lost quotes
 
-def _decode(tok, ids): return tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+@lru_cache(maxsize=8)
+def _hidden_ids(tok):
+    "Special tokens that are no text, where the tokenizer counts the marks of thinking among its special tokens; else None."
+    special = set(tok.all_special_ids)
+    marks = {i for i in special if marks_thinking(tok.convert_ids_to_tokens(i))}
+    return special - marks if marks else None
+
+def _decode(tok, ids):
+    "The text of generated ids, without special tokens, but with the marks of thinking: what stands between them is no answer."
+    hidden = _hidden_ids(tok)
+    if hidden is None: return tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return tok.decode([i for i in ids if i not in hidden], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 def label_step(tok, # tokenizer
                ids:list, # generated token ids of one completion
@@ -95,7 +108,7 @@ def entail_probability(tok, pairs, # tokenizer; its `digit_pairs`
 # %% ../nbs/06_evaluate.ipynb #2c3d4de8
 def stop_rule(tok, eos_ids, # tokenizer; ids that end a completion
               ): # function: ids generated so far -> whether the last of them ends the completion
-    "At EOS, or where the completion holds a complete JSON object."
+    "At EOS, or where the completion holds its complete answer (`json_closed`)."
     braces = {}
     def closed(ids):
         last = ids[-1]
@@ -578,8 +591,10 @@ def _answer_cot(model, tok, rows, prompts, cfg, mode, start):
 
 def partial_thought(text:str, # a completion, perhaps cut off
                     ) -> str: # its reasoning as far as it got, unescaped; "" when none began
-    "The thought of a completion that never reached its label."
-    m = re.search(r'"thought_process"\s*:\s*"((?:[^"\\]|\\.)*)', text, re.S)
+    "The thought of a completion that never reached its label. Drafts and echoes of the form are no part of it."
+    found = find_answer(text)
+    if found.span is None: return ""
+    m = re.search(r'"thought_process"\s*:\s*"((?:[^"\\]|\\.)*)', text[slice(*found.span)], re.S)
     try: return json.loads(f'"{m[1]}"', strict=False) if m else ""
     except ValueError: return ""
 
