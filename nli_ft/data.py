@@ -4,27 +4,28 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'STYLES', 'RELATIONS', 'CONTRACTS', 'PAIR_NAMES', 'KINDS', 'MANIFEST', 'SPLITS', 'STRATEGIES', 'CARRY',
-           'LIMITS', 'SOURCES', 'PUBLISHED', 'prompt_messages', 'render_completion', 'sft_row', 'check_contract',
-           'map_relation', 'contracts_of', 'class_number', 'relation_name', 'NoGold', 'read_label', 'wide_encoding',
-           'recode', 'open_data', 'encoding_hint', 'json_record', 'whole_json', 'line_records', 'jsonl_records',
-           'spread_json', 'whole_records', 'csv_header', 'split_line', 'table_dialect', 'plain_rows', 'quoted_rows',
-           'swallows', 'table_text', 'table_start', 'table_rows', 'width_fault', 'csv_records', 'parquet_file',
-           'parquet_records', 'first_line', 'file_format', 'records', 'faults_named', 'row_kind', 'clean_text',
-           'clean_messages', 'answer_of', 'text_to_sft', 'clean_sft', 'row_contract', 'check_relation', 'check_gold',
-           'check_writable', 'clean_row', 'hash64', 'Seen', 'BadRows', 'refuse', 'find_column', 'file_kind',
-           'columns_hint', 'other_spellings', 'one_spelling', 'rename', 'check_records', 'iter_rows', 'Rows',
-           'data_hash', 'read_rows', 'spread', 'template_of', 'atomic_writer', 'json_line', 'write_jsonl', 'seal',
-           'damage', 'norm_text', 'pair_key', 'parse_splits', 'split_of', 'split_paths', 'thought_key', 'one_contract',
-           'use_thoughts', 'use_reflections', 'shuffle_thoughts', 'with_thought', 'Shuffler', 'chosen_rows', 'prepare',
-           'concludes', 'leaks_gold', 'is_mojibake', 'bigrams', 'jaccard', 'NearSample', 'near_duplicates', 'wilson',
-           'cluster_codes', 'design_effect', 'share_right', 'overlap_features', 'baselines', 'level', 'Tally',
-           'row_text', 'row_thought', 'estimate_tokens', 'hub_tokenizer', 'count_row', 'batches', 'keep_sample',
-           'quantile', 'check_file', 'judge_baselines', 'check_files', 'render_report', 'leakage', 'leakage_text',
-           'refuse_leaked', 'refuse_equal_files', 'gather_stats', 'plot_stats', 'write_stats', 'write_images',
-           'read_names', 'read_words', 'source_of', 'source_label', 'source_columns', 'id_columns', 'source_id',
-           'source_row', 'hub_reachable', 'load_records', 'class_names', 'with_header', 'label_spelling', 'check_used',
-           'other_gold', 'says_other', 'source_rows', 'number_row', 'no_gold_hint', 'split_in_name', 'source_records',
-           'source_pairs', 'download', 'column_option', 'word_option', 'name_option', 'layout_args', 'data_cli']
+           'NEGATIONS', 'LIMITS', 'SOURCES', 'PUBLISHED', 'prompt_messages', 'render_completion', 'sft_row',
+           'check_contract', 'map_relation', 'contracts_of', 'class_number', 'relation_name', 'NoGold', 'read_label',
+           'wide_encoding', 'recode', 'open_data', 'encoding_hint', 'json_record', 'whole_json', 'line_records',
+           'jsonl_records', 'spread_json', 'whole_records', 'csv_header', 'split_line', 'table_dialect', 'plain_rows',
+           'quoted_rows', 'swallows', 'table_text', 'table_start', 'table_rows', 'width_fault', 'csv_records',
+           'parquet_file', 'parquet_records', 'first_line', 'file_format', 'records', 'faults_named', 'row_kind',
+           'clean_text', 'clean_messages', 'answer_of', 'text_to_sft', 'clean_sft', 'row_contract', 'check_relation',
+           'check_gold', 'check_writable', 'clean_row', 'hash64', 'Seen', 'BadRows', 'refuse', 'find_column',
+           'file_kind', 'columns_hint', 'other_spellings', 'one_spelling', 'rename', 'check_records', 'iter_rows',
+           'Rows', 'data_hash', 'read_rows', 'spread', 'template_of', 'atomic_writer', 'json_line', 'write_jsonl',
+           'seal', 'damage', 'norm_text', 'pair_key', 'parse_splits', 'split_of', 'split_paths', 'thought_key',
+           'one_contract', 'use_thoughts', 'use_reflections', 'shuffle_thoughts', 'with_thought', 'Shuffler',
+           'chosen_rows', 'prepare', 'concludes', 'leaks_gold', 'is_mojibake', 'bigrams', 'jaccard', 'NearSample',
+           'near_duplicates', 'wilson', 'cluster_codes', 'design_effect', 'share_right', 'overlap_features',
+           'negations', 'order_features', 'BoostedTree', 'baselines', 'level', 'Tally', 'row_text', 'row_thought',
+           'estimate_tokens', 'hub_tokenizer', 'count_row', 'batches', 'keep_sample', 'quantile', 'check_file',
+           'judge_baselines', 'check_files', 'render_report', 'leakage', 'leakage_text', 'refuse_leaked',
+           'refuse_equal_files', 'gather_stats', 'plot_stats', 'write_stats', 'write_images', 'read_names',
+           'read_words', 'source_of', 'source_label', 'source_columns', 'id_columns', 'source_id', 'source_row',
+           'hub_reachable', 'load_records', 'class_names', 'with_header', 'label_spelling', 'check_used', 'other_gold',
+           'says_other', 'source_rows', 'number_row', 'no_gold_hint', 'split_in_name', 'source_records', 'source_pairs',
+           'download', 'column_option', 'word_option', 'name_option', 'layout_args', 'data_cli']
 
 # %% ../nbs/01_data.ipynb #fa3d9c65
 import argparse, array, contextlib, csv, gzip, hashlib, io, itertools, json, os, random, re, shlex, sys, unicodedata, zlib
@@ -1321,12 +1322,71 @@ def share_right(right, groups, # 1/0 per row; its cluster
     return dict(n=n, right=k, accuracy=k/n, accuracy_ci=wilson(k, n, alpha, deff, worth), deff=deff, n_clusters=count)
 
 # %% ../nbs/01_data.ipynb #f1f3a0a0
+NEGATIONS = frozenset("not no never nobody nothing none neither nor t without cannot".split())
+
 def overlap_features(row:dict) -> list: # 6 numbers
     "What a pair looks like without its words: shared words, lengths, negation."
     p,h = (re.findall(r"\w+", row[k].casefold()) for k in ("premise", "hypothesis"))
     ps,hs = set(p),set(h)
-    neg = {"not", "no", "never", "nobody", "nothing", "none", "neither", "nor", "t", "without", "cannot"}
-    return [len(hs & ps)/(len(hs) or 1), jaccard(hs, ps), len(h)/10, len(h)/(len(p) or 1), float(bool(hs & neg)), float(bool(ps & neg))]
+    return [len(hs & ps)/(len(hs) or 1), jaccard(hs, ps), len(h)/10, len(h)/(len(p) or 1),
+            float(bool(hs & NEGATIONS)), float(bool(ps & NEGATIONS))]
+
+# %% ../nbs/01_data.ipynb #65a053fd
+def negations(words: list, # lower-case words
+             ) -> int: # how many of them negate
+    "Negation words, counted; *n't* arrives as the word *t*."
+    return sum(w in NEGATIONS for w in words)
+
+def order_features(row: dict, # with premise and hypothesis
+                  ) -> list: # 11 numbers
+    "Word order and negation parity of a pair: what a reader sees who knows which words are shared, and where, but not what they mean."
+    p, h = (re.findall(r"\w+", row[k].casefold()) for k in ("premise", "hypothesis"))
+    first = {w: i for i, w in reversed(list(enumerate(p)))}
+    at = [first[w] for w in h if w in first]
+    rising = sum(a < b for a, b in zip(at, at[1:]))
+    only_p = [i for i, w in enumerate(p) if w not in h]
+    only_h = [i for i, w in enumerate(h) if w not in first]
+    np, nh = negations(p), negations(h)
+    return [rising/(len(at)-1 or 1) if at else -1, float(p[:1] == h[:1]), float(p[-1:] == h[-1:]), len(h)-len(p),
+            at[0]/len(p) if at else -1, at[-1]/len(p) if at else -1,
+            only_p[0]/len(p) if only_p else -1, only_h[0]/len(h) if only_h else -1,
+            np, nh, (np+nh) % 2]
+
+# %% ../nbs/01_data.ipynb #28ab64a2
+class BoostedTree:
+    "A boosted tree on surface features of the pair. `fit` and `predict` take rows; the same rows give the same answers."
+    def __init__(self, seed: int=42,
+                 limit: int=5000, # rows to learn from at most, evenly spread over those given
+                 grams: int=200, # most frequent words and word pairs of each sentence that become features
+                 ):
+        self.seed, self.limit, self.grams = seed, limit, grams
+
+    def features(self, rows: list, # with premise and hypothesis
+                 ): # array (rows, features)
+        "N-grams present in each sentence, then overlap, order and negation parity."
+        import numpy as np
+        seen = [v.transform(r[k] for r in rows).toarray() for k, v in self.bags.items()]
+        told = np.array([overlap_features(r) + order_features(r) for r in rows], dtype=float)
+        return np.hstack([*seen, told])
+
+    def fit(self, rows: list, # with premise, hypothesis, label; both labels must occur
+            ):
+        "Learn from `rows`."
+        from sklearn.ensemble import HistGradientBoostingClassifier
+        from sklearn.feature_extraction.text import CountVectorizer
+        rows = spread(rows, self.limit)
+        def bag(key):
+            counter = CountVectorizer(ngram_range=(1, 2), binary=True, max_features=self.grams, token_pattern=r"\w+", dtype="uint8")
+            return counter.fit(r[key] for r in rows)
+        self.bags = {key: bag(key) for key in ("premise", "hypothesis")}
+        self.model = HistGradientBoostingClassifier(max_iter=100, max_leaf_nodes=15, learning_rate=.15, max_bins=32, early_stopping=False,
+                                                    random_state=self.seed)
+        self.model.fit(self.features(rows), [r["label"] for r in rows])
+        return self
+
+    def predict(self, rows: list) -> list: # labels, 0 or 1
+        "The label of each row."
+        return [int(x) for x in self.model.predict(self.features(rows))] if rows else []
 
 # %% ../nbs/01_data.ipynb #7e33d2d5
 def baselines(rows:list, # rows with premise, hypothesis, label, maybe group_id
@@ -1344,10 +1404,15 @@ def baselines(rows:list, # rows with premise, hypothesis, label, maybe group_id
     if len(set(groups)) < 5: return {}
     tries = dict(hypothesis_only=(make_pipeline(HashingVectorizer(n_features=2**16, ngram_range=(1,2), binary=True), LogisticRegression(solver="liblinear")), [r["hypothesis"] for r in rows]),
                  overlap=(make_pipeline(StandardScaler(), LogisticRegression()), [overlap_features(r) for r in rows]))
+    folds = GroupKFold(5, shuffle=True, random_state=seed)
+    answers = {name: cross_val_predict(model, x, y, groups=groups, cv=folds) for name,(model,x) in tries.items()}
+    answers["boosted_tree"] = [None]*len(y)
+    for fit,new in folds.split(rows, y, groups):
+        tree = BoostedTree(seed).fit([rows[i] for i in fit])
+        for i,label in zip(new, tree.predict([rows[i] for i in new])): answers["boosted_tree"][i] = label
     out = dict(majority=dict(accuracy=max(y.count(0), y.count(1))/len(y), n=len(y)))
-    for name,(model,x) in tries.items():
-        said = cross_val_predict(model, x, y, groups=groups, cv=GroupKFold(5, shuffle=True, random_state=seed))
-        share = share_right([a == b for a,b in zip(said, y)], groups)
+    for name,found in answers.items():
+        share = share_right([a == b for a,b in zip(found, y)], groups)
         out[name] = dict(accuracy=share["accuracy"], n=len(y), **dict(zip(("low","high"), share["accuracy_ci"])))
     return out
 
@@ -1369,7 +1434,8 @@ LIMITS = { # finding -> (warn above, fail above, what it means); shares of the f
     "no label contract recorded": (0, 1, "nothing says what 0 and 1 mean: give --contract to prepare or download"),
     "other label contract": (0, 0, "not the contract of an earlier file: the integers do not mean the same"),
     "hypothesis-only baseline": (.05, 1, "lower end of its interval above the majority share: a shortcut"),
-    "overlap baseline": (.05, 1, "lower end of its interval above the majority share: a shortcut")}
+    "overlap baseline": (.05, 1, "lower end of its interval above the majority share: a shortcut"),
+    "boosted-tree baseline": (.05, 1, "lower end of its interval above the majority share: a shortcut")}
 
 def level(name:str, share:float) -> str:
     "OK, WARN or FAIL, by `LIMITS`; a limit below 0 is a floor."
@@ -1493,7 +1559,7 @@ def check_file(path, file:int, # its number
 def judge_baselines(facts:dict, tally:Tally) -> list:
     "Findings for the baselines: how far the lower end of the interval lies above the majority share."
     out,b = [],facts["baselines"]
-    for name,key in (("hypothesis-only baseline","hypothesis_only"), ("overlap baseline","overlap")):
+    for name,key in (("hypothesis-only baseline","hypothesis_only"), ("overlap baseline","overlap"), ("boosted-tree baseline","boosted_tree")):
         if key not in b: continue
         over = max(0.0, b[key]["low"]-b["majority"]["accuracy"])
         out.append(dict(check=name, level=level(name, over), n=round(b[key]["accuracy"]*b[key]["n"]), of=b[key]["n"], share=b[key]["accuracy"], says=LIMITS[name][2],
