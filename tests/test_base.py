@@ -29,8 +29,8 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     save_model("qwen2", folder/"base", max_shard_size="60KB")
     write_jsonl(folder/"train.jsonl", box_rows(16))
-    write_jsonl(folder/"pairs.jsonl", pairs(box_rows(6)))
-    write_jsonl(folder/"others.jsonl", pairs(box_rows(4)))
+    write_jsonl(folder/"pairs.jsonl", pairs(box_rows(22)[16:]))
+    write_jsonl(folder/"others.jsonl", pairs(box_rows(26)[22:]))
     run_training(config(folder))
     return folder
 

@@ -26,7 +26,7 @@ def bases(tmp_path_factory):
 
 def config(base, tmp_path, **changes):
     write_jsonl(tmp_path/"train.jsonl", box_rows(24, None))
-    write_jsonl(tmp_path/"eval.jsonl", box_rows(12, None))
+    write_jsonl(tmp_path/"eval.jsonl", box_rows(36, None)[24:])
     small = dict(model_id=str(base), device="cpu", compute_dtype="fp32", target_modules="all-linear", lora_r=32, lora_alpha=64)
     pace = dict(learning_rate=1e-2, lr_scheduler="constant", warmup_ratio=0., batch_size=8, max_steps=STEPS, eval_steps=10_000, save_steps=10_000)
     judged = dict(max_train_samples=24, max_eval_samples=12, max_new_tokens=48, eval_batch_size=8, logging_steps=20)
