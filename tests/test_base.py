@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     save_model("qwen2", folder/"base", max_shard_size="60KB")
     write_jsonl(folder/"train.jsonl", box_rows(16))
     write_jsonl(folder/"pairs.jsonl", pairs(box_rows(22)[16:]))
-    write_jsonl(folder/"others.jsonl", pairs(box_rows(26)[22:]))
+    write_jsonl(folder/"others.jsonl", pairs(box_rows(20)[16:]))
     run_training(config(folder))
     return folder
 
