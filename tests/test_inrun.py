@@ -13,6 +13,7 @@ from nli_ft.data import PROMPTS, STYLES, write_jsonl
 from nli_ft.evaluate import generate_batch, predict_rows, shared_start
 from nli_ft.model import load_for_inference, load_tokenizer
 from nli_ft.prompt import encode_prompt
+from nli_ft.records import start_run
 from nli_ft.train_sft import Session, check_ready
 
 STEPS = 60  # after which most answers are JSON
@@ -38,8 +39,7 @@ def config(base, tmp_path, **changes):
 
 def trained_session(cfg, tmp_path):
     "A session that has judged before, trained, and still holds its model."
-    (tmp_path/"run").mkdir()
-    session = Session(cfg, tmp_path/"run")
+    session = Session(cfg, start_run(cfg, tmp_path/"run"))
     session.judge("before", progress=False)
     session.train(on_log=lambda row: None)
     return session
@@ -131,8 +131,7 @@ def test_in_bf16_a_run_writes_what_its_saved_adapter_answers_to_the_last_digit(b
 
 def test_in_bf16_the_untrained_model_of_a_run_answers_as_the_base_alone(bases, tmp_path):
     cfg = config(bases["mistral"], tmp_path, compute_dtype="bf16", max_new_tokens=12)
-    (tmp_path/"run").mkdir()
-    session = Session(cfg, tmp_path/"run")
+    session = Session(cfg, start_run(cfg, tmp_path/"run"))
     written = session.judge("before", progress=False)
     want = answers(load_for_inference(cfg), session.prep.tok, [session.prep.eval_rows], cfg, "cot")
     assert_same({p["id"]: (p["completion"], p["predicted_label"], p["p_entail"]) for p in written}, want, 0)
