@@ -8,7 +8,7 @@ from nli_ft.config_loader import ConfigError, DataError, RecordError, load_confi
 from nli_ft.data import seal, write_jsonl
 from nli_ft.evaluate import evaluate_cli, open_run, predict_cli, predict_rows, read_predictions
 from nli_ft.model import base_facts, load_base, load_for_inference, load_tokenizer, save_adapter, seeded_lora
-from nli_ft.records import list_runs, model_card, read_run, show_runs
+from nli_ft.records import list_runs, model_card, read_run, show_runs, start_run
 from nli_ft.train_sft import Session, changed_facts, merge_cli, prepare, run_training
 
 PAIR = ["--premise", "The red box holds a blue ball.", "--hypothesis", "The blue ball is in the red box."]
@@ -163,14 +163,15 @@ def test_a_checkpoint_of_another_base_is_not_gone_on_from(project, tmp_path, cap
     checkpoint = adapter.parent/"checkpoint-1"
     info = json.loads((checkpoint/"resume.json").read_text())
     on = config(folder, resume_from_checkpoint=str(checkpoint))
-    Session(on, tmp_path)
+    opened = start_run(on, tmp_path/"run")
+    Session(on, opened)
     assert "note:" not in capsys.readouterr().out
     spoil(folder/"base"/shard(folder/"base"))
-    with pytest.raises(ConfigError, match="base, model-.*safetensors: SHA-256"): Session(on, tmp_path)
+    with pytest.raises(ConfigError, match="base, model-.*safetensors: SHA-256"): Session(on, opened)
     del info["facts"]["base"]
     (checkpoint/"resume.json").write_text(json.dumps(info))
     seal(checkpoint)
-    Session(on, tmp_path)
+    Session(on, opened)
     assert capsys.readouterr().out.count("does not say which weights") == 1
 
 
