@@ -365,7 +365,7 @@ def _no_model_folder(folder):
     "What a folder without a model is instead, or None."
     adapter = folder/"adapter_config.json"
     if adapter.is_file():
-        try: base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        try: base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         except (ValueError, KeyError, TypeError): base = "its base"
         return (f"this folder holds an adapter, not a model. Give {base} as model_id; "
                 "to train on from a checkpoint of a run, use resume_from_checkpoint")
@@ -376,7 +376,7 @@ def _no_model_folder(folder):
 def _needs_own_code(folder):
     "Whether the model's classes come with it, as Python; None is run here."
     from transformers import CONFIG_MAPPING
-    try: conf = json.loads((folder/"config.json").read_text())
+    try: conf = json.loads((folder/"config.json").read_text(encoding="utf-8"))
     except ValueError: return False  # `base_config` says it
     return "auto_map" in conf and conf.get("model_type") not in CONFIG_MAPPING
 
@@ -413,7 +413,7 @@ def _no_weights(folder):
     index, whole = folder/"model.safetensors.index.json", folder/"model.safetensors"
     if whole.is_file(): files = [whole]
     elif index.is_file():
-        try: files = sorted({folder/name for name in json.loads(index.read_text())["weight_map"].values()})
+        try: files = sorted({folder/name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         except (ValueError, KeyError, AttributeError) as e: return f"{index.name} cannot be read ({type(e).__name__}: {e})"
     elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         return ("its weights are pickled (.bin), which are not loaded here. Where they are trusted, "
@@ -483,7 +483,7 @@ def _base_files(d):
     names = {d/n for n in _SETTINGS} | {p for pattern in _TOKENIZER for p in d.glob(pattern)}
     index = d/"model.safetensors.index.json"
     if (d/"model.safetensors").is_file() or not index.is_file(): names.add(d/"model.safetensors")
-    else: names |= {index, *(d/n for n in json.loads(index.read_text())["weight_map"].values())}
+    else: names |= {index, *(d/n for n in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())}
     return sorted(p for p in names if p.is_file())
 
 @functools.lru_cache(maxsize=4096)
@@ -495,7 +495,7 @@ def _file_hash(p):
     if p.name not in _SETTINGS:
         stat = p.stat()
         return _hash_once(str(p), stat.st_size, stat.st_mtime_ns)
-    said = {k: v for k, v in json.loads(p.read_text()).items() if k != "transformers_version"}
+    said = {k: v for k, v in json.loads(p.read_text(encoding="utf-8")).items() if k != "transformers_version"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 def base_facts(cfg) -> dict: # `commit`, or `files` as name -> SHA-256; empty for a hub model that is not in the cache

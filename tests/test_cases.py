@@ -241,8 +241,10 @@ def test_the_class_names_of_a_parquet_file_are_used_and_contradicting_ones_refus
 
 
 def test_no_reader_of_another_package_sees_a_local_file(tmp_path, monkeypatch):
-    import datasets, pandas
-    for module, name in ((datasets, "load_dataset"), (pandas, "read_csv"), (pandas, "read_json")): monkeypatch.setattr(module, name, None)
+    import datasets
+    from pyarrow import csv, json as arrow_json
+    readers = (datasets, "load_dataset"), (csv, "read_csv"), (arrow_json, "read_json")
+    for module, name in readers: monkeypatch.setattr(module, name, None)
     for name in ("esnli_dev.csv", "anli_R1_dev.jsonl", "mnli_none.tsv"):
         download(tmp_path/name, "anli" if "anli" in name else "esnli", from_file=CASES/name)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nli_ft.config_loader import ConfigError, load_config
-from nli_ft.data import sft_row, write_jsonl
+from nli_ft.data import read_rows, sft_row, write_jsonl
 from nli_ft.evaluate import forced_ids, for_inference, partial_thought, predict_rows, recurrent, stop_rule
 from nli_ft.model import (embedded_model, load_base, load_for_inference, load_tokenizer, lora_targets, merge_adapter,
                           seeded_lora)
@@ -347,6 +347,10 @@ def test_a_token_without_a_row_in_the_embedding_ends_a_run_with_2_before_anythin
     model.save_pretrained(folder)
     monkeypatch.setattr(t, "judge", lambda *a, **kw: pytest.fail("it was judged"))
     assert not proofs(prepare(cfg))["every token has a row in the model's embedding"][0]
+    # a run refuses rows that it was trained on, so it gets others to be judged
+    other = [r | dict(premise=r["premise"].replace("box", "bag")) for r in read_rows(cfg.train_data)]
+    write_jsonl(folder.parent/"other.jsonl", other)
+    cfg = cfg.replace(eval_data=str(folder.parent/"other.jsonl"), prompt_template="brief")
     with pytest.raises(SystemExit) as e: raise SystemExit(t.train_cli(cfg.to_args()))
     assert e.value.code == 2
     assert "every token has a row in the model's embedding" in capsys.readouterr().err
