@@ -30,6 +30,8 @@ RUN python3 -m pip --python /opt/nli_ft/bin/python install --no-deps --no-build-
 RUN useradd --create-home --home-dir /home/nli nli \
  && mkdir -p /home/nli/.cache/huggingface && chmod -R 0777 /home/nli
 ENV HOME=/home/nli USER=nli LOGNAME=nli HF_HOME=/home/nli/.cache/huggingface
+# Files are UTF-8 whatever the image's locale says, and a ~/.local of the base image shadows no pin.
+ENV PYTHONUTF8=1 PYTHONNOUSERSITE=1
 USER nli
 WORKDIR /home/nli
 CMD ["nli_run", "--help"]

@@ -13,11 +13,12 @@ source scripts/env.sh
 only=()
 case ${1-} in
   "") ;;
-  --fast) only=(-m "not slow") ;;
+  --fast) only=(-m "not slow and not simulation") ;;
   -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;;
   *) echo "error: unknown argument '$1' (known: --fast, --help)" >&2; exit 2 ;;
 esac
 
+[[ -w nbs && -w nli_ft ]] || { echo "error: $root cannot be written, and the tests export its notebooks: copy it to a folder of your own" >&2; exit 2; }
 ensure_venv "$root"
 export PATH="$root/.venv/bin:$PATH" # papermill and nbdev start kernels and commands by name
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" # no test needs a hub; one that reaches for it should fail, not download

@@ -120,9 +120,11 @@ outside() { [[ $1 != "$root" && $1 != "$root"/* ]]; }
 
 # Everything is mounted at its own path, so that a path means the same inside and outside.
 bind "$root" "$root"
-hub=$(realpath -m "${HF_HOME:-$HOME/.cache/huggingface}")
-converted=$(realpath -m "${NLI_FT_CACHE:-$HOME/.cache/nli_ft}") # the embedded model, converted once
-[[ -n $dry_run ]] || mkdir -p "$hub" "$converted" # Docker would make them, but as root
+[[ -n ${HOME-} || ( -n ${HF_HOME-} && -n ${NLI_FT_CACHE-} ) ]] || die "HOME is not set: set it, or both HF_HOME and NLI_FT_CACHE, to folders for model caches"
+hub=$(realpath -m "${HF_HOME:-${HOME-}/.cache/huggingface}")
+converted=$(realpath -m "${NLI_FT_CACHE:-${HOME-}/.cache/nli_ft}") # the embedded model, converted once
+[[ -n $dry_run ]] || mkdir -p "$hub" "$converted" 2>/dev/null || # Docker would make them, but as root
+  die "the folders for model caches, $hub and $converted, cannot be made: set HF_HOME and NLI_FT_CACHE to folders of your own"
 bind "$hub" /home/nli/.cache/huggingface
 bind "$converted" /home/nli/.cache/nli_ft
 for link in "$root"/{data,models,runs} "$root"/data/* "$root"/data/finetune/*; do # perhaps links to a larger disk
@@ -135,7 +137,7 @@ for item in "config=$config" "${paths[@]}"; do
   key=${item%%=*} path=$(realpath -ms "${item#*=}")
   if [[ $key == output_dir || $key == runs_dir ]]; then # written to, and perhaps not there yet
     outside "$path" || continue
-    [[ -n $dry_run ]] || mkdir -p "$path"
+    [[ -n $dry_run ]] || mkdir -p "$path" 2>/dev/null || die "$key = ${item#*=}: cannot be made; choose another $key"
     bind "$(realpath -m "$path")" "$path"
   elif [[ -e $path ]]; then
     real=$(realpath "$path")

@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .config_loader import ConfigError, DataError, command
+from .config_loader import ConfigError, DataError, command, stop_signals
 from .data import CONTRACTS, BadRows, iter_rows, json_line, write_jsonl
 from .prompt import GivenTwice, _decode, _object_spans
 
@@ -815,7 +815,7 @@ async def main(self:Run):
     "Run the workers to the end, whatever the end is; the files are closed on every way out."
     from tqdm import tqdm
     s, self.loop = self.session, asyncio.get_running_loop()
-    for sig in (signal.SIGINT, signal.SIGTERM):
+    for sig in stop_signals():
         with suppress(NotImplementedError, RuntimeError, ValueError): self.loop.add_signal_handler(sig, self.interrupt, sig) # main thread only
     own = s.client is None
     if own: s.client = make_client(s.endpoint, s.key)

@@ -142,7 +142,7 @@ def peak_memory(dev) -> float: # torch.device -> GiB
         import torch
         return torch.cuda.max_memory_allocated()/2**30
     status = Path("/proc/self/status")
-    if status.exists(): return int(status.read_text().partition("VmHWM:")[2].split()[0])/2**20
+    if status.exists(): return int(status.read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0])/2**20
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**30 if sys.platform == "darwin" else 2**20)
 
@@ -154,7 +154,7 @@ def reset_peak(dev) -> float: # torch.device -> GiB in use now
         return torch.cuda.memory_allocated()/2**30
     # freed memory that the process kept would hide what comes on top
     if platform.libc_ver()[0] == "glibc": ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return peak_memory(dev)
 
 # %% ../nbs/09_bench.ipynb #c73218e3
@@ -278,7 +278,7 @@ def without_ours(name:str # a variant or an answerer
     with contextlib.ExitStack() as undo:
         if not options["keep_freed_memory"]: undo.enter_context(mock.patch.object(model, "keep_freed_memory", lambda: None))
         if not options["by_onednn"]: undo.enter_context(mock.patch.object(model, "held_back", lambda: False))
-        if not options["frozen_head"]: undo.enter_context(mock.patch.object(model, "target_log_probs", model.trl_log_probs))
+        if not options["frozen_head"]: undo.enter_context(mock.patch.object(model, "scored_here", lambda head: False))
         if not options["bf16_between"]: undo.enter_context(mock.patch.object(model, "bf16_between_products", contextlib.nullcontext))
         if not options["dequantised_once"]: undo.enter_context(mock.patch.object(model, "dequantised_once", contextlib.nullcontext))
         yield
@@ -300,7 +300,7 @@ def positions(cfg:Config, name:str, # from `variant_config`; a variant
     padded = sum(lengths) if options["padding_free"] else padded_tokens(lengths, cfg.batch_size)
     trained = sum(y != -100 for e in encs for y in e.labels[1:])
     batches = len(encs)/cfg.batch_size if options["padding_free"] else len(encs)
-    everywhere = options["head_everywhere"] or (options["trl"] and not triton)
+    everywhere = options["head_everywhere"] or not (options["frozen_head"] or triton)
     return dict(tokens=sum(lengths), trained=trained, padded=padded, scored=int(padded - batches) if everywhere else trained)
 
 def train_once(cfg:Config, # from `bench_config`
@@ -345,10 +345,10 @@ def _job(fn):
 
 def child_main(orders, result): # paths of JSON files
     "What a child process runs."
-    o = json.loads(Path(orders).read_text())
+    o = json.loads(Path(orders).read_text(encoding="utf-8"))
     try: made = JOBS[o["job"]](config_from_json(o["config"], "the benchmark's config"), **o["arguments"])
     except NliError as e: made = dict(died=str(e), refused=True)  # something the user can put right: all of its text counts
-    Path(result).write_text(json.dumps(made))
+    Path(result).write_text(json.dumps(made), encoding="utf-8")
 
 def child_command(job:str, arguments:dict, orders, result) -> list: # argv
     "How a child is started."
@@ -360,10 +360,10 @@ def run_child(job:str, # a key of `JOBS`
     with tempfile.TemporaryDirectory() as d:
         orders, result, log = Path(d)/"orders.json", Path(d)/"result.json", Path(d)/"log.txt"
         if "started" in arguments: arguments["started"] = time.time()
-        orders.write_text(json.dumps(dict(job=job, config=print_config(cfg), arguments=arguments)))
-        with open(log, "w") as f: rc = subprocess.run(child_command(job, arguments, orders, result), cwd=project_root(), stdout=f, stderr=f).returncode
-        if rc == 0: return json.loads(result.read_text())
-        return dict(died=cause_of_death(rc, log.read_text(errors="replace")))
+        orders.write_text(json.dumps(dict(job=job, config=print_config(cfg), arguments=arguments)), encoding="utf-8")
+        with open(log, "w", encoding="utf-8") as f: rc = subprocess.run(child_command(job, arguments, orders, result), cwd=project_root(), stdout=f, stderr=f).returncode
+        if rc == 0: return json.loads(result.read_text(encoding="utf-8"))
+        return dict(died=cause_of_death(rc, log.read_text(encoding="utf-8", errors="replace")))
 
 def cause_of_death(rc:int, # exit code of a child; negative for a signal
                    log:str # what it printed
@@ -394,7 +394,7 @@ def _device_name(dev):
         import torch
         return torch.cuda.get_device_name(dev)
     info = Path("/proc/cpuinfo")
-    names = [l.partition(":")[2].strip() for l in info.read_text().splitlines() if l.startswith("model name")] if info.exists() else []
+    names = [l.partition(":")[2].strip() for l in info.read_text(encoding="utf-8", errors="replace").splitlines() if l.startswith("model name")] if info.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
 
 @_job
@@ -751,7 +751,9 @@ def _parser():
                "  nli_bench train --variants plain,plain-micro-batches,ours-head-everywhere,ours --pairs 1\n  nli_bench generate --run runs/cpu_demo/RUN_ID\n  nli_bench growth --model tiny-mistral",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     subs = p.add_subparsers(dest="what", required=True, metavar="train|generate|growth")
-    def add(name, text, epilog=None):
+    def add(name, text, epilog=""):
+        examples = [line for line in p.epilog.splitlines() if line.startswith(f"  nli_bench {name}")]
+        epilog = "\n".join(["examples:", *examples, "", epilog])
         s = subs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
         s.add_argument("--config", metavar="NAME|PATH", help="adapter, optimizer and quantisation as in this config [default, with the embedded model]")
         s.add_argument("--model", metavar="M", help="smollm2-135m, tiny-mistral, mistral-7b-shapes (random weights), a hub name or ./folder [the config's; without --config smollm2-135m]")

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PROMPT', 'THOUGHT', 'LABEL', 'OUTCOMES', 'mistral_v3_tokenizer', 'prompt_form', 'refuse_control_tokens',
            'encode_prompt', 'mistral_reference', 'end_of_turn', 'Encoded', 'encode_row', 'encode_rows', 'Parsed',
-           'json_closed', 'GivenTwice', 'parse_completion', 'show_mask', 'mask_text']
+           'GivenTwice', 'outside_thinking', 'Found', 'find_answer', 'json_closed', 'marks_thinking',
+           'parse_completion', 'show_mask', 'mask_text']
 
 # %% ../nbs/03_prompt.ipynb #7568cab7
 import json, re
@@ -40,10 +41,19 @@ def _knows_inst(tok):
     "Does the vocabulary hold Mistral's control tokens? Asked once: a tokenizer builds the whole dictionary anew at every call."
     return {"[INST]", "[/INST]"} <= tok.get_vocab().keys()
 
+@lru_cache(maxsize=8)
+def _takes_system(tok, template): # the template is part of the cache's key only
+    "Does the chat template write a system turn out? Some refuse one, some lose it without a word."
+    asked = [dict(role="system", content="marked system text"), dict(role="user", content="marked user text")]
+    try:
+        return asked[0]["content"] in tok.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template raises what it likes; what it refuses without a system turn, `encode_prompt` says
+        return False
+
 def prompt_form(tok, # a tokenizer
-               ) -> str: # "chat_template" or "mistral_instruct"
+               ) -> str: # "chat_template", "chat_template_without_system" or "mistral_instruct"
     "How prompts are laid out for `tok`; raises `DataError` for a tokenizer without a form of its own."
-    if tok.chat_template: return "chat_template"
+    if tok.chat_template: return "chat_template" if _takes_system(tok, str(tok.chat_template)) else "chat_template_without_system"
     if _knows_inst(tok): return "mistral_instruct"
     raise DataError(f"{type(tok).__name__} has no chat template and no [INST] control tokens, so there is no agreed way to "
                     "write a prompt for it. Use an instruct model, a Mistral v3 base, or save the tokenizer with a chat_template.")
@@ -70,6 +80,14 @@ def refuse_control_tokens(tok, # the tokenizer whose control tokens count
     return text
 
 # %% ../nbs/03_prompt.ipynb #c33c0e14
+def _system_with_user(messages):
+    "The messages without a system turn: its text stands in front of the first user's, as `mistral-common` writes it."
+    system = [m["content"] for m in messages if m["role"] == "system"]
+    others = [m for m in messages if m["role"] != "system"]
+    if not system or not others or others[0]["role"] != "user": return messages
+    first = dict(others[0], content="\n\n".join([*system, others[0]["content"]]))
+    return [first, *others[1:]]
+
 def encode_prompt(tok, # a tokenizer
                   messages:list, # [{role, content}, …] ending with the user's turn
                  ) -> list: # token ids, one BOS at most, ready to be continued by the completion
@@ -77,7 +95,9 @@ def encode_prompt(tok, # a tokenizer
     if not (isinstance(messages, list) and messages and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)):
         raise DataError("a prompt is a list of {role, content} messages")
     for m in messages: refuse_control_tokens(tok, m["role"]), refuse_control_tokens(tok, m["content"])  # templates write the role out, too
-    if prompt_form(tok) == "chat_template":
+    form = prompt_form(tok)
+    if form == "chat_template_without_system": messages = _system_with_user(messages)
+    if form != "mistral_instruct":
         try: return list(tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
         except Exception as e: raise DataError(f"the chat template of {type(tok).__name__} refuses turns of {[m['role'] for m in messages]}: {e}") from e
     system = [m["content"] for m in messages if m["role"] == "system"]
@@ -176,7 +196,7 @@ def encode_rows(tok, # a tokenizer
     return kept, encs, dropped
 
 # %% ../nbs/03_prompt.ipynb #fc416a7a
-OUTCOMES = ("strict", "repaired", "truncated", "wrong_schema", "empty")
+OUTCOMES = ("strict", "repaired", "truncated", "wrong_schema", "empty", "thinking", "echo", "ambiguous")
 
 @dataclass(frozen=True)
 class Parsed:
@@ -204,12 +224,6 @@ def _object_spans(text):
             if not depth: yield start, i + 1
     if depth: yield start, None
 
-# %% ../nbs/03_prompt.ipynb #28aed5f5
-def json_closed(text:str, # a completion so far
-               ) -> bool: # whether its first JSON object is complete
-    "The stop rule of generation: nothing after the first closed object is ever read."
-    return any(end for _, end in _object_spans(text))
-
 # %% ../nbs/03_prompt.ipynb #8aaa46ec
 class GivenTwice(ValueError): "A key is given twice: the object is ambiguous, and what comes after it is no answer either."
 
@@ -222,34 +236,170 @@ def _decode(text):
     try: return json.loads(text, object_pairs_hook=_pairs), ()
     except json.JSONDecodeError: return json.loads(text, object_pairs_hook=_pairs, strict=False), ("line breaks inside a string",)
 
+# %% ../nbs/03_prompt.ipynb #4c94b6b2
+_THINKING = re.compile(r"""
+    (?P<open> <(?:\w+:)?{names}(?:\s[^<>]*)?> | \[{short}\]
+            | <\|(?:begin_of_|start_)?{names}\|> | <\|?think\|?> | ◁think▷
+            | <\|channel\|?>\s*(?:analysis|commentary|thought)\b | \A\s*analysis(?=(?-i:[A-Z])|[{{"']) )
+  | (?P<final> <\|channel\|>\s*final\b[^{{\n]*?<\|message\|> | <channel\|> | assistant\s?final(?=\W|(?-i:[A-Z])) )
+  | (?P<close> </(?:\w+:)?{names}\s*> | \[/{short}\] | <\|(?:end_of_|end_|/){names}\|> | </?think/\|> | ◁/think▷ )
+""".format(names="(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|rationale|scratch_?pad|chain_of_thought)",
+           short="(?:think(?:ing)?|reason(?:ing)?)"), re.I | re.X)
+
+def _is_inside(text, tag, start):
+    "Does the tag stand inside a JSON object that begins at `start` or later?"
+    for a, b in _object_spans(text[start:]):
+        if b is None or start + a > tag.start(): return False
+        if start + b > tag.start():
+            try: _decode(text[start+a : start+b])
+            except GivenTwice: return True
+            except (ValueError, RecursionError): return False
+            return True
+    return False
+
+def outside_thinking(text:str, # what a model wrote
+                    ) -> tuple: # (parts as (start, end), does the text end inside its thinking?)
+    "The parts of a text that are no thinking. A closing tag without an opening one makes thinking of all that stands before it."
+    parts, start, depth, last = [], 0, 0, 0
+    for tag in _THINKING.finditer(text):
+        if _is_inside(text, tag, last): continue
+        last = tag.end()
+        if tag["open"]:
+            if not depth: parts.append((start, tag.start()))
+            depth += 1
+        else:
+            if not depth: parts = []
+            start, depth = tag.end(), 0 if tag["final"] else max(depth - 1, 0)
+    if not depth: parts.append((start, len(text)))
+    return parts, depth > 0
+
+# %% ../nbs/03_prompt.ipynb #6a0d2a46
+_HOLE = r"\W*(?:\.\.+|…)\W*"
+_EMPTY_THOUGHT = re.compile(rf"""
+    {_HOLE} | (?:step\s*\d+{_HOLE})+ | \s*<[^<>]*>\s* | \s*\[[^\[\]]*\]\s* | \W*string\W*
+  | \W*(?:(?:the|your|a|my|own|corrected|improved|brief|detailed|step[- ]by[- ]step|chain[- ]of[- ]thought)\s+)*
+    (?:reasoning|thoughts?(?:[ _]process)?|explanation|rationale|analysis)
+    (?:,?\s+(?:goes|here|step[- ]by[- ]step|before\s+the\s+label|in\s+words|process|text|string))*\W*
+  | .*<(?:what|where|whether|the|your|why|reasoning)\s[^<>]+>.*""", re.I | re.X | re.S)
+_NO_LABEL = re.compile(r"""\s*"?\s*(?: \.\.+ | … | <[^<>]*> | [\[{(]?\s*(?:0\s*(?:or|/|\||,)\s*1|1\s*(?:or|/|\||,)\s*0)
+                           | (?:the\s+|your\s+)?(?:label|int(?:eger)?|number)\b | \?+ | _+ | [,}] )""", re.I | re.X)
+_THOUGHT_KEYS = ("thought_process", "improved_thought_process", "error_analysis")
+
+def _is_form(raw, obj):
+    "Is this object (`obj` None where it is no JSON) the form that was to be filled in?"
+    if obj is None:
+        value = r'"(?:%s)"\s*:\s*("(?:[^"\\]|\\.)*"|[^",}]*)' % "|".join(_THOUGHT_KEYS)
+        thoughts = [m[1].strip().strip('"') for m in re.finditer(value, raw)]
+        label = re.search(r'"predicted_label"\s*:(.*)', raw, re.S)
+        no_label = bool(label and _NO_LABEL.match(label[1]))
+    else:
+        thoughts = [obj[k] for k in _THOUGHT_KEYS if isinstance(obj.get(k), str)]
+        no_label = isinstance(obj.get("predicted_label"), str) and bool(_NO_LABEL.match(obj["predicted_label"]))
+    return bool(_EMPTY_THOUGHT.fullmatch(thoughts[-1])) if thoughts else no_label
+
 # %% ../nbs/03_prompt.ipynb #656a746d
 def _written_labels(text):
     "Digits that stand literally in the place of a label: `-0` and `\"\\u0031\"` are a 0 and a 1 to a JSON reader only."
     return {m[2] for m in re.finditer(r'"predicted_label"\s*:\s*("?)([01])\1\s*[,}]', text)}
 
+@dataclass(frozen=True)
+class Found:
+    "The answer's object in a text, or why there is none."
+    obj:dict|None=None # the object
+    span:tuple|None=None # (start, end) of the object that decided; None where no object did
+    outcome:str="" # one of `OUTCOMES` that carries no label; "" where `obj` is there
+    repairs:tuple=() # what had to be mended
+    why:str="" # in words for whoever wrote the text
+
+def _objects(text, parts):
+    "(start, end) of each object in `parts`, and what it is: (object, repairs), or the error of one that is no JSON."
+    for a, b in parts:
+        for start, end in _object_spans(text[a:b]):
+            if end is None:
+                yield a + start, None, None
+                continue
+            try: found = _decode(text[a+start : a+end])
+            except (ValueError, RecursionError) as e: found = e
+            yield a + start, a + end, found
+
+def _is_prose(raw, found): return isinstance(found, Exception) and ":" not in raw
+
+def _labels(raw, found):
+    "The labels that an object gives, as text."
+    if isinstance(found, Exception): return _written_labels(raw)
+    label = found[0].get("predicted_label")
+    return {str(label)} if type(label) in (int, str) and str(label) in ("0", "1") else set()
+
+def _around(text, parts, start, end, forms):
+    "Names for what stands around the answer."
+    said = ("thinking before the object",) if parts[0][0] > 0 or len(parts) > 1 and parts[0][1] < start else ()
+    said += ("the form before the object",) if forms else ()
+    before = any(text[a:min(b, start)].strip() for a, b in parts if a < start)
+    said += ("text before the object",) if before and not forms else ()
+    return said + (("text after the object",) if text[end:].strip() else ())
+
+# %% ../nbs/03_prompt.ipynb #d2cbe57a
+_WHY = dict(thinking="it ends inside the thinking, before any answer", echo="it only repeats the form", empty="it is empty",
+            truncated="its JSON object is not complete", ambiguous="it gives two answers that disagree", wrong_schema="it holds no JSON object")
+
+def find_answer(text:str, # what a model wrote
+               ) -> Found: # its answer, not yet checked against any schema
+    "Find the answer: the first object after the thinking that is no echo of the form. Never raises."
+    parts, thinking = outside_thinking(text)
+    first, forms = None, 0
+    for start, end, found in _objects(text, parts):
+        if end is None:
+            if first is None: return Found(None, (start, len(text)), "truncated", why=_WHY["truncated"])
+            break
+        raw = text[start:end]
+        obj = None if isinstance(found, Exception) else found[0]
+        if _is_prose(raw, found): continue
+        if _is_form(raw, obj) and not isinstance(found, GivenTwice):
+            forms += 1
+        elif first is None:
+            if isinstance(found, GivenTwice):
+                return Found(None, (start, end), "wrong_schema", why="a key of its JSON object is given twice")
+            if obj is None: return Found(None, (start, end), "wrong_schema", why=f"it is not valid JSON: {found}")
+            first = Found(obj, (start, end), "", _around(text, parts, start, end, forms) + found[1])
+            labels = _labels(raw, found)
+        elif labels and _labels(raw, found) - labels:
+            return Found(None, (start, end), "ambiguous", why=_WHY["ambiguous"])
+    if first: return first
+    written = any(text[a:b].strip() for a, b in parts)
+    outcome = "thinking" if thinking else "echo" if forms else "wrong_schema" if written else "empty"
+    return Found(None, None, outcome, why=_WHY[outcome])
+
+def json_closed(text:str, # a completion so far
+               ) -> bool: # is its answer complete?
+    """The stop rule of generation. It ends where `find_answer` has its object, and neither at a draft inside the thinking
+    nor at an echo of the form. What a model would have gone on to say, a second answer included, is not generated and so not read."""
+    found = find_answer(text)
+    return found.span is not None and found.outcome != "truncated"
+
+# %% ../nbs/03_prompt.ipynb #b6dfb3d8
+def marks_thinking(token:str) -> bool:
+    "Is this token one of the marks between which a model thinks?"
+    return bool(_THINKING.fullmatch(token))
+
+# %% ../nbs/03_prompt.ipynb #ef91ab08
 def parse_completion(text:str, # what the model wrote after the prompt
                      completion:str="cot", # the style asked for; "label_only" needs no thought
                     ) -> Parsed: # label, thought, outcome, repairs
-    "Read the first complete JSON object of a completion. Never raises, never invents a label."
+    "Read the answer of a completion, as `find_answer` finds it. Never raises, never invents a label."
     if not text.strip(): return Parsed(None, None, "empty")
-    for start, end in _object_spans(text):
-        if end is None: return Parsed(None, None, "truncated")
-        try: obj, repairs = _decode(text[start:end])
-        except GivenTwice: return Parsed(None, None, "wrong_schema")
-        except (ValueError, RecursionError): continue
-        if text[:start].strip(): repairs += ("text before the object",)
-        if text[end:].strip(): repairs += ("text after the object",)
-        label, thought = obj.get("predicted_label"), obj.get("thought_process")
-        if label in ("0", "1"): label, repairs = int(label), repairs + ("label given as text",)
-        needed = {"predicted_label"} if completion == "label_only" else {"predicted_label", "thought_process"}
-        if extra := sorted(set(obj) - needed): repairs += (f"extra keys: {_whole(', '.join(extra))}",)
-        # bool is an int in Python and 1.0 == 1: neither is the digit that was asked for
-        if type(label) is not int or label not in (0, 1) or str(label) not in _written_labels(text[start:end]): return Parsed(None, None, "wrong_schema")
-        if "thought_process" in needed and not (isinstance(thought, str) and thought.strip()): return Parsed(None, None, "wrong_schema")
-        if not isinstance(thought, str): thought = None
-        elif thought != _whole(thought): thought, repairs = _whole(thought), repairs + ("half a surrogate pair",)
-        return Parsed(label, thought, "repaired" if repairs else "strict", repairs)
-    return Parsed(None, None, "wrong_schema")
+    found = find_answer(text)
+    if found.outcome: return Parsed(None, None, found.outcome)
+    obj, repairs = found.obj, found.repairs
+    label, thought = obj.get("predicted_label"), obj.get("thought_process")
+    if label in ("0", "1"): label, repairs = int(label), repairs + ("label given as text",)
+    needed = {"predicted_label"} if completion == "label_only" else {"predicted_label", "thought_process"}
+    if extra := sorted(set(obj) - needed): repairs += (f"extra keys: {_whole(', '.join(extra))}",)
+    # bool is an int in Python and 1.0 == 1: neither is the digit that was asked for
+    if type(label) is not int or str(label) not in _written_labels(text[slice(*found.span)]): return Parsed(None, None, "wrong_schema")
+    if "thought_process" in needed and not (isinstance(thought, str) and thought.strip()): return Parsed(None, None, "wrong_schema")
+    if not isinstance(thought, str): thought = None
+    elif thought != _whole(thought): thought, repairs = _whole(thought), repairs + ("half a surrogate pair",)
+    return Parsed(label, thought, "repaired" if repairs else "strict", repairs)
 
 # %% ../nbs/03_prompt.ipynb #ea753b87
 def show_mask(tok, # the tokenizer that encoded the row

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['redact', 'new_run_dir', 'environment', 'overrides_text', 'run_command', 'start_run', 'append_metrics', 'read_metrics',
-           'finish_run', 'Interrupted', 'TrainingStopped', 'close_failed', 'watch_cells', 'Run', 'read_run',
+           'note', 'finish_run', 'TrainingStopped', 'close_failed', 'watch_cells', 'Run', 'read_run', 'before_text',
            'list_runs', 'check_parameters', 'RunFailed', 'run_notebook', 'engine_args', 'run_as_job', 'run_cli',
-           'show_runs', 'runs_cli', 'load_compared', 'differing', 'paired', 'verdict', 'compare_runs',
-           'compare_configs', 'run_table', 'config_table', 'remarks', 'markdown', 'plot_differences', 'plot_losses',
-           'newest', 'comparable', 'full_comparison', 'compare_cli', 'model_card']
+           'show_runs', 'runs_cli', 'load_compared', 'differing', 'explains', 'paired', 'compare_runs',
+           'distinct_entries', 'over_seeds', 'compare_configs', 'run_table', 'config_table', 'remarks', 'markdown',
+           'plot_differences', 'plot_losses', 'newest', 'distinct', 'comparable', 'record_notes', 'full_comparison',
+           'compare_cli', 'model_card']
 
 # %% ../nbs/07_records.ipynb #35418c37
 import argparse,ast,csv,hashlib,html,importlib.metadata,io,json,math,netrc,os,platform,re,secrets,shlex,signal,subprocess,sys,threading
@@ -19,8 +20,8 @@ from datetime import datetime,timezone
 from pathlib import Path
 
 from .config_loader import (Config,ConfigError,ModelKeys,NliError,RecordError,SaysItAll,add_config_args,command,config_from_args,config_from_json,config_hash,
-                                  load_config,one_factor,print_config,project_root)
-from .data import PROMPTS,atomic_writer,data_hash,read_rows,records as file_records,template_of
+                                  load_config,one_factor,outlives_its_reader,print_config,project_root,stop_signals)
+from .data import PROMPTS,atomic_writer,data_hash,leakage_text,read_rows,records as file_records,template_of
 
 # %% ../nbs/07_records.ipynb #ee07e41f
 _secret_name = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I)
@@ -29,8 +30,13 @@ def _secrets():
     "`(name, value)` of credentials: environment variables by their names, .netrc, and the file of `hf auth login`."
     yield from ((n,v) for n,v in os.environ.items() if _secret_name.search(n))
     with suppress(OSError,netrc.NetrcParseError): yield from ((f"password of {host}",login[2] or "") for host,login in netrc.netrc(os.environ.get("NETRC")).hosts.items())
-    hub = Path(os.environ.get("HF_TOKEN_PATH") or Path(os.environ.get("HF_HOME") or Path.home()/".cache"/"huggingface")/"token")
-    with suppress(OSError,UnicodeDecodeError): yield "hub token", hub.read_text().strip()
+    hub = os.environ.get("HF_TOKEN_PATH") or Path(os.environ.get("HF_HOME") or Path(_home())/".cache"/"huggingface")/"token"
+    with suppress(OSError,UnicodeDecodeError): yield "hub token", Path(hub).read_text(encoding="utf-8").strip()
+
+def _home():
+    "The home folder as text, or the root folder where there is none, as in a container under a foreign user id."
+    home = os.path.expanduser("~")
+    return home if os.path.isabs(home) else os.sep
 
 def redact(text:str, # what is about to be written
           ) -> str: # the same without credentials and without the paths of this machine
@@ -38,7 +44,7 @@ def redact(text:str, # what is about to be written
     for name,value in _secrets():
         if len(value)>=8:
             for form in {value, json.dumps(value)[1:-1]}: text = text.replace(form, f"[{name} removed]")
-    for folder,short in ((project_root(),"."), (Path.home(),"~")):
+    for folder,short in ((project_root(),"."), (Path(_home()),"~")):
         if folder!=Path(folder.anchor): text = re.sub(re.escape(str(folder))+r"(?![\w.-])", short, text)
     return text
 
@@ -63,9 +69,9 @@ def _write_json(path, obj): return _write_text(path, json.dumps(_plain(obj), ind
 def _process_mark(pid=None):
     "`(start, boot)` of a process from Linux's /proc, or None where there is no such process or no /proc."
     try:
-        start = Path(f"/proc/{pid or 'self'}/stat").read_text().rpartition(")")[2].split()
+        start = Path(f"/proc/{pid or 'self'}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         if start[0]=="Z": return None   # a zombie has ended; only its parent has not looked yet
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii") + os.readlink("/proc/self/ns/pid")
         return int(start[19]), hashlib.sha256(boot.encode()).hexdigest()[:16]
     except OSError: return None
 
@@ -103,7 +109,10 @@ def new_run_dir(cfg, # `Config`
             if not parent.is_dir(): raise RecordError(f"{parent} is not a folder; move it or choose another runs_dir") from e
             continue
         except OSError as e: raise RecordError(f"cannot make a run folder in {parent}: {e.strerror}; choose another runs_dir") from e
-        _write_json(run/"summary.json", _running(cfg) | {"run_id":run.name})
+        try: _write_json(run/"summary.json", _running(cfg) | {"run_id":run.name})
+        except OSError as e:
+            with suppress(OSError): run.rmdir()
+            raise RecordError(f"cannot write a record in {parent}: {e.strerror}; make room there, or choose another runs_dir") from e
         return run
 
 # %% ../nbs/07_records.ipynb #8a55e47a
@@ -125,10 +134,20 @@ def _git():
     "`{commit, dirty, changed}` of the project, or None where it is no git checkout (or there is no git)."
     root = project_root()
     def git(*args): # a mounted checkout may belong to another user, which git refuses unless told
-        return subprocess.run(["git","-c",f"safe.directory={root}","-C",str(root),*args], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(["git","-c",f"safe.directory={root}","-C",str(root),*args], capture_output=True, encoding="utf-8", errors="replace", check=True).stdout
     try: commit,changed = git("rev-parse","HEAD").strip(), git("status","--porcelain").splitlines()
     except (OSError,subprocess.CalledProcessError): return None
     return dict(commit=commit, dirty=bool(changed), changed=[o[3:] for o in changed[:20]])
+
+# %% ../nbs/07_records.ipynb #4ba76ba5
+_CODE = ("config_loader", "data", "prompt", "model", "evaluate", "train_sft")   # the modules that a run's numbers come from
+
+def _code_hash():
+    "SHA-256 over the modules that numbers come from, which also tells uncommitted changes apart."
+    import nli_ft
+    folder, made = Path(nli_ft.__file__).parent, hashlib.sha256()
+    for name in _CODE: made.update((folder/f"{name}.py").read_bytes())
+    return made.hexdigest()
 
 # %% ../nbs/07_records.ipynb #042ee636
 def _device(look:bool):
@@ -155,11 +174,11 @@ def _data(cfg, key):
     return info | dict(sha256=data_hash(path), rows=len(rows), contracts=count("contract"), sources=count("source"))
 
 def _prompt(cfg):
-    "Name and hash of the prompt wording. `auto` is looked up in the evaluation rows, and stays auto where they do not say."
+    "Name and hash of the prompt wording. `auto` is looked up in the training rows, then in the evaluation rows, and stays auto where neither says."
     name = cfg.prompt_template
-    if name=="auto":
-        try: name = template_of(r for r in read_rows(cfg.path("eval_data"), max_bad=.99) if "prompt" in r) or "auto"
-        except NliError: pass
+    for key in ("train_data","eval_data"):
+        if name!="auto": break
+        with suppress(NliError): name = template_of(r for r in read_rows(cfg.path(key), max_bad=.99) if "prompt" in r) or "auto"
     text = json.dumps(PROMPTS[name], sort_keys=True) if name in PROMPTS else None
     return dict(template=name, sha256=text and hashlib.sha256(text.encode()).hexdigest())
 
@@ -171,7 +190,7 @@ def environment(cfg, # `Config`
 
     Environment variables appear by name only, as set or not. Neither host name nor any absolute path is included."""
     return dict(python=platform.python_version(), platform=" ".join((platform.system(),*platform.libc_ver())), packages=_versions(),
-                device=_device(look), git=_git(), env={k:bool(os.environ.get(k)) for k in _ENV_NAMES},
+                device=_device(look), git=_git(), code_sha256=_code_hash(), env={k:bool(os.environ.get(k)) for k in _ENV_NAMES},
                 config_hash=config_hash(cfg), data={k:_data(cfg,f"{k}_data") for k in ("train","eval")}, prompt=_prompt(cfg))
 
 # %% ../nbs/07_records.ipynb #7bdc8b65
@@ -251,11 +270,25 @@ def _read_json(path):
     if not isinstance(obj, dict): raise RecordError(f"{path} holds {type(obj).__name__}, not an object")
     return obj
 
+def _seals(run, summary):
+    "Hashes of the predictions whose scores are being recorded."
+    from nli_ft.evaluate import SCORED,predictions_seal
+    return {name: predictions_seal(run/name) for name, key in SCORED.items() if key in summary and (run/name).is_file()}
+
+def note(run_dir, # a run's folder
+         **facts # merged into summary.json, e.g. `leakage=…`
+        ):
+    "Add what is known by now to the summary of a record that is still open."
+    path = Path(run_dir)/"summary.json"
+    _write_json(path, _read_json(path) | facts)
+
 def finish_run(run_dir, # a run's folder
                status:str="done", # done, failed or interrupted
                **summary # merged into summary.json, e.g. `before=score(...)`, `after=score(...)`
               ) -> dict: # the whole summary
-    "Close a record: merge `summary` into `summary.json`, with the end and the wall time in seconds. May be called again."
+    """Close a record: merge `summary` into `summary.json`, with the end and the wall time in seconds. May be called again.
+
+    With the scores of predictions (`before`, `after`) their SHA-256 is recorded, so that a later change is noticed."""
     if status not in _STATUSES: raise ValueError(f"status {status!r} is none of {', '.join(_STATUSES)}")
     path = Path(run_dir)/"summary.json"
     old = _read_json(path)
@@ -263,15 +296,12 @@ def finish_run(run_dir, # a run's folder
     wall = (datetime.fromisoformat(ended)-datetime.fromisoformat(old["started"])).total_seconds()
     if status=="done": old.pop("error", None)  # of a cell that was put right and run again
     new = old | dict(status=status, ended=ended, wall_s=wall) | summary
+    if seals := _seals(Path(run_dir), summary): new["predictions"] = old.get("predictions", {}) | seals
     _write_json(path, new)
     return new
 
 # %% ../nbs/07_records.ipynb #59ed36d4
-class Interrupted(SaysItAll, KeyboardInterrupt):
-    "A run that was stopped by a signal, after it had put its things in order. `exit_code` as shells count: 130 for SIGINT, 143 for SIGTERM."
-    def __init__(self, message, signum):
-        super().__init__(message)
-        self.signum,self.exit_code = signum,128+signum
+from .config_loader import Interrupted
 
 class TrainingStopped(SaysItAll, Exception):
     "Training that could not go on, with what to do about it as its message."
@@ -322,6 +352,11 @@ class Run:
         "Checked rows of a predictions file. Raises `RecordError` where it is missing or damaged."
         from nli_ft.evaluate import read_predictions
         return read_predictions(self.path/which)
+    def checks(self):
+        "`{file: how far it was checked}` of the predictions that are there. Raises `RecordError` for what was changed after it was written."
+        from nli_ft.evaluate import SCORED,check_record
+        there = [name for name in SCORED if (self.path/name).is_file()]
+        return {name: check_record(self.path/name, self.predictions(name)) for name in there}
 
 # %% ../nbs/07_records.ipynb #912999c7
 def read_run(run_dir # a run's folder
@@ -333,12 +368,36 @@ def read_run(run_dir # a run's folder
     for name,obj,keys in (("config",config,("name","config","changed_from_default")), ("environment",env,("data","prompt")),
                           ("summary",summary,("status","started"))):
         if lost := [k for k in keys if k not in obj]: raise RecordError(f"{path/name}.json lacks {', '.join(lost)}")
+    seeds = config["config"].get("seed") if isinstance(config["config"], dict) else None, summary.get("seed")
+    if None not in seeds and seeds[0] != seeds[1]:
+        raise RecordError(f"{path}: config.json says seed {seeds[0]} and summary.json says seed {seeds[1]}. One of them was changed after it was written: "
+                          "restore the record from git or a backup, or make the run again")
     return Run(path, config, env, summary, read_metrics(path))
 
+# %% ../nbs/07_records.ipynb #ebcf1d24
+def before_text(summary:dict # a record's summary
+               ) -> str: # such as "0.000 (no JSON; forced 0.500)"; "–" where nothing was judged
+    "The untrained model's accuracy, never without what it means: an answer that is no JSON counts as wrong, whatever the model knows."
+    before, forced = summary.get("before") or {}, summary.get("before_forced") or {}
+    if not isinstance(before.get("accuracy"), (int,float)): return "–"
+    valid, said = before.get("valid_rate"), []
+    if isinstance(valid, (int,float)): said.append(f"valid JSON {valid:.3f}" if valid else "no JSON")
+    if isinstance(forced.get("accuracy"), (int,float)): said.append(f"forced {forced['accuracy']:.3f}")
+    return f"{before['accuracy']:.3f}" + (f" ({'; '.join(said)})" if said else "")
+
 # %% ../nbs/07_records.ipynb #fdb74163
+def _miscounted(scores):
+    "What is wrong within recorded scores, as far as their own counts tell: a list of runs reads no predictions."
+    n,right,accuracy,cells = (scores.get(k) for k in ("n","right","accuracy","confusion"))
+    if not (isinstance(n, int) and n>0 and isinstance(right, int) and isinstance(accuracy, (int,float))): return None
+    if abs(accuracy-right/n)>1e-9: return f"says accuracy {accuracy} and {right} right of {n}"
+    if cells and right!=cells[0][0]+cells[1][1]: return f"says {right} right and another number in its confusion"
+    if cells and n!=sum(map(sum, cells)): return f"says n={n} and another number in its confusion"
+    return None
+
 def _listed(path):
     "One row of `list_runs`."
-    row = dict(config=path.parent.name, run_id=path.name, seed=None, status="unreadable", before=None, accuracy=None, valid_rate=None,
+    row = dict(config=path.parent.name, run_id=path.name, seed=None, status="unreadable", before=None, before_text="–", accuracy=None, valid_rate=None,
                n=None, started=None, wall_s=None, path=str(path), why=None)
     try:
         s = _read_json(path/"summary.json")
@@ -346,14 +405,16 @@ def _listed(path):
             if not isinstance(s[k] if k in ("status","started") else s.get(k), kinds) or s.get(k) in (math.inf,-math.inf) or s.get(k)!=s.get(k): raise TypeError(f"{k} is {s.get(k)!r}")
         status = "died" if _died(s) else s["status"]
         after,before = s.get("after") or {}, s.get("before") or {}
-        row |= dict(seed=s.get("seed"), status=status, before=before.get("accuracy"), accuracy=after.get("accuracy"),
+        for name,scores in (("after",after),("before",before),("before_forced",s.get("before_forced") or {})):
+            if wrong := _miscounted(scores): raise RecordError(f"{path/'summary.json'}: {name} {wrong}; it was changed after it was written")
+        row |= dict(seed=s.get("seed"), status=status, before=before.get("accuracy"), before_text=before_text(s), accuracy=after.get("accuracy"),
                     valid_rate=after.get("valid_rate"), n=after.get("n"), started=s["started"], wall_s=s.get("wall_s"), why=s.get("error"))
     except RecordError as e: row["why"] = str(e)
-    except (KeyError,AttributeError,TypeError) as e: row["why"] = f"{path/'summary.json'} is no summary ({e})"
+    except (KeyError,AttributeError,TypeError,IndexError) as e: row["why"] = f"{path/'summary.json'} is no summary ({e})"
     return row
 
 def list_runs(runs_dir=None # folder of all records; None: the default config's
-             ) -> list[dict]: # config, run_id, seed, status, before, accuracy, valid_rate, n, started, wall_s, path, why
+             ) -> list[dict]: # config, run_id, seed, status, before, before_text, accuracy, valid_rate, n, started, wall_s, path, why
     "Every record below `runs_dir`, oldest first. What cannot be read is listed as unreadable, with `why`."
     root = Path(runs_dir or load_config().path("runs_dir"))
     found = [_listed(p) for p in root.glob("*/*") if p.is_dir()] if root.is_dir() else []
@@ -388,28 +449,42 @@ def _kernel_manager(made:list):
     return ThisPython
 
 # %% ../nbs/07_records.ipynb #dfa5f719
+def _kernel_group(made):
+    "The process group of the kernel that was started last, or None."
+    return getattr(made[-1].provisioner, "pgid", None) if made else None
+
 @contextmanager
-def _kernel_guard(made):
-    "While a notebook runs: the first SIGINT, SIGTERM or SIGUSR2 interrupts the kernel, the second ends it; no process of it is left behind."
-    def group(): return getattr(made[-1].provisioner, "pgid", None) if made else None
-    asked = []
+def _stop_on_signal(made, asked):
+    """From the first cell to the closed record: the first signal interrupts the kernel, the second ends it. They are noted in `asked`.
+
+    SIGHUP is never a second one. A terminal that closes sends it twice, and a session that ends sends it beside SIGTERM."""
     def on_signal(signum, frame):
-        if asked or not group(): raise KeyboardInterrupt
+        first = not asked
+        again = signum!=signal.SIGHUP and any(s!=signal.SIGHUP for s in asked)
         asked.append(signum)
-        print("\nstopping after this step; again to stop at once", file=sys.stderr, flush=True)
-        os.killpg(group(), signal.SIGINT)
+        group = _kernel_group(made)
+        if again or (first and not group): raise KeyboardInterrupt
+        if not first: return
+        # not print: the signal may have come in the middle of one, and the terminal may be gone
+        with suppress(OSError): os.write(2, b"\nstopping after this step; again to stop at once\n")
+        with suppress(ProcessLookupError): os.killpg(group, signal.SIGINT)
     main = threading.current_thread() is threading.main_thread()   # only there may handlers be set
-    old = {s:signal.signal(s, on_signal) for s in (signal.SIGINT,signal.SIGTERM,signal.SIGUSR2)} if main else {}
+    old = {s:signal.signal(s, on_signal) for s in (*stop_signals(),signal.SIGUSR2)} if main else {}
     try: yield
     finally:
-        try:
-            if group(): os.killpg(group(), signal.SIGKILL)
-        except ProcessLookupError: pass   # it had gone by itself, as it should
         for s,h in old.items(): signal.signal(s, h)
+
+@contextmanager
+def _kernel_guard(made):
+    "No process of a kernel is left behind."
+    try: yield
+    finally:
+        with suppress(ProcessLookupError):   # it had gone by itself, as it should
+            if group := _kernel_group(made): os.killpg(group, signal.SIGKILL)
 
 # %% ../nbs/07_records.ipynb #789b6759
 class RunFailed(Exception):
-    "A run that was started and did not finish. `exit_code`: 1, 2 when it was refused before training, 130 when interrupted."
+    "A run that was started and did not finish. `exit_code`: 1, 2 when it was refused before training, 128 + the signal's number when interrupted."
     def __init__(self, message, run_dir, exit_code=1):
         super().__init__(message)
         self.run_dir,self.exit_code = run_dir,exit_code
@@ -434,10 +509,10 @@ def _tidy(path, root):
         if k in nb["metadata"].get("papermill", {}): nb["metadata"]["papermill"][k] = os.path.relpath(nb["metadata"]["papermill"][k], root)
     _write_text(path, json.dumps(nb, indent=1, ensure_ascii=False)+"\n")
 
-def _execute(notebook, run, params):
-    "Execute `notebook` into `<run>/train.ipynb` on this Python, from the project's folder, its output shown as it comes."
+def _execute(notebook, run, params, made):
+    "Execute `notebook` into `<run>/train.ipynb` on this Python, from the project's folder, its output shown as it comes. The kernel is put into `made`."
     import papermill
-    made,out = [],str(run/"train.ipynb").replace("{","{{").replace("}","}}")   # papermill formats paths
+    out = str(run/"train.ipynb").replace("{","{{").replace("}","}}")   # papermill formats paths
     with _kernel_guard(made):
         papermill.execute_notebook(str(notebook), out, params, cwd=str(project_root()), kernel_manager_class=_kernel_manager(made),
                                    progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, start_timeout=180, iopub_timeout=60,
@@ -456,17 +531,21 @@ def run_notebook(cfg, # config name or path, or a `Config`
     root = project_root()
     if not isinstance(cfg, Config): cfg = load_config(cfg, overrides)
     check_parameters(root/notebook)
-    run = new_run_dir(cfg, runs_dir)
-    try:
-        _execute(root/notebook, run, dict(config=_spec(cfg), overrides=overrides_text(cfg), run_dir=os.path.relpath(run, root)))
-        status,why,code = _outcome(run)
-    except (Exception,KeyboardInterrupt) as e: status,why,code = _failure(e, run)
-    try:
-        _tidy(run/"train.ipynb", root)
-        if why is None: return run
-        finish_run(run, status, error=redact(why)[:2000])
-    except (OSError,NliError) as e: why,code = f"{why or 'the run ended well'}; but the record could not be written to its end ({e})", code or 1
-    raise RunFailed(redact(why), run, code)
+    run,made,asked = new_run_dir(cfg, runs_dir), [], []
+    params = dict(config=_spec(cfg), overrides=overrides_text(cfg), run_dir=os.path.relpath(run, root))
+    with _stop_on_signal(made, asked):
+        try:
+            _execute(root/notebook, run, params, made)
+            status,why,code = _outcome(run)
+        except (Exception,KeyboardInterrupt) as e: status,why,code = _failure(e, run)
+        if asked and why is not None: status,why,code = _asked_to_stop(status, why, asked[0])
+        try:
+            _tidy(run/"train.ipynb", root)
+            if why is not None: finish_run(run, status, error=redact(why)[:2000])
+        except (OSError,NliError) as e: why,code = f"{why or 'the run ended well'}; but the record could not be written to its end ({e})", code or 1
+    if why is not None: raise RunFailed(redact(why), run, code)
+    if asked: raise Interrupted(f"{os.path.relpath(run)} was done before it could be stopped", asked[0])
+    return run
 
 # %% ../nbs/07_records.ipynb #b3dbe551
 def _outcome(run):
@@ -476,6 +555,11 @@ def _outcome(run):
     if s["status"]=="done": return "done", None, 0
     if s["status"]=="running": return "failed", "the notebook ended without closing its record (finish_run)", 1
     return s["status"], s.get("error") or s["status"], 130 if s["status"]=="interrupted" else 1
+
+def _asked_to_stop(status, why, signum):
+    "`(status, why, exit_code)` of a run that did not finish after a signal. A scheduler sends it to the kernel too, which may die of it."
+    if status!="interrupted": why = f"stopped by {signal.Signals(signum).name} ({why})"
+    return "interrupted", why, 128+signum
 
 # %% ../nbs/07_records.ipynb #c6662653
 def _planned(ns):
@@ -493,8 +577,8 @@ def _share(x): return "–" if not isinstance(x, (int,float)) else f"{x:.3f}"
 def _result_line(run):
     "Where a record is and what came out, in one line."
     s = _read_json(run/"summary.json")
-    before,after = s.get("before") or {}, s.get("after") or {}
-    scores = "   ".join(f"{name} {_share(before.get(k))} → {_share(after.get(k))}" for name,k in (("accuracy","accuracy"),("valid JSON","valid_rate")))
+    after = s.get("after") or {}
+    scores = f"accuracy {before_text(s)} → {_share(after.get('accuracy'))}   valid JSON {_share(after.get('valid_rate'))}"
     return f"{os.path.relpath(run)}   {s['status']}   {scores}   n={after.get('n','–')}   {_duration(s.get('wall_s'))}"
 
 # %% ../nbs/07_records.ipynb #0796e0ec
@@ -507,8 +591,13 @@ def _run_all(cfgs):
         except RunFailed as e:
             print(f"error: {e}\n       the notebook with the error: {os.path.relpath(e.run_dir/'train.ipynb')}", file=sys.stderr, flush=True)
             done.append(e.run_dir); codes.add(e.exit_code)
-            if e.exit_code==130: break
-    return done, next(c for c in (130,1,2,0) if c in codes)
+            if e.exit_code>128: break
+    return done, _worst(codes)
+
+def _worst(codes):
+    "The exit code of several runs: of an interruption, else of a failure, else of a refusal, else 0."
+    if max(codes)>128: return max(codes)
+    return next(c for c in (1,2,0) if c in codes)
 
 # %% ../nbs/07_records.ipynb #c7ddc2d3
 def engine_args(text:str|None # e.g. "slurm_partition=gpu timeout_min=240 gpus_per_node=1"
@@ -574,7 +663,7 @@ def _submit_all(cfgs, executor):
     except KeyboardInterrupt:
         print(f"no longer waiting; the jobs go on: {' '.join(j.job_id for j in jobs)}. `nli_runs` lists their records, `scancel` ends them", file=sys.stderr)
         raise
-    return done, next(c for c in (130,1,2,0) if c in codes)
+    return done, _worst(codes)
 
 # %% ../nbs/07_records.ipynb #d0863679
 @command
@@ -599,8 +688,9 @@ def run_cli(argv=None) -> int:
         for c in cfgs: print(shlex.join(["papermill","nbs/train.ipynb",f"{c.runs_dir}/{c.name}/<run_id>/train.ipynb","-p","config",_spec(c),
                                          "-p","overrides",overrides_text(c)]))
         return 0
-    runs,code = _submit_all(cfgs, executor) if executor else _run_all(cfgs)
-    print("\n"+"\n".join(r if isinstance(r, str) else _result_line(r) for r in runs))
+    with outlives_its_reader():
+        runs,code = _submit_all(cfgs, executor) if executor else _run_all(cfgs)
+        print("\n"+"\n".join(r if isinstance(r, str) else _result_line(r) for r in runs))
     return code
 
 # %% ../nbs/07_records.ipynb #dddb2cda
@@ -616,7 +706,7 @@ def show_runs(rows # from `list_runs`
              ) -> str: # a table, and below it why runs failed or cannot be read
     "Records as text."
     head = "config run_id seed status before accuracy n started wall".split()
-    body = [[r["config"],r["run_id"],r["seed"],r["status"],_share(r["before"]),_share(r["accuracy"]),r["n"],r["started"],_duration(r["wall_s"])] for r in rows]
+    body = [[r["config"],r["run_id"],r["seed"],r["status"],r["before_text"],_share(r["accuracy"]),r["n"],r["started"],_duration(r["wall_s"])] for r in rows]
     why = [f"{r['config']}/{r['run_id']}: {r['why'].splitlines()[0]}" for r in rows if r["why"]]
     return "\n".join([_table(body, head)]+([""]+why if why else []))
 
@@ -636,7 +726,7 @@ def runs_cli(argv=None) -> int:
         return 0
     if ns.run:
         r = read_run(ns.run)
-        shown = dict(name=r.name, status=r.status, summary=r.summary, differs=r.config["changed_from_default"], files=sorted(os.listdir(r.path)))
+        shown = dict(name=r.name, status=r.status, checked=r.checks(), summary=r.summary, differs=r.config["changed_from_default"], files=sorted(os.listdir(r.path)))
         print(json.dumps(shown, indent=1, ensure_ascii=False))
         return 0
     rows = list_runs(ns.runs_dir)
@@ -663,55 +753,179 @@ def _same_task(one, other):
         if odd := [i for i in a if a[i].get(key)!=b[i].get(key)]:
             raise RecordError(f"{name_a} and {name_b} were evaluated on different {what} (for example id {odd[0]!r}; {len(odd)} of {len(a)} differ)")
 
+# %% ../nbs/07_records.ipynb #72fe77b4
+def _is_before(entry): return entry[2].endswith(":before")
+
+def _run_id(entry):
+    "What a run was called when it began, wherever its folder lies now."
+    return entry[0].summary.get("run_id") or str(entry[0].path.resolve())
+
+def _copied(one, other):
+    "Are two entries one run, in two folders?"
+    return _run_id(one) == _run_id(other) and _is_before(one) == _is_before(other)
+
 # %% ../nbs/07_records.ipynb #47116da4
 def load_compared(refs, # run folders; `<folder>:before` is the untrained model of that run
                  ) -> list[tuple]: # (Run, prediction rows, name); the rows of all in the order of the first
     "Read runs that are to be compared. Raises `RecordError` where they cannot be."
     got = [_entry(r) for r in refs]
     if twice := [n for n,k in Counter(name for *_,name in got).items() if k>1]: raise RecordError(f"{twice[0]} is given twice")
+    for i,e in enumerate(got):
+        if copied := next((o for o in got[:i] if _copied(o, e)), None): raise RecordError(f"{e[2]} is a copy of {copied[2]} (both are the run {_run_id(e)}); give one of them")
     for other in got[1:]: _same_task(got[0], other)
     order = {p["id"]:i for i,p in enumerate(got[0][1])} if got else {}
     return [(run, sorted(preds, key=lambda p: order[p["id"]]), name) for run,preds,name in got]
 
 # %% ../nbs/07_records.ipynb #ef7b410d
-_untrained = {f.name for f in fields(ModelKeys)} | {"prompt_template","completion","max_new_tokens","decoding mode"}   # what an untrained model can show
+_untrained = {f.name for f in fields(ModelKeys)} | {"prompt_template","completion","max_new_tokens"}   # what an untrained model can show
+_SCHEDULE = ("max_steps","num_epochs","batch_size","grad_accumulation_steps","distributed_training","num_processes")   # these are meant to change the number of steps
+_WORDING = ("completion","prompt_template","data_strategy","train_data","model_id","max_seq_length","too_long")        # these change the number of tokens of the same rows
+
+def _number(x): return x if isinstance(x, (int,float)) and not isinstance(x, bool) else None
+
+def _amounts(run):
+    "Optimizer steps done, rows and tokens that went through them; None where neither summary.json nor metrics.jsonl says so."
+    steps,rows,tokens = (_number(run.summary.get(k)) for k in ("steps","rows_trained","tokens_trained"))
+    logged = [r for r in run.metrics if isinstance(r, dict)]
+    if steps is None: steps = max((r["step"] for r in logged if _number(r.get("step")) is not None), default=None)
+    if tokens is None: tokens = sum(r["tokens"] for r in logged if _number(r.get("tokens")) is not None) or None
+    return dict(steps=steps, rows=rows, tokens=tokens)
+
+def _amount_entry(a, b, keys):
+    """`(key or None, text)` of what was trained more or less, or None: "steps 40 → 400 (rows 640 → 6,400)", and the setting that means it.
+
+    With other seeds other rows may be drawn, so that a few tokens more or less say nothing: 5 % there."""
+    one,two = _amounts(a),_amounts(b)
+    def apart(k):
+        x,y = one[k],two[k]
+        if None in (x, y): return False
+        return abs(x-y) > (.05*max(x, y) if k == "tokens" and a.seed != b.seed else 0)
+    changed = [f"{k} {one[k]:,} → {two[k]:,}" for k in one if apart(k)]
+    if not changed: return None
+    text = changed[0] + (f" ({', '.join(changed[1:])})" if changed[1:] else "")
+    meant = _SCHEDULE + (_WORDING if changed[0].startswith("tokens") else ())
+    return next((k for k in keys if k in meant), None), text
+
+def _device_kind(run):
+    "Name of the GPU, or the CPU's architecture; None where it is not recorded."
+    if isinstance(said := run.summary.get("device"), str): return said
+    device = run.environment.get("device")
+    if not isinstance(device, dict) or ("gpus" not in device and run.cfg.device != "cpu"): return None
+    names = sorted({g["name"] for g in device["gpus"]}) if run.cfg.device != "cpu" else []
+    return ", ".join(names) or f"{device.get('machine', '')} CPU".strip()
+
+def _processes(run):
+    said = _number(run.summary.get("processes"))
+    if said is not None: return said
+    return run.cfg.num_processes if run.cfg.distributed_training else 1
+
+def _contract(run, use):
+    "Label contracts of a data file, or None where the file was not there."
+    found = run.environment["data"].get(use, {}).get("contracts")
+    return None if found is None else ", ".join(sorted(found)) or "not recorded"
+
+def _shares(preds, key, default):
+    "What the rows say under `key`: one word, or each with its number of rows."
+    found = Counter(str(p.get(key) or default) for p in preds)
+    return next(iter(found)) if len(found) == 1 else " + ".join(f"{k} {n}" for k, n in sorted(found.items()))
+
+# %% ../nbs/07_records.ipynb #c7c6dfb3
+_NUMERIC = "torch transformers trl peft bitsandbytes accelerate tokenizers safetensors numpy vllm".split()   # packages whose version can change a number
+_ASIDE = ("runs/", "models/", "data/")   # changes below these folders are no changes of the code
+
+def _package_entry(a, b, engines):
+    "Packages of other versions, as one entry; None where there are none; "" where a record has no versions."
+    one,two = (r.environment.get("packages") for r in (a, b))
+    if not (isinstance(one, dict) and isinstance(two, dict)): return ""
+    names = [n for n in _NUMERIC if n != "vllm" or "vllm" in engines]
+    changed = [f"{n} {one.get(n) or 'none'} → {two.get(n) or 'none'}" for n in names if one.get(n) != two.get(n)]
+    return f"packages ({', '.join(changed)})" if changed else None
+
+def _code(run):
+    "`(commit, is it the whole truth?)`: a checkout with uncommitted changes is not its commit."
+    git = run.environment.get("git")
+    if not isinstance(git, dict) or not git.get("commit"): return None, False
+    changed = [p.strip('"') for p in git.get("changed") or []]
+    aside = all(p.startswith(_ASIDE) or p.endswith(".md") for p in changed) and len(changed) < 20   # no more than 20 are recorded
+    return git["commit"], not git.get("dirty") or aside
+
+def _code_entry(a, b):
+    "What differs in the code, None where nothing does, "" where that is not recorded."
+    (one,clean),(two,clean2) = _code(a),_code(b)
+    hashes = [r.environment.get("code_sha256") for r in (a, b)]
+    commits = f"commit {(one or 'none')[:7]} → {(two or 'none')[:7]}"
+    if None not in hashes:
+        if hashes[0] == hashes[1]: return f"{commits} (same code)" if one != two else None
+        return f"code ({commits})" if one != two else "code (uncommitted changes)"
+    if one and two and one != two: return commits
+    return None if one and one == two and clean and clean2 else ""
+
+# %% ../nbs/07_records.ipynb #5bac984a
+def _files(a, b):
+    "Data files of other content."
+    found = []
+    for use in ("train", "eval"):
+        one,two = (r.environment["data"].get(use, {}) for r in (a, b))
+        sha,path = [d.get("sha256") for d in (one, two)],[d.get("path") for d in (one, two)]
+        if use == "eval":
+            if sha[0] != sha[1]: found.append("eval_data (other content, same items)")
+        elif sha[0] != sha[1] or (sha == [None,None] and path[0] != path[1]):
+            found.append("train_data" if path[0] != path[1] else "train_data (same path, other content)")
+        contracts = [_contract(r, use) for r in (a, b)]
+        if None not in contracts and contracts[0] != contracts[1]: found.append(f"label contract of {use}_data {contracts[0]} → {contracts[1]}")
+    return found
+
+def _circumstances(one, other):
+    "`(what the runs ran in and differs, what of it is not recorded)`."
+    (a,pa,_),(b,pb,_) = one,other
+    engines = [_shares(p, "engine", "transformers") for p in (pa, pb)]
+    said = [("device", _device_kind(a), _device_kind(b)), ("compute dtype", a.summary.get("compute_dtype"), b.summary.get("compute_dtype")),
+            ("decoding mode", _shares(pa, "mode", "cot"), _shares(pb, "mode", "cot")), ("engine", *engines)]
+    found = [f"{k} {x} → {y}" for k, x, y in said if None not in (x, y) and x != y]
+    # a run that ended before it trained has no device and no precision to speak of
+    unknown = [k for k, x, y in said if None in (x, y) and {"steps","adapter"} & {*a.summary, *b.summary}]
+    bases = [r.summary.get("base") for r in (a, b)]
+    if None not in bases and bases[0] != bases[1]: found.append("base weights")
+    elif bases[0] != bases[1]: unknown.append("base weights")
+    for name,entry in (("package versions", _package_entry(a, b, " ".join(engines))), ("code", _code_entry(a, b))):
+        if entry: found.append(entry)
+        if entry == "": unknown.append(name)
+    return found, unknown
 
 def differing(one, other # entries of `load_compared`
-             ) -> list[str]: # names of settings, and of what no setting shows
-    "What differs between two runs and could explain a difference of their scores."
-    (a,pa,na),(b,pb,nb) = one,other
-    keys = [k for k in one_factor([a.cfg,b.cfg], ignore=("seed","eval_data")) if k!="train_data"]
-    sha,path = ([r.environment["data"]["train"].get(k) for r in (a,b)] for k in ("sha256","path"))
-    if sha[0]!=sha[1] or (sha==[None,None] and path[0]!=path[1]): keys.append("train_data" if path[0]!=path[1] else "train_data (same path, other content)")
-    if pa[0].get("mode")!=pb[0].get("mode"): keys.append("decoding mode")
-    if na.endswith(":before")!=nb.endswith(":before"): return ["training"]+[k for k in keys if k in _untrained]
-    return keys
+             ) -> list[str]: # settings by name, and what no setting shows as "steps 40 → 400"; last, as one entry, what is not recorded
+    """What differs between two runs and could explain a difference of their scores, from what happened and not only from what was asked for.
+
+    Rows and tokens count where both records have them: with the same steps, settings and files they are the same anyway."""
+    (a,_,na),(b,_,nb) = one,other
+    keys = one_factor([a.cfg,b.cfg], ignore=("seed","train_data","eval_data"))
+    found,unknown = _circumstances(one, other)
+    trained = [n for n in (na, nb) if not n.endswith(":before")]
+    if len(trained) < 2: keys = ["training"]*len(trained) + [k for k in keys if k in _untrained]
+    else:
+        keys += _files(a, b)
+        if _amounts(a)["steps"] is None or _amounts(b)["steps"] is None: unknown.insert(0, "steps")
+        key,text = _amount_entry(a, b, keys) or (None, None)
+        if key: keys[keys.index(key)] = f"{key} ({text})"
+        elif text: keys.append(text)
+        if (p := _processes(a)) != (q := _processes(b)): keys.append(f"processes {p or 'not recorded'} → {q or 'not recorded'}")
+    return keys + found + ([f"not recorded: {', '.join(unknown)}"] if unknown else [])
+
+def explains(differs # from `differing`
+            ) -> list[str]: # those entries that can be the cause of another score
+    "Left out are what is not recorded, a commit that changed nothing of the code, and an evaluation file of which the same items were asked."
+    return [d for d in differs if not d.startswith(("not recorded: ", "eval_data (")) and not d.endswith("(same code)")]
 
 # %% ../nbs/07_records.ipynb #e42a1fc7
-def _effective_n(n, discordant, difference, ci):
-    "Number of independent items that would give an interval as wide as the clustered `ci`; at most `n`."
-    se = (ci[1]-ci[0])/3.92
-    return n if se<=0 else max(1, min(n, round((discordant-difference**2)/se**2)))
-
-def paired(a:list, b:list, # prediction rows of baseline and run, same items in the same order
-          ) -> dict: # difference (b − a), ci, p (McNemar), detectable (accuracy, or None)
-    "The paired comparison of two sets of predictions."
-    from nli_ft.evaluate import groups_of,mcnemar,minimum_detectable_difference,paired_bootstrap
-    ra,rb = ([int(p["predicted_label"]==p["label"]) for p in o] for o in (a,b))
-    boot,test = paired_bootstrap(ra, rb, groups_of(a)), mcnemar(ra, rb)
-    share = (test["only_a"]+test["only_b"])/len(a)
-    n = _effective_n(len(a), share, boot["difference"], boot["ci"])
-    return dict(difference=boot["difference"], ci=boot["ci"], p=test["p"], detectable=minimum_detectable_difference(n, share), discordant=share)
-
-# %% ../nbs/07_records.ipynb #3d320481
-def verdict(r:dict, # `difference`, `ci`, `p_holm`, `n`, `detectable`, `discordant`
-           ) -> str:
-    "In plain words whether a difference can be told from noise."
-    points = 100*r["difference"]
-    if r["p_holm"]<.05 and (r["ci"][0]>0 or r["ci"][1]<0): return f"{points:+.1f} points: can be told from noise at n={r['n']}"
-    if not r["discordant"]: return f"right and wrong on the same {r['n']} items: no difference to test"
-    seen = f"a difference below {100*r['detectable']:.1f} points would mostly go unseen" if r["detectable"] else "too few items to see any difference"
-    return f"{points:+.1f} points: cannot be told from noise at n={r['n']}; {seen}"
+def paired(base:list, others:list[list], # prediction rows of the baseline; of each run compared with it, same items in the same order
+          ) -> list[dict]: # what `decide` says of each, with n, p_mcnemar, discordant
+    "The paired comparison of one family of runs with one baseline."
+    from nli_ft.evaluate import decide,groups_of,mcnemar,paired_test
+    right = [[int(p["predicted_label"] == p["label"]) for p in preds] for preds in (base, *others)]
+    groups = groups_of(base)
+    decisions = decide([paired_test(right[0], r, groups) for r in right[1:]])
+    tests = [mcnemar(right[0], r) for r in right[1:]]
+    return [d | dict(n=len(base), p_mcnemar=t["p"], discordant=(t["only_a"] + t["only_b"]) / len(base)) for d,t in zip(decisions, tests)]
 
 # %% ../nbs/07_records.ipynb #c36126e7
 def _scores(entry):
@@ -720,7 +934,14 @@ def _scores(entry):
     run,preds,name = entry
     s = score(preds)
     return dict(run=name, config=run.config["name"], seed=run.seed, status=run.status, n=s["n"], accuracy=s["accuracy"], accuracy_ci=s["accuracy_ci"],
-                macro_f1=s["macro_f1"], mcc=s["mcc"], valid_rate=s["valid_rate"], tokens=s["mean_tokens"], seconds=s["mean_seconds"])
+                deff=s["deff"], n_clusters=s["n_clusters"], macro_f1=s["macro_f1"], mcc=s["mcc"], valid_rate=s["valid_rate"], tokens=s["mean_tokens"], seconds=s["mean_seconds"])
+
+def _majority(preds):
+    "Scores of always answering the more frequent label of these items."
+    from nli_ft.evaluate import score
+    gold = Counter(p["label"] for p in preds).most_common()
+    s = score([dict(p, predicted_label=gold[0][0], outcome="strict") for p in preds])
+    return {k: s[k] for k in ("n","accuracy","accuracy_ci","deff","n_clusters","macro_f1","mcc")} | dict(label=gold[0][0])
 
 def _first(got, baseline):
     "Entries with the baseline in front: a run folder or name, or a config's name for its first run; None keeps the order."
@@ -733,74 +954,194 @@ def _first(got, baseline):
 # %% ../nbs/07_records.ipynb #cc8232dc
 def compare_runs(run_dirs, # run folders, at least two; `<folder>:before` is the untrained model of that run
                  baseline=None, # one of them (folder, name, or config); None: the first
-                ) -> list[dict]: # one row a run, the baseline first, with difference, ci, p, p_holm, detectable, verdict, differs
+                ) -> list[dict]: # one row a run, the baseline first, with difference, ci, ci_level, p, p_holm, p_mcnemar, told, detectable, verdict, differs; `majority` in the first
     "Compare runs item by item with a baseline run. Raises `RecordError` for runs that cannot be compared."
-    from nli_ft.evaluate import holm
+    from nli_ft.evaluate import other_way,verdict
     got = _first(load_compared(run_dirs), baseline)
     if len(got)<2: raise RecordError("a comparison needs at least two runs; `nli_runs` lists them")
     rows = [_scores(e) for e in got]
-    for r,e in zip(rows[1:], got[1:]): r |= paired(got[0][1], e[1]) | dict(differs=differing(got[0], e))
-    for r,p in zip(rows[1:], holm([r["p"] for r in rows[1:]])): r["p_holm"] = p
-    for r in rows[1:]: r["verdict"] = verdict(r)
+    rows[0]["majority"] = _majority(got[0][1])
+    for r,e,decision in zip(rows[1:], got[1:], paired(got[0][1], [e[1] for e in got[1:]])):
+        r |= decision | dict(differs=differing(got[0], e), doubt=other_way(r, rows[0]))
+        r["verdict"] = verdict(r)
     return rows
 
 # %% ../nbs/07_records.ipynb #daa9c870
-def _repetitions(entries): # of `load_compared` -> lists of those that nothing but the seed tells apart
-    "Files count by their content, so that runs started from two copies of a project are repetitions of one config."
+def _configs(entries):
+    "Lists of the entries that nothing but the seed tells apart. Files count by their content, so that runs started from two copies of a project are repetitions of one config."
     groups = []
     for e in entries:
-        same = (g for g in groups if g[0][0].config["name"]==e[0].config["name"] and g[0][2].endswith(":before")==e[2].endswith(":before") and not differing(g[0], e))
+        same = (g for g in groups if g[0][0].config["name"] == e[0].config["name"] and _is_before(g[0]) == _is_before(e) and not explains(differing(g[0], e)))
         if (g := next(same, None)) is None: groups.append([e])
         else: g.append(e)
     return groups
 
+def _answers(entry):
+    "Hash of what a model answered, whatever the time it took."
+    kept = [[p.get(k) for k in ("id","completion","predicted_label","p_entail","outcome")] for p in entry[1]]
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+def _rerun(entries):
+    "`{id(entry): why}` of runs that were made again with the same config and seed: the last one counts."
+    why = {}
+    for group in _configs(entries):
+        last = {e[0].seed: e for e in group}
+        why |= {id(e): f"{e[2]} was run again as {last[e[0].seed][2]}, with the same config and seed" for e in group if e is not last[e[0].seed]}
+    return why
+
+def _twins(entries):
+    "`{id(entry): why}` of runs whose adapter or whose answers are those of an earlier run: another seed in config.json makes no repetition."
+    why,adapters = {},{}
+    for e in entries:
+        sha = None if _is_before(e) else e[0].summary.get("adapter_sha256")
+        if sha and (first := adapters.setdefault(sha, e)) is not e: why[id(e)] = f"{e[2]} has the adapter of {first[2]} (the same SHA-256)"
+    for group in _configs([e for e in entries if id(e) not in why]):
+        first = {}
+        for e in group:
+            o = first.setdefault(_answers(e), e)
+            if o is not e: why[id(e)] = f"{e[2]} gives exactly the answers of {o[2]}, though its seed is another: no repetition"
+    return why
+
+def distinct_entries(entries # of `load_compared`
+                    ) -> tuple: # (entries that are runs of their own, {id(entry): why another is not})
+    """Runs that count once: of copies the first, of runs made again with one config and seed the last, of runs with the same adapter or answers the first.
+
+    Where nothing would be left to compare with, runs made again stay: what they show is how far one config and seed repeat."""
+    why = {}
+    for i,e in enumerate(entries):
+        twin = next((o for o in entries[:i] if id(o) not in why and _copied(o, e)), None)
+        if twin: why[id(e)] = f"{e[2]} is a copy of {twin[2]} (both are the run {_run_id(e)})"
+    left = [e for e in entries if id(e) not in why]
+    rerun = _rerun(left)
+    if len(left)-len(rerun) < 2: rerun = {}
+    left = [e for e in left if id(e) not in rerun]
+    why |= rerun | _twins(left)
+    return [e for e in entries if id(e) not in why], why
+
+def _repetitions(entries): # of `load_compared` -> lists of those that nothing but the seed tells apart, one run a seed
+    "What a config's interval over seeds is made of."
+    groups = []
+    for group in _configs(entries):
+        last = list({e[0].seed: e for e in group}.values())
+        twins = _twins(last)
+        groups.append([e for e in last if id(e) not in twins])
+    return groups
+
 # %% ../nbs/07_records.ipynb #88393ac9
+def over_seeds(arms:list, groups:list, # (seeds, items) arrays of right/wrong, the baseline's first; cluster of each item
+               seedless=(), # numbers of the arms that no seed changes
+              ) -> list: # one per arm after the first: what `decide` says, or None where an arm has one seed
+    "The comparison of one family of configs with one baseline."
+    from nli_ft.evaluate import decide,seed_test
+    tests = [seed_test(arms[0], a, groups, (0 in seedless, i in seedless)) for i,a in enumerate(arms[1:], 1)]
+    decisions = iter(decide([t for t in tests if t]))
+    return [next(decisions) if t else None for t in tests]
+
 def compare_configs(run_dirs, # run folders of several seeds of several configs
                     baseline=None, # config name; None: that of the first run
-                   ) -> list[dict]: # one row a config: seeds, accuracy, sd, accuracy_ci, difference, ci, verdict, differs
+                   ) -> list[dict]: # one row a config: seeds, accuracy, sd, accuracy_ci, difference, ci, p, p_holm, told, verdict, differs
     "Compare configs over their seeds; runs belong together when all settings but the seed agree."
-    from nli_ft.evaluate import groups_of,hierarchical_interval
+    from nli_ft.evaluate import groups_of,other_way,seed_share
     groups = _repetitions(_first(load_compared(run_dirs), baseline))
-    right = [[[int(p["predicted_label"]==p["label"]) for p in e[1]] for e in es] for es in groups]
-    first,rows = groups[0], []
-    for es,r in zip(groups, right):
-        alone = hierarchical_interval(r, groups=groups_of(first[0][1]))
-        row = dict(config=es[0][0].config["name"]+":before"*es[0][2].endswith(":before"), seeds=[e[0].seed for e in es], n=len(es[0][1]),
-                   accuracy=alone["mean"], sd=alone["seed_sd"], accuracy_ci=alone["ci"])
-        if rows:
-            h = hierarchical_interval(r, right[0], groups_of(first[0][1]), alpha=.05/(len(groups)-1))
-            told = "can" if h["ci"][0]>0 or h["ci"][1]<0 else "cannot"
-            row |= dict(difference=h["mean"], ci=h["ci"], differs=differing(first[0], es[0]),
-                        verdict=f"{100*h['mean']:+.1f} points: {told} be told from noise over {len(first)} and {len(es)} seeds and {row['n']} items")
-        rows.append(row)
+    first,clusters = groups[0],groups_of(groups[0][0][1])
+    right = [[[int(p["predicted_label"] == p["label"]) for p in e[1]] for e in es] for es in groups]
+    untrained = [i for i,es in enumerate(groups) if es[0][2].endswith(":before")]
+    rows = [_config_row(es) | seed_share(r, clusters, i in untrained) for i,(es,r) in enumerate(zip(groups, right))]
+    rows[0]["majority"] = _majority(first[0][1])
+    for i,(row,es,decision) in enumerate(zip(rows[1:], groups[1:], over_seeds(right, clusters, untrained)), 1):
+        row |= dict(differs=differing(first[0], es[0]), doubt=other_way(row, rows[0]))
+        row |= decision or dict(difference=row["accuracy"] - rows[0]["accuracy"], ci=None, told=None)
+        few = [es for j,es in ((0, first), (i, es)) if j not in untrained and len(es) < 2]
+        row["verdict"] = _no_config_verdict(few) if few else _config_verdict(row, rows[0])
     return rows
 
+def _config_row(es):
+    "What a config's runs have in common, and the means of their scores; None where one of them is undefined."
+    scores = [_scores(e) for e in es]
+    mean = lambda k: None if any(s[k] is None for s in scores) else sum(s[k] for s in scores) / len(scores)
+    return dict(config=es[0][0].config["name"]+":before"*es[0][2].endswith(":before"), seeds=[e[0].seed for e in es], n=len(es[0][1]),
+                n_clusters=scores[0]["n_clusters"], macro_f1=mean("macro_f1"), mcc=mean("mcc"))
+
+def _config_verdict(row, base):
+    "The verdict on a config, over seeds and items."
+    from nli_ft.evaluate import MIN_CLUSTERS,unseen
+    points = f"{100*row['difference']:+.1f} points"
+    seeds = [len(r["seeds"]) for r in (base, row)]
+    where = f"over {seeds[0]} and {seeds[1]} seeds and {row['n']} items ({row['n_clusters']} clusters)"
+    if row["told"] is None: return f"{points}: no verdict {where}: at least {MIN_CLUSTERS} clusters of items are needed{row['doubt']}"
+    if row["told"]: return f"{points}: can be told from noise {where}{row['doubt']}"
+    if not row["difference"] and row["detectable"] is None: return f"no difference {where}"
+    return f"{points}: cannot be told from noise {where}; {unseen(row['detectable'])}{row['doubt']}"
+
+def _no_config_verdict(few):
+    "What is missing for a verdict on a config."
+    names = " and ".join(es[0][0].config["name"] for es in few)
+    commands = " and ".join(dict.fromkeys(f"`{_more_seeds(es)}`" for es in few))
+    return f"no verdict on the config: {names} {'have' if len(few) > 1 else 'has'} one seed, and at least 2 are needed in each trained arm, 3 are better: {commands}"
+
+def _more_seeds(es):
+    "The command that makes three seeds of a config that has one."
+    words = [w for w in shlex.split(run_command(es[0][0].cfg)) if not w.startswith("--seed=")]
+    used = {e[0].seed for e in es}
+    new = [s for s in range(1, 6) if s not in used][:3 - len(used)]
+    return shlex.join([*words, "--seeds", ",".join(map(str, new))])
+
 # %% ../nbs/07_records.ipynb #55e428d0
-def _interval(x, ci): return "" if x is None else f"{x:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]"
+def _interval(x, ci):
+    "A share or difference with its interval, as far as there are any."
+    if x is None: return ""
+    return f"{x:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")
+
+def _fixed(x, form): return "" if x is None else format(x, form)
+
+def _defined(x): return "undefined" if x is None else f"{x:.3f}"
+
+def _seen_difference(r, first):
+    "What differs, in words for the last column."
+    return ", ".join(r["differs"]) or ("seed only" if r["seed"] != first["seed"] else "nothing")
 
 def run_table(rows # from `compare_runs`
              ) -> tuple: # (head, cells as text)
-    "The columns that are shown."
-    head = ["run","seed","n","accuracy [95 %]","macro-F1","MCC","valid","tokens","s/item","difference [95 %]","p","p (Holm)","differs in"]
-    num = lambda x,f: "" if x is None else format(x, f)
-    return head, [[r["run"],r["seed"],r["n"],_interval(r["accuracy"],r["accuracy_ci"]),num(r["macro_f1"],".3f"),num(r["mcc"],".3f"),num(r["valid_rate"],".3f"),
-                   num(r["tokens"],".1f"),num(r["seconds"],".3f")]+(["baseline","","",""] if "p" not in r else
-                   [_interval(r["difference"],r["ci"]),num(r["p"],".3g"),num(r["p_holm"],".3g"),", ".join(r["differs"]) or ("seed only" if r["seed"]!=rows[0]["seed"] else "nothing")]) for r in rows]
+    "The columns that are shown; the last line is the majority label."
+    head = ["run","seed","n","clusters","accuracy [95 %]","macro-F1","MCC","valid","tokens","s/item","difference [95 %, Holm]","p","p (Holm)","p (McNemar)","differs in"]
+    cells = []
+    for r in rows:
+        own = [r["run"], r["seed"], r["n"], r["n_clusters"], _interval(r["accuracy"], r["accuracy_ci"]), _defined(r["macro_f1"]), _defined(r["mcc"]),
+               _fixed(r["valid_rate"], ".3f"), _fixed(r["tokens"], ".1f"), _fixed(r["seconds"], ".3f")]
+        against = ["baseline","","","",""]
+        if "p" in r: against = [_interval(r["difference"], r["ci"]), *(f"{r[k]:.3g}" for k in ("p","p_holm","p_mcnemar")), _seen_difference(r, rows[0])]
+        cells.append(own + against)
+    m = rows[0]["majority"]
+    return head, cells + [[f"majority label ({m['label']})", "", m["n"], m["n_clusters"], _interval(m["accuracy"], m["accuracy_ci"]),
+                           _defined(m["macro_f1"]), _defined(m["mcc"]), *[""]*8]]
 
 def config_table(rows # from `compare_configs`
                 ) -> tuple: # (head, cells as text)
-    "The columns that are shown."
-    head = ["config","seeds","n","accuracy [95 %]","sd over seeds","difference [95 %, Bonferroni]","differs in"]
-    return head, [[r["config"],len(r["seeds"]),r["n"],_interval(r["accuracy"],r["accuracy_ci"]),"" if r["sd"] is None else f"{r['sd']:.3f}"]+
-                  ([_interval(r["difference"],r["ci"]),", ".join(r["differs"])] if "ci" in r else ["baseline",""]) for r in rows]
+    "The columns that are shown; the last line is the majority label."
+    head = ["config","seeds","n","clusters","accuracy [95 %]","sd over seeds","macro-F1","MCC","difference [95 %, Holm]","p","p (Holm)","differs in"]
+    if not rows: return head, []
+    cells = []
+    for r in rows:
+        own = [r["config"], len(r["seeds"]), r["n"], r["n_clusters"], _interval(r["accuracy"], r["accuracy_ci"]), _fixed(r["sd"], ".3f"),
+               _defined(r["macro_f1"]), _defined(r["mcc"])]
+        against = ["baseline","","",""]
+        if "difference" in r:
+            against = [_interval(r["difference"], r["ci"]), *(_fixed(r.get(k), ".3g") for k in ("p","p_holm")), ", ".join(r["differs"])]
+        cells.append(own + against)
+    m = rows[0]["majority"]
+    return head, cells + [[f"majority label ({m['label']})", "", m["n"], m["n_clusters"], _interval(m["accuracy"], m["accuracy_ci"]), "",
+                           _defined(m["macro_f1"]), _defined(m["mcc"]), *[""]*4]]
 
 # %% ../nbs/07_records.ipynb #55168c0c
 def remarks(rows # from `compare_runs`
            ) -> list[str]: # sentences
     "What a reader must know beside the numbers: every verdict, confounded comparisons, runs that did not end well."
-    said = [f"{r['run']}: {r['verdict']}" for r in rows[1:]]
-    said += [f"warning: {r['run']} differs from the baseline in {len(r['differs'])} settings ({', '.join(r['differs'])}): "
-             "a difference cannot be put down to one of them" for r in rows[1:] if len(r["differs"])>1]
+    said = [f"run {r['run']} against run {rows[0]['run']}, on these items: {r['verdict']}" for r in rows[1:]]
+    for r in rows[1:]:
+        causes = explains(r["differs"])
+        if len(causes) > 1:
+            said.append(f"warning: {r['run']} differs from the baseline in {len(causes)} settings ({', '.join(causes)}): "
+                        "a difference cannot be put down to one of them")
     said += [f"warning: {r['run']} is {r['status']}, not done" for r in rows if r["status"]!="done"]
     return said
 
@@ -814,13 +1155,14 @@ def markdown(head, cells # from `run_table` or `config_table`
 # %% ../nbs/07_records.ipynb #8dc05076
 def plot_differences(rows # from `compare_runs` or `compare_configs`
                     ): # Figure
-    "Forest plot: each difference to the baseline in points, with its interval; what crosses zero cannot be told from noise."
+    "Forest plot: each difference to the baseline in points, with its interval; blue where it can be told from noise, hollow where there is no verdict."
     from nli_ft.evaluate import BLUE,GREY,new_figure
-    shown = [r for r in rows if "ci" in r]
+    shown = [r for r in rows if "difference" in r]
     fig,ax = new_figure(7, .9+.4*len(shown))
     for y,r in enumerate(reversed(shown)):
-        lo,hi = (100*v for v in r["ci"])
-        ax.plot([lo,hi], [y,y], color=BLUE if lo>0 or hi<0 else GREY, lw=2); ax.plot(100*r["difference"], y, "o", color=BLUE if lo>0 or hi<0 else GREY)
+        color = BLUE if r["told"] else GREY
+        if r["ci"]: ax.plot([100*v for v in r["ci"]], [y,y], color=color, lw=2)
+        ax.plot(100*r["difference"], y, "o", color=color, markerfacecolor="white" if r["told"] is None else color)
     ax.axvline(0, color="black", lw=.8)
     first = rows[0].get("run") or rows[0]["config"]
     ax.set(yticks=range(len(shown)), yticklabels=[(r.get("run") or r["config"]).replace("$",r"\$") for r in reversed(shown)], ylim=(-.6,len(shown)-.4),
@@ -848,20 +1190,43 @@ def newest(config, # config name
     if not found: raise RecordError(f"no finished run of {config}; `nli_run --config {config}` makes one, `nli_runs` lists what there is")
     return found if every else found[-1:]
 
+def _entries(refs):
+    "Entries that may hold copies, the rows of all in the order of the first."
+    got = [_entry(r) for r in refs]
+    for other in got[1:]: _same_task(got[0], other)
+    order = {p["id"]: i for i, p in enumerate(got[0][1])} if got else {}
+    return [(run, sorted(preds, key=lambda p: order[p["id"]]), name) for run, preds, name in got]
+
+def distinct(refs # run folders; `<folder>:before` is the untrained model of that run
+            ) -> tuple: # (folders that are runs of their own, [(folder, why it is not)])
+    "`distinct_entries` of folders: what both `nli_compare` and compare.ipynb leave out. Raises `RecordError` where runs cannot be compared."
+    refs = list(dict.fromkeys(map(str, refs)))
+    entries = _entries(refs)
+    why = distinct_entries(entries)[1]
+    left_out = [(ref, why[id(e)]) for ref, e in zip(refs, entries) if id(e) in why]
+    return [ref for ref, e in zip(refs, entries) if id(e) not in why], left_out
+
 def comparable(run_dirs # run folders
               ) -> tuple: # (folders that share one evaluation, [(folder, why it does not)])
-    "Of many runs those that were evaluated on what the last readable one was; of runs that agree in everything, the seed too, the last."
+    "Of many runs those that were evaluated on what the last readable one was, each once (`distinct`)."
     good,bad = [],[]
     for ref in reversed(list(run_dirs)):
-        try: load_compared([*good[-1:], ref]); good.append(ref)
+        try: _entries([*good[-1:], ref])
         except NliError as e: bad.append((ref, str(e)))
-    good,bad,repeated = good[::-1], bad[::-1], {}
-    entries = load_compared(good)
-    for group in _repetitions(entries):
-        last = {e[0].seed:e for e in group}
-        repeated |= {id(e):f"{e[2]} was run again as {last[e[0].seed][2]}, with the same config and seed" for e in group if e is not last[e[0].seed]}
-    bad += [(ref, repeated[id(e)]) for ref,e in zip(good, entries) if id(e) in repeated]
-    return [ref for ref,e in zip(good, entries) if id(e) not in repeated], bad
+        else: good.append(ref)
+    kept,left_out = distinct(good[::-1])
+    return [ref for ref in good[::-1] if str(ref) in kept], bad[::-1]+left_out
+
+def record_notes(refs # run folders, as for `compare_runs`
+                ) -> list[str]: # sentences
+    "What the records say about the rows below the scores: leakage, and predictions that carry no hash."
+    said = {}
+    for path in dict.fromkeys(str(r).removesuffix(":before") for r in refs):
+        run = read_run(path)
+        for s in leakage_text(run.summary.get("leakage")): said.setdefault(s, []).append(run.name)
+        if not run.summary.get("predictions"): said.setdefault("The record has no hash of its predictions: an edit would show only in its counts and completions.", []).append(run.name)
+    n = len({str(r).removesuffix(":before") for r in refs})
+    return [f"{'every run' if len(names) == n else ', '.join(names)}: {s}" for s, names in said.items()]
 
 # %% ../nbs/07_records.ipynb #70f9ebc9
 def full_comparison(run_dirs, baseline=None # as for `compare_runs`
@@ -869,8 +1234,9 @@ def full_comparison(run_dirs, baseline=None # as for `compare_runs`
     "Everything that `nli_compare` and compare.ipynb show."
     rows = compare_runs(run_dirs, baseline)
     by = compare_configs(run_dirs, rows[0]["run"])
-    if max(len(r["seeds"]) for r in by)>1 and len(by)>1: return rows, by, [f"{r['config']}: {r['verdict']}" for r in by[1:]]+remarks(rows)
-    return rows, [], remarks(rows)+["note: one seed each; other seeds may order these configs differently (nli_run --seeds 1,2,3)"]
+    said = [f"config {r['config']} against config {by[0]['config']}: {r['verdict']}" for r in by[1:]]
+    repeated = len(by) > 1 and max(len(r["seeds"]) for r in by) > 1
+    return rows, by if repeated else [], said + remarks(rows)
 
 def _save(path, rows, by, said):
     "Write the comparison as Markdown, CSV or JSON, by the ending of `path`."
@@ -897,7 +1263,11 @@ def compare_cli(argv=None) -> int:
     p.add_argument("--json", action="store_true", help="print JSON")
     ns = p.parse_args(argv)
     refs = ns.runs+[r for c in ns.latest for r in newest(c, ns.runs_dir)]+[r for c in ns.all for r in newest(c, ns.runs_dir, every=True)]
-    rows,by,said = full_comparison(list(dict.fromkeys(refs)), ns.baseline)
+    refs,left_out = distinct(refs)
+    left_out = [f"left out: {why}" for _,why in left_out]
+    if left_out and len(refs)<2: raise RecordError("fewer than two runs are left to compare\n" + "\n".join(f"  {o}" for o in left_out))
+    rows,by,said = full_comparison(refs, ns.baseline)
+    said = left_out+said+record_notes(refs)
     if ns.out: _save(ns.out, rows, by, said)
     if ns.json: print(json.dumps(_plain(dict(runs=rows, configs=by, remarks=said)), indent=1, ensure_ascii=False))
     else: print("\n\n".join([*(_table(t[1], t[0]) for t in [config_table(by)] if by), _table(*reversed(run_table(rows))), "\n".join(said)]))
@@ -913,10 +1283,12 @@ def _limits(run, s):
     "Sentences that follow from the record."
     lo,hi = s["accuracy_ci"]
     sources = {k for d in run.environment["data"].values() for k in (d.get("sources") or {})}
-    said = [f"Evaluated on {s['n']} items: the true accuracy on items like these may be anywhere from {lo:.1%} to {hi:.1%}.",
+    said = [f"Evaluated on {s['n']} items in {s['n_clusters']} clusters: the true accuracy on items like these may be anywhere from {lo:.1%} to {hi:.1%}.",
             f"One seed ({run.seed}): another seed may give another score.", "English premise–hypothesis pairs like those named above; other text was not tested."]
     if any("synth" in o.lower() for o in sources): said.append("Synthetic rows are among the data: scores on them say nothing about natural text.")
     if s["valid_rate"]<1: said.append(f"{1-s['valid_rate']:.1%} of the answers were no valid JSON of the expected form; they count as wrong unless they could be repaired.")
+    said += leakage_text(run.summary.get("leakage"))
+    if not run.summary.get("predictions"): said.append("The record has no hash of its predictions: an edit would show only in its counts and completions.")
     if run.environment["git"] is None or run.environment["git"]["dirty"]: said.append("The code had uncommitted changes or no commit: the run cannot be repeated exactly.")
     return said
 
@@ -926,9 +1298,14 @@ def model_card(run_dir # a finished run's folder
     "Write a model card from a record. Raises `RecordError` where the run was not evaluated."
     from nli_ft.evaluate import score
     run = read_run(run_dir)
+    run.checks()
     s,cfg = score(run.predictions()), run.cfg
-    measured = [["accuracy (no answer is wrong)", _interval(s["accuracy"], s["accuracy_ci"])], ["macro-F1", f"{s['macro_f1']:.3f}"], ["MCC", f"{s['mcc']:.3f}"],
-                ["valid JSON", f"{s['valid_rate']:.3f}"], ["tokens per answer", _share(s["mean_tokens"])], ["before training: accuracy", _share((run.summary.get("before") or {}).get("accuracy"))]]
+    majority = _majority(run.predictions())
+    defined = lambda x: "undefined (one class)" if x is None else f"{x:.3f}"
+    measured = [["accuracy (no answer is wrong)", _interval(s["accuracy"], s["accuracy_ci"])],
+                [f"accuracy of the majority label ({majority['label']})", _interval(majority["accuracy"], majority["accuracy_ci"])],
+                ["macro-F1", defined(s["macro_f1"])], ["MCC", defined(s["mcc"])],
+                ["valid JSON", f"{s['valid_rate']:.3f}"], ["tokens per answer", _share(s["mean_tokens"])], ["before training: accuracy", before_text(run.summary)]]
     changed = [[k, json.dumps(v["value"]), json.dumps(v["default"])] for k,v in run.config["changed_from_default"].items()]
     git = run.environment["git"] or {}
     text = "\n\n".join([f"---\nbase_model: {json.dumps(cfg.model_id)}\nlibrary_name: peft\ntags: [natural-language-inference, qlora, nli_ft]\n---",

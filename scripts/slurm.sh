@@ -29,7 +29,8 @@ kind=${NLI_ACCELERATE:-ddp} nodes=$SLURM_NNODES gpus=${SLURM_GPUS_ON_NODE:-0}
 ((gpus > 0)) || die "the job has no GPU: add --gpus-per-node"
 ((nodes * gpus > 1)) || die "one GPU needs no launcher: nli_run --config NAME --engine submitit, or ./run_training.sh in a job of your own"
 ((nodes == 1)) || kind+=_two_nodes # for any number of them
-export PATH="$PWD/.venv/bin:$PATH"
+unset PYTHONHOME PYTHONPATH # a module system's Python would shadow the packages of .venv
+export PATH="$PWD/.venv/bin:$PATH" PYTHONUTF8=1 # files are UTF-8, whatever the node's locale says
 command -v accelerate >/dev/null || die "no accelerate in $PWD/.venv: ./run_training.sh --local --config minimal_test makes it"
 
 launch=(accelerate launch --config_file "nli_ft/configs/accelerate/$kind.yaml" --num_machines "$nodes" --num_processes "$((nodes * gpus))")

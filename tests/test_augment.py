@@ -499,7 +499,7 @@ def wait_for(condition, seconds=30):
         time.sleep(.01)
 
 
-@pytest.mark.parametrize("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupt_keeps_what_arrived_and_says_how_to_go_on(files, sig, code):
     inp, out = files(40)
     with FakeEndpoint(lambda c, n: Reply(thought(), delay=60 if n >= 12 else 0)) as server:

@@ -63,6 +63,9 @@ NOT_RUN = {
     # DATA
     "nli_think --input pairs.csv --output thoughts.jsonl --base_url http://localhost:8000/v1 --model NAME --workers 8": ENDPOINT,
     "nli_reflect --input thoughts.jsonl --output reflections.jsonl --base_url http://localhost:8000/v1 --model NAME": ENDPOINT,
+    "nli_data download --dataset snli --from_file snli_1.0_dev.jsonl --output data/snli_dev.jsonl": "needs SNLI's own file; tests/test_cases.py reads such files",
+    "nli_data download --from_file mine.tsv --columns premise=text,hypothesis=claim,label=verdict --map entails=entailment,other=non-entailment --contract binary --output data/mine.jsonl": "needs such a file; tests/test_cases.py reads some",
+    "nli_data download --dataset OWNER/NAME --names entailment,not_entailment --contract binary --split validation --output data/theirs.jsonl": HUB,
     # EVALUATION
     "nli_evaluate --run $RUN --mode forced --probe 100": WEIGHTS,
     "nli_evaluate --run $RUN --data data/other.jsonl --mode vote:5": WEIGHTS,
@@ -86,7 +89,7 @@ NOT_RUN = {
 
 MADE = {   # files that documents speak of and a clone does not have -> where they come from
     "runs/.jobs/": "nli_run --engine", "tensorboard/": "report_to", ".venv": "run_training.sh", "data/embedded/": "train_sft.make_embedded_data", "models/": "a run", "evaluations/": "nli_evaluate", "MODEL_CARD.md": "train.ipynb, nli_runs --card",
-    "finetune/train_ft.jsonl": "nli_data prepare", "finetune/dev_ft.jsonl": "nli_data prepare",
+    "predictions_before_forced.jsonl": "a run with eval_before", "finetune/train_ft.jsonl": "nli_data prepare", "finetune/dev_ft.jsonl": "nli_data prepare",
     "thoughts.jsonl": "nli_think", "reflections.jsonl": "nli_reflect", ".venv/install.log": "run_training.sh"}
 ELSEWHERE = {   # messages and their fragments that are not ours -> whose they are
     "could not select device driver": "Docker's"}
@@ -344,7 +347,9 @@ def test_a_wrong_option_name_file_or_program_is_noticed(own_config):
 @pytest.fixture(scope="module")
 def furnished(tmp_path_factory):
     "A small project: the committed record, six further ones with its items, thoughts, reflections, pairs and training rows made of them."
-    from nli_ft.data import parse_splits, prepare, prompt_messages, write_jsonl
+    from nli_ft.data import parse_splits, prepare, prompt_messages, render_completion, write_jsonl
+    from nli_ft.prompt import parse_completion
+    from nli_ft.evaluate import read_predictions, score
     from nli_ft.records import finish_run, start_run
     desk = tmp_path_factory.mktemp("desk")
     for name in ("settings.ini", "requirements.txt"): shutil.copy(ROOT/name, desk)
@@ -354,6 +359,10 @@ def furnished(tmp_path_factory):
     record, = {c.variables[0][1] for c in ALL if c.variables}
     answers = [json.loads(l) for l in (ROOT/record/"predictions.jsonl").read_text().splitlines()]
     pair = lambda p: {k: p[k] for k in ("id", "premise", "hypothesis", "label", "group_id")}
+    def answered(p, label, style):
+        text = render_completion(p["thought_process"], label, style)
+        found = parse_completion(text, style)
+        return dict(p, completion=text, predicted_label=found.label, outcome=found.outcome, thought_process=found.thought)
     with contextlib.chdir(desk):
         wording = json.loads((ROOT/record/"environment.json").read_text())["prompt"]["template"]
         cfg = load_config("cpu_demo")
@@ -374,8 +383,8 @@ def furnished(tmp_path_factory):
         prepare("data/thoughts.jsonl", "data/reflections.jsonl", "data/finetune/train_ft.jsonl", splits=parse_splits("0.8,0.1,0.1"))
         for n, (config, seed) in enumerate(itertools.product(("ablation1", "ablation2", "label_only"), (1, 2))):
             run = start_run(load_config(config).replace(seed=seed))
-            write_jsonl(run/"predictions.jsonl", [dict(p, predicted_label=1 - p["label"] if i % (5 + n) == 0 else p["label"]) for i, p in enumerate(answers)])
-            finish_run(run, after=dict(accuracy=.8, n=len(answers)))
+            write_jsonl(run/"predictions.jsonl", [answered(p, 1 - p["label"] if i % (5 + n) == 0 else p["label"], load_config(config).completion) for i, p in enumerate(answers)])
+            finish_run(run, after=score(read_predictions(run/"predictions.jsonl")))
     return desk
 
 @pytest.fixture

@@ -364,6 +364,33 @@ def test_nli_predict_keeps_rows_columns_and_order_of_a_table_and_marks_failures(
         assert e.value.code == 2 and said in capsys.readouterr().err
 
 
+CASES = Path(__file__).parent/"cases"
+
+
+def test_nli_predict_answers_the_rows_around_a_ragged_one(run, tmp_path, capsys):
+    src, out = tmp_path/"in.csv", tmp_path/"out.csv"
+    src.write_text("Sentence1;note;sentence2\nA dog runs.;1;A dog moves.\nA dog; old;2;A cat runs.\nA dog runs.;3;None\n")
+    assert ev.predict_cli(["--run", str(run), "--csv", str(src), "--output", str(out), "--mode", "forced"]) == 0
+    rows = list(csv.DictReader(open(out, newline="")))
+    assert [r["outcome"] for r in rows] == ["forced", "bad_input", "forced"] and list(rows[0])[:3] == ["Sentence1", "note", "sentence2"]
+    assert "line 3: 4 fields where the header has 3" in rows[1]["problem"] and "A cat runs." in rows[1]["problem"]
+    assert "3 rows, 1 without an answer" in capsys.readouterr().out
+    argv = ["--run", str(run), "--csv", str(CASES/"QNLI_dev.tsv"), "--output", str(tmp_path/"q.csv"), "--mode", "forced"]
+    with pytest.raises(SystemExit) as e: ev.predict_cli(argv)
+    assert e.value.code == 2 and "say which is which with --columns" in capsys.readouterr().err
+    assert ev.predict_cli([*argv, "--columns", "premise=sentence,hypothesis=question"]) == 0
+
+
+def test_nli_evaluate_reads_written_labels_under_a_contract(run, capsys):
+    argv = ["--run", str(run), "--mode", "forced", "--data", str(CASES/"lingnli_val.jsonl")]
+    with pytest.raises(SystemExit) as e: ev.evaluate_cli(argv)
+    assert e.value.code == 2 and "name a contract" in capsys.readouterr().err
+    assert ev.evaluate_cli([*argv, "--contract", "entailment"]) == 0 and "n = 6" in capsys.readouterr().out
+    assert ev.evaluate_cli([*argv[:-1], str(CASES/"SICK.txt"), "--dataset", "sick"]) == 0
+    with pytest.raises(SystemExit) as e: ev.evaluate_cli([*argv[:-2], "--contract", "entailment"])
+    assert e.value.code == 2 and "name the file with it" in capsys.readouterr().err
+
+
 def test_records_that_cannot_be_evaluated_say_why_with_exit_code_2(run, tmp_path, capsys):
     import shutil
     def refused(change, *more):
@@ -384,6 +411,40 @@ def test_records_that_cannot_be_evaluated_say_why_with_exit_code_2(run, tmp_path
     def other_items(d):
         (d/"predictions.jsonl").write_text(json.dumps(dict(id="x0", label=1, predicted_label=1, outcome="strict")) + "\n")
     assert "other data?" in refused(other_items)
+
+
+def test_an_evaluation_that_was_edited_is_not_taken_up_again(run, tmp_path, capsys):
+    import shutil
+    d = tmp_path/"run"
+    shutil.copytree(run, d, ignore=shutil.ignore_patterns("predictions.jsonl", "evaluations", "report.json"))
+    for more, folder in (([], d), (["--mode", "forced"], None)):
+        assert ev.evaluate_cli(["--run", str(d), *more]) == 0
+        folder = folder or next((d/"evaluations").iterdir())
+        path = folder/"predictions.jsonl"
+        kept = path.read_text()
+        assert json.loads((folder/"report.json").read_text())["predictions"]["n"] == 4
+        path.write_text(kept.replace('"seconds": 0.', '"seconds": 1.', 1))
+        with pytest.raises(SystemExit) as e: ev.evaluate_cli(["--run", str(d), *more])
+        assert e.value.code == 2 and "its SHA-256 is" in capsys.readouterr().err
+        path.write_text(kept)
+        assert ev.evaluate_cli(["--run", str(d), *more]) == 0
+        capsys.readouterr()
+
+
+def test_more_rows_are_asked_of_an_evaluation_but_not_of_a_finished_run(run, tmp_path, capsys):
+    import shutil
+    from nli_ft.records import finish_run
+    d = tmp_path/"run"
+    shutil.copytree(run, d, ignore=shutil.ignore_patterns("predictions.jsonl", "evaluations", "report.json"))
+    for n in (2, 4): assert ev.evaluate_cli(["--run", str(d), "--mode", "forced", "--max_eval_samples", str(n)]) == 0
+    folder = next((d/"evaluations").iterdir())
+    assert json.loads((folder/"report.json").read_text())["predictions"]["n"] == 4
+    assert ev.evaluate_cli(["--run", str(d), "--max_eval_samples", "2"]) == 0
+    (d/"summary.json").write_text(json.dumps(json.loads((d/"summary.json").read_text()) | dict(started="2026-01-01T00:00:00Z")))
+    finish_run(d, after=ev.score(ev.read_predictions(d/"predictions.jsonl")))
+    with pytest.raises(SystemExit) as e: ev.evaluate_cli(["--run", str(d)])
+    assert e.value.code == 2 and "finished record is not added to" in capsys.readouterr().err
+    assert len(ev.read_predictions(d/"predictions.jsonl")) == 2
 
 
 def test_an_adapter_of_another_shape_is_refused_and_the_base_is_not_used_instead(run, tmp_path, capsys):

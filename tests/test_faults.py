@@ -181,11 +181,26 @@ def test_with_no_whole_checkpoint_latest_is_refused_before_a_record_is_opened(co
     with pytest.raises(ConfigError, match="no whole checkpoint of config 'minimal_test' with seed 42"): run_training(cfg)
     assert only_run(tmp)
 
-def test_latest_is_of_this_config_and_seed_and_newest_by_its_own_time(copied):
+def save_time(checkpoint, seconds):
+    "Let a checkpoint say that it was saved at another time."
+    info = json.loads((checkpoint/"resume.json").read_text())
+    (checkpoint/"resume.json").write_text(json.dumps(info | dict(saved=seconds)))
+    seal(checkpoint)
+
+def test_latest_is_of_this_config_and_seed_and_has_the_most_steps_whatever_the_clock_said(copied):
     tmp, _, cfg = copied
     found = by_step(tmp)
     os.utime(found[1])  # a copy or a backup touches folders
     assert find_checkpoint(cfg) == found[3]
+    save_time(found[1], time.time() + 1e6)  # a clock that was set back after it
+    assert find_checkpoint(cfg) == found[3]
+    ten = found[3].with_name("checkpoint-10")
+    found[2].rename(ten)  # a number, not a word
+    found[1].rename(found[1].with_name("checkpoint-11.bak"))  # somebody's copy
+    assert find_checkpoint(cfg) == ten
+    shutil.copytree(ten.parent, ten.parents[1]/"later")
+    save_time(ten.parents[1]/"later"/"checkpoint-3", time.time() + 2e6)
+    assert find_checkpoint(cfg) == ten.parents[1]/"later"/"checkpoint-10", "of two runs the one that saved last"
     with pytest.raises(ConfigError, match="seed 7"): find_checkpoint(cfg.replace(seed=7))
     with pytest.raises(ConfigError, match="no whole checkpoint of config 'cpu_demo'"):
         find_checkpoint(load_config("cpu_demo", dict(output_dir=str(tmp/"models"), resume_from_checkpoint="latest")))
@@ -223,13 +238,13 @@ def test_going_on_as_another_run_is_refused_with_the_difference_unless_it_is_mea
 def test_other_rows_under_the_same_name_are_noticed_and_the_same_rows_under_another_name_are_not(tmp_path):
     from nli_ft.data import sft_row
     def rows(name, word): write_jsonl(tmp_path/name, [sft_row(i, f"Dog {i} {word}.", f"A dog {word}.", f"dog {i} is a dog", i % 2, "test", "brief") for i in range(12)], overwrite=True)
-    rows("a.jsonl", "barked")
-    cfg = tiny(tmp_path, train_data=str(tmp_path/"a.jsonl"), eval_data=str(tmp_path/"a.jsonl"), num_epochs=1)
+    rows("a.jsonl", "barked"), rows("b.jsonl", "ran")
+    cfg = tiny(tmp_path, train_data=str(tmp_path/"a.jsonl"), eval_data=str(tmp_path/"b.jsonl"), num_epochs=1)
     run_training(cfg)
-    (tmp_path/"a.jsonl").rename(tmp_path/"moved.jsonl")
-    moved = cfg.replace(train_data=str(tmp_path/"moved.jsonl"), eval_data=str(tmp_path/"moved.jsonl"), resume_from_checkpoint="latest")
+    (tmp_path/"a.jsonl").rename(tmp_path/"moved.jsonl"), (tmp_path/"b.jsonl").rename(tmp_path/"moved_too.jsonl")
+    moved = cfg.replace(train_data=str(tmp_path/"moved.jsonl"), eval_data=str(tmp_path/"moved_too.jsonl"), resume_from_checkpoint="latest")
     assert resume_point(prepare(moved))
-    rows("a.jsonl", "slept")
+    rows("a.jsonl", "slept"), rows("b.jsonl", "sat")
     with pytest.raises(ConfigError, match="training rows .*\n.*evaluation rows"): resume_point(prepare(cfg.replace(resume_from_checkpoint="latest")))
 
 def test_the_command_refuses_with_2_and_a_changed_run_records_that_it_was_allowed(copied, capsys):
@@ -244,6 +259,19 @@ def test_the_command_refuses_with_2_and_a_changed_run_records_that_it_was_allowe
     [new] = [Path(r["path"]) for r in list_runs(tmp/"runs") if r["status"] == "done" and Path(r["path"]) != run]
     assert summary(new)["resumed_from"].endswith("checkpoint-2") and read_run(new).cfg.allow_changed
     assert "changed: learning_rate: 0.01 in the checkpoint, 0.005 now" in capsys.readouterr().out
+
+def test_the_checkpoints_with_the_fewest_steps_are_deleted_and_the_best_one_stays_whatever_their_times(tmp_path, monkeypatch):
+    import nli_ft.train_sft
+    real = nli_ft.train_sft.seal
+    def seal(folder):
+        real(folder)
+        name, _, step = Path(folder).name.partition("-")
+        if name != "checkpoint": return
+        os.utime(folder, (1e9 - int(step)*1e6,)*2)  # the newer, the older
+        if step == "9": shutil.copytree(folder, Path(folder).with_name("checkpoint-1.mine"))
+    monkeypatch.setattr(nli_ft.train_sft, "seal", seal)
+    run_training(tiny(tmp_path, save_total_limit=3))
+    assert {p.name for p in checkpoints(tmp_path)} == {"checkpoint-10", "checkpoint-11", "checkpoint-12", "checkpoint-1.mine"}
 
 @pytest.mark.parametrize("last_act", ["seal", "_save_optimizer_and_scheduler"])
 def test_the_checkpoint_before_is_deleted_only_when_the_new_one_is_whole(tmp_path, monkeypatch, last_act):
@@ -298,10 +326,11 @@ def test_the_order_of_an_epoch_is_the_same_in_every_process_whatever_was_drawn_b
 
 # -- signals
 
-def started(tmp_path, *args, until=2, module="nli_ft.train_sft", **env):
+def started(tmp_path, *args, until=2, module="nli_ft.train_sft", ignores_hangup=False, **env):
     "A running command, once its training has logged `until` steps."
     over = [f"--{k}={','.join(v) if isinstance(v, list) else str(v).lower() if not isinstance(v, str) else v}" for k, v in settings(tmp_path, num_epochs=400, save_steps=1000).items()]
     p = subprocess.Popen([sys.executable, "-m", module, "--config", "minimal_test", *over, *args], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         preexec_fn=(lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignores_hangup else None,
                          env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | env)
     for _ in range(1200):
         logged = [m for f in tmp_path.glob("runs/*/*/metrics.jsonl") for m in f.read_text().splitlines() if '"loss"' in m]
@@ -311,7 +340,7 @@ def started(tmp_path, *args, until=2, module="nli_ft.train_sft", **env):
     p.kill()
     raise AssertionError("never started: " + "".join(p.communicate()))
 
-@pytest.mark.parametrize("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_step_saves_closes_the_record_and_says_how_to_go_on(tmp_path, sig, code):
     p = started(tmp_path)
     p.send_signal(sig)
@@ -344,11 +373,65 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
     run = run_training(tiny(tmp_path/"cut", resume_from_checkpoint="latest", **kw))
     assert curve(run) == curve(whole) and adapter(run) == adapter(whole)
 
-def test_sigterm_outside_of_training_closes_the_record_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(Session, "judge", lambda self, when: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("sig, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_outside_of_training_closes_the_record_too_and_a_second_one_does_not_disturb_that(tmp_path, monkeypatch, sig, code):
+    import nli_ft.train_sft
+    real = nli_ft.train_sft.close_failed
+    def close_failed(*args, **kw):
+        os.kill(os.getpid(), signal.SIGHUP)
+        real(*args, **kw)
+    monkeypatch.setattr(nli_ft.train_sft, "close_failed", close_failed)
+    monkeypatch.setattr(Session, "judge", lambda self, when: os.kill(os.getpid(), sig) or time.sleep(5))
+    before = signal.getsignal(sig)
     with pytest.raises(Interrupted) as e: run_training(tiny(tmp_path, eval_before=True))
-    assert e.value.exit_code == 143 and summary(only_run(tmp_path))["status"] == "interrupted" and signal.getsignal(signal.SIGTERM) == before
+    assert e.value.exit_code == code and signal.getsignal(sig) == before
+    assert summary(only_run(tmp_path))["status"] == "interrupted"
+
+def test_a_signal_while_the_record_of_a_failed_run_is_closed_does_not_leave_it_open(tmp_path, monkeypatch):
+    import nli_ft.train_sft
+    real = nli_ft.train_sft.close_failed
+    def close_failed(*args, **kw):
+        os.kill(os.getpid(), signal.SIGHUP)
+        real(*args, **kw)
+    def judge(self, when): raise RuntimeError("no such thing")
+    monkeypatch.setattr(nli_ft.train_sft, "close_failed", close_failed)
+    monkeypatch.setattr(Session, "judge", judge)
+    with pytest.raises(RuntimeError): run_training(tiny(tmp_path, eval_before=True))
+    assert summary(only_run(tmp_path))["status"] == "failed"
+
+@pytest.mark.parametrize("module", ["nli_ft.train_sft", "nli_ft.records"])
+def test_a_reader_that_left_and_a_hangup_that_comes_with_sigterm_leave_one_whole_checkpoint(tmp_path, module):
+    "As when a window with `nli_run … | tee log` in it is closed, or a session is ended: both signals, and nobody reads any more."
+    p = started(tmp_path, module=module)
+    p.stdout.close(), p.stderr.close()
+    for sig in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP): p.send_signal(sig)
+    assert p.wait(timeout=120) in (129, 143) # of two signals that wait, the system does not say which came first
+    [at] = checkpoints(tmp_path)
+    run = summary(only_run(tmp_path))
+    assert damage(at) is None and run["status"] == "interrupted" and at.name in run["error"]
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path):
+    p = started(tmp_path, "--num_epochs=4", ignores_hangup=True)
+    p.stdout.close() # of the `tee` that was not started by nohup
+    p.send_signal(signal.SIGHUP)
+    assert p.wait(timeout=120) == 0 and summary(only_run(tmp_path))["status"] == "done"
+
+def test_a_terminal_that_closes_ends_the_step_and_saves(tmp_path):
+    import fcntl, pty, termios
+    master, slave = pty.openpty()
+    def lead():
+        os.setsid()
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+    code = [sys.executable, "-m", "nli_ft.train_sft", *tiny(tmp_path, num_epochs=400, save_steps=1000).to_args()]
+    p = subprocess.Popen(code, cwd=root, stdin=slave, stdout=slave, stderr=slave, preexec_fn=lead,
+                         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    os.close(slave)
+    seen = b""
+    while b"step     2" not in seen: seen += os.read(master, 4096)
+    os.close(master)
+    assert p.wait(timeout=120) == 129
+    [at] = checkpoints(tmp_path)
+    assert damage(at) is None and summary(only_run(tmp_path))["status"] == "interrupted"
 
 @pytest.mark.slow
 def test_ctrl_c_in_the_notebook_of_a_run_saves_and_says_how_to_go_on(tmp_path):

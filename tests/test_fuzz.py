@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from nli_ft import augment as A, evaluate as E, records as R
 from nli_ft.config_loader import KEYS, Config, ConfigError, DataError, NliError, RecordError, add_config_args, config_from_args, config_from_json, load_config, print_config
-from nli_ft.data import CONTRACTS, PROMPTS, STYLES, json_line, parse_splits, prompt_messages, read_rows, render_completion, sft_row
+from nli_ft.data import CONTRACTS, PROMPTS, STYLES, download, json_line, parse_splits, prompt_messages, read_rows, render_completion, sft_row
 from nli_ft.prompt import OUTCOMES, encode_prompt, encode_row, encode_rows, json_closed, mistral_reference, mistral_v3_tokenizer, parse_completion
 
 from_json = TypeAdapter(object).validate_json # a JSON reader (in Rust) that shares no code with the one under test
@@ -175,6 +175,22 @@ def test_a_table_gives_its_cells_back_and_loses_no_record(folder, cells, ending,
 def test_wild_bytes_are_rows_or_a_refusal(folder, name, raw):
     (folder/name).write_bytes(raw)
     read_or_refuse(folder/name)
+
+WORDS = [b"premise", b"hypothesis", b"label", b"gold_label", b"Sentence1", b"sentence2", b",", b";", b"\t", b"|", b"\n", b"\r", b"\r\n", b'"', b'""', b" ", b"\xef\xbb\xbf", b"\xff\xfe", b"\xe9", b"\0", b"sep=;\n",
+         b"entailment", b"neutral", b"-", b"-1", b"1.0", b"nan", b"A dog", b'{"premise": "P", "hypothesis": "H", "label": ', b"2", b"NaN", b"1e999", b"}", b"[", b"{", b"\x1f\x8b", b"PAR1"]
+
+@fuzz("row files", 300, st.sampled_from(["a.csv", "a.tsv", "a.txt", "a.json", "a.jsonl", "a", "a.csv.gz", "a.parquet"]), st.lists(st.sampled_from(WORDS), max_size=25).map(b"".join),
+      st.sampled_from(["snli", "scitail", "xnli", "rte"]), st.booleans())
+def test_whatever_bytes_a_file_has_every_reader_gives_rows_or_a_refusal(folder, name, raw, dataset, header):
+    path, out = folder/name, folder/"out.jsonl"
+    path.write_bytes((b"premise\thypothesis\tlabel\n" if name == "a.tsv" else b"premise,hypothesis,label\n") * header + raw)
+    read_or_refuse(path)
+    try: download(out, dataset, from_file=path, overwrite=True, max_bad=.999)
+    except DataError as e: assert path.name in str(e)
+    else: assert {json.loads(line)["label"] for line in out.open(encoding="utf-8")} <= {0, 1}
+    try: names, rows = E.read_pairs(path)
+    except DataError as e: assert path.name in str(e)
+    else: json.dumps(rows, ensure_ascii=False).encode()
 
 @fuzz("row files", 60, any_text)
 def test_any_name_of_a_file_is_read_or_refused(name):

@@ -175,16 +175,23 @@ def _started(project, cells):
         time.sleep(.1)
     p.kill(); raise AssertionError("never started")
 
-@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_reaches_the_kernel_which_closes_its_record(project, sig):
     p = _started(project, [OPEN, "import time\ntry:\n    "+STEP+"\n    time.sleep(62.5252)\nexcept KeyboardInterrupt:\n"
                                  "    finish_run(run, 'interrupted', saved_step=7); raise"])
     p.send_signal(sig)
     out,err = p.communicate(timeout=60)
-    assert p.returncode==130, err
+    assert p.returncode==128+sig, err
     [row] = runs(project)
     assert row["status"]=="interrupted" and records.read_run(row["path"]).summary["saved_step"]==7
     assert "KeyboardInterrupt" in (Path(row["path"])/"train.ipynb").read_text() and not left_behind(project)
+
+def test_a_kernel_that_dies_of_the_schedulers_signal_is_an_interrupted_run(project):
+    p = _started(project, [OPEN, STEP+"\nimport os,signal,time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: os.kill(os.getpid(), signal.SIGTERM)"])
+    p.send_signal(signal.SIGTERM)
+    out,err = p.communicate(timeout=60)
+    [row] = runs(project)
+    assert p.returncode==143 and row["status"]=="interrupted" and "stopped by SIGTERM" in row["why"], err
 
 def test_a_second_signal_ends_a_kernel_that_does_not_listen(project):
     p = _started(project, [OPEN, "import time,signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"+STEP+"\nwhile True: time.sleep(.1)"])
@@ -225,15 +232,32 @@ def test_no_planted_secret_reaches_any_file_of_a_record(project):
 
 # -- comparing what runs left
 
-def finished(config="minimal_test", right=lambda i: i%4>0, n=60, overrides="", seed=42, **changed):
-    "A finished record of the project of now; `changed` replaces keys of every prediction row."
-    cfg = load_config(config, overrides).replace(seed=seed)
-    run = records.start_run(cfg)
-    rows = [dict(id=i, premise=f"p {i//2}", hypothesis=f"h {i}", label=i%2, predicted_label=i%2 if right(i) else 1-i%2, outcome="strict", repairs=[], completion="{}",
-                 thought_process="so", p_entail=.5, n_tokens=9, finish="stop", seconds=.1, mode="cot", prompt_hash="x", group_id=i//2) | changed for i in range(n)]
-    (run/"predictions.jsonl").write_text("".join(json.dumps(r)+"\n" for r in rows))
+def answer(label, thought="so"): return json.dumps(dict(thought_process=thought, predicted_label=label))
+
+def said_rows(right, n=60, seed=0, **changed):
+    "Prediction rows as a run writes them; the seed is in their thoughts, as another draw of training would be."
+    rows = []
+    for i in range(n):
+        label = i%2 if right(i) else 1-i%2
+        rows.append(dict(id=i, premise=f"p {i//2}", hypothesis=f"h {i}", label=i%2, predicted_label=label, outcome="strict", repairs=[],
+                         completion=answer(label, f"so {seed}"), thought_process=f"so {seed}", p_entail=.5, n_tokens=9, finish="stop", seconds=.1,
+                         mode="cot", prompt_hash="x", group_id=i//2) | changed)
+    return rows
+
+def put_rows(path, rows): path.write_text("".join(json.dumps(r)+"\n" for r in rows))
+
+def get_rows(path): return [json.loads(line) for line in path.read_text().splitlines()]
+
+DRAWS = iter(range(1000))
+
+def finished(config="minimal_test", right=lambda i: i%4>0, n=60, overrides="", seed=42, order=list, facts={}, draw=None, **changed):
+    "A finished record of the project of now; `changed` replaces keys of every prediction row, `facts` go into its summary."
+    from nli_ft.evaluate import counted
+    run = records.start_run(load_config(config, overrides).replace(seed=seed))
+    rows = order(said_rows(right, n, next(DRAWS) if draw is None else draw, **changed))
+    put_rows(run/"predictions.jsonl", rows)
     records.append_metrics(run, {"step":1, "loss":1.})
-    records.finish_run(run, after={"accuracy":.75, "n":n})
+    records.finish_run(run, after=counted(rows), **facts)
     return run
 
 def nli_compare(*args):
@@ -242,6 +266,7 @@ def nli_compare(*args):
 
 @pytest.mark.parametrize("changed,why", [({"label":1,"predicted_label":1},"labels"), ({"prompt_hash":"y"},"prompts"), ({"premise":"another"},"items"), ({"hypothesis":"another"},"items")])
 def test_runs_on_another_task_are_not_compared(project, changed, why):
+    if "label" in changed: changed = changed | dict(completion=answer(1), thought_process="so")
     with pytest.raises(RecordError, match=f"different {why}"): records.compare_runs([finished(), finished(**changed)])
 
 def test_runs_on_other_ids_are_not_compared_however_many_they_share(project):
@@ -261,11 +286,10 @@ def test_a_damaged_or_unfinished_record_is_refused_by_name(project, damage, why)
     assert out.returncode==2 and why in out.stderr and bad.name in out.stderr and "Traceback" not in out.stderr
 
 def test_row_order_in_the_predictions_file_does_not_matter(project):
-    a,b = finished(), finished(right=lambda i: i*i%7>1)
-    before = records.compare_runs([a,b])[1]
-    lines = (b/"predictions.jsonl").read_text().splitlines(keepends=True)
-    (b/"predictions.jsonl").write_text("".join(lines[1::2]+lines[::2]))
-    assert records.compare_runs([a,b])[1]==before
+    a,b,c = finished(), finished(right=lambda i: i*i%7>1), finished(right=lambda i: i*i%7>1, order=lambda rows: rows[1::2]+rows[::2])
+    apart = ("run", "seconds")
+    one,other = ({k:v for k,v in records.compare_runs([a,x])[1].items() if k not in apart} for x in (b, c))
+    assert one==other
 
 def test_the_comparison_equals_one_worked_out_by_hand(project):
     "Of 60 items 10 are right only in b, 2 only in a: the difference is 8/60, McNemar's p two tails of twelve coin tosses."
@@ -295,7 +319,7 @@ def test_all_seeds_of_configs_are_compared_config_by_config_and_written_once(pro
     for seed in (1,2,3):
         finished("minimal_test", seed=seed); finished("cpu_demo", right=lambda i: i!=seed, seed=seed)
     out = nli_compare("--all","minimal_test","cpu_demo","--out","table.md")
-    assert out.returncode==0 and "cpu_demo: +23.3 points: can be told from noise over 3 and 3 seeds and 60 items" in out.stdout
+    assert out.returncode==0 and "cpu_demo against config minimal_test: +23.3 points: can be told from noise over 3 and 3 seeds and 60 items (30 clusters)" in out.stdout
     assert (project/"table.md").read_text().count("| cpu_demo")==4
     again = nli_compare("--latest","minimal_test","cpu_demo","--out","table.md")
     assert again.returncode==2 and "exists already" in again.stderr
@@ -309,14 +333,15 @@ def test_runs_on_copies_of_the_same_data_are_repetitions_of_one_config(project):
 
 def test_the_untrained_model_of_a_run_can_be_its_baseline(project):
     run = finished()
-    shutil.copy(run/"predictions.jsonl", run/"predictions_before.jsonl")
+    put_rows(run/"predictions_before.jsonl", said_rows(lambda i: False))
     rows = records.compare_runs([f"{run}:before", run])
     assert rows[0]["run"].endswith(":before") and rows[1]["differs"]==["training"]
 
 def test_a_model_card_says_only_what_the_record_says(project):
-    run = finished(outcome="repaired")
+    def mended(r): return dict(r, outcome="repaired", repairs=["text before the object"], completion="So: "+r["completion"])
+    run = finished(order=lambda rows: [mended(r) for r in rows])
     card = records.model_card(run)
-    for said in ("0.750 [0.628, 0.842]", "n=60", "One seed (42)", "100.0% of the answers were no valid JSON", "not recorded", "lora_r"): assert said in card
+    for said in ("0.750 [0.625, 0.844]", "n=60", "60 items in 30 clusters", "accuracy of the majority label (0) | 0.500", "One seed (42)", "100.0% of the answers were no valid JSON", "not recorded", "lora_r"): assert said in card
     assert (run/"MODEL_CARD.md").read_text()==card and str(project) not in card
 
 def test_the_model_card_is_a_command_too(project, capsys):
@@ -333,3 +358,261 @@ def test_the_comparison_notebook_runs_whatever_there_is(project, make):
     text = json.dumps(nb)
     assert ("image/png" in text)==(len(made)>1)
     if len(made)>1: assert "left out:" in text and "2 runs are compared" in text and "can be told from noise" in text
+
+# -- what is no repetition
+
+def seeds_of(*runs): return [r["seeds"] for r in records.compare_configs(list(map(str, runs)))]
+
+def test_runs_of_one_seed_count_once_and_the_last_of_them(project):
+    other = finished("cpu_demo", right=lambda i: i%3>0, seed=1), finished("cpu_demo", right=lambda i: i%3>0, seed=2)
+    again = [finished(seed=1, right=lambda i, k=k: i%5!=k) for k in range(3)]
+    assert seeds_of(*again, *other)==[[1], [1,2]]
+    out = nli_compare("--all","minimal_test","cpu_demo")
+    assert out.returncode==0 and out.stdout.count("was run again as")==2 and again[2].name in out.stdout
+    assert "over 3 and 3 seeds" not in out.stdout and "3 and 2 seeds" not in out.stdout
+
+def test_a_copied_folder_is_no_run_whatever_its_name_and_seed(project):
+    one,two = finished(seed=1), finished("cpu_demo", right=lambda i: i%3>0, seed=1)
+    copies = [one.with_name(name) for name in ("copy", "20261126-000000-s2-00000000")]
+    for c in copies: shutil.copytree(one, c)
+    with pytest.raises(RecordError, match="is a copy of"): records.compare_runs([one, copies[0], two])
+    out = nli_compare(one, *copies, two)
+    assert out.returncode==0 and out.stdout.count("is a copy of")==2
+    assert records.distinct([one, *copies, two])[0]==[str(one), str(two)]
+    out = nli_compare(one, copies[0])
+    assert out.returncode==2 and "fewer than two runs" in out.stderr and "is a copy of" in out.stderr
+
+def test_another_seed_in_config_json_alone_is_refused(project):
+    one = finished(seed=1)
+    copy = one.with_name("copy")
+    shutil.copytree(one, copy)
+    config = json.loads((copy/"config.json").read_text())
+    config["config"]["seed"] = 2
+    (copy/"config.json").write_text(json.dumps(config))
+    out = nli_compare(one, copy)
+    assert out.returncode==2 and "seed 2" in out.stderr and "seed 1" in out.stderr and "restore" in out.stderr
+
+def test_a_copy_with_another_seed_and_another_run_id_is_known_by_its_adapter_or_its_answers(project):
+    facts = dict(adapter_sha256="a"*64)
+    one,same_adapter = finished(seed=1, facts=facts), finished(seed=2, right=lambda i: i%7>0, facts=facts)
+    kept,left = records.distinct([one, same_adapter])
+    assert kept==[str(one)] and "has the adapter of" in left[0][1]
+    three = [finished("cpu_demo", seed=s, draw=9) for s in (1,2,3)]
+    put_rows(three[1]/"predictions.jsonl", get_rows(three[1]/"predictions.jsonl"))
+    kept,left = records.distinct(three)
+    assert kept==[str(three[0])] and all("exactly the answers" in why for _,why in left)
+    assert seeds_of(*three, one)==[[1], [1]]
+
+def test_answers_that_took_another_time_are_the_same_answers(project):
+    runs = [finished(seed=s, draw=9, seconds=s/10) for s in (1,2)]
+    assert records.distinct(runs)[0]==[str(runs[0])]
+
+def test_runs_made_again_are_compared_where_there_is_nothing_else(project):
+    a,b = finished(seed=1), finished(seed=1, right=lambda i: i%5>0)
+    out = nli_compare(a, b)
+    assert out.returncode==0 and "nothing" in out.stdout and "left out" not in out.stdout
+
+def test_both_doors_leave_out_the_same(project):
+    import papermill
+    one,two = finished(seed=1), finished(seed=2, right=lambda i: i%5>0)
+    copy = one.with_name("copy")
+    shutil.copytree(one, copy)
+    shown = [nli_compare("--all","minimal_test").stdout]
+    for how in (dict(configs="minimal_test"), {}):
+        nb = papermill.execute_notebook(str(ROOT/"nbs"/"compare.ipynb"), str(project/"out.ipynb"), how, cwd=str(project), progress_bar=False)
+        shown.append("".join(o.get("text", "") for c in nb.cells for o in c.get("outputs", [])))
+    for text in shown: assert "left out:" in text and "is a copy of" in text
+
+# -- what differs
+
+def apart(a, b):
+    "`differing` of two records whose rows are in one order."
+    return records.differing(*records._entries([a, b]))
+
+def rewrite(path, change):
+    obj = json.loads(path.read_text())
+    change(obj)
+    path.write_text(json.dumps(obj))
+
+def test_steps_rows_and_tokens_that_were_done_are_a_difference(project):
+    facts = dict(steps=40, rows_trained=640, tokens_trained=56320, processes=1, device="x86_64 CPU", compute_dtype="float32")
+    a,b = finished(seed=1, facts=facts), finished(seed=2, facts=facts | dict(steps=400, rows_trained=6400, tokens_trained=563200))
+    assert apart(a, b)==["steps 40 → 400 (rows 640 → 6,400, tokens 56,320 → 563,200)"]
+    assert "seed only" not in nli_compare(a, b).stdout and "steps 40 → 400" in nli_compare(a, b).stdout
+    assert seeds_of(a, b)==[[1],[2]]
+
+def test_a_schedule_that_was_asked_for_and_its_steps_are_one_entry(project):
+    a = finished(overrides="max_steps=40", facts=dict(steps=40))
+    b = finished(overrides="max_steps=400", facts=dict(steps=400))
+    assert records.explains(apart(a, b))==["max_steps (steps 40 → 400)"]
+
+def test_correct_only_is_said_to_have_trained_less(project):
+    a,b = finished("ablation2", facts=dict(steps=45, rows_trained=720)), finished("correct_only", facts=dict(steps=30, rows_trained=480))
+    assert records.explains(apart(a, b))==["data_strategy", "steps 45 → 30 (rows 720 → 480)"]
+    assert "warning" in nli_compare(a, b).stdout
+
+def test_steps_of_older_records_are_read_from_their_metrics(project):
+    a,b = finished(), finished()
+    records.append_metrics(b, {"step":7, "loss":.5})
+    assert "steps 1 → 7" in apart(a, b)
+    (b/"metrics.jsonl").unlink()
+    assert apart(a, b)==["not recorded: steps"]
+
+def test_a_few_tokens_are_no_difference_between_seeds_and_one_token_is_within_a_seed(project):
+    def tokens(seed, n): return finished(seed=seed, facts=dict(steps=40, device="x86_64 CPU", compute_dtype="float32", tokens_trained=n))
+    a,b,c,d = tokens(1, 10000), tokens(2, 10100), tokens(1, 10001), tokens(2, 12000)
+    assert apart(a, b)==[] and apart(a, c)==["tokens 10,000 → 10,001"] and apart(a, d)==["tokens 10,000 → 12,000"]
+
+@pytest.mark.parametrize("change, said", [
+    (lambda e: e["packages"].update(torch="9.9"), "packages (torch "), (lambda e: e["packages"].update(wandb="9.9"), None), (lambda e: e.pop("packages"), "not recorded: package versions"),
+    (lambda e: e.update(git=dict(commit="a"*40, dirty=False, changed=[])), "(same code)"), (lambda e: e.update(code_sha256="0"*64), "code (uncommitted changes)"),
+    (lambda e: e.update(git=dict(commit="a"*40, dirty=True, changed=["nli_ft/model.py"]), code_sha256="0"*64), "code (commit none → aaaaaaa)"),
+    (lambda e: e.pop("code_sha256"), "not recorded: code"),
+    (lambda e: e["device"].update(gpus=[dict(name="NVIDIA H100", memory_gib=79, capability="9.0")]), "device "),
+    (lambda e: e["data"]["train"].update(sha256="1"*64), "train_data (same path, other content)"), (lambda e: e["data"]["eval"].update(sha256="1"*64), "eval_data (other content, same items)"),
+    (lambda e: e["data"]["train"].update(contracts={"course":4}), "label contract of train_data entailment → course")])
+def test_what_a_run_ran_in_is_a_difference(project, change, said, capsys):
+    a,b = finished(overrides="device=auto"), finished(overrides="device=auto")
+    for run in (a, b): rewrite(run/"environment.json", lambda e: (e["data"]["train"].update(contracts={"entailment":4}), e["device"].update(gpus=[])))
+    rewrite(b/"environment.json", change)
+    found = apart(a, b)
+    assert found==[] if said is None else len(found)==1 and said in found[0]
+    records.compare_cli([str(a), str(b)])
+    shown = capsys.readouterr().out
+    assert ("nothing" in shown)==(said is None), shown
+
+def test_runs_of_other_code_are_not_pooled_and_a_commit_of_the_same_code_is(project):
+    runs = [finished(seed=s) for s in (1,2,3)]
+    rewrite(runs[1]/"environment.json", lambda e: e.update(git=dict(commit="a"*40, dirty=False, changed=[])))
+    rewrite(runs[2]/"environment.json", lambda e: e.update(code_sha256="0"*64))
+    assert seeds_of(*runs)==[[1,2],[3]]
+
+def test_an_older_checkout_with_changes_is_not_taken_for_its_commit(project):
+    def git(changed): return dict(commit="a"*40, dirty=bool(changed), changed=changed)
+    runs = [finished() for _ in range(3)]
+    for run,changed in zip(runs, ([], ["runs/cpu_demo/x/", "notes.md"], ["nli_ft/model.py"])):
+        rewrite(run/"environment.json", lambda e: (e.pop("code_sha256"), e.update(git=git(changed))))
+    assert apart(runs[0], runs[1])==[] and apart(runs[0], runs[2])==["not recorded: code"]
+
+def test_mode_and_engine_of_every_row_count(project):
+    def with_one(**changed): return finished(order=lambda rows: [*rows[:-1], dict(rows[-1], **changed)])
+    a,engine,mode = finished(), with_one(engine="vllm"), with_one(mode="vote:3", votes=[0,0,1], predicted_label=0, p_entail=1/3, completion=answer(0), thought_process="so")
+    assert [d for d in apart(a, engine) if "engine" in d]==["engine transformers → transformers 59 + vllm 1"]
+    assert apart(a, mode)==["decoding mode cot → cot 59 + vote:3 1"]
+
+def test_untrained_models_do_not_differ_by_how_they_would_be_trained(project):
+    runs = [finished(overrides=o, facts=dict(steps=n, device="x86_64 CPU", compute_dtype="float32")) for o,n in (("lora_r=4", 4), ("lora_r=8", 9))]
+    for run in runs: put_rows(run/"predictions_before.jsonl", said_rows(lambda i: False))
+    a,b = runs
+    assert apart(f"{a}:before", f"{b}:before")==[] and apart(f"{a}:before", b)==["training"]
+
+# -- records that were edited. Each of these changes a printed number, and each must be refused by every reader.
+
+def flip(run): # a wrong answer becomes a right one
+    rows = get_rows(run/"predictions.jsonl")
+    wrong = next(r for r in rows if r["label"]!=r["predicted_label"])
+    wrong["predicted_label"] = wrong["label"]
+    put_rows(run/"predictions.jsonl", rows)
+
+def drop(run): put_rows(run/"predictions.jsonl", [r for r in get_rows(run/"predictions.jsonl") if r["label"]==r["predicted_label"]])
+
+def regold(run): put_rows(run/"predictions.jsonl", [dict(r, label=r["predicted_label"]) for r in get_rows(run/"predictions.jsonl")])
+
+def blank(run): (run/"predictions.jsonl").write_text((run/"predictions.jsonl").read_text().replace('"seconds": 0.1', '"seconds": 0.2', 1))
+
+def in_summary(**changed): return lambda run: rewrite(run/"summary.json", lambda s: s["after"].update(changed))
+
+def unsealed(change):
+    "As if the record were older than the hash."
+    def edit(run):
+        change(run)
+        rewrite(run/"summary.json", lambda s: s.pop("predictions"))
+    return edit
+
+def covered_up(run):
+    "The edited file's own counts and no hash: only the completions still tell."
+    from nli_ft.evaluate import counted
+    flip(run)
+    rewrite(run/"summary.json", lambda s: (s.pop("predictions"), s.update(after=counted(get_rows(run/"predictions.jsonl")))))
+
+def sealed_again(run):
+    "The edited file's own counts and hash."
+    from nli_ft.evaluate import counted,predictions_seal
+    flip(run)
+    path = run/"predictions.jsonl"
+    rewrite(run/"summary.json", lambda s: s.update(after=counted(get_rows(path)), predictions={path.name: predictions_seal(path)}))
+
+EDITS = dict(flip=(flip, "SHA-256"), drop=(drop, "rows, recorded are 60"), regold=(regold, "SHA-256"), blank=(blank, "SHA-256"), accuracy=(in_summary(accuracy=.9), "accuracy of its rows is 0.75, recorded is 0.9"),
+             n=(in_summary(n=600), "n of its rows is 60, recorded is 600"), valid=(in_summary(valid_rate=.5), "valid_rate"), old_flip=(unsealed(flip), "accuracy of its rows"), old_drop=(unsealed(drop), "n of its rows"),
+             old_regold=(unsealed(regold), "accuracy of its rows"), covered_up=(covered_up, "its completion says"), sealed_again=(sealed_again, "its completion says"))
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edited_record_is_refused_by_every_reader(project, name, capsys):
+    edit,why = EDITS[name]
+    good,bad = finished(seed=1), finished(seed=2)
+    edit(bad)
+    with pytest.raises(RecordError, match="is not what") as e: records.read_run(bad).predictions()
+    assert why in str(e.value) and "predictions.jsonl" in str(e.value) and "Restore" in str(e.value)
+    for argv in ([str(bad)], [str(bad),"--card"]):
+        with pytest.raises(SystemExit) as e: records.runs_cli(argv)
+        assert e.value.code==2 and why in capsys.readouterr().err
+    with pytest.raises(SystemExit) as e: records.compare_cli([str(good), str(bad)])
+    assert e.value.code==2 and why in capsys.readouterr().err
+    kept,left = records.comparable([good, bad])
+    assert [str(k) for k in kept]==[str(good)] and why in left[0][1]
+    assert not (bad/"MODEL_CARD.md").exists()
+
+def test_an_edited_file_of_the_untrained_model_is_refused(project, capsys):
+    from nli_ft.evaluate import counted
+    run,rows = finished(), said_rows(lambda i: i%2>0)
+    put_rows(run/"predictions_before.jsonl", rows)
+    records.finish_run(run, before=counted(rows))
+    put_rows(run/"predictions_before.jsonl", said_rows(lambda i: False))
+    for argv in ([str(run)], [str(run),"--card"]):
+        with pytest.raises(SystemExit) as e: records.runs_cli(argv)
+        assert e.value.code==2 and "predictions_before.jsonl is not what" in capsys.readouterr().err
+    with pytest.raises(RecordError, match="predictions_before"): records.load_compared([f"{run}:before"])
+
+def test_counts_that_contradict_each_other_are_listed_as_unreadable_without_reading_predictions(project):
+    run = finished()
+    in_summary(accuracy=.9)(run)
+    (run/"predictions.jsonl").unlink()
+    [row] = runs(project)
+    assert row["status"]=="unreadable" and "says accuracy 0.9 and 45 right of 60" in row["why"]
+
+def test_listing_runs_reads_no_predictions(project, monkeypatch):
+    finished()
+    def never(*a, **k): raise AssertionError("predictions were read")
+    monkeypatch.setattr("nli_ft.evaluate.read_predictions", never)
+    monkeypatch.setattr("nli_ft.evaluate.check_record", never)
+    assert [r["accuracy"] for r in runs(project)]==[.75]
+
+def test_older_completions_that_todays_rules_read_otherwise_are_told_and_not_refused(project, capsys):
+    "Text around the object may have been read by other rules then; the object alone may not."
+    loose = [dict(r, completion=f"First I thought {answer(1-r['predicted_label'])} but no: {r['completion']}", outcome="repaired") for r in said_rows(lambda i: True)]
+    from nli_ft.evaluate import counted,read_predictions
+    run = finished()
+    put_rows(run/"predictions.jsonl", loose)
+    rewrite(run/"summary.json", lambda s: (s.pop("predictions"), s.update(after=counted(loose))))
+    assert len(read_predictions(run/"predictions.jsonl"))==60
+    said = capsys.readouterr().err
+    assert "60 rows would be read otherwise" in said
+    assert "its completion says" in said and "The recorded values are used" in said
+    assert any("no hash" in n for n in records.record_notes([run]))
+
+def test_the_committed_record_opens_and_says_that_it_has_no_hash_or_has_it():
+    for run in (ROOT/"runs"/"cpu_demo").iterdir():
+        checks = records.read_run(run).checks()
+        assert set(checks)=={"predictions.jsonl","predictions_before.jsonl"}
+        assert all("120 rows read again" in c for c in checks.values())
+
+def test_leakage_is_in_the_card_and_below_the_table(project):
+    from nli_ft.data import leakage
+    row = dict(id=0, premise="A dog 's tail .", hypothesis="It is a tail .", label=1, contract="course")
+    found = leakage([row], [dict(row, premise="a dog's tail", contract="entailment"), dict(row, premise="A cat.", contract="entailment")])
+    leaky,plain = finished(facts=dict(leakage=found)), finished(seed=7, right=lambda i: i%5>0)
+    card = records.model_card(leaky)
+    for said in ("1 of 2 evaluation pairs are among the training rows", "Label contracts differ: course in training, entailment in evaluation"): assert said in card
+    assert "was not looked for" in records.model_card(plain)
+    out = nli_compare(leaky, plain).stdout
+    assert f"{leaky.parent.name}/{leaky.name}: 1 of 2 evaluation pairs" in out and "was not looked for" in out

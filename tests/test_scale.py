@@ -260,7 +260,7 @@ def test_a_job_that_is_told_to_end_interrupts_its_run_which_closes_its_record(pr
     "What SLURM does before the time is up: SIGUSR2, to the job and perhaps to its children."
     there = project(OPEN, "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGUSR2)\n    os.kill(os.getppid(), signal.SIGUSR2)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    finish_run(run, 'interrupted', saved_step=7); raise")
     r = nli_run(there, "--config", "minimal_test")
-    assert r.returncode == 130, r.stderr
+    assert r.returncode == 128 + signal.SIGUSR2, r.stderr
     assert [(summary(p)["status"], summary(p)["saved_step"]) for p in records(there)] == [("interrupted", 7)]
 
 @pytest.mark.parametrize("args, said", [

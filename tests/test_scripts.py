@@ -1,5 +1,5 @@
 """run_training.sh, run_tests.sh, the .venv they share, and the pins, on copies of the scripts with stand-ins for docker, Python and nbdev."""
-import ast, json, os, re, runpy, shlex, shutil, subprocess, sys, time
+import ast, json, os, re, runpy, shlex, shutil, subprocess, sys, time, zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -318,6 +318,72 @@ def test_without_a_new_enough_python_it_says_what_to_do(place):
     executable(place.bin/"python3", "#!/usr/bin/env bash\nexit 1\n") # older
     p = place.run("--local")
     assert p.returncode == 2 and "3.11" in p.stderr and "PYTHON=" in p.stderr and not place.venv.exists()
+
+def test_variables_of_another_python_do_not_reach_this_one(place):
+    place.make_python(), place.make_venv()
+    executable(place.venv/"bin/nli_run", '#!/usr/bin/env bash\necho "${PYTHONHOME-unset} ${PYTHONPATH-unset} $PYTHONUTF8"\n')
+    p = place.run("--local", PYTHONHOME="/opt/conda", PYTHONPATH="/opt/ros/lib/python3.8/site-packages")
+    assert p.returncode == 0 and p.stdout == "unset unset 1\n"
+    assert p.stderr == "note: PYTHONPATH (/opt/ros/lib/python3.8/site-packages) is not used; .venv holds what is needed\n"
+
+def test_without_a_home_docker_needs_to_be_told_where_caches_are(place):
+    del place.env["HOME"]
+    p = place.run()
+    assert p.returncode == 2 and p.stderr.startswith("error: HOME is not set") and p.stderr.count("\n") == 1
+    caches = dict(HF_HOME=str(place.away/"hub"), NLI_FT_CACHE=str(place.away/"made"))
+    assert bind(place.away/"made", "/home/nli/.cache/nli_ft") in mounts(place.docker_run(**caches))
+
+def test_caches_that_cannot_be_made_are_one_message(place):
+    p = place.run(HOME="/dev/null/home")
+    assert p.returncode == 2 and p.stderr.count("\n") == 1 and "set HF_HOME and NLI_FT_CACHE" in p.stderr
+    p = place.run("--output_dir", "/dev/null/below")
+    assert p.returncode == 2 and p.stderr == "error: output_dir = /dev/null/below: cannot be made; choose another output_dir\n"
+
+def test_an_install_that_went_elsewhere_is_noticed(place):
+    place.make_python()
+    executable(place.tmp/"nli_run", "")
+    executable(place.bin/"python3.11", PYTHON.replace("esac", '  "-c import nli_ft"*) exit 1 ;;\nesac'))
+    p = place.run("--local")
+    assert p.returncode == 1 and "what it installed is not in" in p.stderr and not (place.venv/"nli_ft_pins").exists()
+
+# pip itself, with a package of one line, in an environment of its own
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    "A folder with a .venv that has pip, a wheel, and scripts/env.sh."
+    folder = tmp_path_factory.mktemp("scratch")
+    subprocess.run([sys.executable, "-m", "venv", folder/".venv"], check=True)
+    (folder/"scripts").mkdir()
+    shutil.copy(ROOT/"scripts/env.sh", folder/"scripts")
+    texts = {"oneline.py": "x = 1\n", "oneline-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: oneline\nVersion: 1\n",
+             "oneline-1.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+    record = "".join(f"{name},,\n" for name in [*texts, "oneline-1.dist-info/RECORD"])
+    with zipfile.ZipFile(folder/"oneline-1-py3-none-any.whl", "w") as wheel:
+        for name, text in (texts | {"oneline-1.dist-info/RECORD": record}).items(): wheel.writestr(name, text)
+    return folder
+
+def installed(folder, command, **env):
+    "Where the package is after `command` (shell, with $root), or None."
+    alone = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHON"))}
+    script = f'source scripts/env.sh; root=$PWD; {command} --no-index --quiet ./oneline-1-py3-none-any.whl'
+    subprocess.run(["bash", "-c", script], cwd=folder, env=alone | env, capture_output=True)
+    python = folder/".venv/bin/python"
+    found = subprocess.run([python, "-c", "import oneline; print(oneline.__file__)"], cwd="/", env=alone, capture_output=True, text=True)
+    subprocess.run([python, "-m", "pip", "--isolated", "uninstall", "--yes", "--quiet", "oneline"], cwd="/", env=alone, capture_output=True)
+    return Path(found.stdout.strip()) if found.returncode == 0 else None
+
+@pytest.mark.parametrize("said", ["PIP_USER=1", "PIP_TARGET=/x", "PIP_PREFIX=/x", "PIP_ROOT=/x", "PIP_PYTHON=/bin/false", "PIP_DRY_RUN=1", "PIP_REQUIRE_VIRTUALENV=1",
+                                  "user = true", "target = /x", "prefix = /x", "root = /x", "dry-run = true", "PYTHONUSERBASE=/x"])
+def test_packages_go_into_the_environment_whatever_pip_was_told_of_places(scratch, tmp_path, said):
+    name, _, value = said.partition(" = ")
+    env = dict([said.split("=")]) if not value else dict(PIP_CONFIG_FILE=str(tmp_path/"pip.conf"))
+    if value: (tmp_path/"pip.conf").write_text(f"[global]\n{name} = {value.replace('/x', str(tmp_path/'x'))}\n")
+    env = {k: v.replace("/x", str(tmp_path/"x")) for k, v in env.items()}
+    where = installed(scratch, 'own_pip "$root"', **env)
+    assert where is not None and scratch/".venv" in where.parents and not (tmp_path/"x").exists()
+
+def test_the_package_of_the_test_before_can_go_astray(scratch):
+    assert installed(scratch, '.venv/bin/python -m pip install', PIP_USER="1") is None
 
 # ---------------------------------------------------------------- run_tests.sh
 

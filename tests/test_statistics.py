@@ -4,7 +4,7 @@ import itertools, json, math, random
 import numpy as np
 import pytest
 
-from nli_ft import evaluate as ev
+from nli_ft import data, evaluate as ev
 from nli_ft.config_loader import DataError, RecordError
 
 
@@ -66,7 +66,7 @@ def test_mcnemar_without_disagreement_says_nothing(): assert ev.mcnemar(*from_ta
 def test_pairing_unequal_or_no_items_is_refused():
     for a, b in (([1, 0], [1]), ([], [])):
         with pytest.raises(RecordError, match="same items"): ev.mcnemar(a, b)
-        with pytest.raises(RecordError, match="same items"): ev.paired_bootstrap(a, b)
+        with pytest.raises(RecordError, match="same items"): ev.paired_test(a, b)
 
 
 def test_holm_steps_down_as_defined():
@@ -76,65 +76,232 @@ def test_holm_steps_down_as_defined():
     assert ev.holm([]) == [] and ev.holm([.9, .8]) == [1., 1.]
 
 
-# --- bootstrap
+# --- the test that decides
 
-def test_the_bootstrap_interval_agrees_with_the_closed_form_of_a_mean_difference():
-    rng = np.random.default_rng(3)
-    a, b = (rng.random((2, 900)) < [[.8], [.84]]).astype(int)
-    r = ev.paired_bootstrap(a, b)
-    half = 1.96 * (b - a).std() / math.sqrt(900)
-    assert r["difference"] == pytest.approx((b - a).mean())
-    assert r["ci"] == pytest.approx([(b - a).mean() - half, (b - a).mean() + half], abs=.004)
-    assert r["p"] == pytest.approx(math.erfc(abs((b - a).mean()) / ((b - a).std() / 30) / math.sqrt(2)), abs=.03)
+def all_flips(sums, sizes, difference=0.):
+    "Second implementation: p of the hypothesis that the difference is this one, every flip in a loop."
+    left = [s - difference * m for s, m in zip(sums, sizes)]
+    seen = abs(sum(left)) - 1e-9
+    flips = itertools.product((1, -1), repeat=len(left))
+    return np.mean([abs(sum(s * v for s, v in zip(signs, left))) >= seen for signs in flips])
 
 
-def test_the_clustered_bootstrap_agrees_with_the_closed_form_of_a_ratio_of_cluster_totals():
+def answers(sums, sizes):
+    "Right and wrong of two runs with these differences per cluster, and the clusters."
+    a, b, groups = [], [], []
+    for k, (s, m) in enumerate(zip(sums, sizes)):
+        b += [1] * max(s, 0) + [0] * (m - max(s, 0))
+        a += [0] * max(s, 0) + [1] * max(-s, 0) + [0] * (m - abs(s))
+        groups += [k] * m
+    return a, b, groups
+
+
+UNEQUAL = ([1, -1, 2, 0, 3, 0, -1, 2, 1, 5, 0, 1], [1, 4, 2, 1, 4, 3, 1, 2, 1, 6, 1, 2])      # ties, zeros, sizes 1 to 6
+
+
+def test_p_is_the_share_of_all_flips_that_give_as_large_a_difference():
+    a, b, groups = answers(*UNEQUAL)
+    t = ev.paired_test(a, b, groups)
+    assert t.n_clusters == 12 and t.difference == pytest.approx(13 / 28)
+    assert t.p == pytest.approx(all_flips(*UNEQUAL))
+
+
+def test_the_interval_holds_the_differences_that_flips_do_not_refuse():
+    t = ev.paired_test(*answers(*UNEQUAL))
+    for alpha in (.05, .2):
+        low, high = t.interval(alpha)
+        for inside in (low + 1e-6, high - 1e-6): assert all_flips(*UNEQUAL, inside) > alpha
+        for outside in (low - 1e-6, high + 1e-6): assert all_flips(*UNEQUAL, outside) <= alpha
+
+
+def test_without_clusters_it_is_mcnemars_test():
+    for only_a, only_b in ((1, 9), (0, 7), (12, 3), (5, 5)):
+        a, b = from_table(8, only_a, only_b, 4)
+        assert ev.paired_test(a, b).p == pytest.approx(binomial_two_sided(only_a, only_a + only_b))
+
+
+def test_random_flips_agree_with_all_flips_and_are_the_same_each_time():
+    a, b, groups = answers(*UNEQUAL)
+    some = ev.paired_test(a, b, groups, n_flips=1000)
+    assert some.p == pytest.approx(all_flips(*UNEQUAL), abs=.02) and some.p == ev.paired_test(a, b, groups, n_flips=1000).p
+    assert some.p >= 1 / 1001                                          # what was seen is one of the flips
+
+
+def test_the_names_of_clusters_and_the_order_of_items_do_not_matter():
+    a, b, groups = map(np.array, answers(*UNEQUAL))
+    order = np.random.default_rng(0).permutation(len(a))
+    one, other = ev.paired_test(a, b, groups), ev.paired_test(a[order], b[order], [f"group {g}" for g in groups[order]])
+    assert [one.p, *one.interval()] == pytest.approx([other.p, *other.interval()])
+
+
+def test_swapping_the_runs_turns_the_interval_round():
+    a, b, groups = answers(*UNEQUAL)
+    one, other = ev.paired_test(a, b, groups), ev.paired_test(b, a, groups)
+    assert one.p == pytest.approx(other.p) and one.detectable() == pytest.approx(other.detectable())
+    assert one.interval() == pytest.approx([-x for x in other.interval()[::-1]])
+
+
+@pytest.mark.parametrize("sums, sizes", [
+    ([0] * 30, [4] * 30), ([1] + [0] * 29, [4] * 30), ([1] * 30, [4] * 30), ([4] * 30, [4] * 30), ([-4] * 30, [4] * 30), ([1, -1] * 15, [4] * 30),
+    ([0], [4]), ([3], [4]), ([4] * 5, [4] * 5), ([1] * 6 + [0] * 60, [1] * 66), UNEQUAL, ([40] + [0, 1] * 6, [40] + [1] * 12)])
+@pytest.mark.parametrize("alpha", [.05, .05 / 14])
+def test_p_interval_and_detectable_difference_never_contradict_each_other(sums, sizes, alpha):
+    t = ev.paired_test(*answers(sums, sizes))
+    low, high = t.interval(alpha)
+    assert -1 <= low <= t.difference <= high <= 1 and low < high
+    assert (low > 0 or high < 0) == (t.p <= alpha)
+    seen = t.detectable(alpha)
+    if t.p > alpha and seen is not None: assert abs(t.difference) < seen
+
+
+def test_equal_runs_have_p_1_and_no_difference_to_detect():
+    t = ev.paired_test([1, 0] * 20, [1, 0] * 20, [i // 4 for i in range(40)])
+    assert (t.difference, t.p, t.detectable()) == (0., 1., None)
+    assert t.interval() == pytest.approx([-(1 - .05**.1), 1 - .05**.1])     # ten clusters without a difference are not all there are
+
+
+def test_one_cluster_that_holds_nearly_everything_tells_nothing():
+    sums, sizes = [40] + [0] * 12, [50] + [1] * 12
+    t = ev.paired_test(*answers(sums, sizes))
+    assert t.p == 1. and t.interval()[0] <= 0
+
+
+def test_a_family_is_decided_as_holm_decides_and_each_interval_says_the_same():
+    rng = np.random.default_rng(2)
+    base = (rng.random(600) < .8).astype(int)
+    groups = [i // 3 for i in range(600)]
+    tests = [ev.paired_test(base, (rng.random(600) < p).astype(int), groups) for p in (.9, .8, .89, .81, .66)]
+    for r, p in zip(ev.decide(tests), ev.holm([t.p for t in tests])):
+        assert r["p_holm"] == p and r["told"] == (p <= .05)
+        assert r["told"] == (r["ci"][0] > 0 or r["ci"][1] < 0)
+        assert r["told"] or abs(r["difference"]) < r["detectable"]
+    assert sum(r["told"] for r in ev.decide(tests)) >= 2
+
+
+def test_interval_and_detectable_difference_are_at_the_level_of_the_family():
+    # nine items of forty, all one way: p = 2/2^9, enough alone and not among fourteen
+    base, better = [0] * 40, [1] * 9 + [0] * 31
+    lone, one_of_many = ev.paired_test(base, better), ev.decide([ev.paired_test(base, better)] + [ev.paired_test(base, base)] * 13)[0]
+    assert lone.p == pytest.approx(2 / 2**9) and .05 / 14 < lone.p < .05
+    assert ev.decide([lone])[0]["told"] and lone.interval(.05)[0] > 0
+    assert one_of_many["told"] is False and one_of_many["ci"][0] <= 0 and one_of_many["ci_level"] == 1 - .05 / 14
+    assert one_of_many["detectable"] == lone.detectable(.05 / 14) > lone.detectable(.05)
+
+
+def test_what_was_seen_counts_among_the_random_flips():
+    assert ev.paired_test([0] * 600, [1] * 300 + [0] * 300, [i // 2 for i in range(600)], n_flips=99).p == pytest.approx(1 / 100)
+
+
+def test_below_ten_clusters_there_is_no_verdict_however_small_p_is():
+    for count, told in ((9, None), (10, True)):
+        [r] = ev.decide([ev.paired_test([0] * 4 * count, [1] * 4 * count, [i // 4 for i in range(4 * count)])])
+        assert r["p"] == pytest.approx(2 / 2**count) and r["told"] is told
+        said = ev.verdict(r | dict(n=4 * count, discordant=1.))
+        assert ("no verdict" in said) == (told is None) and f"({count} clusters)" in said
+
+
+@pytest.mark.parametrize("n, size, share", [(300, 1, .3), (400, 4, .2)])
+def test_the_detectable_difference_is_found_with_the_stated_power(n, size, share):
+    rng, groups = np.random.default_rng(7), np.arange(n) // size
+    def study(d):
+        up, down = ((share + d) / 2, (share - d) / 2)
+        moved = rng.choice([1, -1, 0], n // size, p=[up, down, 1 - share]).repeat(size)
+        return ev.paired_test(moved < 0, moved > 0, groups)
+    d = np.mean([study(0).detectable() for _ in range(20)])
+    seen = np.mean([study(d).p <= .05 for _ in range(300)])
+    assert seen == pytest.approx(.8, abs=.07)
+
+
+# --- the interval of a share
+
+def test_the_design_effect_agrees_with_its_definition_for_equal_clusters():
     rng = np.random.default_rng(4)
-    sizes = rng.integers(1, 6, 250)
-    groups = np.repeat(np.arange(250), sizes)
-    effect = np.repeat(rng.normal(.1, .8, 250), sizes)
-    d = np.clip(np.round(effect), -1, 1)
-    a, b = (d < 0).astype(int), (d > 0).astype(int)
-    totals, mean = np.bincount(groups, d), d.mean()
-    se = math.sqrt(((totals - mean * sizes)**2).sum()) / sizes.sum()      # linearised variance of a ratio estimator (Cochran 1977, Sampling Techniques, chapter 2)
-    r = ev.paired_bootstrap(a, b, groups)
-    assert r["n_groups"] == 250
-    assert r["ci"] == pytest.approx([mean - 1.96 * se, mean + 1.96 * se], abs=.012)
-    by_item = ev.paired_bootstrap(a, b)
-    assert r["ci"][1] - r["ci"][0] > 1.5 * (by_item["ci"][1] - by_item["ci"][0])      # clusters that move together: ignoring them feigns precision
+    right = (rng.random((60, 4)) < rng.beta(4, 1, 60)[:, None]).astype(int)
+    deff, count, worth = data.design_effect(right.ravel(), np.repeat(range(60), 4))
+    between = right.mean(1).var(ddof=1) / 60
+    binomial = right.mean() * (1 - right.mean()) / 239
+    assert (deff, count, worth) == (pytest.approx(between / binomial), 60, 60.)
 
 
-def test_the_bootstrap_is_reproducible_and_blind_to_the_names_of_groups():
-    a, b = [1, 0, 1, 1, 0, 1], [1, 1, 1, 0, 1, 1]
-    assert ev.paired_bootstrap(a, b, list("xxyyzz"), 500) == ev.paired_bootstrap(a, b, [10, 10, 20, 20, 30, 30], 500)
-    assert ev.paired_bootstrap(a, b, seed=1)["ci"] == ev.paired_bootstrap(a, b, seed=1)["ci"]
-    none = ev.paired_bootstrap(a, a)
-    assert (none["difference"], none["ci"], none["p"]) == (0., [0., 0.], 1.)
+def test_a_share_of_rows_that_all_agree_counts_its_clusters():
+    for value in (0, 1):
+        share = data.share_right([value] * 40, [i // 4 for i in range(40)])
+        assert share["deff"] == 4. and share["accuracy_ci"] != data.wilson(40 * value, 40)
+    assert data.share_right([1, 0, 1], [1, 2, 3])["accuracy_ci"] == data.wilson(2, 3)
 
 
-def test_the_interval_over_seeds_agrees_with_a_plain_loop():
+def test_clusters_of_copies_give_the_interval_of_one_copy():
+    once = data.share_right([1] * 70 + [0] * 30, range(100))["accuracy_ci"]
+    copied = data.share_right(([1] * 70 + [0] * 30) * 3, list(range(100)) * 3)
+    assert copied["deff"] == pytest.approx(3, abs=.1) and copied["accuracy_ci"] == pytest.approx(once, abs=.003)
+
+
+def test_every_accuracy_interval_of_a_report_is_made_the_same_way():
+    rows = [pred(i, 1, int(i % 12 > 3), .9, group_id=i // 4) for i in range(240)]
+    made = ev.report(rows)
+    whole = data.share_right([i % 12 > 3 for i in range(240)], [i // 4 for i in range(240)])
+    for found in (made["scores"], made["slices"]["label"]["1"], ev.reliability_bins(*ev.confidences(rows), 1, ev.groups_of(rows))[0]):
+        assert found["accuracy_ci"] == whole["accuracy_ci"] and found["deff"] == whole["deff"] > 3
+    assert made["consistency"]["4"]["accuracy_ci"] == data.wilson(40, 60)
+    assert f"n = 240 in 60 clusters (95 % Wilson at n / {whole['deff']:.2f}" in ev.report_text(made)
+
+
+# --- seeds
+
+def test_over_seeds_it_is_welchs_test_where_items_do_not_vary():
+    # B. L. Welch (1947); scipy's own implementation on the seeds' means
+    from scipy.stats import ttest_ind
+    means = ([.60, .62, .67], [.70, .71, .66])
+    runs = [np.array([[1] * round(1000 * m) + [0] * round(1000 - 1000 * m) for m in arm]) for arm in means]
+    t = ev.seed_test(*runs)
+    items = (t.se**2 - sum(np.var(m, ddof=1) / 3 for m in means))
+    want = ttest_ind(means[1], means[0], equal_var=False)
+    assert t.difference == pytest.approx(.06) and 0 < items < .0002
+    assert t.p == pytest.approx(want.pvalue, abs=.02) and t.df >= want.df
+
+
+def test_degrees_of_freedom_are_those_of_satterthwaite_and_no_more_than_the_smaller_arm_allows():
     rng = np.random.default_rng(5)
-    runs, base = (rng.random((3, 60)) < .8).astype(float), (rng.random((2, 60)) < .6).astype(float)
-    groups = [i // 3 for i in range(60)]
-    loop = random.Random(0)
-    def draw():
-        rs, bs = (loop.choices(range(len(m)), k=len(m)) for m in (runs, base))
-        items = [i for g in loop.choices(range(20), k=20) for i in range(3 * g, 3 * g + 3)]
-        return np.mean([runs[r][i] for r in rs for i in items]) - np.mean([base[s][i] for s in bs for i in items])
-    draws = sorted(draw() for _ in range(2000))
-    r = ev.hierarchical_interval(runs, base, groups)
-    assert r["mean"] == pytest.approx(runs.mean() - base.mean())
-    assert r["ci"] == pytest.approx([draws[50], draws[1949]], abs=.02)
-    assert r["seed_means"] == pytest.approx(runs.mean(1)) and r["seed_sd"] == pytest.approx(runs.mean(1).std(ddof=1))
+    arm = lambda k: (rng.random((k, 400)) < rng.normal(.7, .05, (k, 1))).astype(int)
+    a, b = arm(3), arm(3)
+    va, vb, difference = a.mean(1).var(ddof=1) / 3, b.mean(1).var(ddof=1) / 3, b.mean(0) - a.mean(0)
+    items = difference.var(ddof=1) / 400
+    seeds_df = (va + vb)**2 / (va**2/2 + vb**2/2)
+    t = ev.seed_test(a, b)
+    assert t.se**2 == pytest.approx(va + vb + items)
+    assert t.df == pytest.approx((va + vb + items)**2 / ((va + vb)**2 / seeds_df + items**2 / 399))
+    few, many = arm(3), arm(10)
+    few[1:] = few[0]                                                   # the three vary by nothing, the ten by much
+    seeds, items = many.mean(1).var(ddof=1) / 10, (many.mean(0) - few.mean(0)).var(ddof=1) / 400
+    assert ev.seed_test(few, many).df == pytest.approx((seeds + items)**2 / (seeds**2 / 4 + items**2 / 399))     # Welch's would be 9, not 4
+    assert ev.seed_test(few[:2], many).df == ev.seed_test(arm(2), arm(2)).df == 2.
+
+
+def test_one_seed_in_either_arm_gives_no_test_and_an_untrained_model_needs_none():
+    rng = np.random.default_rng(6)
+    three, one = (rng.random((3, 90)) < .8), (rng.random((1, 90)) < .5)
+    assert ev.seed_test(one, three) is None is ev.seed_test(three, one)
+    assert ev.seed_test(one, three, seedless=(True, False)).p < .01
+    with pytest.raises(RecordError, match="not the same items"): ev.seed_test(three, three[:, :9])
+
+
+def test_equal_arms_and_arms_without_any_variance_have_an_answer():
+    same = ev.seed_test([[1, 0] * 20] * 3, [[1, 0] * 20] * 3)
+    assert (same.difference, same.p, same.detectable()) == (0., 1., None) and same.interval()[0] < 0 < same.interval()[1]
+    apart = ev.seed_test([[0] * 40] * 2, [[1] * 40] * 2, [i // 4 for i in range(40)])
+    assert (apart.difference, apart.p) == (1., 2 / 2**10) and 0 < apart.interval()[0] < apart.interval()[1] == 1.
 
 
 def test_seeds_that_differ_widen_the_interval_that_items_alone_would_give():
     rng = np.random.default_rng(6)
-    runs = np.stack([(rng.random(400) < p) for p in (.6, .75, .9)]).astype(float)
-    width = lambda r: r["ci"][1] - r["ci"][0]
-    assert width(ev.hierarchical_interval(runs)) > 2 * width(ev.hierarchical_interval(runs[1:2]))
-    with pytest.raises(RecordError, match="not the same items"): ev.hierarchical_interval(runs, runs[:, :9])
+    apart = (rng.random((3, 400)) < [[.6], [.75], [.9]]).astype(float)
+    close = (rng.random((3, 400)) < .75).astype(float)
+    width = lambda r: r["accuracy_ci"][1] - r["accuracy_ci"][0]
+    assert width(ev.seed_share(apart, range(400))) > 2 * width(ev.seed_share(close, range(400)))
+    assert ev.seed_share(apart, range(400))["sd"] == pytest.approx(apart.mean(1).std(ddof=1))
 
+
+# --- how many items a difference needs
 
 @pytest.mark.parametrize("n, discordant", [(300, .3), (2000, .1), (1977, .05)])
 def test_the_minimum_detectable_difference_is_found_with_the_stated_power(n, discordant):
@@ -178,7 +345,32 @@ def test_mcc_against_its_determinant_and_its_general_form():
     for cells in ([(1, 1)] * 6 + [(1, 0)] * 2 + [(0, 1)] + [(0, 0)] * 3, [(1, 1)] * 4 + [(1, None)] * 2 + [(0, 0)] * 5 + [(0, 1)] + [(0, None)]):
         s = ev.score([pred(i, y, a) for i, (y, a) in enumerate(cells)])
         assert s["mcc"] == pytest.approx(r_k(s["confusion"] + [[0, 0, 0]]))
-    assert ev.score([pred(i, 1, 1) for i in range(3)])["mcc"] == 0.
+
+
+def test_what_one_class_leaves_undefined_is_none_and_breaks_nothing():
+    rows = [pred(i, 0, 0, .1, premise=f"A dog runs {i}.") for i in range(12)]        # all gold 0, all right
+    made = ev.report(rows, train=[dict(premise="A", hypothesis="B", label=0)] * 3)
+    s = made["scores"]
+    assert (s["macro_f1"], s["macro_precision"], s["balanced_accuracy"], s["mcc"]) == (None,) * 4
+    assert s["per_class"]["1"] == dict(precision=None, recall=None, f1=None, n=0) and s["per_class"]["0"]["f1"] == 1.
+    text = ev.report_text(made)
+    assert "macro-F1 undefined (one class), balanced accuracy undefined (one class), MCC undefined (one class)" in text
+    json.dumps(made, allow_nan=False)
+
+
+def test_a_class_that_is_never_answered_has_no_precision_and_constant_answers_have_mcc_0():
+    s = ev.score([pred(i, i % 2, 1) for i in range(10)])
+    assert (s["per_class"]["0"]["precision"], s["macro_precision"], s["mcc"]) == (None, None, 0.)
+    assert (s["per_class"]["0"]["f1"], s["macro_f1"]) == (0., pytest.approx(1/3))
+
+
+def test_a_gain_on_the_frequent_class_alone_is_called_one():
+    gold = [0] * 180 + [1] * 20
+    balanced = [0] * 150 + [1] * 30 + [1] * 18 + [0] * 2                # right on 168 of 200, both classes known
+    rows = [pred(i, y, 0, group_id=i) for i, y in enumerate(gold)]     # always the frequent label: right on 180
+    found = ev.compare_answers(rows, dict(balanced=balanced))["balanced"]
+    assert found["difference"] > 0 and "but the other way by macro-F1 -" in found["verdict"] and "MCC -" in found["verdict"]
+    assert "other way" not in ev.compare_answers(rows, dict(wrong=[1 - y for y in gold]))["wrong"]["verdict"]
 
 
 def test_the_valid_rate_counts_repairs_apart_and_coverage_counts_them_in():
@@ -234,6 +426,23 @@ def test_perfect_ranking_has_the_aurc_of_its_closed_form():
     assert ev.calibration(rows)["aurc"] == pytest.approx(sum((k - 80) / k for k in range(81, 101)) / 100)
 
 
+def test_a_calibrated_model_is_off_by_as_much_as_its_simulated_ece_says():
+    rng = np.random.default_rng(8)
+    conf = rng.uniform(.6, 1, 120)
+    expected, high = ev.calibrated_ece(conf)
+    honest = [ev.ece(conf, rng.random(120) < conf) for _ in range(400)]
+    assert expected == pytest.approx(np.mean(honest), abs=.004) and np.mean(np.array(honest) > high) == pytest.approx(.05, abs=.035)
+
+
+def test_a_random_ranking_has_the_aurc_that_stands_beside():
+    rng = np.random.default_rng(9)
+    rows = [pred(i, 1, int(rng.random() < .7), 0.) for i in range(200)]
+    for r in rows: r["p_entail"] = .5 + rng.random() / 2 if r["predicted_label"] else .5 - rng.random() / 2
+    c = ev.calibration(rows)
+    assert c["aurc_random"] == pytest.approx(1 - ev.accuracy(rows)["accuracy"])
+    assert c["aurc"] == pytest.approx(c["aurc_random"], abs=.08)
+
+
 # --- slices, baselines, reasoning
 
 def test_slices_partition_the_rows_and_add_up():
@@ -278,7 +487,9 @@ def test_comparisons_with_baselines_are_paired_clustered_and_corrected():
     rows = [pred(i, i % 2, i % 2, group_id=i // 4) for i in range(40)]
     found = ev.compare_answers(rows, dict(majority=[0] * 40, same=[r["predicted_label"] for r in rows], mute=[None] * 40))
     assert (found["majority"]["difference"], found["same"]["p"], found["mute"]["accuracy"]) == (.5, 1., 0.)
-    assert found["majority"]["p"] == pytest.approx(2 / 2**20) and found["majority"]["p_holm"] == pytest.approx(2 * 2 / 2**20)
+    assert found["majority"]["p"] == pytest.approx(2 / 2**10) and found["majority"]["p_holm"] == pytest.approx(3 * 2 / 2**10)     # ten clusters decide
+    assert found["majority"]["p_mcnemar"] == pytest.approx(2 / 2**20) and found["majority"]["verdict"].startswith("+50.0 points: can be told from noise at n=40 (10 clusters)")
+    assert found["same"]["verdict"] == "right and wrong on the same 40 items: no difference to test"
 
 
 def test_an_untuned_model_on_other_items_is_not_compared():

@@ -235,6 +235,56 @@ def test_preflight_refuses_rows_whose_proofs_fail(tmp_path):
     assert not proofs(broken)["the end of turn is learned"][0]
     with pytest.raises(DataError, match=str(prep.train_rows[3]["id"])): refuse_failed_proofs(preflight(broken))
 
+def rows_of(path, words, spelled=str):
+    "Rows about boxes; `spelled` changes how premise and hypothesis are written."
+    from nli_ft.data import sft_row
+    write_jsonl(path, [sft_row(i, spelled(f"The {w} box is here."), spelled(f"A {w} box is here."), "so", i % 2, "test", "brief") for i, w in enumerate(words)])
+    return str(path)
+
+@pytest.mark.parametrize("command", ["run", "preflight"])
+@pytest.mark.parametrize("how, said", [("path", "the same file"), ("link", "the same file"), ("bytes", "files of the same bytes"), ("pairs", "all 4 evaluation pairs")])
+def test_a_run_that_would_be_judged_on_its_training_rows_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, command, how, said):
+    from nli_ft.train_sft import train_cli
+    import nli_ft.model
+    train, judged = tmp_path/"a.jsonl", tmp_path/"b.jsonl"
+    rows_of(train, "red green blue black".split())
+    if how == "path": judged = train
+    if how == "link": judged.symlink_to(train)
+    if how == "bytes": judged.write_bytes(train.read_bytes())
+    if how == "pairs": rows_of(judged, "red green blue black".split(), lambda t: t.upper().replace(".", " ."))
+    def never(*a, **k): raise AssertionError("a model was loaded")
+    monkeypatch.setattr(nli_ft.model, "load_base", never)
+    cfg = tiny(tmp_path).replace(train_data=str(train), eval_data=str(judged))
+    with pytest.raises(SystemExit) as e: train_cli([*cfg.to_args(), *(["--preflight"] if command == "preflight" else [])])
+    assert e.value.code == 2 and said in capsys.readouterr().err
+
+def test_leakage_is_counted_before_training_and_written_into_the_record(tmp_path):
+    from nli_ft.records import read_run, start_run
+    from nli_ft.train_sft import Session, preflight_text
+    cfg = tiny(tmp_path, train_data=rows_of(tmp_path/"a.jsonl", "red green blue black".split()),
+               eval_data=rows_of(tmp_path/"b.jsonl", "white red grey green".split(), lambda t: t.lower().replace(".", " .")))
+    ses = Session(cfg, start_run(cfg, command="x"))
+    assert {k: ses.prep.leakage[k] for k in ("judged", "pairs", "premises")} == dict(judged=4, pairs=2, premises=2)
+    summary = read_run(ses.run).summary
+    assert summary["leakage"] == ses.prep.leakage and summary["rows"] == dict(train=4, judged=4, dropped=0) and summary["compute_dtype"] == "float32"
+    assert "2 of 4 evaluation pairs are among the training rows" in preflight_text(preflight(ses.prep))
+
+@pytest.mark.parametrize("change, steps, rows", [(dict(max_steps=2), 2, 8), (dict(max_steps=4), 4, 14), (dict(num_epochs=2), 6, 20), (dict(num_epochs=1, grad_accumulation_steps=2), 2, 10)])
+def test_rows_trained_are_those_that_went_through_the_model(tmp_path, monkeypatch, change, steps, rows):
+    cfg = tiny(tmp_path, train_data=rows_of(tmp_path/"a.jsonl", [f"w{i}" for i in range(10)]), batch_size=4, **dict(grad_accumulation_steps=1, max_steps=None) | change)
+    seen, real = [], make_trainer_class
+    def counting():
+        cls = real()
+        def compute_loss(self, model, inputs, *a, _real=cls.compute_loss, **k):
+            if model.training: seen.append((len(inputs["input_ids"]), int(inputs["attention_mask"].sum())))
+            return _real(self, model, inputs, *a, **k)
+        cls.compute_loss = compute_loss
+        return cls
+    monkeypatch.setattr("nli_ft.train_sft.make_trainer_class", counting)
+    result = trained(cfg, tmp_path/"out")[2]
+    assert (result["steps"], result["rows_trained"]) == (steps, rows)
+    assert sum(n for n, _ in seen) == rows and sum(t for _, t in seen) == result["tokens_trained"]
+
 def test_pairs_without_thoughts_can_be_judged_but_not_trained_on(tmp_path):
     write_jsonl(tmp_path/"p.jsonl", [dict(id=i, premise=f"p{i}", hypothesis="h", label=i % 2) for i in range(4)])
     with pytest.raises(DataError, match="nli_data prepare"): prepare(tiny(tmp_path, train_data=str(tmp_path/"p.jsonl")))

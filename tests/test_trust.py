@@ -142,10 +142,11 @@ def test_a_markdown_table_keeps_its_cells_and_shows_no_markup(evil):
 
 def finished_record(tmp_path, name, i):
     "A record whose rows and folder carry markup."
+    def said(n): return json.dumps(dict(thought_process=EVIL[n] or "-", predicted_label=(n + i) % 2))
+    def of(n): return ev.prediction_row(dict(id=f"{n} {EVIL[n]}", premise=EVIL[n], hypothesis=EVIL[n], label=n%2, category=EVIL[n], prompt=[]), dict(text=said(n), p_entail=.5, n_tokens=3, finish="stop", seconds=.1))
     cfg = load_config("minimal_test", dict(train_data=str(tmp_path/"rows.jsonl"), eval_data=str(tmp_path/"rows.jsonl"), runs_dir=str(tmp_path/"runs"), lora_r=8 + i))
     run = records.start_run(cfg)
-    write_jsonl(run/"predictions.jsonl", [dict(id=f"{n} {EVIL[n]}", premise=EVIL[n], hypothesis=EVIL[n], label=n%2, predicted_label=i, outcome="strict", repairs=EVIL, completion=EVIL[n], thought_process=EVIL[n], p_entail=.5, n_tokens=3, finish="stop",
-                                               seconds=.1, mode="cot", prompt_hash="x", category=EVIL[n]) for n in range(len(EVIL))])
+    write_jsonl(run/"predictions.jsonl", [of(n) | dict(repairs=EVIL) for n in range(len(EVIL))])
     records.append_metrics(run, dict(step=1, loss=1.))
     records.finish_run(run, after=ev.score(ev.read_predictions(run/"predictions.jsonl")))
     return run.rename(run.with_name(name))
@@ -218,9 +219,10 @@ def two_runs(tmp_path_factory):
     (home/".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {NETRC}\n")
     (home/".netrc").chmod(0o600)
     write_jsonl(project/"rows.jsonl", [sft_row(n, EVIL[i % len(EVIL)], f"h {n}".replace("\0", ""), "t", i%2, EVIL[i % len(EVIL)], template="brief", category=n, group_id=n) for i, n in enumerate(FILE_NAMES)])
+    write_jsonl(project/"dev.jsonl", [sft_row(n, EVIL[i % len(EVIL)], f"other {n}".replace("\0", ""), "t", i%2, "test", template="brief", category=n, group_id=n) for i, n in enumerate(FILE_NAMES)])
     from nli_ft.model import cache_dir
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | SECRETS | dict(HOME=str(home), NLI_FT_CACHE=str(cache_dir()), PYTHONPATH=str(PACKAGE.parent), WANDB_MODE="offline", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    tiny = f"model_id=tiny-mistral device=cpu compute_dtype=fp32 quantization=none max_steps=2 max_eval_samples=3 max_new_tokens=4 max_seq_length=900 train_data=rows.jsonl eval_data=rows.jsonl use_wandb=true output_dir={base}/weights"
+    tiny = f"model_id=tiny-mistral device=cpu compute_dtype=fp32 quantization=none max_steps=2 max_eval_samples=3 max_new_tokens=4 max_seq_length=900 train_data=rows.jsonl eval_data=dev.jsonl use_wandb=true output_dir={base}/weights"
     r = subprocess.run([sys.executable, "-c", RUNS, tiny, NETRC], cwd=project, env=env, capture_output=True, text=True, timeout=600)
     assert r.returncode == 0, r.stderr[-3000:]
     return base, project, r.stdout + r.stderr
