@@ -26,9 +26,9 @@ __all__ = ['QUANTIFIERS', 'COUNTS', 'ATTITUDES', 'IMPLICATIVES', 'ADJECTIVES', '
            'focus_text', 'presupposed', 'focus_rule', 'focus_fact', 'focus_says', 'focus_thought', 'focus_models',
            'plural', 'lexicon', 'draw', 'Category', 'words', 'named', 'bared', 'features', 'checked_relations',
            'explained', 'Quad', 'gap', 'is_held', 'moving', 'about', 'wording', 'colour', 'half', 'bag', 'crossed',
-           'reversal', 'octuples', 'minimal', 'quads', 'cost', 'choose', 'quad_rows', 'category_groups', 'generate',
-           'word_kinds', 'stripped', 'delexed', 'Lookup', 'shortcuts', 'check_shortcuts', 'write_corpus', 'outdated',
-           'corpus_cli']
+           'reversal', 'octuples', 'lead', 'is_minimal', 'minimal', 'quads', 'cost', 'choose', 'quad_rows',
+           'category_groups', 'generate', 'word_kinds', 'stripped', 'delexed', 'Lookup', 'shortcuts', 'check_shortcuts',
+           'write_corpus', 'outdated', 'corpus_cli']
 
 # %% ../nbs/02_corpus.ipynb #876abffa
 import argparse, json, re
@@ -186,7 +186,7 @@ def normal(f:tuple) -> tuple: # an equivalent meaning without needless negation
 def framed(s:Says, variant:str, deniable:bool=True) -> list: # of Says
     "`s` alone, affirmed, and denied."
     yes, no = ("it is a fact that","it is untrue that") if variant=="templates" else ("it is true that","it is false that")
-    denied = re.sub(r"^some ", "any ", re.sub(r"\ba \{", "any {", s.text))
+    denied = re.sub(r"^some ", "any ", re.sub(r"^there (was|is) a \{", r"there \1 any {", s.text))
     return [s, Says(s.form, f"{yes} {s.text}", s.pole)] + ([Says(("not",s.form), f"{no} {denied}", s.pole)] if deniable else [])
 
 # %% ../nbs/02_corpus.ipynb #a181e012
@@ -225,7 +225,7 @@ def role_thought(p:Says, h:Says, rel:str) -> str:
     near = [f for f in facts_of(p.form) if f in (h.form, deny(h.form))]
     return f"the premise says {role_clause((near or facts_of(p.form))[0])}. The hypothesis says {role_clause(h.form)}, {compared(rel)}"
 
-# %% ../nbs/02_corpus.ipynb #b34cd851
+# %% ../nbs/02_corpus.ipynb #692dfa04
 # The demo's four wordings name the two people in the order x-y, y-x, x-y, y-x. Trained on are first → second and third, second → third,
 # third → first and fourth, fourth → first; judged are the others, among them both pairs of wordings that turn the names round twice.
 DEMO_HALVES = ((0,1), (0,0), (1,0), (1,1))
@@ -343,7 +343,7 @@ def order_thought(p:Says, h:Says, rel:str) -> str:
         lead = (f"through {' and '.join(f'{{{v}}}' for v in via)}, " if via else "the premise says ") + order_clause(top, low, p.pole)
     return f"{lead}. The hypothesis says {order_clause(x, y, p.pole)}, {compared(rel)}"
 
-# %% ../nbs/02_corpus.ipynb #b7732f42
+# %% ../nbs/02_corpus.ipynb #2ba1974d
 def time_edges(f:tuple) -> list: # of sets of (earlier, later, strictly?); each set is one way for `f` to be true
     "What a sentence about time says, as steps that time must take."
     yes, (op, x, y) = f[0]!="not", f[1] if f[0]=="not" else f
@@ -507,7 +507,7 @@ def quantifier_thought(category:str, p:Says, h:Says, rel:str):
     said = ARGUMENTS[category]
     return f"the step from {said[a]} to {said[b]} goes {way}. {p.form[1]} passes {passes} and {word} {h.form[1]}, so it {VERDICTS[rel]}"
 
-# %% ../nbs/02_corpus.ipynb #274d551e
+# %% ../nbs/02_corpus.ipynb #7ad01852
 DETAILS = {"Y":"{adv}", "W":"{place}", "V":"at {time}"}
 
 def act_text(details:tuple, # letters of `DETAILS`, after "B" for the event itself
@@ -683,7 +683,7 @@ def logic_thought(p:Says, h:Says, rel:str) -> str:
     x, y = sorted([*sorted(atoms(h.form)), *rest][:2])
     return covered(cases(p.form, x, y), cases(h.form, x, y), rel)
 
-# %% ../nbs/02_corpus.ipynb #277395ae
+# %% ../nbs/02_corpus.ipynb #62a57682
 MODES = ("might", "is", "must") # by strength
 
 def mode(f:tuple) -> tuple: # (strength, literal)
@@ -828,7 +828,7 @@ def embedding_thought(p:Says, h:Says, rel:str) -> str:
     does = SAYS[0] if not known else SAYS[1] if ("true",x) in known else SAYS[-1]
     return f"the premise says if {fact(cond[1])}, {fact(cond[2])}. The rest {does}, {compared(rel)}"
 
-# %% ../nbs/02_corpus.ipynb #9c7da966
+# %% ../nbs/02_corpus.ipynb #201463f2
 VERBS = dict(manage="managed", remember="remembered", happen="happened", fail="failed", forget="forgot", neglect="neglected",
              refuse="refused", **{"try":"tried", "want":"wanted"}) # base -> past
 ADJECTIVE_WORDS = dict(intersective="{marked}", privative="fake", former="former", alleged="alleged")
@@ -876,7 +876,7 @@ def adjective_says(variant:str) -> tuple: # premises, hypotheses
     clauses = report_clauses(list(ADJECTIVE_WORDS), adjective_text, False, variant)
     return two_reports(clauses), said_of(is_one, "bc", variant)
 
-# %% ../nbs/02_corpus.ipynb #6ca49588
+# %% ../nbs/02_corpus.ipynb #4a92cfb4
 def focus_text(f:tuple, variant:str) -> str: # a sentence
     "*Only* and *again* in words, or just what happened this time; the people meant stand beside *only*."
     if f[0] in ("true","not"): return focus_fact(f, variant)
@@ -1125,7 +1125,7 @@ def about(category:str, p:Says, h:Says) -> bool:
     "Is the step from `p` to `h` what the category is about? (Monotonicity asks that an argument moves.)"
     return not CATEGORIES[category].turns or moving(normal(p.form))!=moving(normal(h.form))
 
-# %% ../nbs/02_corpus.ipynb #ef53f3d3
+# %% ../nbs/02_corpus.ipynb #8c7ab1a4
 PART = dict(adj="adj", trait="adj", marked="adj", pos="adj", neg="adj", adv="adv", place="adv", time="time", base="verb", past="verb", went="verb",
             more="more", less="more", noun="noun", kind="noun", sort="noun", nouns="nouns", kinds="nouns", sorts="nouns", **dict.fromkeys("abcd", "name"))
 SALT = 103 # a number under which the colours come out even in every category: see tests/test_corpus.py
@@ -1144,7 +1144,7 @@ def half(p:Says, h:Says) -> int: # 0: may be trained on; 1: only judged
     if p.halves: return p.halves[0]^h.halves[1]
     return colour(p.text, "p")^colour(h.text, "h")
 
-HALVES = dict(train=0, dev=1, test=1, test_pairs=1, test_direction=1) # split -> half; the others have wordings that train has not
+HALVES = dict(train=0, dev=1, test=1, test_pairs=1) # split -> half; the others have wordings that train has not
 
 # %% ../nbs/02_corpus.ipynb #564822b1
 @lru_cache(None)
@@ -1167,7 +1167,7 @@ def crossed(category:str, variant:str, rel:dict, thought:dict, rng:Random):
         found = [(h1,h2) for h1,h2 in product(h1s, h2s) if not binds or bag(h1)==bag(h2)]
         yield p1, p2, found
 
-# %% ../nbs/02_corpus.ipynb #5dbfa78a
+# %% ../nbs/02_corpus.ipynb #4d4a5688
 def reversal(category:str, pair:tuple, rel:dict) -> str: # "down", "up" or ""
     "Where a step goes whose reverse is an entailment and which is none itself."
     p, h = pair
@@ -1199,10 +1199,21 @@ def octuples(category:str, variant:str, rel:dict, thought:dict, rng:Random, trie
         if not (allowed((p3,h2)) and allowed((p1,h4))) or "entailment" in (rel[p3,h2], rel[p1,h4]): continue
         if about(category, p1, h1) and about(category, p3, h3): yield [p1,p2,p3,p4], [h1,h2,h3,h4]
 
-# %% ../nbs/02_corpus.ipynb #c82e8b34
+# %% ../nbs/02_corpus.ipynb #a02abb52
+def lead(s:Says) -> str: # "it is true that", "it is false that" or nothing
+    "The frame a sentence stands in."
+    return s.text[:16] if s.text.startswith("it is ") else ""
+
+def is_minimal(category:str, p:Says, h:Says) -> bool:
+    "Do the two sentences differ in one modifier (or one more special noun) and nothing else? Such pairs are never trained on."
+    f, g = normal(p.form), normal(h.form)
+    if not CATEGORIES[category].turns or lead(p)!=lead(h) or f[0]!=g[0] or f[0]=="q" and f[1]!=g[1]: return False
+    moves = [(a,b) for a,b in zip(_arguments(f), _arguments(g)) if a!=b]
+    return len(moves)==1 and direction(*moves[0]) in ("up","down") and abs(len(moves[0][0])-len(moves[0][1]))==1
+
 def minimal(category:str, rel:dict, thought:dict):
     "Yield quadruples of two minimal pairs, each in both directions: one where deleting is safe, one where adding is."
-    kept = [(p,h) for p,h in thought if (h,p) in thought and rel[p,h]=="entailment" and reversal(category, (h,p), rel)]
+    kept = [pair for pair in thought if is_minimal(category, *pair) and rel[pair]=="entailment"]
     ways = {way: [(p,h) for p,h in kept if reversal(category, (h,p), rel)==way] for way in ("down","up")}
     for (p,h),(q,g) in product(ways["down"], ways["up"]):
         if len({p.text,h.text,q.text,g.text})==4: yield tuple((s,t,rel[s,t],thought[s,t]) for s,t in ((p,h),(h,p),(q,g),(g,q)))
@@ -1217,7 +1228,9 @@ def quads(category:str, variant:str="plain", # key of `VARIANTS`
          ) -> tuple: # of `Quad`
     "Crossed quadruples of a category (octuples, where direction is its matter): those that are even by themselves, and others. In variant *pairs* every row uses a held-out quantifier."
     rel, rng, out = checked_relations(category, variant), Random(f"{category}/{variant}"), []
-    thought = {pair:t for pair,r in rel.items() if (part is None or half(*pair)==part) and (t := explained(category, pair, r, variant))}
+    if variant=="direction": kept = [pair for pair in rel if is_minimal(category, *pair)]
+    else: kept = [pair for pair in rel if part is None or half(*pair)==part and not (part==0 and is_minimal(category, *pair))]
+    thought = {pair:t for pair in kept if (t := explained(category, pair, rel[pair], variant))}
     if variant=="direction": return tuple(Quad(pairs, gap(pairs, False)) for pairs in minimal(category, rel, thought))
     if CATEGORIES[category].turns:
         found = octuples(category, variant, rel, thought, rng)
@@ -1243,7 +1256,9 @@ def choose(pool:tuple, n:int, rng:Random, tries:int=40, swaps:int=100) -> list: 
     even = [q for q in pool if not any(k[0]=="shape" for k,_ in q.gap)] or pool
     gaps, pairs = ({q:f(q) for q in pool} for f in (lambda q: dict(q.gap), lambda q: [pair[:2] for pair in q.pairs]))
     total, used, out = Counter(), Counter(), []
-    def one(): return rng.choice(rng.choice((pool, even)))
+    sides = [found for sign in (1,-1) if (found := [q for q in pool if sign*gaps[q].get("relation",0)>0])] # neutral or contradictory pairs may be rare
+    sorts = (pool, even, *sides)
+    def one(): return rng.choice(rng.choice(sorts))
     def worn(q): return sum(used[p] for p in pairs[q])/8 # a repeated pair weighs less than an uneven feature
     def worn_out(q): return max(used[p] for p in pairs[q])>=WEAR
     for _ in range(n):
@@ -1303,7 +1318,7 @@ def generate(size:str="tiny", # key of `SIZES`
         out[split] = [r for g in groups for r in g]
     return out
 
-# %% ../nbs/02_corpus.ipynb #5e371d74
+# %% ../nbs/02_corpus.ipynb #eb14c043
 LIMIT = .75 # share right above which a reader without understanding solves a category
 MODIFIER_KINDS = ("adjectives", "traits", "adverbs", "places", "times", "sizes", "marked") # of words in the lexicon
 
@@ -1344,7 +1359,7 @@ READERS = dict( # name -> does the reader see entailment? None: it has no opinio
     strip_meaning=lambda r: _follows_bared(r["category"], r["meaning"]) if CATEGORIES[r["category"]].turns else None,
     parity=lambda r: _even(r, NEGATIONS), parity_denials=lambda r: _even(r, DENIALS))
 
-# %% ../nbs/02_corpus.ipynb #67d1b24c
+# %% ../nbs/02_corpus.ipynb #99045775
 class Lookup:
     "A table of the pairs of wordings in train, with their commoner label."
     def fit(self, rows:list):
