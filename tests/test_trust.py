@@ -20,7 +20,8 @@ FILE_NAMES = ["../../x", "/etc/passwd", "a\0b", "x"*300, "..", ".", "~/.netrc", 
 
 # what may be called although it runs code or a program, and why
 ALLOWED = {("train_sft.py", "runpy.run_module"): "the module starts itself again by its name, where it was started by its path",
-           ("train_sft.py", "os.execv"): "becomes its own launcher; a list of arguments, no shell"}
+           ("train_sft.py", "os.execv"): "becomes its own launcher; a list of arguments, no shell",
+           ("config_loader.py", "os.execv"): "starts itself again in UTF-8 mode; its own arguments, no shell"}
 NAMES = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "tempfile.mktemp", "builtins.eval", "builtins.exec", "torch.hub.load",
          "importlib.util.spec_from_file_location", "importlib.util.module_from_spec", "runpy.run_path", "runpy.run_module", "os.execv", "os.execvp", "subprocess.getoutput", "subprocess.getstatusoutput", "pd.read_pickle"}
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
@@ -273,7 +274,8 @@ def test_what_to_type_to_get_the_run_again_gives_its_config(two_runs, monkeypatc
 def test_rows_with_ids_like_paths_leave_only_the_files_of_a_run(two_runs):
     base, project, _ = two_runs
     names = {p.name for p in record_files(project) if "wandb" not in p.parts}
-    assert names == {"config.json", "environment.json", "metrics.jsonl", "predictions.jsonl", "predictions_before.jsonl", "summary.json"} | {n for n in names if n in ("report.json", "MODEL_CARD.md") or n.endswith(".png")}
+    assert names == {"config.json", "environment.json", "metrics.jsonl", "predictions.jsonl", "predictions_before.jsonl",
+                     "predictions_before_forced.jsonl", "summary.json"} | {n for n in names if n in ("report.json", "MODEL_CARD.md") or n.endswith(".png")}
     assert {p.name for p in base.iterdir()} == {"project", "home", "weights"} and not (base.parent/"x").exists()
 
 @pytest.mark.parametrize("overrides", [dict(wandb_project="a/b"), dict(wandb_project="x"*200), dict(wandb_project="a\\b"), dict(wandb_run_id="../../x"), dict(wandb_run_id="a:b")])
