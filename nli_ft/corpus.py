@@ -951,7 +951,7 @@ LEXICON = dict(
     dev=dict(
         names="Owen Peter Ruth Sara Victor Wendy Alice Ben Claire David Ella Felix George Helen Ivan Julia Karen Andrew Anne Carol Gary Harry Larry Louis",
         acts="thank/thanked trust/trusted greet/greeted mock/mocked kick/kicked scare/scared fear/feared respect/respected",
-        scales="earlier/later higher/lower better/worse thicker/thinner",
+        scales="deeper/shallower higher/lower better/worse thicker/thinner",
         deeds="cry/cried move/moved work/worked sigh/sighed nod/nodded",
         nouns="guard actor writer judge chef queen visitor manager",
         adjectives="sad hungry shy rude", traits="big weak",
@@ -1335,7 +1335,7 @@ def word_kinds() -> dict: # word -> kind
 
 def stripped(text:str) -> list: # words
     "A sentence without its modifiers."
-    bare = re.sub(rf"\\bat (?=({'|'.join(w for w,k in word_kinds().items() if k=='times')})\\b)", "", text.lower())
+    bare = re.sub(rf"\bat (?=({'|'.join(w for w,k in word_kinds().items() if k=='times')})\b)", "", text.lower())
     return ["a" if w=="an" else w for w in words(bare) if word_kinds().get(w) not in MODIFIER_KINDS]
 
 def delexed(row:dict) -> tuple: # (premise, hypothesis)
@@ -1406,7 +1406,7 @@ def check_shortcuts(corpus:dict # split -> rows, as from `generate`
                 if name=="n" or share<=LIMIT: continue
                 if n>=100 or wilson(round(share*n), n)[0]>LIMIT: solved.append(f"{split}, {category}: {name} is right on {share:.3f} of {n} rows")
     if solved: raise DataError(f"no corpus is written: readers without understanding are right on more than {LIMIT} of a category; take another seed, "
-                               "or mend the category in nbs/02_corpus.ipynb\\n" + "\\n".join(f"  - {s}" for s in solved))
+                               "or mend the category in nbs/02_corpus.ipynb\n" + "\n".join(f"  - {s}" for s in solved))
     return table
 
 # %% ../nbs/02_corpus.ipynb #5782ca69
