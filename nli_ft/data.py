@@ -15,12 +15,12 @@ __all__ = ['PROMPTS', 'STYLES', 'RELATIONS', 'CONTRACTS', 'PAIR_NAMES', 'KINDS',
            'file_kind', 'columns_hint', 'other_spellings', 'one_spelling', 'rename', 'check_records', 'iter_rows',
            'Rows', 'data_hash', 'read_rows', 'spread', 'template_of', 'atomic_writer', 'json_line', 'write_jsonl',
            'seal', 'damage', 'norm_text', 'pair_key', 'parse_splits', 'split_of', 'split_paths', 'thought_key',
-           'one_contract', 'use_thoughts', 'use_reflections', 'shuffle_thoughts', 'with_thought', 'Shuffler',
-           'chosen_rows', 'prepare', 'concludes', 'leaks_gold', 'is_mojibake', 'bigrams', 'jaccard', 'NearSample',
-           'near_duplicates', 'wilson', 'cluster_codes', 'design_effect', 'share_right', 'overlap_features',
-           'negations', 'order_features', 'BoostedTree', 'baselines', 'level', 'Tally', 'row_text', 'row_thought',
-           'estimate_tokens', 'hub_tokenizer', 'count_row', 'batches', 'keep_sample', 'quantile', 'check_file',
-           'judge_baselines', 'check_files', 'render_report', 'leakage', 'leakage_text', 'refuse_leaked',
+           'one_contract', 'use_thoughts', 'suspect_path', 'use_reflections', 'shuffle_thoughts', 'with_thought',
+           'Shuffler', 'chosen_rows', 'prepare', 'concludes', 'leaks_gold', 'is_mojibake', 'bigrams', 'jaccard',
+           'NearSample', 'near_duplicates', 'wilson', 'cluster_codes', 'design_effect', 'share_right',
+           'overlap_features', 'negations', 'order_features', 'BoostedTree', 'baselines', 'level', 'Tally', 'row_text',
+           'row_thought', 'estimate_tokens', 'hub_tokenizer', 'count_row', 'batches', 'keep_sample', 'quantile',
+           'check_file', 'judge_baselines', 'check_files', 'render_report', 'leakage', 'leakage_text', 'refuse_leaked',
            'refuse_equal_files', 'gather_stats', 'plot_stats', 'write_stats', 'write_images', 'read_names',
            'read_words', 'source_of', 'source_label', 'source_columns', 'id_columns', 'source_id', 'source_row',
            'hub_reachable', 'load_records', 'class_names', 'with_header', 'label_spelling', 'check_used', 'other_gold',
@@ -1078,6 +1078,10 @@ def use_thoughts(rows, # thought rows
         if row["correct"]: yield row, row["thought_process"], "thought"
 
 # %% ../nbs/01_data.ipynb #d29ac2b0
+def suspect_path(reflections) -> Path:
+    "Where `nli_reflect` sets apart the reflections on rows whose gold label it doubts."
+    return Path(f"{reflections}.suspects.jsonl")
+
 def use_reflections(rows, path, known:Seen, counts:Counter, drop_wrong:bool=False, max_bad:float=0.0): # yields (row, thought, source)
     "The reflections that stand for a wrong thought. Raises `DataError` where more than `max_bad` belong to no wrong thought."
     strays,good = BadRows(),0
@@ -1095,6 +1099,9 @@ def use_reflections(rows, path, known:Seen, counts:Counter, drop_wrong:bool=Fals
     if good or strays.total: refuse(path, strays, good, max_bad)
     counts["reflections that belong to no wrong thought"] = strays.total
     counts["wrong thoughts without a reflection (left out)"] = counts["thoughts wrong"] - good
+    if suspect_path(path).is_file():
+        with open(suspect_path(path), "rb") as f: counts["of these, rows whose gold label was doubted (set apart)"] = sum(1 for _ in f)
+
 
 # %% ../nbs/01_data.ipynb #e93fca3f
 def shuffle_thoughts(rows:list, # SFT rows

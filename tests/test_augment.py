@@ -8,15 +8,18 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_endpoint import FakeEndpoint, Reply
 from nli_ft import augment as A
-from nli_ft.augment import REFLECT, THINK, Endpoint, augment, failed_path
+from nli_ft.augment import REFLECT, THINK, USELESS, Endpoint, Guards, augment, failed_path
 from nli_ft.config_loader import ConfigError, DataError
 from nli_ft.data import iter_rows, write_jsonl
 
 THOUGHT = "Step 1: A Robin is a bird. Step 2: So it follows."
+DENIAL = "Step 1: A Robin is a bird. Step 2: So it cannot be inferred."
 
 
 def thought(label=1): return json.dumps(dict(thought_process=THOUGHT, predicted_label=label))
-def reflection(label): return json.dumps(dict(error_analysis="It missed the negation.", improved_thought_process=THOUGHT, predicted_label=label))
+def reflection(label, text=None):
+    "A reflection that argues for the label it gives."
+    return json.dumps(dict(error_analysis="It missed the negation.", improved_thought_process=text or (DENIAL, THOUGHT)[label], predicted_label=label))
 def good(call, n): return Reply(thought())
 def row_of(call): return int(re.search(r"Premise: Row (\d+) ", call.user)[1])
 def rows(path): return [json.loads(l) for l in open(path, encoding="utf-8")]
@@ -44,7 +47,8 @@ def go(script, files, n=1, stage=THINK, model="m", workers=1, kw={}, **ep):
     inp, out = files(n)
     with FakeEndpoint(script) as server:
         e = Endpoint(base_url=server.url, model=model, **{**dict(backoff=.02, timeout=5, api_key_env="NLI_TEST_KEY"), **ep})
-        r = augment(stage, inp, out, e, workers=workers, progress=False, **kw)
+        # what guards reflections has tests of its own at the end
+        r = augment(stage, inp, out, e, workers=workers, progress=False, **dict(guards=Guards(blind=False)) | kw)
     return r, server.calls, rows(out), rows(failed_path(out)) if failed_path(out).exists() else []
 
 
@@ -92,7 +96,7 @@ def test_a_reflection_sees_gold_and_the_wrong_thought_and_says_so(files):
     assert len(out) == len(calls) == 1 and "Correct label: 0" in calls[0].user and "It just follows." in calls[0].user
     assert out[0]["provenance"]["saw_gold"] is True and out[0]["provenance"]["allow_eval_rows"] is False
     assert (out[0]["predicted_label"], out[0]["thought_predicted_label"], out[0]["true_label"]) == (0, 1, 0)
-    assert next(iter_rows(files(1)[1]))["improved_thought_process"] == THOUGHT
+    assert next(iter_rows(files(1)[1]))["improved_thought_process"] == DENIAL
 
 
 def test_a_reflection_with_the_wrong_label_is_retried_and_then_counted(files):
@@ -221,7 +225,7 @@ def test_back_off_grows_and_is_jittered():
     assert all(len(set(x)) > 10 for x in w[:4]) and max(map(max, w)) <= 20 and min(w[3]) >= 8 > max(w[1])
 
 
-@pytest.mark.parametrize("status, message", [(400, "context length exceeded"), (401, "Incorrect API key provided: SECRET-123"), (402, "pay"), (403, "forbidden"), (404, "no model m")])
+@pytest.mark.parametrize("status, message", [(401, "Incorrect API key provided: SECRET-123"), (402, "pay"), (404, "no model m")])
 def test_what_time_will_not_mend_stops_at_once_with_the_servers_words(files, capsys, monkeypatch, status, message):
     monkeypatch.setenv("NLI_TEST_KEY", "SECRET-123")
     r, calls, out, failed = go(lambda c, n: Reply(status=status, body=dict(error=dict(message=message)), delay=.02), files, 30, workers=6, response_format="json_object")
@@ -484,11 +488,11 @@ def test_help_loads_no_client_and_nothing_slow():
 def test_the_commands_end_with_the_promised_exit_codes(files):
     inp, out = files([wrong_thought(i) for i in range(3)])
     with FakeEndpoint(lambda c, n: Reply(reflection(0) if row_of(c) else "no")) as server:
-        assert finish(command(inp, out, server.url, stage="reflect"))[2] == 1
+        assert finish(command(inp, out, server.url, "--no_blind", stage="reflect"))[2] == 1
         assert finish(command(inp, out, "nonsense"))[2] == 2
-        _, err, code = finish(command(inp, out, server.url, "--temperature", 1, stage="reflect"))
+        _, err, code = finish(command(inp, out, server.url, "--no_blind", "--temperature", 1, stage="reflect"))
         assert code == 2 and "made with other settings" in err and "Traceback" not in err
-    with FakeEndpoint(lambda c, n: Reply(reflection(0))) as server: _, err, code = finish(command(inp, out, server.url, stage="reflect"))
+    with FakeEndpoint(lambda c, n: Reply(reflection(0))) as server: _, err, code = finish(command(inp, out, server.url, "--no_blind", stage="reflect"))
     assert code == 0 and len(rows(out)) == 3 and "reflect: 1 written" in err
 
 
@@ -560,3 +564,111 @@ def test_a_users_prompt_is_sent_word_for_word_and_rows_of_another_prompt_are_ref
         n = len(server.calls)
         r = run()
         assert r.returncode == 2 and "template_hash" in r.stderr and len(server.calls) == n and len(rows(out)) == 2
+
+
+# ---------------------------------------------------------------- what one row or the whole server will not answer
+
+def told(message): return dict(error=dict(message=message))
+def message(**kw): return dict(choices=[dict(index=0, finish_reason=kw.pop("finish", "stop"), message=dict(role="assistant", **kw))], model="m", id="x", object="o", created=0)
+
+
+@pytest.mark.parametrize("status", [400, 403, 413, 422])
+def test_a_row_that_the_server_rejects_is_set_apart_and_the_run_goes_on(files, status):
+    def script(c, n): return Reply(status=status, body=told("maximum context length is 4096 tokens")) if row_of(c) == 0 else Reply(thought())
+    r, calls, out, failed = go(script, files, 8)
+    assert sorted(x["id"] for x in out) == list(range(1, 8)) and r["reason"] is None and r["exit_code"] == 1
+    assert [x["id"] for x in failed] == [0] and f"HTTP {status}: maximum context length" in failed[0]["why"]
+
+
+def test_a_server_that_rejects_the_first_rows_alike_ends_the_run_in_its_own_words(files):
+    r, calls, out, failed = go(lambda c, n: Reply(status=403, body=told("your plan has no access")), files, 30)
+    assert "rejected the first 5 rows" in r["reason"] and "your plan has no access" in r["reason"]
+    assert len(failed) == 5 and r["left"] == 25 and r["exit_code"] == 1
+
+
+@pytest.mark.parametrize("words, cure", [("System role not supported", "--prompt FILE"), ("response_format is not supported", "--response_format plain")])
+def test_a_request_that_the_server_does_not_take_ends_with_what_to_do(files, words, cure):
+    r, calls, out, failed = go(lambda c, n: Reply(status=400, body=told(words)), files, 30, response_format="json_object")
+    assert cure in r["reason"] and words in r["reason"] and not failed and r["left"] == 30
+
+
+def test_content_in_parts_is_read_and_thinking_parts_are_no_answer(files):
+    parts = [dict(type="thinking", thinking=[dict(type="text", text=thought(0))]), dict(type="text", text=thought(1))]
+    r, calls, out, _ = go(lambda c, n: Reply(body=message(content=parts)), files, 2)
+    assert [x["predicted_label"] for x in out] == [1, 1] and r["exit_code"] == 0
+
+
+@pytest.mark.parametrize("said, place", [(dict(content=None, reasoning_content="Well …"), "reasoning_content"),
+                                         (dict(content=None, refusal="I cannot."), "refusal"),
+                                         (dict(content="", finish="content_filter"), "content_filter")])
+def test_twenty_useless_replies_and_no_good_one_stop_the_run_with_the_field_that_held_the_text(files, said, place):
+    r, calls, out, failed = go(lambda c, n: Reply(body=message(**dict(said))), files, 40)
+    assert len(calls) == USELESS and place in r["reason"] and not out and r["exit_code"] == 1
+
+
+def test_a_good_reply_among_useless_ones_keeps_the_run_going(files):
+    r, calls, out, failed = go(lambda c, n: Reply(thought() if row_of(c) == 3 else "no JSON"), files, 30)
+    assert r["reason"] is None and len(out) == 1 and len(failed) == 29
+
+
+def test_entailment_as_a_label_is_asked_again_in_true_words(files):
+    named = json.dumps(dict(thought_process=THOUGHT, predicted_label="entailment"))
+    r, calls, out, _ = go(lambda c, n: Reply(thought() if n else named), files, 1)
+    assert "1 for entailment, 0 otherwise" in calls[1].body["messages"][-1]["content"] and len(out) == 1
+
+
+# ---------------------------------------------------------------- what guards reflections
+
+def verdict(label): return json.dumps(dict(assessment="The steps hold as far as they go.", predicted_label=label))
+def is_blind(call): return "examines the reasoning" in call.system
+
+
+def test_the_blind_pass_sees_no_gold_and_its_doubt_sets_the_row_apart_for_good(files):
+    def script(c, n): return Reply(verdict(1 if row_of(c) == 0 else 0) if is_blind(c) else reflection(0))
+    three = [wrong_thought(i) for i in range(3)]
+    r, calls, out, failed = go(script, files, three, REFLECT, kw=dict(guards=Guards()))
+    doubted = rows(A.suspect_path(files(three)[1]))
+    assert sorted(x["id"] for x in out) == [1, 2] and [x["id"] for x in doubted] == [0] and not failed
+    assert "gold is 0" in doubted[0]["suspicion"][0] and (r["suspects"], r["written"], r["exit_code"]) == (1, 2, 0)
+    blind = [c for c in calls if is_blind(c)]
+    assert len(blind) == 3 and all("Correct label" not in m["content"] for c in blind for m in c.body["messages"])
+    again, calls, *_ = go(script, files, three, REFLECT, kw=dict(guards=Guards()))
+    assert not calls and again["exit_code"] == 0
+
+
+@pytest.mark.parametrize("text, why", [(DENIAL, "concludes 0"), ("The true label says so. It follows from the premise.", "only you were shown"),
+                                       ("There is no information to suggest otherwise, so it follows from the premise.", "argues with")])
+def test_a_reflection_without_a_reason_is_asked_again_and_then_set_apart(files, text, why):
+    row = [wrong_thought(1, label=1)]
+    r, calls, out, failed = go(lambda c, n: Reply(reflection(1, text)), files, row, REFLECT)
+    doubted = rows(A.suspect_path(files(row)[1]))
+    assert len(calls) == 3 and why in calls[1].body["messages"][-1]["content"]
+    assert (len(out), len(failed), r["suspects"], r["not_argued"]) == (0, 0, 1, 3) and why in doubted[0]["suspicion"][0]
+
+
+def test_samples_without_gold_set_apart_what_they_outvote(files):
+    def script(c, n): return Reply(thought(1) if "Correct label" not in c.user else reflection(0))
+    row = [wrong_thought(1)]
+    r, calls, out, _ = go(script, files, row, REFLECT, kw=dict(guards=Guards(blind=False, samples=3)))
+    assert r["suspects"] == 1 and len(calls) == 4 and "0 of 3 answers without gold" in rows(A.suspect_path(files(row)[1]))[0]["suspicion"][0]
+
+
+def test_of_simulated_reflections_fewer_teach_a_wrong_label_when_gold_is_doubted(files):
+    "A synthetic teacher that is right in 90 %, also blindly, on rows of which 5 % have a wrong gold label."
+    rng = random.Random(0)
+    truth = {i: rng.randint(0, 1) for i in range(1500)}
+    gold = {i: 1 - y if rng.random() < .05 else y for i, y in truth.items()}
+    first = {i: y if rng.random() < .9 else 1 - y for i, y in truth.items()}
+    blind = {i: y if rng.random() < .9 else 1 - y for i, y in truth.items()}
+    wrong = [wrong_thought(i, label=gold[i]) for i in truth if first[i] != gold[i]]
+    def script(c, n): return Reply(verdict(blind[row_of(c)]) if is_blind(c) else reflection(gold[row_of(c)]))
+    r, calls, out, _ = go(script, files, wrong, REFLECT, workers=8, kw=dict(guards=Guards()))
+    def share(found): return sum(gold[x["id"]] != truth[x["id"]] for x in found)/len(found)
+    assert .25 < share(wrong) < .40 and share(out) < .10
+
+
+def test_a_dry_run_counts_the_calls_of_the_guards(files, capsys):
+    inp, out = files([wrong_thought(i) for i in range(4)])
+    base = augment(REFLECT, inp, out, Endpoint(model="m"), dry_run=True, guards=Guards(blind=False))
+    both = augment(REFLECT, inp, out, Endpoint(model="m"), dry_run=True, guards=Guards(samples=2))
+    assert both["prompt_tokens"] == 4*base["prompt_tokens"] and "4 a row" in capsys.readouterr().out
