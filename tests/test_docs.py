@@ -89,7 +89,7 @@ NOT_RUN = {
 
 MADE = {   # files that documents speak of and a clone does not have -> where they come from
     "runs/.jobs/": "nli_run --engine", "tensorboard/": "report_to", ".venv": "run_training.sh", "data/embedded/": "train_sft.make_embedded_data", "models/": "a run", "evaluations/": "nli_evaluate", "MODEL_CARD.md": "train.ipynb, nli_runs --card",
-    "predictions_before_forced.jsonl": "a run with eval_before", "finetune/train_ft.jsonl": "nli_data prepare", "finetune/dev_ft.jsonl": "nli_data prepare",
+    "predictions_before_forced.jsonl": "a run with eval_before", "manifest.json": "nli_corpus", "finetune/train_ft.jsonl": "nli_data prepare", "finetune/dev_ft.jsonl": "nli_data prepare",
     "thoughts.jsonl": "nli_think", "reflections.jsonl": "nli_reflect", ".venv/install.log": "run_training.sh"}
 ELSEWHERE = {   # messages and their fragments that are not ours -> whose they are
     "could not select device driver": "Docker's"}
@@ -370,7 +370,8 @@ def furnished(tmp_path_factory):
             cfg.path(key).parent.mkdir(parents=True, exist_ok=True)
             write_jsonl(cfg.path(key), [dict(pair(p), prompt=prompt_messages(p["premise"], p["hypothesis"], wording), thought_process=p["thought_process"], source="synthetic",
                 completion=[dict(role="assistant", content=json.dumps(dict(thought_process=p["thought_process"], predicted_label=p["label"])))]) for p in answers])
-        thoughts = [dict(pair(p), true_label=p["label"], thought_process=p["thought_process"], predicted_label=p["label"] if i % 4 else 1 - p["label"]) for i, p in enumerate(answers)]
+        right = [p for p in answers if p["predicted_label"] == p["label"]]  # the others' thoughts argue against their label
+        thoughts = [dict(pair(p), true_label=p["label"], thought_process=p["thought_process"], predicted_label=p["label"] if i % 4 else 1 - p["label"]) for i, p in enumerate(right)]
         reflections = [dict(t, error_analysis="The first try was hasty.", improved_thought_process=t["thought_process"] + " Read again, that stands.") for t in thoughts[::4]]
         for folder in (desk, desk/"data"):
             write_jsonl(folder/"thoughts.jsonl", thoughts)
