@@ -33,7 +33,7 @@ import numpy as np
 
 from .config_loader import (ConfigError, DataError, RecordError, command, config_from_json, project_root,
                                   typed_text)
-from .data import (CONTRACTS, PAIR_NAMES, PROMPTS, SOURCES, cluster_codes, column_option, encoding_hint,
+from .data import (CONTRACTS, BoostedTree, PAIR_NAMES, PROMPTS, SOURCES, cluster_codes, column_option, encoding_hint,
                          faults_named, file_format, find_column, layout_args, norm_text, prompt_messages, read_rows,
                          records, render_completion, share_right, source_pairs, spread, table_rows, template_of,
                          width_fault, wilson)
@@ -1423,7 +1423,9 @@ def baseline_labels(train:list, # rows with premise, hypothesis, label, to learn
     surface = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     found["hypothesis_only"] = _fitted(bag, [r["hypothesis"] for r in train], y, [r["hypothesis"] for r in rows])
     pairs = lambda rs: [surface_features(r["premise"], r["hypothesis"]) for r in rs]
-    return found | dict(overlap_negation=_fitted(surface, pairs(train), y, pairs(rows)))
+    found["overlap_negation"] = _fitted(surface, pairs(train), y, pairs(rows))
+    found["boosted_tree"] = BoostedTree().fit(train).predict(rows)
+    return found
 
 def _terms(text):
     "Words and neighbouring pairs of words."

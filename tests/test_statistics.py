@@ -475,7 +475,7 @@ def test_baselines_find_planted_shortcuts_and_nothing_where_none_is():
     random_ = lambda y: dict(hypothesis=f"The {noun()} is here")
     test = rows(200, negated)
     found = acc(ev.baseline_labels(rows(200, negated), test), test)
-    assert found["hypothesis_only"] == found["overlap_negation"] == 1. and found["majority"] < .65
+    assert found["hypothesis_only"] == found["overlap_negation"] == found["boosted_tree"] == 1. and found["majority"] < .65
     test = rows(400, random_)
     found = acc(ev.baseline_labels(rows(200, random_), test), test)
     assert all(.35 < a < .65 for a in found.values())
