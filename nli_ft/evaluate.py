@@ -33,10 +33,10 @@ import numpy as np
 
 from .config_loader import (ConfigError, DataError, RecordError, command, config_from_json, project_root,
                                   typed_text)
-from .data import (CONTRACTS, BoostedTree, PAIR_NAMES, PROMPTS, SOURCES, cluster_codes, column_option, encoding_hint,
-                         faults_named, file_format, find_column, layout_args, norm_text, prompt_messages, read_rows,
-                         records, render_completion, share_right, source_pairs, spread, table_rows, template_of,
-                         width_fault, wilson)
+from .data import (CONTRACTS, PAIR_NAMES, PROMPTS, SOURCES, BoostedTree, cluster_codes, column_option,
+                         encoding_hint, faults_named, file_format, find_column, layout_args, leakage, leakage_text,
+                         norm_text, prompt_messages, read_rows, records, render_completion, share_right, source_pairs,
+                         spread, table_rows, template_of, width_fault, wilson)
 from .prompt import (encode_prompt, encode_row, end_of_turn, find_answer, json_closed, marks_thinking,
                            parse_completion)
 
@@ -1704,6 +1704,7 @@ def evaluate_cli(argv=None) -> int:
     untuned = dict(before=run/"predictions_before.jsonl", forced=run/"predictions_before_forced.jsonl")
     untuned = {k: read_predictions(p) for k, p in untuned.items() if out == run and p.is_file()}
     preds, extra = _predict_and_probe(cfg, None if ns.untuned else adapter, rows, out, ns)
+    extra["leakage"] = leakage(train, rows) if train else None
     made = save_report(out, preds, extra, train=train, **untuned)
     if ns.json:
         print(json.dumps(made, ensure_ascii=False))
@@ -1711,6 +1712,7 @@ def evaluate_cli(argv=None) -> int:
     print(report_text(made))
     if ns.probe: print("\n" + _probe_text(made["probe"]))
     if train is None: print(f"\nno shortcut baselines: {cfg.train_data} is not there to learn them from")
+    for sentence in leakage_text(extra["leakage"]): print(f"\nWARNING: {sentence}")
     print(f"\n{os.path.relpath(out)}: predictions.jsonl, report.json and plots")
     return 0
 

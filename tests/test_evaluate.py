@@ -321,6 +321,7 @@ def test_nli_evaluate_writes_predictions_report_and_plots_and_a_second_call_gene
     shown = capsys.readouterr().out
     assert "accuracy 0.000" in shown and "hypothesis_only" in shown and "n = 4" in shown
     made = json.loads((run/"report.json").read_text())
+    assert "4 of 4 evaluation pairs are among the training rows" in shown and made["leakage"]["pairs"] == 4
     assert made["scores"]["n"] == 4 and made["scores"]["coverage"] == 0. and set(made["baselines"]) == {"majority", "hypothesis_only", "overlap_negation", "boosted_tree"}
     assert {p.stem for p in run.glob("*.png")} == set(ev.PLOTS)
     monkeypatch.setattr(ev, "predict_rows", None)
