@@ -191,6 +191,8 @@ def test_padding_on_either_side_leaves_log_probabilities_as_they_are(tmp_path):
 
 def test_early_stopping_keeps_the_best_checkpoint(tmp_path):
     cfg = tiny(tmp_path, max_steps=12, eval_steps=2, save_steps=2, early_stopping_patience=1, learning_rate=1.0, max_grad_norm=None, lr_scheduler="constant", warmup_ratio=0.0)
+    own = golden_rows(tmp_path/"rows.jsonl")
+    cfg = cfg.replace(train_data=own, eval_data=own)
     logs, model, result = trained(cfg, tmp_path/"m")
     evals = [l["eval_loss"] for l in logs if "eval_loss" in l]
     assert len(evals) < 6 and result["steps"] < 12, "a learning rate of 1 must get worse"
