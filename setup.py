@@ -1,4 +1,5 @@
 """Installs nli_ft: names and version from settings.ini, dependencies from requirements.txt (the one place with pins)."""
+
 import configparser, re
 from pathlib import Path
 
@@ -6,32 +7,55 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).resolve().parent
 cfg = configparser.ConfigParser()
-cfg.read(here/"settings.ini", encoding="utf-8")
+cfg.read(here / "settings.ini", encoding="utf-8")
 s = cfg["DEFAULT"]
 
 # a pin ends where its why-comment begins; a comment that begins with [name] makes it an extra
 pins, extras = [], {}
-for line in (here/"requirements.txt").read_text(encoding="utf-8").splitlines():
+for line in (here / "requirements.txt").read_text(encoding="utf-8").splitlines():
     pin, _, why = (part.strip() for part in line.partition("#"))
     name = re.match(r"\[(\w+)\]", why)
-    if pin: (extras.setdefault(name[1], []) if name else pins).append(pin)
+    if pin:
+        (extras.setdefault(name[1], []) if name else pins).append(pin)
 # Not among the pins, because requirements.txt is also what CI and a machine without a GPU install. The vLLM that is built for the torch pinned there
 # (it takes no other); 4-bit bitsandbytes weights are a plugin of its own
 extras["vllm"] = ["vllm==0.30.0", "vllm-bnb-plugin==0.0.3"]
-readme = here/"README.md"
+readme = here / "README.md"
 
 commands = dict(
-    nli_train="train_sft:train_cli", nli_run="records:run_cli", nli_runs="records:runs_cli", nli_compare="records:compare_cli", nli_bench="bench:bench_cli",
-    nli_data="data:data_cli", nli_corpus="corpus:corpus_cli", nli_think="augment:think_cli", nli_reflect="augment:reflect_cli",
-    nli_evaluate="evaluate:evaluate_cli", nli_predict="evaluate:predict_cli", nli_merge="train_sft:merge_cli")
+    nli_train="train_sft:train_cli",
+    nli_run="records:run_cli",
+    nli_runs="records:runs_cli",
+    nli_compare="records:compare_cli",
+    nli_bench="bench:bench_cli",
+    nli_data="data:data_cli",
+    nli_corpus="corpus:corpus_cli",
+    nli_think="augment:think_cli",
+    nli_reflect="augment:reflect_cli",
+    nli_evaluate="evaluate:evaluate_cli",
+    nli_predict="evaluate:predict_cli",
+    nli_merge="train_sft:merge_cli",
+)
 
 setup(
-    name=s["lib_name"], version=s["version"], description=s["description"], keywords=s["keywords"],
-    author=s["author"], author_email=s["author_email"], url=s["git_url"], license="Apache-2.0",
-    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "", long_description_content_type="text/markdown",
+    name=s["lib_name"],
+    version=s["version"],
+    description=s["description"],
+    keywords=s["keywords"],
+    author=s["author"],
+    author_email=s["author_email"],
+    url=s["git_url"],
+    license="Apache-2.0",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
     packages=find_packages(include=[s["lib_name"], s["lib_name"] + ".*"]),
-    package_data={s["lib_name"]: ["configs/*.py", "configs/accelerate/*.yaml"]}, # configs are read as files, not imported
-    python_requires=">=" + s["min_python"], install_requires=pins, extras_require=extras,
+    package_data={
+        s["lib_name"]: ["configs/*.py", "configs/accelerate/*.yaml"]
+    },  # configs are read as files, not imported
+    python_requires=">=" + s["min_python"],
+    install_requires=pins,
+    extras_require=extras,
     entry_points={"console_scripts": [f"{name}=nli_ft.{target}" for name, target in commands.items()]},
     classifiers=["Intended Audience :: Science/Research", "Programming Language :: Python :: 3.11"],
-    zip_safe=False)
+    zip_safe=False,
+)

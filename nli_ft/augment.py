@@ -33,12 +33,22 @@ from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .config_loader import ConfigError, DataError, command, stop_signals
-from .data import CONTRACTS, BadRows, concludes, iter_rows, json_line, leaks_gold, suspect_path, write_jsonl
+from nli_ft.data import (
+    CONTRACTS,
+    BadRows,
+    concludes,
+    iter_rows,
+    json_line,
+    leaks_gold,
+    suspect_path,
+    write_jsonl,
+)
 from .prompt import GivenTwice, _decode, _object_spans, find_answer
 
 # %% ../nbs/04_augment.ipynb #caddef4f
 class Answer(BaseModel):
     "What all answers have in common: types are not coerced, and texts are reasoning."
+
     model_config = ConfigDict(strict=True)
 
     @field_validator("*", mode="before")
@@ -46,36 +56,48 @@ class Answer(BaseModel):
     def is_an_answer(cls, v):
         "`True` and `1.0` equal 1 in Python but are no label; small models copy the placeholder `...` out of the prompt."
         if not isinstance(v, str):
-            if type(v) is int: return v
+            if type(v) is int:
+                return v
             raise ValueError("should be text, or for predicted_label the number 0 or 1")
-        if not re.search(r"\w\W+\w", v): raise ValueError("should be reasoning in words")
-        if "\0" in v or v.encode("utf-8", "replace").decode() != v: raise ValueError("holds characters that are no text")
+        if not re.search(r"\w\W+\w", v):
+            raise ValueError("should be reasoning in words")
+        if "\0" in v or v.encode("utf-8", "replace").decode() != v:
+            raise ValueError("holds characters that are no text")
         return v
 
 # %% ../nbs/04_augment.ipynb #a9a172e5
 class Thought(Answer):
     "What stage 1 must answer: reasoning first, so that the label can depend on it."
+
     thought_process: str = Field(description="the reasoning, step by step, before the label")
     predicted_label: Literal[0, 1] = Field(description="1 if the premise entails the hypothesis, else 0")
 
+
 class Reflection(Answer):
     "What stage 2 must answer: what was wrong, the corrected reasoning, and the label it now ends in."
+
     error_analysis: str = Field(description="what the earlier reasoning got wrong")
-    improved_thought_process: str = Field(description="the corrected reasoning, step by step, before the label")
+    improved_thought_process: str = Field(
+        description="the corrected reasoning, step by step, before the label"
+    )
     predicted_label: Literal[0, 1] = Field(description="1 if the premise entails the hypothesis, else 0")
+
 
 class Verdict(Answer):
     "What the blind pass must answer: whether the steps hold, and the label that they show."
+
     assessment: str = Field(description="whether each step follows from the premise")
     predicted_label: Literal[0, 1] = Field(description="1 if the premise entails the hypothesis, else 0")
 
 # %% ../nbs/04_augment.ipynb #50fd1422
 def response_schema(
-    model: type[Answer], # `Thought` or `Reflection`
-) -> dict: # JSON Schema in the subset that constrained decoders share
+    model: type[Answer],  # `Thought` or `Reflection`
+) -> dict:  # JSON Schema in the subset that constrained decoders share
     "The schema sent with `response_format=json_schema`."
-    props = {name: {k: v for k, v in p.items() if k in ("type", "description", "enum")}
-             for name, p in model.model_json_schema()["properties"].items()}
+    props = {
+        name: {k: v for k, v in p.items() if k in ("type", "description", "enum")}
+        for name, p in model.model_json_schema()["properties"].items()
+    }
     return dict(type="object", properties=props, required=list(props), additionalProperties=False)
 
 # %% ../nbs/04_augment.ipynb #b1e9b308
@@ -138,9 +160,9 @@ Reply again with one JSON object and nothing else, in the form given above."""
 
 # %% ../nbs/04_augment.ipynb #f9e42e0b
 def fill(
-    template: str, # text with `{field}` places
-    values: dict, # what goes there; a place without a value is left as it is
-) -> str: # the filled text
+    template: str,  # text with `{field}` places
+    values: dict,  # what goes there; a place without a value is left as it is
+) -> str:  # the filled text
     "Fill a prompt template in one pass; braces inside the values are text."
     return re.sub(r"\{(\w+)\}", lambda m: str(values[m[1]]) if m[1] in values else m[0], template)
 
@@ -148,24 +170,30 @@ def fill(
 @dataclass(frozen=True)
 class Stage:
     "One question to the endpoint: prompt, schema, and what its answer turns a row into."
-    name: str # "think" or "reflect"
-    system: str # system message; "": none is sent
-    user: str # template of the user message
-    schema: type[Answer] # what the model must answer
-    shows: tuple # row fields that a request may hold
-    content: tuple # row fields that identify the row when a run is resumed
-    saw_gold: bool # recorded in every row
-    build: Callable # (row, answer) -> the fields the stage adds
-    wrong: Callable = lambda row, answer: None # (row, answer) -> why a well-formed answer is refused, or None
+
+    name: str  # "think" or "reflect"
+    system: str  # system message; "": none is sent
+    user: str  # template of the user message
+    schema: type[Answer]  # what the model must answer
+    shows: tuple  # row fields that a request may hold
+    content: tuple  # row fields that identify the row when a run is resumed
+    saw_gold: bool  # recorded in every row
+    build: Callable  # (row, answer) -> the fields the stage adds
+    wrong: Callable = lambda row, answer: (
+        None
+    )  # (row, answer) -> why a well-formed answer is refused, or None
 
 # %% ../nbs/04_augment.ipynb #c7ca9ef8
 @patch
-def messages(self:Stage,
-    row: dict, # a pair or thought row
-) -> list: # chat messages
+def messages(
+    self: Stage,
+    row: dict,  # a pair or thought row
+) -> list:  # chat messages
     "The request for one row, filled from `shows` and from nothing else."
     shown = {k: row[k] for k in self.shows}
-    system = [dict(role="system", content=self.system)] if self.system else [] # some chat templates refuse the role
+    system = (
+        [dict(role="system", content=self.system)] if self.system else []
+    )  # some chat templates refuse the role
     return [*system, dict(role="user", content=fill(self.user, shown))]
 
 # %% ../nbs/04_augment.ipynb #5edad166
@@ -173,18 +201,25 @@ def add_thought(row, answer):
     "Stage 1: gold is looked at only now that the answer is in."
     return dict(answer, true_label=row["label"], correct=answer["predicted_label"] == row["label"])
 
+
 def add_reflection(row, answer):
     "Stage 2: `predicted_label` becomes the reflection's; the label it corrects is kept beside it."
-    return dict(answer, thought_predicted_label=row["predicted_label"], thought_provenance=row.get("provenance"))
+    return dict(
+        answer, thought_predicted_label=row["predicted_label"], thought_provenance=row.get("provenance")
+    )
+
 
 def not_gold(row, answer):
     "Why a reflection is refused: reasoning that still ends in the wrong label would teach just that."
     if answer["predicted_label"] != row["true_label"]:
-        return (f"predicted_label is {answer['predicted_label']}, but the correct label is {row['true_label']}. "
-                "Write the improved reasoning that ends in the correct label.")
+        return (
+            f"predicted_label is {answer['predicted_label']}, but the correct label is {row['true_label']}. "
+            "Write the improved reasoning that ends in the correct label."
+        )
 
 # %% ../nbs/04_augment.ipynb #fc225eaf
-_SILENCE = re.compile(r"""
+_SILENCE = re.compile(
+    r"""
     \b(?:no|any|lack\ of|absence\ of|without)\s+(?:\w+\s+){0,3}?
        (?:information|evidence|indication|counter[- ]?evidence|contradict\w+|detail|mention|facts?|reason)\b[^.;]{0,60}?
        \b(?:otherwise|contrary|contradict\w*|against|exclud\w+|rul\w+\s+\w*\s*out|preclud\w+|den(?:y|ies|ied|ying)|oppos\w+|disprov\w+)
@@ -200,17 +235,24 @@ _SILENCE = re.compile(r"""
        (?:state|mention|say|specify|provide|confirm|indicate|give|tell|describe|address)
   | \b(?:we|i)\s+(?:do\s+not|don['’]t|cannot|can['’]t)\s+(?:\w+\s+){0,2}?(?:know|have|be\s+(?:sure|certain))
   | \b(?:not|never|n['’]t)\s+(?:\w+\s+)?(?:stated|mentioned|specified|said|given|confirmed|provided)\b[^.;]*?\b(?:but|yet|still|however)\b
-  """, re.I | re.X)
-_HEDGE = re.compile(r"""
+  """,
+    re.I | re.X,
+)
+_HEDGE = re.compile(
+    r"""
     \b(?:possibl[ey]|possibility|plausibl[ey]|conceivabl\w+|perhaps|maybe|probabl[ey]|likely|likelihood|presumabl[ey]|might|could|chance)\b
   | \bmay\s+(?:well\s+)?(?:be|have|also|not)\b
   | \b(?:reasonable|fair|safe|natural|logical)\s+to\s+(?:\w+\s+)?(?:assume|suppose|presume|infer|believe|expect|think|guess)\b
   | \bassum(?:e|es|ed|ing|ption)\b | \b(?:suggest|hint|align)(?:s|ed|ing)?\b | \bconsistent\s+with\b
   | \b(?:cannot|can['’]t|can\s+not)\s+be\s+(?:ruled\s+out|excluded)\b | \b(?:usually|often|typically|generally|commonly)\b
-  """, re.I | re.X)
+  """,
+    re.I | re.X,
+)
 
-def weak_inference(thought:str # a thought that is to show an entailment
-                  ) -> str|None: # the telling words
+
+def weak_inference(
+    thought: str,  # a thought that is to show an entailment
+) -> str | None:  # the telling words
     "The words by which a thought argues from silence, or ends in something merely possible."
     last = re.split(r"(?<=[.!?])\s+(?=\S)", thought.strip())[-1]
     found = _SILENCE.search(thought) or _HEDGE.search(last)
@@ -224,236 +266,370 @@ def not_argued(row, answer):
     said = concludes(thought)
     if said is not None and said != gold:
         return f"improved_thought_process concludes {said}, but predicted_label is {gold}. {end}"
-    if (words := leaks_gold(thought)):
+    if words := leaks_gold(thought):
         return f"improved_thought_process refers to what only you were shown ({words!r}). Write it as if from premise and hypothesis only."
     if gold == 1 and (words := weak_inference(thought)):
-        return (f"improved_thought_process argues with {words!r}. That a thing is possible, or that nothing speaks against it, does not make it "
-                f"follow. Name the step by which the premise makes the hypothesis true.")
+        return (
+            f"improved_thought_process argues with {words!r}. That a thing is possible, or that nothing speaks against it, does not make it "
+            f"follow. Name the step by which the premise makes the hypothesis true."
+        )
+
 
 def unfit(row, answer):
     "Why a well-formed reflection is refused, or None."
     return not_gold(row, answer) or not_argued(row, answer)
 
 # %% ../nbs/04_augment.ipynb #75bf9292
-THINK = Stage("think", THINK_SYSTEM, THINK_USER, Thought, shows=("premise", "hypothesis"),
-              content=("id", "premise", "hypothesis", "label"), saw_gold=False, build=add_thought)
-REFLECT = Stage("reflect", REFLECT_SYSTEM, REFLECT_USER, Reflection,
-                shows=("premise", "hypothesis", "thought_process", "predicted_label", "true_label"),
-                content=("id", "premise", "hypothesis", "true_label", "thought_process", "predicted_label"),
-                saw_gold=True, build=add_reflection, wrong=unfit)
-BLIND = Stage("blind", BLIND_SYSTEM, BLIND_USER, Verdict, shows=("premise", "hypothesis", "improved_thought_process"),
-              content=("id", "premise", "hypothesis"), saw_gold=False, build=lambda row, answer: answer)
+THINK = Stage(
+    "think",
+    THINK_SYSTEM,
+    THINK_USER,
+    Thought,
+    shows=("premise", "hypothesis"),
+    content=("id", "premise", "hypothesis", "label"),
+    saw_gold=False,
+    build=add_thought,
+)
+REFLECT = Stage(
+    "reflect",
+    REFLECT_SYSTEM,
+    REFLECT_USER,
+    Reflection,
+    shows=("premise", "hypothesis", "thought_process", "predicted_label", "true_label"),
+    content=("id", "premise", "hypothesis", "true_label", "thought_process", "predicted_label"),
+    saw_gold=True,
+    build=add_reflection,
+    wrong=unfit,
+)
+BLIND = Stage(
+    "blind",
+    BLIND_SYSTEM,
+    BLIND_USER,
+    Verdict,
+    shows=("premise", "hypothesis", "improved_thought_process"),
+    content=("id", "premise", "hypothesis"),
+    saw_gold=False,
+    build=lambda row, answer: answer,
+)
 
 # %% ../nbs/04_augment.ipynb #1e498166
 def read_spec(
-    path: str|Path, # .json or .toml file
-    what: str, # for the message
+    path: str | Path,  # .json or .toml file
+    what: str,  # for the message
 ) -> dict:
     "A small user file that holds one table. Raises `ConfigError`."
-    try: spec = (tomllib.loads if str(path).endswith(".toml") else json.loads)(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e: raise ConfigError(f"{path}: cannot read {what}: {e}") from None
-    if not isinstance(spec, dict): raise ConfigError(f"{path}: {what} must be a table, not a {type(spec).__name__}")
+    try:
+        spec = (tomllib.loads if str(path).endswith(".toml") else json.loads)(
+            Path(path).read_text(encoding="utf-8")
+        )
+    except (OSError, ValueError, RecursionError) as e:
+        raise ConfigError(f"{path}: cannot read {what}: {e}") from None
+    if not isinstance(spec, dict):
+        raise ConfigError(f"{path}: {what} must be a table, not a {type(spec).__name__}")
     return spec
 
+
 def read_prompt(
-    path: str|Path, # .json or .toml file with `user` and maybe `system`
-    stage: Stage, # THINK or REFLECT
-) -> Stage: # the same question in other words
+    path: str | Path,  # .json or .toml file with `user` and maybe `system`
+    stage: Stage,  # THINK or REFLECT
+) -> Stage:  # the same question in other words
     "A stage with the user's own prompt. Raises `ConfigError` for a missing text or place, or one that the stage may not show."
     spec = read_spec(path, "a prompt")
-    if not (set(spec) <= {"system", "user"} and isinstance(spec.get("user"), str) and isinstance(spec.get("system", ""), str)):
-        raise ConfigError(f"{path}: a prompt needs the text user, and may hold the text system; it holds {', '.join(spec) or 'nothing'}")
+    if not (
+        set(spec) <= {"system", "user"}
+        and isinstance(spec.get("user"), str)
+        and isinstance(spec.get("system", ""), str)
+    ):
+        raise ConfigError(
+            f"{path}: a prompt needs the text user, and may hold the text system; it holds {', '.join(spec) or 'nothing'}"
+        )
     places = set(re.findall(r"\{(\w+)\}", spec["user"]))
-    if (gone := {"premise", "hypothesis"} - places): raise ConfigError(f"{path}: user lacks the place {', '.join(f'{{{k}}}' for k in sorted(gone))}")
-    if (more := places - set(stage.shows)):
-        raise ConfigError(f"{path}: user holds {', '.join(f'{{{k}}}' for k in sorted(more))}, but nli_{stage.name} shows only {', '.join(stage.shows)}")
+    if gone := {"premise", "hypothesis"} - places:
+        raise ConfigError(f"{path}: user lacks the place {', '.join(f'{{{k}}}' for k in sorted(gone))}")
+    if more := places - set(stage.shows):
+        raise ConfigError(
+            f"{path}: user holds {', '.join(f'{{{k}}}' for k in sorted(more))}, but nli_{stage.name} shows only {', '.join(stage.shows)}"
+        )
     return replace(stage, system=spec.get("system", ""), user=spec["user"])
 
 # %% ../nbs/04_augment.ipynb #ce3c2e8b
-class ContentError(Exception): "A reply that arrived and cannot be used."
-class Unfit(ContentError): "A well-formed reply whose answer is refused: the wrong label, or reasons that are none."
-class Declined(ContentError): "No reply at all, by will of the model or of a filter: asking again costs and does not help."
+class ContentError(Exception):
+    "A reply that arrived and cannot be used."
+
+
+class Unfit(ContentError):
+    "A well-formed reply whose answer is refused: the wrong label, or reasons that are none."
+
+
+class Declined(ContentError):
+    "No reply at all, by will of the model or of a filter: asking again costs and does not help."
 
 # %% ../nbs/04_augment.ipynb #99624ba7
-_NAMED = {"entailment": 1, "entailed": 1, "yes": 1, "true": 1, "neutral": 0, "contradiction": 0, "not entailment": 0, "not entailed": 0, "no": 0, "false": 0}
+_NAMED = {
+    "entailment": 1,
+    "entailed": 1,
+    "yes": 1,
+    "true": 1,
+    "neutral": 0,
+    "contradiction": 0,
+    "not entailment": 0,
+    "not entailed": 0,
+    "no": 0,
+    "false": 0,
+}
 
-def label_words(label) -> str|None:
+
+def label_words(label) -> str | None:
     "What to tell a model that gave something else than a 0 or a 1; None where there is nothing to tell."
-    if type(label) is int and label in (0, 1): return None
+    if type(label) is int and label in (0, 1):
+        return None
     meant = _NAMED.get(re.sub(r"[\W_]+", " ", str(label)).strip().lower())
     said = f"predicted_label is {json.dumps(label, ensure_ascii=False)[:80]}, but must be a number: 1 for entailment, 0 otherwise (neutral or contradiction)."
     return said + ("" if meant is None else f" If you mean that, write {meant}.")
 
 # %% ../nbs/04_augment.ipynb #44b05fba
 def read_reply(
-    text: str, # the model's reply
-    schema: type[Answer], # what it must hold
-) -> tuple: # (answer as a dict, names of the repairs it took)
+    text: str,  # the model's reply
+    schema: type[Answer],  # what it must hold
+) -> tuple:  # (answer as a dict, names of the repairs it took)
     "Parse and validate one reply; case and newlines stay as they are. Raises `ContentError`."
     found = find_answer(text)
-    if found.outcome: raise ContentError(found.why)
+    if found.outcome:
+        raise ContentError(found.why)
     obj, repairs = dict(found.obj), [*found.repairs]
     if obj.get("predicted_label") in ("0", "1"):
         obj["predicted_label"] = int(obj["predicted_label"])
         repairs.append("label given as text")
-    if "predicted_label" in obj and (why := label_words(obj["predicted_label"])): raise ContentError(why)
-    try: return schema.model_validate(obj).model_dump(), repairs
+    if "predicted_label" in obj and (why := label_words(obj["predicted_label"])):
+        raise ContentError(why)
+    try:
+        return schema.model_validate(obj).model_dump(), repairs
     except ValidationError as e:
-        raise ContentError("; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors())) from None
+        raise ContentError(
+            "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors())
+        ) from None
 
 # %% ../nbs/04_augment.ipynb #a45c032a
 @dataclass
 class Endpoint:
     "Where thoughts come from and how patiently they are asked for."
-    base_url: str = None # e.g. http://localhost:8000/v1
-    model: str = None # model name as the server knows it
-    params: dict = field(default_factory=dict) # sampling fields of the request body, e.g. temperature; only these are sent
-    response_format: str = "auto" # one of FORMATS, or "auto": the first that the server takes
-    api_key_env: str = "OPENAI_API_KEY" # environment variable that holds the key; never written anywhere
-    timeout: float = 120. # seconds for one whole call
-    max_attempts: int = 8 # calls per question before a row is given up
-    max_reprompts: int = 2 # times the model is shown what was wrong with its reply
-    backoff: float = 1. # seconds before the first retry; doubles, with jitter
-    max_backoff: float = 60. # seconds, upper bound of our own back-off
-    max_retry_after: float = 600. # seconds; a server that asks for a longer wait ends the run
+
+    base_url: str = None  # e.g. http://localhost:8000/v1
+    model: str = None  # model name as the server knows it
+    params: dict = field(
+        default_factory=dict
+    )  # sampling fields of the request body, e.g. temperature; only these are sent
+    response_format: str = "auto"  # one of FORMATS, or "auto": the first that the server takes
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; never written anywhere
+    timeout: float = 120.0  # seconds for one whole call
+    max_attempts: int = 8  # calls per question before a row is given up
+    max_reprompts: int = 2  # times the model is shown what was wrong with its reply
+    backoff: float = 1.0  # seconds before the first retry; doubles, with jitter
+    max_backoff: float = 60.0  # seconds, upper bound of our own back-off
+    max_retry_after: float = 600.0  # seconds; a server that asks for a longer wait ends the run
 
 # %% ../nbs/04_augment.ipynb #d653ec78
-FORMATS = ("json_schema", "json_object", "plain") # from the most to the least that a server may be able to enforce
+FORMATS = (
+    "json_schema",
+    "json_object",
+    "plain",
+)  # from the most to the least that a server may be able to enforce
+
 
 def request_body(
-    stage: Stage, # names and defines the schema
-    params: dict, # sampling fields
-    fmt: str, # one of FORMATS
-) -> dict: # request fields besides model and messages
+    stage: Stage,  # names and defines the schema
+    params: dict,  # sampling fields
+    fmt: str,  # one of FORMATS
+) -> dict:  # request fields besides model and messages
     "What a request holds besides model and messages: the set sampling fields, and how JSON is asked for."
-    if fmt == "plain": return dict(params)
+    if fmt == "plain":
+        return dict(params)
     schema = dict(name=stage.schema.__name__.lower(), strict=True, schema=response_schema(stage.schema))
-    return dict(params, response_format=dict(type="json_schema", json_schema=schema) if fmt == "json_schema" else dict(type=fmt))
+    return dict(
+        params,
+        response_format=dict(type="json_schema", json_schema=schema)
+        if fmt == "json_schema"
+        else dict(type=fmt),
+    )
 
 # %% ../nbs/04_augment.ipynb #7271dcac
 def read_prices(
-    path: str|Path, # .json or .toml file
-    model: str, # the model that will be asked
-) -> dict: # {"input": …, "output": …} per million tokens
+    path: str | Path,  # .json or .toml file
+    model: str,  # the model that will be asked
+) -> dict:  # {"input": …, "output": …} per million tokens
     "Prices of one model. Raises `ConfigError` when the file does not price it."
     table = read_spec(path, "prices")
     price = table.get(model)
-    if not isinstance(price, dict) or not all(type(price.get(k)) in (int, float) and 0 <= price[k] < float("inf") for k in ("input", "output")):
-        raise ConfigError(f'{path}: needs "{model}" with numbers "input" and "output" (per million tokens); it holds {sorted(table)}')
+    if not isinstance(price, dict) or not all(
+        type(price.get(k)) in (int, float) and 0 <= price[k] < float("inf") for k in ("input", "output")
+    ):
+        raise ConfigError(
+            f'{path}: needs "{model}" with numbers "input" and "output" (per million tokens); it holds {sorted(table)}'
+        )
     return dict(input=price["input"], output=price["output"])
 
+
 def cost(
-    usage: dict, # prompt_tokens and completion_tokens
-    prices: dict|None, # from `read_prices`
-) -> float|None: # in the currency of the price file; None without prices
+    usage: dict,  # prompt_tokens and completion_tokens
+    prices: dict | None,  # from `read_prices`
+) -> float | None:  # in the currency of the price file; None without prices
     "What tokens cost."
-    return prices and (usage["prompt_tokens"] * prices["input"] + usage["completion_tokens"] * prices["output"]) / 1e6
+    return (
+        prices
+        and (usage["prompt_tokens"] * prices["input"] + usage["completion_tokens"] * prices["output"]) / 1e6
+    )
 
 # %% ../nbs/04_augment.ipynb #1e5e147d
 def estimate_tokens(
-    messages: list, # chat messages
-) -> int: # characters / 4, rounded up
+    messages: list,  # chat messages
+) -> int:  # characters / 4, rounded up
     "Rough number of tokens: one per four characters, as English text has it under common tokenizers."
     return -(-sum(len(m["content"]) for m in messages) // 4)
 
 # %% ../nbs/04_augment.ipynb #493eb231
-class BadReply(Exception): "HTTP 200 without a chat completion in it: a proxy's page, or an error dressed as success."
-class Halted(Exception): "The run is ending; this row is left for the next start."
+class BadReply(Exception):
+    "HTTP 200 without a chat completion in it: a proxy's page, or an error dressed as success."
+
+
+class Halted(Exception):
+    "The run is ending; this row is left for the next start."
+
+
 class Unreachable(Exception):
     "A row was given up after `max_attempts` calls."
+
     def __init__(self, words, status=None):
         super().__init__(words)
         self.status = status
+
+
 class Refused(Exception):
     "The server said something that more calls will not mend."
+
     def __init__(self, words, status=None, about=None):
         super().__init__(words)
-        self.status, self.about = status, about # `about`: what the words are about, from `about_request`
+        self.status, self.about = status, about  # `about`: what the words are about, from `about_request`
 
 # %% ../nbs/04_augment.ipynb #4d631e77
 def retry_after(
-    exc: Exception, # what a call raised
-) -> float|None: # seconds the server asks us to wait; None if it does not say
+    exc: Exception,  # what a call raised
+) -> float | None:  # seconds the server asks us to wait; None if it does not say
     "Read `Retry-After` (seconds or an HTTP date) or `retry-after-ms`."
     headers = getattr(getattr(exc, "response", None), "headers", {})
     with suppress(TypeError, ValueError):
-        if "retry-after-ms" in headers: return max(0., float(headers["retry-after-ms"]) / 1000)
+        if "retry-after-ms" in headers:
+            return max(0.0, float(headers["retry-after-ms"]) / 1000)
     said = headers.get("retry-after")
-    with suppress(TypeError, ValueError): return max(0., float(said))
-    with suppress(TypeError, ValueError): return max(0., parsedate_to_datetime(said).timestamp() - time.time())
+    with suppress(TypeError, ValueError):
+        return max(0.0, float(said))
+    with suppress(TypeError, ValueError):
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
 
 # %% ../nbs/04_augment.ipynb #2d4e7d67
 def transient(
-    exc: Exception, # what a call raised
-    patience: float = 600., # longest wait asked for by the server that is honoured, s
-) -> bool: # is another call worth making?
+    exc: Exception,  # what a call raised
+    patience: float = 600.0,  # longest wait asked for by the server that is honoured, s
+) -> bool:  # is another call worth making?
     "Connection errors, timeouts, 408, 409, 429 and 5xx pass; a spent quota, other 4xx and 501 stay."
     from openai import APIConnectionError
+
     status, text = getattr(exc, "status_code", None), str(getattr(exc, "body", ""))
-    if re.search("insufficient_quota|billing_hard_limit", text) or (retry_after(exc) or 0) > patience: return False
-    if status is not None: return status in (408, 409, 429) or (status >= 500 and status != 501)
+    if re.search("insufficient_quota|billing_hard_limit", text) or (retry_after(exc) or 0) > patience:
+        return False
+    if status is not None:
+        return status in (408, 409, 429) or (status >= 500 and status != 501)
     return isinstance(exc, (APIConnectionError, TimeoutError, json.JSONDecodeError, BadReply))
 
 # %% ../nbs/04_augment.ipynb #136f79fe
 def server_words(
-    exc: Exception, # what a call raised
-    secret: str|None = None, # the API key: servers like to repeat it
-) -> str: # one line for people
+    exc: Exception,  # what a call raised
+    secret: str | None = None,  # the API key: servers like to repeat it
+) -> str:  # one line for people
     "The server's own words for a failure, without the key."
     body, status = getattr(exc, "body", None), getattr(exc, "status_code", None)
-    if isinstance(body, dict): body = body.get("message") or body.get("detail") or body.get("error") or body
+    if isinstance(body, dict):
+        body = body.get("message") or body.get("detail") or body.get("error") or body
     said = " ".join(str(body or f"{exc} {exc.__cause__ or ''}").split())[:600] or "no details"
-    if (wait := retry_after(exc)): said += f" (asks to wait {wait:.0f} s)"
+    if wait := retry_after(exc):
+        said += f" (asks to wait {wait:.0f} s)"
     said = f"HTTP {status}: {said}" if status else f"{type(exc).__name__}: {said}"
     return said.replace(secret, "[key]") if secret else said
 
 # %% ../nbs/04_augment.ipynb #95426349
-ROW_STATUS = (400, 403, 413, 422) # a server may say these of one row only: too long, or not to its taste
-HINTS = dict(system="the server takes no system message: give --prompt FILE with a text user and no system",
-             format="the server does not take this response format: say --response_format plain")
+ROW_STATUS = (400, 403, 413, 422)  # a server may say these of one row only: too long, or not to its taste
+HINTS = dict(
+    system="the server takes no system message: give --prompt FILE with a text user and no system",
+    format="the server does not take this response format: say --response_format plain",
+)
 
-def about_request(words:str) -> str|None: # "system", "format", "length" or None
+
+def about_request(words: str) -> str | None:  # "system", "format", "length" or None
     "What a refusal is about, as far as its words tell."
-    if re.search(r"roles? must alternate|system (?:role|message|prompt)s? (?:is |are )?(?:not |un)|(?:not |un)support\w* (?:\w+ ){0,2}system|role\W{1,3}system"
-                 r"|only (?:user|assistant)\b.{0,40}roles", words, re.I): return "system"
-    if re.search(r"response_?format|json_?schema|json_?object|json mode|structured.?output|guided|grammar|xgrammar|outlines", words, re.I): return "format"
-    if re.search(r"context|too (?:long|large|many)|maximum|exceed|max_tokens|length", words, re.I): return "length"
+    if re.search(
+        r"roles? must alternate|system (?:role|message|prompt)s? (?:is |are )?(?:not |un)|(?:not |un)support\w* (?:\w+ ){0,2}system|role\W{1,3}system"
+        r"|only (?:user|assistant)\b.{0,40}roles",
+        words,
+        re.I,
+    ):
+        return "system"
+    if re.search(
+        r"response_?format|json_?schema|json_?object|json mode|structured.?output|guided|grammar|xgrammar|outlines",
+        words,
+        re.I,
+    ):
+        return "format"
+    if re.search(r"context|too (?:long|large|many)|maximum|exceed|max_tokens|length", words, re.I):
+        return "length"
 
 # %% ../nbs/04_augment.ipynb #bf3e6396
 @dataclass
 class Tally:
     "What a run did, counted as it happens."
+
     written: int = 0
     failed: int = 0
-    calls: int = 0 # HTTP requests, retries included
-    retries: int = 0 # calls repeated for transport or server faults
-    reprompts: int = 0 # calls repeated because the reply could not be used
-    wrong_label: int = 0 # replies refused because their label was not gold (reflections)
-    not_argued: int = 0 # replies refused because their reasons are none (reflections)
-    suspects: int = 0 # rows set apart because gold may be wrong (reflections)
+    calls: int = 0  # HTTP requests, retries included
+    retries: int = 0  # calls repeated for transport or server faults
+    reprompts: int = 0  # calls repeated because the reply could not be used
+    wrong_label: int = 0  # replies refused because their label was not gold (reflections)
+    not_argued: int = 0  # replies refused because their reasons are none (reflections)
+    suspects: int = 0  # rows set apart because gold may be wrong (reflections)
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cost: float = 0.
+    cost: float = 0.0
 
 # %% ../nbs/04_augment.ipynb #d60ca477
 @dataclass(frozen=True)
 class Guards:
     "What stands between a reflection and the training rows."
-    readers: bool = True # is the reasoning read, and refused where its reasons are none?
-    blind: bool = True # is it judged once more by the same model without gold?
-    samples: int = 0 # answers without gold and without the reasoning, to be compared with gold
+
+    readers: bool = True  # is the reasoning read, and refused where its reasons are none?
+    blind: bool = True  # is it judged once more by the same model without gold?
+    samples: int = 0  # answers without gold and without the reasoning, to be compared with gold
+
 
 class Session:
     "State of one run against one endpoint."
+
     def __init__(self, stage, endpoint, prices=None, client=None, guards=None, proven=False):
-        self.stage, self.endpoint, self.prices, self.client, self.guards = stage, endpoint, prices, client, guards
-        self.proven, self.useless, self.held = proven, 0, {} # has a reply ever been of use? how many were not, and which field held their text
+        self.stage, self.endpoint, self.prices, self.client, self.guards = (
+            stage,
+            endpoint,
+            prices,
+            client,
+            guards,
+        )
+        self.proven, self.useless, self.held = (
+            proven,
+            0,
+            {},
+        )  # has a reply ever been of use? how many were not, and which field held their text
 
         self.key = os.environ.get(endpoint.api_key_env, "").strip()
         self.tally, self.reason, self.signal = Tally(), None, None
         self.format = None if endpoint.response_format == "auto" else endpoint.response_format
-        self.formats_refused = {} # format -> the server's words
-        self.probing, self.halted, self.open_at = asyncio.Lock(), asyncio.Event(), 0.
+        self.formats_refused = {}  # format -> the server's words
+        self.probing, self.halted, self.open_at = asyncio.Lock(), asyncio.Event(), 0.0
 
     def halt(self, reason):
         "Take no new rows and make no new calls; the first reason counts."
@@ -463,54 +639,67 @@ class Session:
 # %% ../nbs/04_augment.ipynb #d5f77d53
 def make_client(
     endpoint: Endpoint,
-    key: str, # "" for a local server that wants none
+    key: str,  # "" for a local server that wants none
 ):
     "An `AsyncOpenAI` without retries of its own. The SDK insists on some key, so a server that wants none is sent the word `none`."
     from openai import AsyncOpenAI
-    return AsyncOpenAI(base_url=endpoint.base_url, api_key=key or "none", max_retries=0, timeout=endpoint.timeout)
+
+    return AsyncOpenAI(
+        base_url=endpoint.base_url, api_key=key or "none", max_retries=0, timeout=endpoint.timeout
+    )
 
 # %% ../nbs/04_augment.ipynb #c3b6bf8c
 @patch
-async def nap(self:Session, seconds):
+async def nap(self: Session, seconds):
     "Sleep, but not past the end of the run."
     with suppress(TimeoutError):
-        async with asyncio.timeout(seconds): await self.halted.wait()
+        async with asyncio.timeout(seconds):
+            await self.halted.wait()
+
 
 @patch
-def close_gate(self:Session, seconds):
+def close_gate(self: Session, seconds):
     "No worker calls for so many seconds."
     self.open_at = max(self.open_at, time.monotonic() + seconds)
 
+
 @patch
-async def pass_gate(self:Session):
+async def pass_gate(self: Session):
     "Wait until calls are allowed. Raises `Halted` when the run ends meanwhile."
     while (left := self.open_at - time.monotonic()) > 0 and not self.halted.is_set():
-        await self.nap(left + random.random() * min(1., left / 10))
-    if self.halted.is_set(): raise Halted
+        await self.nap(left + random.random() * min(1.0, left / 10))
+    if self.halted.is_set():
+        raise Halted
 
 # %% ../nbs/04_augment.ipynb #9038b998
 @patch
-def pause(self:Session,
-    state, # tenacity's RetryCallState
-) -> float: # seconds until the next attempt
+def pause(
+    self: Session,
+    state,  # tenacity's RetryCallState
+) -> float:  # seconds until the next attempt
     "What the server asked for (plus up to a tenth, so that workers spread), else exponential back-off with jitter."
     from tenacity import wait_exponential_jitter
+
     asked = retry_after(state.outcome.exception())
-    if asked is not None: return asked * (1 + random.random() / 10)
+    if asked is not None:
+        return asked * (1 + random.random() / 10)
     ep = self.endpoint
     return wait_exponential_jitter(multiplier=ep.backoff, max=ep.max_backoff, jitter=ep.backoff)(state)
 
+
 @patch
-def before_retry(self:Session, state):
+def before_retry(self: Session, state):
     "Count the retry; when the server is limiting us, every worker waits."
     self.tally.retries += 1
     exc = state.outcome.exception()
-    if getattr(exc, "status_code", None) == 429 or retry_after(exc) is not None: self.close_gate(state.next_action.sleep)
+    if getattr(exc, "status_code", None) == 429 or retry_after(exc) is not None:
+        self.close_gate(state.next_action.sleep)
 
 # %% ../nbs/04_augment.ipynb #1d004e08
 @dataclass
 class Trail:
     "What happened to one row; becomes its provenance."
+
     attempts: int = 0
     reprompts: list = field(default_factory=list)
     usage: dict = field(default_factory=lambda: dict(prompt_tokens=0, completion_tokens=0, estimated=False))
@@ -518,78 +707,120 @@ class Trail:
     finish_reason: str = None
     repairs: list = field(default_factory=list)
     reply: str = ""
-    held: str = "content" # field of the message that holds its text
-    elsewhere: str = "" # the text, where that is not `content`
-    answer: dict = None # the last well-formed answer
-    checks: dict = field(default_factory=dict) # what the blind pass and the samples said
-    stage: Stage = None # None: that of the session
-    params: dict = None # None: those of the endpoint
+    held: str = "content"  # field of the message that holds its text
+    elsewhere: str = ""  # the text, where that is not `content`
+    answer: dict = None  # the last well-formed answer
+    checks: dict = field(default_factory=dict)  # what the blind pass and the samples said
+    stage: Stage = None  # None: that of the session
+    params: dict = None  # None: those of the endpoint
     started: float = field(default_factory=time.monotonic)
 
 # %% ../nbs/04_augment.ipynb #dad62c9c
 def reply_text(
-    message, # a ChatCompletionMessage, or None
-) -> tuple: # (text of the answer, name of the field that holds the text, the text where that is another field)
+    message,  # a ChatCompletionMessage, or None
+) -> (
+    tuple
+):  # (text of the answer, name of the field that holds the text, the text where that is another field)
     "The text of a reply. Content in parts is joined; parts that are thinking are no answer."
     content, other = getattr(message, "content", None), {}
     if isinstance(content, list):
         parts = [p if isinstance(p, dict) else dict(type="text", text=str(p)) for p in content]
-        content = "".join(p["text"] for p in parts if p.get("type") in ("text", "output_text") and isinstance(p.get("text"), str))
-        other = {p["type"]: p.get(p["type"]) for p in parts if p.get("type") in ("thinking", "reasoning", "refusal")}
+        content = "".join(
+            p["text"]
+            for p in parts
+            if p.get("type") in ("text", "output_text") and isinstance(p.get("text"), str)
+        )
+        other = {
+            p["type"]: p.get(p["type"])
+            for p in parts
+            if p.get("type") in ("thinking", "reasoning", "refusal")
+        }
     content = content if isinstance(content, str) else ""
-    if content.strip(): return content, "content", ""
+    if content.strip():
+        return content, "content", ""
     for name in ("refusal", "reasoning_content", "reasoning", "thinking", "tool_calls", "function_call"):
         said = getattr(message, name, None) or other.get(name)
-        if said: return "", name, said if isinstance(said, str) else str(said)
+        if said:
+            return "", name, said if isinstance(said, str) else str(said)
     return content, "content", ""
 
 # %% ../nbs/04_augment.ipynb #6e66b55c
 @patch
-async def call(self:Session, messages, fmt, trail):
+async def call(self: Session, messages, fmt, trail):
     "One HTTP request, bounded in time as a whole: a server that drips bytes does not hold a worker for ever."
     await self.pass_gate()
     trail.attempts += 1
     self.tally.calls += 1
     async with asyncio.timeout(self.endpoint.timeout):
-        reply = await self.client.chat.completions.create(model=self.endpoint.model, messages=messages,
-            extra_body=request_body(trail.stage or self.stage, self.endpoint.params if trail.params is None else trail.params, fmt))
-    if not getattr(reply, "choices", None): raise BadReply(f"no choices in {str(getattr(reply, 'error', None) or reply)[:300]}")
+        reply = await self.client.chat.completions.create(
+            model=self.endpoint.model,
+            messages=messages,
+            extra_body=request_body(
+                trail.stage or self.stage, self.endpoint.params if trail.params is None else trail.params, fmt
+            ),
+        )
+    if not getattr(reply, "choices", None):
+        raise BadReply(f"no choices in {str(getattr(reply, 'error', None) or reply)[:300]}")
     return reply
 
 # %% ../nbs/04_augment.ipynb #5b627438
 @patch
-async def send(self:Session, messages, fmt, trail):
+async def send(self: Session, messages, fmt, trail):
     "One question under the retry policy. Raises `Refused`, `Unreachable` or `Halted`."
     from openai import OpenAIError
     from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
+
     ep = self.endpoint
     again = partial(transient, patience=ep.max_retry_after)
-    policy = AsyncRetrying(retry=retry_if_exception(again), stop=stop_after_attempt(ep.max_attempts), wait=self.pause,
-                           before_sleep=self.before_retry, sleep=self.nap, reraise=True)
-    try: return await policy(self.call, messages, fmt, trail)
+    policy = AsyncRetrying(
+        retry=retry_if_exception(again),
+        stop=stop_after_attempt(ep.max_attempts),
+        wait=self.pause,
+        before_sleep=self.before_retry,
+        sleep=self.nap,
+        reraise=True,
+    )
+    try:
+        return await policy(self.call, messages, fmt, trail)
     except (OpenAIError, TimeoutError, json.JSONDecodeError, BadReply) as e:
         words, status = server_words(e, self.key), getattr(e, "status_code", None)
         if again(e):
             hint = f" (if it fails only so: {HINTS['format']})" if status == 500 and fmt != "plain" else ""
-            raise Unreachable(f"given up after {ep.max_attempts} attempts; the last: {words}{hint}", status) from None
+            raise Unreachable(
+                f"given up after {ep.max_attempts} attempts; the last: {words}{hint}", status
+            ) from None
         about = about_request(words) if status in (400, 415, 422, 501) else None
-        if about == "system" and not any(m["role"] == "system" for m in messages) or about == "format" and fmt == "plain": about = None
+        if (
+            about == "system"
+            and not any(m["role"] == "system" for m in messages)
+            or about == "format"
+            and fmt == "plain"
+        ):
+            about = None
         hint = f". {HINTS[about]}" if about in HINTS else ""
         raise Refused(words + hint, status, about) from None
 
 # %% ../nbs/04_augment.ipynb #5b9d0941
 @patch
-async def ask(self:Session, messages, trail):
+async def ask(self: Session, messages, trail):
     "One question, in the format that the server takes."
-    if self.format: return await self.send(messages, self.format, trail)
+    if self.format:
+        return await self.send(messages, self.format, trail)
     async with self.probing:
-        if self.format: return await self.send(messages, self.format, trail)
+        if self.format:
+            return await self.send(messages, self.format, trail)
         refused = {}
         for fmt in FORMATS:
-            try: reply = await self.send(messages, fmt, trail)
+            try:
+                reply = await self.send(messages, fmt, trail)
             except (Refused, Unreachable) as e:
-                about_it = e.status in (400, 415, 422, 501) and e.about not in ("system", "length") if isinstance(e, Refused) else e.status == 500
-                if not about_it or fmt == FORMATS[-1]: raise
+                about_it = (
+                    e.status in (400, 415, 422, 501) and e.about not in ("system", "length")
+                    if isinstance(e, Refused)
+                    else e.status == 500
+                )
+                if not about_it or fmt == FORMATS[-1]:
+                    raise
                 refused[fmt] = str(e)
             else:
                 self.format, self.formats_refused = fmt, refused
@@ -597,124 +828,180 @@ async def ask(self:Session, messages, trail):
 
 # %% ../nbs/04_augment.ipynb #ba8f01e4
 @patch
-def note(self:Session, reply, messages, trail):
+def note(self: Session, reply, messages, trail):
     "Book a reply: tokens, cost, the model that served it."
     choice = reply.choices[0]
     said, trail.held, elsewhere = reply_text(choice.message)
     # half a surrogate pair can be received but neither sent nor written
-    trail.reply, trail.elsewhere = said.encode("utf-8", "replace").decode(), elsewhere.encode("utf-8", "replace").decode()
+    trail.reply, trail.elsewhere = (
+        said.encode("utf-8", "replace").decode(),
+        elsewhere.encode("utf-8", "replace").decode(),
+    )
     trail.finish_reason, trail.model_served = choice.finish_reason, reply.model
     u = reply.usage
     known = u is not None and u.prompt_tokens is not None and u.completion_tokens is not None
-    used = dict(prompt_tokens=u.prompt_tokens if known else estimate_tokens(messages),
-                completion_tokens=u.completion_tokens if known else estimate_tokens([dict(content=trail.reply + trail.elsewhere)]))
+    used = dict(
+        prompt_tokens=u.prompt_tokens if known else estimate_tokens(messages),
+        completion_tokens=u.completion_tokens
+        if known
+        else estimate_tokens([dict(content=trail.reply + trail.elsewhere)]),
+    )
     trail.usage["estimated"] |= not known
     for k, n in used.items():
         trail.usage[k] += n
         setattr(self.tally, k, getattr(self.tally, k) + n)
-    self.tally.cost += cost(used, self.prices) or 0.
+    self.tally.cost += cost(used, self.prices) or 0.0
 
 # %% ../nbs/04_augment.ipynb #89957037
 @patch
-def judge(self:Session, row, trail):
+def judge(self: Session, row, trail):
     "The answer in a reply, or `ContentError` with what the model should be told."
     stage = trail.stage or self.stage
-    try: trail.answer, trail.repairs = read_reply(trail.reply, stage.schema)
+    try:
+        trail.answer, trail.repairs = read_reply(trail.reply, stage.schema)
     except ContentError as e:
-        if trail.held == "refusal": raise Declined(f"the model refused: {trail.elsewhere[:300]}") from None
-        if trail.finish_reason == "content_filter": raise Declined(f"content_filter: the server withheld the reply ({e})") from None
+        if trail.held == "refusal":
+            raise Declined(f"the model refused: {trail.elsewhere[:300]}") from None
+        if trail.finish_reason == "content_filter":
+            raise Declined(f"content_filter: the server withheld the reply ({e})") from None
         why = f"{e}; its text stands in {trail.held}" if trail.held != "content" else str(e)
-        if trail.finish_reason == "length": raise ContentError(f"it was cut off by the length limit ({why}). Be briefer.") from None
+        if trail.finish_reason == "length":
+            raise ContentError(f"it was cut off by the length limit ({why}). Be briefer.") from None
         raise ContentError(why) from None
     self.proven = True
-    if (why := stage.wrong(row, trail.answer)):
+    if why := stage.wrong(row, trail.answer):
         counter = "wrong_label" if not_gold(row, trail.answer) else "not_argued"
         setattr(self.tally, counter, getattr(self.tally, counter) + 1)
         raise Unfit(why)
     return trail.answer
 
-USELESS = 20 # replies in a row without a single good one: then it is not the rows
-ELSEWHERE = dict(content="see --prompt and the model's chat template, or take another model",
-    refusal="the model refuses: take another model or other words (--prompt)", content_filter="a filter of the server withholds them",
+
+USELESS = 20  # replies in a row without a single good one: then it is not the rows
+ELSEWHERE = dict(
+    content="see --prompt and the model's chat template, or take another model",
+    refusal="the model refuses: take another model or other words (--prompt)",
+    content_filter="a filter of the server withholds them",
     tool_calls="the server takes the answer for a call of a tool: say --response_format plain",
     thinking="the model is still thinking when it ends: raise --max_tokens, or turn the thinking off, e.g. --extra_body "
-             '\'{"chat_template_kwargs": {"enable_thinking": false}}\'')
-ELSEWHERE |= dict(reasoning_content=ELSEWHERE["thinking"], reasoning=ELSEWHERE["thinking"], function_call=ELSEWHERE["tool_calls"])
+    '\'{"chat_template_kwargs": {"enable_thinking": false}}\'',
+)
+ELSEWHERE |= dict(
+    reasoning_content=ELSEWHERE["thinking"],
+    reasoning=ELSEWHERE["thinking"],
+    function_call=ELSEWHERE["tool_calls"],
+)
+
 
 @patch
-def count_useless(self:Session, why, trail):
+def count_useless(self: Session, why, trail):
     "Stop a run in which no reply was ever of use."
-    if self.proven: return
+    if self.proven:
+        return
     place = "content_filter" if trail.finish_reason == "content_filter" else trail.held
     self.useless, self.held[place] = self.useless + 1, self.held.get(place, 0) + 1
-    if self.useless < USELESS: return
+    if self.useless < USELESS:
+        return
     most = max(self.held, key=self.held.get)
     shown = (trail.elsewhere or trail.reply)[:200]
-    self.halt(f"{self.useless} replies in a row and not one of use. The last: {why}. {self.held[most]} of them had their text in {most}: "
-              f"{ELSEWHERE[most]}. It begins: {shown or '(nothing)'}")
+    self.halt(
+        f"{self.useless} replies in a row and not one of use. The last: {why}. {self.held[most]} of them had their text in {most}: "
+        f"{ELSEWHERE[most]}. It begins: {shown or '(nothing)'}"
+    )
 
 # %% ../nbs/04_augment.ipynb #664872d2
 @patch
-async def solve(self:Session,
-    row: dict, # a pair or thought row
-    trail: Trail, # filled as things happen
-) -> dict: # the validated answer
+async def solve(
+    self: Session,
+    row: dict,  # a pair or thought row
+    trail: Trail,  # filled as things happen
+) -> dict:  # the validated answer
     "Ask about one row until the answer can be used. Raises `ContentError` when it never can."
     messages = (trail.stage or self.stage).messages(row)
     while True:
         self.note(await self.ask(messages, trail), messages, trail)
-        try: return self.judge(row, trail)
+        try:
+            return self.judge(row, trail)
         except ContentError as e:
             self.count_useless(e, trail)
-            if isinstance(e, Declined) or len(trail.reprompts) >= self.endpoint.max_reprompts: raise
+            if isinstance(e, Declined) or len(trail.reprompts) >= self.endpoint.max_reprompts:
+                raise
             trail.reprompts.append(dict(why=str(e), reply=trail.reply, finish_reason=trail.finish_reason))
             self.tally.reprompts += 1
-            messages = messages + [dict(role="assistant", content=trail.reply or "(empty)"),
-                                   dict(role="user", content=fill(REPROMPT, dict(why=e)))]
+            messages = messages + [
+                dict(role="assistant", content=trail.reply or "(empty)"),
+                dict(role="user", content=fill(REPROMPT, dict(why=e))),
+            ]
 
 # %% ../nbs/04_augment.ipynb #fd5a8fa9
-SAMPLE_TEMPERATURE = .7 # of the samples, where none or 0 is asked for: equal samples would say nothing
+SAMPLE_TEMPERATURE = 0.7  # of the samples, where none or 0 is asked for: equal samples would say nothing
+
 
 @patch
-async def aside(self:Session, name, stage, row, trail, params=None):
+async def aside(self: Session, name, stage, row, trail, params=None):
     "One more question about a row, booked to the row. Raises `ContentError`."
     sub = Trail(stage=stage, params=params)
-    try: return await self.solve(row, sub)
-    except ContentError as e: raise ContentError(f"{name}: {e}") from None
+    try:
+        return await self.solve(row, sub)
+    except ContentError as e:
+        raise ContentError(f"{name}: {e}") from None
     finally:
         trail.attempts += sub.attempts
-        for k in ("prompt_tokens", "completion_tokens"): trail.usage[k] += sub.usage[k]
+        for k in ("prompt_tokens", "completion_tokens"):
+            trail.usage[k] += sub.usage[k]
         trail.usage["estimated"] |= sub.usage["estimated"]
-        trail.checks.setdefault(name, []).append(dict(answer=sub.answer, attempts=sub.attempts, reprompts=sub.reprompts))
+        trail.checks.setdefault(name, []).append(
+            dict(answer=sub.answer, attempts=sub.attempts, reprompts=sub.reprompts)
+        )
 
-def sample_params(params, i) -> dict: # of the i-th sample
+
+def sample_params(params, i) -> dict:  # of the i-th sample
     "The sampling fields of a sample: as given, but never greedy and never with the seed of another sample."
     seed = dict(seed=params["seed"] + i) if "seed" in params else {}
     return {**params, "temperature": params.get("temperature") or SAMPLE_TEMPERATURE, **seed}
 
+
 @patch
-async def suspicions(self:Session, row, answer, trail) -> list: # reasons to doubt gold, in words
+async def suspicions(self: Session, row, answer, trail) -> list:  # reasons to doubt gold, in words
     "Ask blindly, then sample. Where the blind pass doubts gold already, no samples are paid for."
     gold, guards = row["true_label"], self.guards
     if guards.blind:
         said = await self.aside("blind", BLIND, {**row, **answer}, trail)
-        if said["predicted_label"] != gold: return [f"blind pass: the thought shows {said['predicted_label']}, gold is {gold}: {said['assessment']}"]
-    labels = [(await self.aside("samples", THINK, row, trail, sample_params(self.endpoint.params, i)))["predicted_label"] for i in range(guards.samples)]
-    if 2 * labels.count(gold) < len(labels): return [f"samples: {labels.count(gold)} of {len(labels)} answers without gold say {gold}, which is gold"]
+        if said["predicted_label"] != gold:
+            return [
+                f"blind pass: the thought shows {said['predicted_label']}, gold is {gold}: {said['assessment']}"
+            ]
+    labels = [
+        (await self.aside("samples", THINK, row, trail, sample_params(self.endpoint.params, i)))[
+            "predicted_label"
+        ]
+        for i in range(guards.samples)
+    ]
+    if 2 * labels.count(gold) < len(labels):
+        return [
+            f"samples: {labels.count(gold)} of {len(labels)} answers without gold say {gold}, which is gold"
+        ]
     return []
 
 # %% ../nbs/04_augment.ipynb #18035302
 def digest(obj, n=16) -> str:
     "Hash of a JSON value, `n` bytes as hex; the order of keys does not matter."
-    return hashlib.blake2b(json.dumps(obj, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass"), digest_size=n).hexdigest()
+    return hashlib.blake2b(
+        json.dumps(obj, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass"), digest_size=n
+    ).hexdigest()
+
 
 def settings(
-    stage: Stage,
-    endpoint: Endpoint,
-) -> dict: # what makes rows comparable; part of every row's provenance
+    stage: Stage, endpoint: Endpoint
+) -> dict:  # what makes rows comparable; part of every row's provenance
     "The settings a row's answer depends on. The address of the server is not one: it may move."
-    return dict(stage=stage.name, template_hash=digest([stage.system, stage.user, REPROMPT], 6),
-                schema_hash=digest(response_schema(stage.schema), 6), model_requested=endpoint.model, params=endpoint.params)
+    return dict(
+        stage=stage.name,
+        template_hash=digest([stage.system, stage.user, REPROMPT], 6),
+        schema_hash=digest(response_schema(stage.schema), 6),
+        model_requested=endpoint.model,
+        params=endpoint.params,
+    )
+
 
 def row_hash(stage: Stage, row: dict) -> str:
     "Hash of the content of a row: 32 hex digits."
@@ -723,19 +1010,22 @@ def row_hash(stage: Stage, row: dict) -> str:
 # %% ../nbs/04_augment.ipynb #de6a31e6
 class Journal:
     "An append-only JSONL file: every row is written at once, and forced to disk every `batch` rows or `every` seconds."
-    def __init__(self, path, batch=32, every=2.):
+
+    def __init__(self, path, batch=32, every=2.0):
         self.fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self.batch, self.every, self.pending, self.last = batch, every, 0, time.monotonic()
 
     def append(self, row):
         data, start = memoryview(json_line(row).encode()), os.fstat(self.fd).st_size
         try:
-            while data: data = data[os.write(self.fd, data):] # a disk may take less than it is given
+            while data:
+                data = data[os.write(self.fd, data) :]  # a disk may take less than it is given
         except OSError:
-            os.ftruncate(self.fd, start) # half a line would spoil the next one too
+            os.ftruncate(self.fd, start)  # half a line would spoil the next one too
             raise
         self.pending += 1
-        if self.pending >= self.batch or time.monotonic() - self.last > self.every: self.sync()
+        if self.pending >= self.batch or time.monotonic() - self.last > self.every:
+            self.sync()
 
     def sync(self):
         os.fsync(self.fd)
@@ -746,16 +1036,15 @@ class Journal:
         os.close(self.fd)
 
 # %% ../nbs/04_augment.ipynb #5125dbb7
-def whole_bytes(
-    path: Path,
-) -> int: # bytes up to and including the last newline
+def whole_bytes(path: Path) -> int:  # bytes up to and including the last newline
     "Length of the file without a torn last line."
     with open(path, "rb") as f:
         end = f.seek(0, os.SEEK_END)
         while end:
             start = max(0, end - 65536)
             f.seek(start)
-            if (nl := f.read(end - start).rfind(b"\n")) >= 0: return start + nl + 1
+            if (nl := f.read(end - start).rfind(b"\n")) >= 0:
+                return start + nl + 1
             end = start
     return 0
 
@@ -764,46 +1053,63 @@ def content_part(row) -> bytes:
     "The content half of a row's key."
     return bytes.fromhex(row["key"].split("-")[1])
 
+
 def is_written(row) -> bool:
     "Does a row hold what the next start reads of it? Raises for one that is no such row at all."
-    p, amounts = row["provenance"], [row["provenance"].get("cost"), row["provenance"].get("usage", {}).get("completion_tokens"), row.get("tries")]
+    p, amounts = (
+        row["provenance"],
+        [
+            row["provenance"].get("cost"),
+            row["provenance"].get("usage", {}).get("completion_tokens"),
+            row.get("tries"),
+        ],
+    )
     content_part(row)
-    return isinstance(p["stage"], str) and all(x is None or type(x) in (int, float) and abs(x) < 2**63 for x in amounts) # NaN is in no range
+    return isinstance(p["stage"], str) and all(
+        x is None or type(x) in (int, float) and abs(x) < 2**63 for x in amounts
+    )  # NaN is in no range
+
 
 def iter_written(
-    path: Path, # output or failed file of an earlier run
+    path: Path,  # output or failed file of an earlier run
 ):
     "Rows of our own files as (line, row), without a torn last line. Raises `DataError` for anything that is not ours."
-    if not path.exists(): return
+    if not path.exists():
+        return
     whole, at = whole_bytes(path), 0
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
             at += len(line)
-            if at > whole: return
+            if at > whole:
+                return
             try:
                 row = json.loads(line)
                 ours = is_written(row)
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError): ours = False
-            if not ours: raise DataError(f"{path}:{n}: not a row written by this command; name another --output")
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                ours = False
+            if not ours:
+                raise DataError(f"{path}:{n}: not a row written by this command; name another --output")
             yield n, row
 
 # %% ../nbs/04_augment.ipynb #6e0e8b10
 @dataclass
 class Before:
     "What earlier runs of the command left."
-    done: set = field(default_factory=set) # content hashes (bytes) of finished rows
-    failures: dict = field(default_factory=dict) # content hash -> (times tried, cost) of rows that are still bad
-    cost: float = 0. # of everything recorded so far
-    completion_tokens: int = 0
-    mixed: int = 0 # finished rows made with other settings
-    suspects: int = 0 # rows set apart because their gold label is doubted
 
+    done: set = field(default_factory=set)  # content hashes (bytes) of finished rows
+    failures: dict = field(
+        default_factory=dict
+    )  # content hash -> (times tried, cost) of rows that are still bad
+    cost: float = 0.0  # of everything recorded so far
+    completion_tokens: int = 0
+    mixed: int = 0  # finished rows made with other settings
+    suspects: int = 0  # rows set apart because their gold label is doubted
 
 # %% ../nbs/04_augment.ipynb #c5d006f7
 def read_before(
     output: Path,
     failed: Path,
-    now: dict, # from `settings`
+    now: dict,  # from `settings`
     allow_mixed: bool = False,
 ) -> Before:
     "Read the output and the failed file of earlier runs. Raises `DataError` when rows were made with other settings."
@@ -811,28 +1117,34 @@ def read_before(
     for n, row in iter_written(output):
         was = {k: row["provenance"].get(k) for k in now}
         if was != now:
-            if not allow_mixed: raise DataError(settings_differ(output, n, was, now))
+            if not allow_mixed:
+                raise DataError(settings_differ(output, n, was, now))
             b.mixed += 1
         b.done.add(content_part(row))
-        b.cost += row["provenance"].get("cost") or 0.
+        b.cost += row["provenance"].get("cost") or 0.0
         b.completion_tokens += row["provenance"].get("usage", {}).get("completion_tokens") or 0
     for n, row in iter_written(suspect_path(output)):
         b.done.add(content_part(row))
-        b.cost += row["provenance"].get("cost") or 0.
+        b.cost += row["provenance"].get("cost") or 0.0
         b.suspects += 1
     for n, row in iter_written(failed):
-        if content_part(row) not in b.done: b.failures[content_part(row)] = row.get("tries") or 1, row["provenance"].get("cost") or 0.
+        if content_part(row) not in b.done:
+            b.failures[content_part(row)] = row.get("tries") or 1, row["provenance"].get("cost") or 0.0
     b.cost += sum(c for _, c in b.failures.values())
     return b
+
 
 def settings_differ(output, n, was, now) -> str:
     "The refusal, with the difference shown."
     rows = "\n".join(f"  {k}: {was[k]} there, {now[k]} now" for k in now if was[k] != now[k])
-    return (f"{output}:{n} was made with other settings:\n{rows}\n"
-            "Name another --output, or say --allow_mixed to keep its rows and make only the missing ones with these settings")
+    return (
+        f"{output}:{n} was made with other settings:\n{rows}\n"
+        "Name another --output, or say --allow_mixed to keep its rows and make only the missing ones with these settings"
+    )
 
 # %% ../nbs/04_augment.ipynb #f9329eec
 EVAL_SPLITS = {"dev", "devel", "development", "val", "valid", "validation", "eval", "evaluation", "test"}
+
 
 def is_eval(row) -> bool:
     "Is the row marked as belonging to a dev or test split (`validation_matched`, `test_r1`, `dev-2` … included)?"
@@ -842,43 +1154,62 @@ def is_eval(row) -> bool:
 @dataclass
 class Source:
     "The input and how to read it."
-    path: str|Path
-    contract: str|None = None # what the labels mean, for rows that do not say
-    max_bad: float = 0. # share of unusable rows that is tolerated
-    limit: int|None = None # look at the first so many rows only
 
-ADDED = {"prompt", "completion", "thought_process", "predicted_label", "true_label", "correct", "error_analysis", "improved_thought_process",
-         "thought_predicted_label", "thought_provenance", "suspicion", "key", "provenance"} # what the stages of this package add to a pair
+    path: str | Path
+    contract: str | None = None  # what the labels mean, for rows that do not say
+    max_bad: float = 0.0  # share of unusable rows that is tolerated
+    limit: int | None = None  # look at the first so many rows only
+
+
+ADDED = {
+    "prompt",
+    "completion",
+    "thought_process",
+    "predicted_label",
+    "true_label",
+    "correct",
+    "error_analysis",
+    "improved_thought_process",
+    "thought_predicted_label",
+    "thought_provenance",
+    "suspicion",
+    "key",
+    "provenance",
+}  # what the stages of this package add to a pair
 
 # %% ../nbs/04_augment.ipynb #c2e3ce9e
 def wanted_rows(
     stage: Stage,
     source: Source,
-    bad: BadRows|None = None, # is filled with the bad rows
+    bad: BadRows | None = None,  # is filled with the bad rows
 ):
     "The rows that the stage is about, streamed. Raises `DataError` for unusable input."
     meta = {}
     for row in islice(iter_rows(source.path, None, source.max_bad, source.contract, bad, meta), source.limit):
-        if not stage.saw_gold: yield {k: v for k, v in row.items() if k not in ADDED}
-        elif meta["kind"] != "thought": raise DataError(f"{source.path} holds {meta['kind']} rows; reflections are made of thoughts")
-        elif not row["correct"]: yield row
+        if not stage.saw_gold:
+            yield {k: v for k, v in row.items() if k not in ADDED}
+        elif meta["kind"] != "thought":
+            raise DataError(f"{source.path} holds {meta['kind']} rows; reflections are made of thoughts")
+        elif not row["correct"]:
+            yield row
 
 # %% ../nbs/04_augment.ipynb #a67dbc54
 @dataclass
 class Survey:
     "What there is to do."
-    todo: set = field(default_factory=set) # content hashes (bytes)
-    rows: int = 0 # rows the stage is about
+
+    todo: set = field(default_factory=set)  # content hashes (bytes)
+    rows: int = 0  # rows the stage is about
     finished: int = 0
-    prompt_tokens: int = 0 # estimate for the rows to do
-    elsewhere: int = 0 # finished rows that this input does not hold
+    prompt_tokens: int = 0  # estimate for the rows to do
+    elsewhere: int = 0  # finished rows that this input does not hold
 
 # %% ../nbs/04_augment.ipynb #31b94d13
 def survey(
     stage: Stage,
-    rows, # iterable of rows
-    done: set, # content hashes of finished rows
-    allow_eval: bool = False, # let reflections be made of dev and test rows
+    rows,  # iterable of rows
+    done: set,  # content hashes of finished rows
+    allow_eval: bool = False,  # let reflections be made of dev and test rows
 ) -> Survey:
     "One pass over the input. Raises `DataError` for dev or test rows that would be reflected on."
     s, unseen, held = Survey(), set(done), []
@@ -886,33 +1217,48 @@ def survey(
         s.rows += 1
         h = bytes.fromhex(row_hash(stage, row))
         unseen.discard(h)
-        if h in done: s.finished += 1
+        if h in done:
+            s.finished += 1
         else:
             s.todo.add(h)
             s.prompt_tokens += estimate_tokens(stage.messages(row))
-        if stage.saw_gold and is_eval(row): held.append(row["id"])
+        if stage.saw_gold and is_eval(row):
+            held.append(row["id"])
     if held and not allow_eval:
-        raise DataError(f"{len(held)} rows are marked dev or test (ids {', '.join(map(str, held[:5]))}{' …' if len(held) > 5 else ''}): "
-                        "reflections see gold, so those rows could not be evaluated on any more. --allow_eval_rows does it all the same, and records it")
+        raise DataError(
+            f"{len(held)} rows are marked dev or test (ids {', '.join(map(str, held[:5]))}{' …' if len(held) > 5 else ''}): "
+            "reflections see gold, so those rows could not be evaluated on any more. --allow_eval_rows does it all the same, and records it"
+        )
     s.elsewhere = len(unseen)
     return s
 
 # %% ../nbs/04_augment.ipynb #f11c3761
 class Run:
     "One start of a command: session, files, budget."
-    def __init__(self, session, source, output, before, todo, workers=8, max_cost=None, allow_eval=False, progress=True):
-        self.session, self.source, self.output, self.before, self.todo = session, source, Path(output), before, todo
+
+    def __init__(
+        self, session, source, output, before, todo, workers=8, max_cost=None, allow_eval=False, progress=True
+    ):
+        self.session, self.source, self.output, self.before, self.todo = (
+            session,
+            source,
+            Path(output),
+            before,
+            todo,
+        )
         self.workers, self.max_cost, self.allow_eval, self.progress = workers, max_cost, allow_eval, progress
         self.failed, self.failures = failed_path(output), dict(before.failures)
-        self.rejected = 0 # rows in a row that the server has rejected
-        self.total, self.in_flight, self.dearest, self.down = len(todo), 0, 0., 0
+        self.rejected = 0  # rows in a row that the server has rejected
+        self.total, self.in_flight, self.dearest, self.down = len(todo), 0, 0.0, 0
         self.loop, self.tasks = None, []
         self.settings = settings(session.stage, session.endpoint)
         self.prefix = digest(self.settings, 6)
 
-def calls_a_row(guards) -> int: # of the model, where nothing is asked again
+
+def calls_a_row(guards) -> int:  # of the model, where nothing is asked again
     "The question itself, the blind pass and the samples."
     return 1 + guards.blind + guards.samples if guards else 1
+
 
 def failed_path(output) -> Path:
     "Where rows that stayed bad are written."
@@ -920,66 +1266,91 @@ def failed_path(output) -> Path:
 
 # %% ../nbs/04_augment.ipynb #1df4ad22
 @patch
-def provenance(self:Run, row, trail) -> dict:
+def provenance(self: Run, row, trail) -> dict:
     "How a row came about. No secret is in it: the key is not, and the address is kept without a password or query."
     s, url = self.session, urlsplit(self.session.endpoint.base_url or "")
-    earlier, spent = self.before.failures.get(bytes.fromhex(row_hash(s.stage, row)), (0, 0.))
+    earlier, spent = self.before.failures.get(bytes.fromhex(row_hash(s.stage, row)), (0, 0.0))
     price = cost(trail.usage, s.prices)
-    p = dict(self.settings, model_served=trail.model_served, endpoint=f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}",
-             response_format=s.format, saw_gold=s.stage.saw_gold, attempts=trail.attempts, reprompts=trail.reprompts, repairs=trail.repairs,
-             finish_reason=trail.finish_reason, usage=trail.usage, cost=None if price is None else round(price + spent, 9), earlier_failures=earlier,
-             seconds=round(time.monotonic() - trail.started, 3), time=datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    if not s.stage.saw_gold: return p
+    p = dict(
+        self.settings,
+        model_served=trail.model_served,
+        endpoint=f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}",
+        response_format=s.format,
+        saw_gold=s.stage.saw_gold,
+        attempts=trail.attempts,
+        reprompts=trail.reprompts,
+        repairs=trail.repairs,
+        finish_reason=trail.finish_reason,
+        usage=trail.usage,
+        cost=None if price is None else round(price + spent, 9),
+        earlier_failures=earlier,
+        seconds=round(time.monotonic() - trail.started, 3),
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+    if not s.stage.saw_gold:
+        return p
     return dict(p, allow_eval_rows=self.allow_eval, guards=s.guards and asdict(s.guards), checks=trail.checks)
 
 # %% ../nbs/04_augment.ipynb #45fd982b
-GUESSED_COMPLETION = 200 # tokens of a reply before any has been seen
+GUESSED_COMPLETION = 200  # tokens of a reply before any has been seen
+
 
 @patch
-def affordable(self:Run, row) -> bool:
+def affordable(self: Run, row) -> bool:
     "May one more row be started within `--max_cost`?"
-    if self.max_cost is None: return True
+    if self.max_cost is None:
+        return True
     s = self.session
-    guess = cost(dict(prompt_tokens=estimate_tokens(s.stage.messages(row)), completion_tokens=GUESSED_COMPLETION), s.prices)
+    guess = cost(
+        dict(prompt_tokens=estimate_tokens(s.stage.messages(row)), completion_tokens=GUESSED_COMPLETION),
+        s.prices,
+    )
     guess = guess and guess * calls_a_row(s.guards)
     return self.before.cost + s.tally.cost + (self.in_flight + 1) * max(guess, self.dearest) <= self.max_cost
 
 # %% ../nbs/04_augment.ipynb #ae3c621b
 @patch
-def keep(self:Run, row, trail, answer=None, why=None, suspicion=()):
+def keep(self: Run, row, trail, answer=None, why=None, suspicion=()):
     "Write one finished, doubted or failed row; all three files take whole lines only."
     s, p, h = self.session, self.provenance(row, trail), row_hash(self.session.stage, row)
-    self.dearest = max(self.dearest, cost(trail.usage, s.prices) or 0.)
+    self.dearest = max(self.dearest, cost(trail.usage, s.prices) or 0.0)
     key = dict(key=f"{self.prefix}-{h}", provenance=p)
     if answer is not None:
         made = {**row, **s.stage.build(row, answer), **key}
         self.failures.pop(bytes.fromhex(h), None)
-        if suspicion: self.doubted.append({**made, "suspicion": suspicion})
-        else: self.good.append(made)
+        if suspicion:
+            self.doubted.append({**made, "suspicion": suspicion})
+        else:
+            self.good.append(made)
         counter = "suspects" if suspicion else "written"
         setattr(s.tally, counter, getattr(s.tally, counter) + 1)
     else:
         tries = p["earlier_failures"] + 1
         self.bad.append({**row, "why": why, "reply": trail.reply, "tries": tries, **key})
-        self.failures[bytes.fromhex(h)] = tries, p["cost"] or 0.
+        self.failures[bytes.fromhex(h)] = tries, p["cost"] or 0.0
         s.tally.failed += 1
 
 # %% ../nbs/04_augment.ipynb #e32678ae
-REJECTED = 5 # rows in a row, and no good reply before them: then it is the request, and not the rows
+REJECTED = 5  # rows in a row, and no good reply before them: then it is the request, and not the rows
+
 
 @patch
-def refuse(self:Run, row, trail, error):
+def refuse(self: Run, row, trail, error):
     "Set one rejected row apart; end the run where the request itself is what the server rejects."
     s, whose = self.session, f"(row id {row.get('id')})"
     of_this_row = error.status in ROW_STATUS and error.about not in HINTS
-    if not of_this_row: return s.halt(f"the server refused {whose}: {error}")
+    if not of_this_row:
+        return s.halt(f"the server refused {whose}: {error}")
     self.keep(row, trail, why=f"the server rejected the row: {error}")
     self.rejected += 1
     if not s.proven and self.rejected >= REJECTED:
-        s.halt(f"the server rejected the first {self.rejected} rows, the last {whose}: {error}. See base_url, model, key and --prompt")
+        s.halt(
+            f"the server rejected the first {self.rejected} rows, the last {whose}: {error}. See base_url, model, key and --prompt"
+        )
+
 
 @patch
-async def do_row(self:Run, row):
+async def do_row(self: Run, row):
     "One row from question to file."
     s, trail = self.session, Trail()
     try:
@@ -990,32 +1361,44 @@ async def do_row(self:Run, row):
     except ContentError as e:
         # the right label without a reason, however often it was asked for: the label is what is doubtful
         unargued = s.guards and isinstance(e, Unfit) and not_gold(row, trail.answer) is None
-        if unargued: self.keep(row, trail, trail.answer, suspicion=[f"readers: {e}"])
-        else: self.keep(row, trail, why=str(e))
+        if unargued:
+            self.keep(row, trail, trail.answer, suspicion=[f"readers: {e}"])
+        else:
+            self.keep(row, trail, why=str(e))
         self.down = self.rejected = 0
     except Unreachable as e:
         self.keep(row, trail, why=str(e))
         self.down += 1
-        if s.format is None or self.down >= max(3, self.workers): s.halt(f"the endpoint does not answer: {e}")
-    except Refused as e: self.refuse(row, trail, e)
-    except OSError as e: s.halt(f"cannot write {self.output}: {e.strerror}")
-    except Halted: pass
+        if s.format is None or self.down >= max(3, self.workers):
+            s.halt(f"the endpoint does not answer: {e}")
+    except Refused as e:
+        self.refuse(row, trail, e)
+    except OSError as e:
+        s.halt(f"cannot write {self.output}: {e.strerror}")
+    except Halted:
+        pass
 
 # %% ../nbs/04_augment.ipynb #6c1c6f1c
 @patch
-async def worker(self:Run, rows, bar):
+async def worker(self: Run, rows, bar):
     "Take rows from the shared iterator until there are none or the run is halted."
     s = self.session
     for row in rows:
-        if s.halted.is_set() or self.reason_to_end(row): return
+        if s.halted.is_set() or self.reason_to_end(row):
+            return
         self.in_flight += 1
-        try: await self.do_row(row)
-        finally: self.in_flight -= 1
+        try:
+            await self.do_row(row)
+        finally:
+            self.in_flight -= 1
         bar.update()
-        bar.set_postfix(failed=s.tally.failed, **(dict(cost=f"{s.tally.cost:.4f}") if s.prices else {}), refresh=False)
+        bar.set_postfix(
+            failed=s.tally.failed, **(dict(cost=f"{s.tally.cost:.4f}") if s.prices else {}), refresh=False
+        )
+
 
 @patch
-def reason_to_end(self:Run, row) -> bool:
+def reason_to_end(self: Run, row) -> bool:
     "Is the budget spent? Rows in flight are then finished, new ones are not begun."
     s = self.session
     if s.reason is None and not self.affordable(row):
@@ -1024,98 +1407,146 @@ def reason_to_end(self:Run, row) -> bool:
 
 # %% ../nbs/04_augment.ipynb #791836b5
 @patch
-def rows_todo(self:Run):
+def rows_todo(self: Run):
     "The rows still to do, streamed."
     stage = self.session.stage
     for row in wanted_rows(stage, self.source):
-        if bytes.fromhex(row_hash(stage, row)) in self.todo: yield row
+        if bytes.fromhex(row_hash(stage, row)) in self.todo:
+            yield row
 
 # %% ../nbs/04_augment.ipynb #0ee2eee1
 @patch
-def interrupt(self:Run, signum=signal.SIGINT):
+def interrupt(self: Run, signum=signal.SIGINT):
     "End now: calls in flight are dropped (their rows are done on the next start)."
     self.session.signal = signum
     self.session.halt("interrupted")
-    for t in self.tasks: t.cancel()
+    for t in self.tasks:
+        t.cancel()
+
 
 @patch
-async def main(self:Run):
+async def main(self: Run):
     "Run the workers to the end, whatever the end is; the files are closed on every way out."
     from tqdm import tqdm
+
     s, self.loop = self.session, asyncio.get_running_loop()
     for sig in stop_signals():
-        with suppress(NotImplementedError, RuntimeError, ValueError): self.loop.add_signal_handler(sig, self.interrupt, sig) # main thread only
+        with suppress(NotImplementedError, RuntimeError, ValueError):
+            self.loop.add_signal_handler(sig, self.interrupt, sig)  # main thread only
     own = s.client is None
-    if own: s.client = make_client(s.endpoint, s.key)
-    self.good, self.bad, self.doubted = Journal(self.output), Journal(self.failed), Journal(suspect_path(self.output))
-    bar = tqdm(total=self.total, desc=s.stage.name, unit="row", disable=not self.progress, mininterval=.3 if sys.stderr.isatty() else 10)
+    if own:
+        s.client = make_client(s.endpoint, s.key)
+    self.good, self.bad, self.doubted = (
+        Journal(self.output),
+        Journal(self.failed),
+        Journal(suspect_path(self.output)),
+    )
+    bar = tqdm(
+        total=self.total,
+        desc=s.stage.name,
+        unit="row",
+        disable=not self.progress,
+        mininterval=0.3 if sys.stderr.isatty() else 10,
+    )
     rows = self.rows_todo()
     self.tasks = [asyncio.create_task(self.worker(rows, bar)) for _ in range(self.workers)]
-    try: await asyncio.gather(*self.tasks)
+    try:
+        await asyncio.gather(*self.tasks)
     except asyncio.CancelledError:
-        if s.signal is None: raise
+        if s.signal is None:
+            raise
     finally:
-        for t in self.tasks: t.cancel()
+        for t in self.tasks:
+            t.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
         bar.close()
-        for journal in (self.good, self.bad, self.doubted): journal.close()
-        if not suspect_path(self.output).stat().st_size: suspect_path(self.output).unlink()
-        if own: await s.client.close()
+        for journal in (self.good, self.bad, self.doubted):
+            journal.close()
+        if not suspect_path(self.output).stat().st_size:
+            suspect_path(self.output).unlink()
+        if own:
+            await s.client.close()
 
 # %% ../nbs/04_augment.ipynb #fdb36ec5
 @patch
-def start(self:Run):
+def start(self: Run):
     "Run `main`, also under a notebook's running event loop (then in a thread of its own)."
-    try: asyncio.get_running_loop()
-    except RuntimeError: return asyncio.run(self.main())
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(self.main())
     box = []
+
     def target():
-        try: asyncio.run(self.main())
-        except BaseException as e: box.append(e)
+        try:
+            asyncio.run(self.main())
+        except BaseException as e:
+            box.append(e)
+
     t = threading.Thread(target=target)
     t.start()
     while t.is_alive():
-        try: t.join()
+        try:
+            t.join()
         except KeyboardInterrupt:
-            if self.loop: self.loop.call_soon_threadsafe(self.interrupt)
-    if box: raise box[0]
+            if self.loop:
+                self.loop.call_soon_threadsafe(self.interrupt)
+    if box:
+        raise box[0]
 
 # %% ../nbs/04_augment.ipynb #fa6b3522
 def tidy_failed(
     path: Path,
-    still_bad, # container of content hashes
+    still_bad,  # container of content hashes
 ):
     "Keep the latest entry of each row that is still bad; remove the file when none is."
     latest = {content_part(r): n for n, r in iter_written(path) if content_part(r) in still_bad}
-    if not latest: return path.unlink(missing_ok=True)
+    if not latest:
+        return path.unlink(missing_ok=True)
     write_jsonl(path, (r for n, r in iter_written(path) if latest.get(content_part(r)) == n), overwrite=True)
 
 # %% ../nbs/04_augment.ipynb #95555084
 def check_options(endpoint, workers, prices, max_cost, dry_run):
     "Refuse what cannot work before anything is read or sent. Raises `ConfigError`."
-    if not endpoint.model: raise ConfigError("--model is needed: the name the server knows the model by")
+    if not endpoint.model:
+        raise ConfigError("--model is needed: the name the server knows the model by")
     if not dry_run and not re.match(r"https?://[^/]+", endpoint.base_url or ""):
         raise ConfigError(f"--base_url must be like http://localhost:8000/v1, not {endpoint.base_url}")
-    if endpoint.response_format not in ("auto", *FORMATS): raise ConfigError(f"--response_format is one of auto, {', '.join(FORMATS)}")
-    for name, v, low in [("workers", workers, 1), ("max_attempts", endpoint.max_attempts, 1), ("max_reprompts", endpoint.max_reprompts, 0)]:
-        if v < low: raise ConfigError(f"--{name} must be at least {low}, not {v}")
-    if not endpoint.timeout > 0: raise ConfigError(f"--timeout must be above 0 s, not {endpoint.timeout}")
-    if max_cost is not None and not prices: raise ConfigError("--max_cost needs --prices: without prices no cost is known")
-    if max_cost is not None and not max_cost > 0: raise ConfigError(f"--max_cost must be above 0, not {max_cost}")
+    if endpoint.response_format not in ("auto", *FORMATS):
+        raise ConfigError(f"--response_format is one of auto, {', '.join(FORMATS)}")
+    for name, v, low in [
+        ("workers", workers, 1),
+        ("max_attempts", endpoint.max_attempts, 1),
+        ("max_reprompts", endpoint.max_reprompts, 0),
+    ]:
+        if v < low:
+            raise ConfigError(f"--{name} must be at least {low}, not {v}")
+    if not endpoint.timeout > 0:
+        raise ConfigError(f"--timeout must be above 0 s, not {endpoint.timeout}")
+    if max_cost is not None and not prices:
+        raise ConfigError("--max_cost needs --prices: without prices no cost is known")
+    if max_cost is not None and not max_cost > 0:
+        raise ConfigError(f"--max_cost must be above 0, not {max_cost}")
 
 # %% ../nbs/04_augment.ipynb #c97f3003
-def dry_report(s: Survey, before: Before, prices, input, calls: int = 1) -> dict: # `calls`: of the model, a row
+def dry_report(
+    s: Survey, before: Before, prices, input, calls: int = 1
+) -> dict:  # `calls`: of the model, a row
     "What a run would do and cost; reprompts and retries are not foreseen."
     seen = len(before.done)
     per = round(before.completion_tokens / seen) if seen else GUESSED_COMPLETION
     # finished rows hold the tokens of all their calls; a question aside is taken to be as long as the first
-    use = dict(prompt_tokens=s.prompt_tokens * calls, completion_tokens=per * len(s.todo) * (1 if seen else calls))
+    use = dict(
+        prompt_tokens=s.prompt_tokens * calls, completion_tokens=per * len(s.todo) * (1 if seen else calls)
+    )
     price = cost(use, prices)
-    print(f"dry run, nothing was sent\nrows: {s.rows:,} in {input}, {s.finished:,} finished, {len(s.todo):,} to do"
-          f"\ntokens: about {use['prompt_tokens']:,} in (characters / 4) and {use['completion_tokens']:,} out "
-          f"({per} a row, {f'mean of {seen:,} finished rows' if seen else 'assumed'})"
-          f"\ncalls: {calls} a row{', the blind pass and samples among them' if calls > 1 else ''}"
-          f"\ncost: {'unknown without --prices' if price is None else f'about {price:.4f}'}")
+    print(
+        f"dry run, nothing was sent\nrows: {s.rows:,} in {input}, {s.finished:,} finished, {len(s.todo):,} to do"
+        f"\ntokens: about {use['prompt_tokens']:,} in (characters / 4) and {use['completion_tokens']:,} out "
+        f"({per} a row, {f'mean of {seen:,} finished rows' if seen else 'assumed'})"
+        f"\ncalls: {calls} a row{', the blind pass and samples among them' if calls > 1 else ''}"
+        f"\ncost: {'unknown without --prices' if price is None else f'about {price:.4f}'}"
+    )
     return dict(use, rows=s.rows, todo=len(s.todo), finished=s.finished, cost=price, exit_code=0)
 
 # %% ../nbs/04_augment.ipynb #055c747a
@@ -1124,23 +1555,44 @@ def summary(run: Run, sv: Survey) -> dict:
     s, t = run.session, run.session.tally
     left = run.total - t.written - t.failed - t.suspects
     code = 128 + s.signal if s.signal else int(bool(t.failed or left or s.reason))
-    return dict(asdict(t), rows=sv.rows, finished_before=sv.finished, left=left, still_bad=len(run.failures), cost_of_file=run.before.cost + t.cost,
-                response_format=s.format, formats_refused=s.formats_refused, reason=s.reason, exit_code=code)
+    return dict(
+        asdict(t),
+        rows=sv.rows,
+        finished_before=sv.finished,
+        left=left,
+        still_bad=len(run.failures),
+        cost_of_file=run.before.cost + t.cost,
+        response_format=s.format,
+        formats_refused=s.formats_refused,
+        reason=s.reason,
+        exit_code=code,
+    )
+
 
 def say_summary(r: dict, run: Run):
     "The closing lines on stderr."
     say = partial(print, file=sys.stderr)
     price = f", cost {r['cost']:.6f} (file so far {r['cost_of_file']:.6f})" if run.session.prices else ""
-    say(f"{run.session.stage.name}: {r['written']:,} written to {run.output}, {r['failed']:,} failed, {r['left']:,} left, "
-        f"{r['finished_before']:,} were finished before")
-    say(f"{r['calls']:,} calls ({r['retries']:,} retried, {r['reprompts']:,} reprompted, {r['wrong_label']:,} with a label that was not gold, {r['not_argued']:,} without a reason for it), "
-        f"{r['prompt_tokens']:,} tokens in, {r['completion_tokens']:,} out{price}; response format {r['response_format']}")
-    for fmt, why in r["formats_refused"].items(): say(f"  {fmt} was refused: {why}")
-    if r["failed"]: say(f"why they failed: {run.failed}; they are tried again on the next start")
+    say(
+        f"{run.session.stage.name}: {r['written']:,} written to {run.output}, {r['failed']:,} failed, {r['left']:,} left, "
+        f"{r['finished_before']:,} were finished before"
+    )
+    say(
+        f"{r['calls']:,} calls ({r['retries']:,} retried, {r['reprompts']:,} reprompted, {r['wrong_label']:,} with a label that was not gold, {r['not_argued']:,} without a reason for it), "
+        f"{r['prompt_tokens']:,} tokens in, {r['completion_tokens']:,} out{price}; response format {r['response_format']}"
+    )
+    for fmt, why in r["formats_refused"].items():
+        say(f"  {fmt} was refused: {why}")
+    if r["failed"]:
+        say(f"why they failed: {run.failed}; they are tried again on the next start")
     if r["suspects"]:
-        say(f"{r['suspects']:,} set apart because their gold label is doubted: {suspect_path(run.output)}. Read them; they are not asked again")
-    if r["reason"]: say(f"stopped: {r['reason']}")
-    if r["reason"] or r["left"]: say("every reply that arrived is written; the same command goes on from here")
+        say(
+            f"{r['suspects']:,} set apart because their gold label is doubted: {suspect_path(run.output)}. Read them; they are not asked again"
+        )
+    if r["reason"]:
+        say(f"stopped: {r['reason']}")
+    if r["reason"] or r["left"]:
+        say("every reply that arrived is written; the same command goes on from here")
 
 # %% ../nbs/04_augment.ipynb #4851c5e6
 def cut_torn(path: Path):
@@ -1149,43 +1601,53 @@ def cut_torn(path: Path):
         os.truncate(path, whole)
         print(f"{path}: cut off an unfinished last line; its row is done again", file=sys.stderr)
 
+
 def look_before(stage, source, output, endpoint, allow_mixed, allow_eval):
     "Earlier rows and what is left to do; says what a reader should know."
-    if output.is_dir(): raise DataError(f"{output} is a folder; --output is a file")
+    if output.is_dir():
+        raise DataError(f"{output} is a folder; --output is a file")
     before, bad = read_before(output, failed_path(output), settings(stage, endpoint), allow_mixed), BadRows()
     sv = survey(stage, wanted_rows(stage, source, bad), before.done, allow_eval)
-    notes = [(bad.total, f"rows of the input are unusable and left out (--max_bad {source.max_bad})"),
-             (sv.elsewhere, "rows of the output are not in this input (other rows, or rows that were changed since)"),
-             (before.mixed, "rows of the output were made with other settings (--allow_mixed)"),
-             (len(before.failures), "rows failed earlier and are tried again"),
-             (before.suspects, "rows were set apart earlier because their gold label is doubted")]
+    notes = [
+        (bad.total, f"rows of the input are unusable and left out (--max_bad {source.max_bad})"),
+        (
+            sv.elsewhere,
+            "rows of the output are not in this input (other rows, or rows that were changed since)",
+        ),
+        (before.mixed, "rows of the output were made with other settings (--allow_mixed)"),
+        (len(before.failures), "rows failed earlier and are tried again"),
+        (before.suspects, "rows were set apart earlier because their gold label is doubted"),
+    ]
     for n, text in notes:
-        if n: print(f"note: {n:,} {text}", file=sys.stderr)
+        if n:
+            print(f"note: {n:,} {text}", file=sys.stderr)
     return before, sv
 
 # %% ../nbs/04_augment.ipynb #ea9b8c57
 def augment(
-    stage: Stage, # THINK or REFLECT
-    input: str|Path, # pairs (CSV, JSONL …) or thoughts
-    output: str|Path, # JSONL, appended to
+    stage: Stage,  # THINK or REFLECT
+    input: str | Path,  # pairs (CSV, JSONL …) or thoughts
+    output: str | Path,  # JSONL, appended to
     endpoint: Endpoint,
-    workers: int = 8, # calls at a time
-    prices: dict|None = None, # from `read_prices`
-    max_cost: float|None = None, # stop before the file costs more than this
-    allow_mixed: bool = False, # go on in a file that holds rows of other settings
-    allow_eval_rows: bool = False, # reflect on dev and test rows; recorded in provenance
-    dry_run: bool = False, # estimate and send nothing
+    workers: int = 8,  # calls at a time
+    prices: dict | None = None,  # from `read_prices`
+    max_cost: float | None = None,  # stop before the file costs more than this
+    allow_mixed: bool = False,  # go on in a file that holds rows of other settings
+    allow_eval_rows: bool = False,  # reflect on dev and test rows; recorded in provenance
+    dry_run: bool = False,  # estimate and send nothing
     progress: bool = True,
-    client = None, # an AsyncOpenAI to use instead of one made from `endpoint`
-    guards: Guards|None = None, # of reflections; None: the default ones
-    **source_options, # contract, max_bad, limit: see `Source`
-) -> dict: # counts, cost, `reason` if it ended early, `exit_code`
+    client=None,  # an AsyncOpenAI to use instead of one made from `endpoint`
+    guards: Guards | None = None,  # of reflections; None: the default ones
+    **source_options,  # contract, max_bad, limit: see `Source`
+) -> dict:  # counts, cost, `reason` if it ended early, `exit_code`
     "Make the missing rows of `output`. Raises `ConfigError` or `DataError` before anything is sent."
     from filelock import FileLock, Timeout
+
     check_options(endpoint, workers, prices, max_cost, dry_run)
     source, output = Source(input, **source_options), Path(output)
     guards = (guards or Guards()) if stage.saw_gold else None
-    if guards and not guards.readers: stage = replace(stage, wrong=not_gold)
+    if guards and not guards.readers:
+        stage = replace(stage, wrong=not_gold)
     look = partial(look_before, stage, source, output, endpoint, allow_mixed, allow_eval_rows)
     if dry_run:
         before, sv = look()
@@ -1193,13 +1655,26 @@ def augment(
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output.with_name(f".{output.name}.lock"), timeout=0):
-            for path in (output, failed_path(output), suspect_path(output)): cut_torn(path)
+            for path in (output, failed_path(output), suspect_path(output)):
+                cut_torn(path)
             before, sv = look()
             tidy_failed(failed_path(output), before.failures)
-            run = Run(Session(stage, endpoint, prices, client, guards, bool(before.done)), source, output, before, sv.todo, workers, max_cost, allow_eval_rows, progress)
-            if run.total: run.start()
+            run = Run(
+                Session(stage, endpoint, prices, client, guards, bool(before.done)),
+                source,
+                output,
+                before,
+                sv.todo,
+                workers,
+                max_cost,
+                allow_eval_rows,
+                progress,
+            )
+            if run.total:
+                run.start()
             tidy_failed(run.failed, run.failures)
-    except Timeout: raise DataError(f"{output}: another run is writing this file") from None
+    except Timeout:
+        raise DataError(f"{output}: another run is writing this file") from None
     result = summary(run, sv)
     say_summary(result, run)
     return result
@@ -1207,34 +1682,71 @@ def augment(
 # %% ../nbs/04_augment.ipynb #e8449dc2
 def sampling_params(ns) -> dict:
     "The sampling fields that were set, and only those. Raises `ConfigError` for a broken `--extra_body`."
-    given = {k: getattr(ns, k) for k in ("temperature", "top_p", "max_tokens", "seed") if getattr(ns, k) is not None}
-    try: extra = json.loads(ns.extra_body)
-    except (ValueError, RecursionError) as e: raise ConfigError(f"--extra_body is not JSON: {e}") from None
-    if not isinstance(extra, dict): raise ConfigError("--extra_body must be a JSON object")
-    if (taken := {"model", "messages", "response_format", "stream", "n", *given} & set(extra)):
+    given = {
+        k: getattr(ns, k)
+        for k in ("temperature", "top_p", "max_tokens", "seed")
+        if getattr(ns, k) is not None
+    }
+    try:
+        extra = json.loads(ns.extra_body)
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"--extra_body is not JSON: {e}") from None
+    if not isinstance(extra, dict):
+        raise ConfigError("--extra_body must be a JSON object")
+    if taken := {"model", "messages", "response_format", "stream", "n", *given} & set(extra):
         raise ConfigError(f"--extra_body may not hold {', '.join(sorted(taken))}")
     return {**given, **extra}
 
 # %% ../nbs/04_augment.ipynb #404d756e
-PATIENCE = dict(timeout="seconds for one call", max_attempts="calls per question before a row is given up",
-                max_reprompts="times a model is shown what was wrong",
-                max_retry_after="seconds; a server that asks for a longer wait ends the run")
+PATIENCE = dict(
+    timeout="seconds for one call",
+    max_attempts="calls per question before a row is given up",
+    max_reprompts="times a model is shown what was wrong",
+    max_retry_after="seconds; a server that asks for a longer wait ends the run",
+)
+
 
 def add_arguments(p, stage):
     "Arguments of both commands; `default` values are those of `Endpoint`."
     d, a = Endpoint(), p.add_argument
-    a("--input", required=True, help="thoughts (JSON Lines); the wrong ones are reflected on" if stage.saw_gold else
-      "pairs with premise, hypothesis, label (CSV, JSON Lines)")
+    a(
+        "--input",
+        required=True,
+        help="thoughts (JSON Lines); the wrong ones are reflected on"
+        if stage.saw_gold
+        else "pairs with premise, hypothesis, label (CSV, JSON Lines)",
+    )
     a("--output", required=True, help="JSON Lines, appended to; rows that stay bad go to OUTPUT.failed.jsonl")
     a("--base_url", help="address of the endpoint, e.g. http://localhost:8000/v1")
     a("--model", help="model name as the server knows it")
-    a("--prompt", metavar="FILE", help="JSON or TOML file with your own texts user and, if wanted, system; places: " + ", ".join(f"{{{k}}}" for k in stage.shows))
+    a(
+        "--prompt",
+        metavar="FILE",
+        help="JSON or TOML file with your own texts user and, if wanted, system; places: "
+        + ", ".join(f"{{{k}}}" for k in stage.shows),
+    )
     a("--workers", type=int, default=8, help="calls at a time [8]")
-    for k, t in dict(temperature=float, top_p=float, max_tokens=int, seed=int).items(): a(f"--{k}", type=t, help="sent only if given")
-    a("--extra_body", default="{}", metavar="JSON", help='further fields of the request, e.g. \'{"max_completion_tokens": 400}\'')
-    a("--response_format", default=d.response_format, choices=("auto", *FORMATS), help="how JSON is asked for [auto: the first that the server takes]")
-    a("--api_key_env", default=d.api_key_env, help=f"environment variable that holds the key [{d.api_key_env}]; a local server may need none")
-    for k, u in PATIENCE.items(): a(f"--{k}", type=type(getattr(d, k)), default=getattr(d, k), help=f"{u} [{getattr(d, k):g}]")
+    for k, t in dict(temperature=float, top_p=float, max_tokens=int, seed=int).items():
+        a(f"--{k}", type=t, help="sent only if given")
+    a(
+        "--extra_body",
+        default="{}",
+        metavar="JSON",
+        help="further fields of the request, e.g. '{\"max_completion_tokens\": 400}'",
+    )
+    a(
+        "--response_format",
+        default=d.response_format,
+        choices=("auto", *FORMATS),
+        help="how JSON is asked for [auto: the first that the server takes]",
+    )
+    a(
+        "--api_key_env",
+        default=d.api_key_env,
+        help=f"environment variable that holds the key [{d.api_key_env}]; a local server may need none",
+    )
+    for k, u in PATIENCE.items():
+        a(f"--{k}", type=type(getattr(d, k)), default=getattr(d, k), help=f"{u} [{getattr(d, k):g}]")
     add_run_arguments(p, stage)
 
 # %% ../nbs/04_augment.ipynb #e13a733a
@@ -1243,54 +1755,111 @@ def add_run_arguments(p, stage):
     a = p.add_argument
     a("--prices", help='JSON or TOML file: {"model name": {"input": 0.1, "output": 0.3}}, per million tokens')
     a("--max_cost", type=float, help="stop before the output file has cost more than this; needs --prices")
-    a("--dry_run", action="store_true", help="estimate rows, tokens (characters / 4) and cost; nothing is sent")
+    a(
+        "--dry_run",
+        action="store_true",
+        help="estimate rows, tokens (characters / 4) and cost; nothing is sent",
+    )
     a("--limit", type=int, help="only the first so many rows of the input")
     a("--contract", choices=tuple(CONTRACTS), help="what the labels mean, for rows that do not say")
-    a("--max_bad", type=float, default=0., help="share of unusable input rows that is tolerated [0]")
-    a("--allow_mixed", action="store_true", help="go on in an output that holds rows of another model, prompt or sampling")
-    if stage.saw_gold: a("--allow_eval_rows", action="store_true", help="reflect on rows marked dev or test too; recorded in provenance")
+    a("--max_bad", type=float, default=0.0, help="share of unusable input rows that is tolerated [0]")
+    a(
+        "--allow_mixed",
+        action="store_true",
+        help="go on in an output that holds rows of another model, prompt or sampling",
+    )
+    if stage.saw_gold:
+        a(
+            "--allow_eval_rows",
+            action="store_true",
+            help="reflect on rows marked dev or test too; recorded in provenance",
+        )
     if stage.saw_gold:
         a("--no_readers", action="store_true", help="do not refuse reflections whose reasons are none")
-        a("--no_blind", action="store_true", help="do not have each reflection judged once more without gold (one call less a row)")
-        a("--samples", type=int, default=0, metavar="K", help="also ask K times without gold, and set rows apart where most answers are not gold [0]")
+        a(
+            "--no_blind",
+            action="store_true",
+            help="do not have each reflection judged once more without gold (one call less a row)",
+        )
+        a(
+            "--samples",
+            type=int,
+            default=0,
+            metavar="K",
+            help="also ask K times without gold, and set rows apart where most answers are not gold [0]",
+        )
 
 # %% ../nbs/04_augment.ipynb #50f74b7b
 def stage_cli(stage, argv, description) -> int:
     "The body of both commands."
-    example = dict(think="nli_think --input pairs.csv --output thoughts.jsonl", reflect="nli_reflect --input thoughts.jsonl --output reflections.jsonl")[stage.name]
+    example = dict(
+        think="nli_think --input pairs.csv --output thoughts.jsonl",
+        reflect="nli_reflect --input thoughts.jsonl --output reflections.jsonl",
+    )[stage.name]
     rest = "--base_url http://localhost:8000/v1 --model MODEL"
-    p = argparse.ArgumentParser(prog=f"nli_{stage.name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog=f"examples:\n  {example} {rest} --dry_run\n  {example} {rest} --workers 16")
+    p = argparse.ArgumentParser(
+        prog=f"nli_{stage.name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"examples:\n  {example} {rest} --dry_run\n  {example} {rest} --workers 16",
+    )
     add_arguments(p, stage)
     ns = p.parse_args(argv)
-    if ns.limit is not None and ns.limit < 1: raise ConfigError(f"--limit must be at least 1, not {ns.limit}")
+    if ns.limit is not None and ns.limit < 1:
+        raise ConfigError(f"--limit must be at least 1, not {ns.limit}")
     given = {k: getattr(ns, k) for k in ("base_url", "model", "response_format", "api_key_env", *PATIENCE)}
     ep = Endpoint(**given, params=sampling_params(ns))
     prices = read_prices(ns.prices, ns.model) if ns.prices else None
-    if ns.prompt: stage = read_prompt(ns.prompt, stage)
+    if ns.prompt:
+        stage = read_prompt(ns.prompt, stage)
     guards = None
     if stage.saw_gold:
-        if ns.samples < 0: raise ConfigError(f"--samples must be at least 0, not {ns.samples}")
+        if ns.samples < 0:
+            raise ConfigError(f"--samples must be at least 0, not {ns.samples}")
         guards = Guards(not ns.no_readers, not ns.no_blind, ns.samples)
-    return augment(stage, ns.input, ns.output, ep, ns.workers, prices, ns.max_cost, ns.allow_mixed, getattr(ns, "allow_eval_rows", False), ns.dry_run,
-                   guards=guards, contract=ns.contract, max_bad=ns.max_bad, limit=ns.limit)["exit_code"]
+    return augment(
+        stage,
+        ns.input,
+        ns.output,
+        ep,
+        ns.workers,
+        prices,
+        ns.max_cost,
+        ns.allow_mixed,
+        getattr(ns, "allow_eval_rows", False),
+        ns.dry_run,
+        guards=guards,
+        contract=ns.contract,
+        max_bad=ns.max_bad,
+        limit=ns.limit,
+    )["exit_code"]
 
 # %% ../nbs/04_augment.ipynb #4dc607a9
 @command
 def think_cli(argv=None):
     "Write a thought for each pair through an OpenAI-compatible endpoint."
-    return stage_cli(THINK, argv, "Write a thought for each pair through any OpenAI-compatible endpoint. Gold labels are never sent. "
-                                  "Stop it any way you like; the same command goes on where it was.")
+    return stage_cli(
+        THINK,
+        argv,
+        "Write a thought for each pair through any OpenAI-compatible endpoint. Gold labels are never sent. "
+        "Stop it any way you like; the same command goes on where it was.",
+    )
+
 
 @command
 def reflect_cli(argv=None):
     "Write a reflection on each wrong thought."
-    return stage_cli(REFLECT, argv, "Write a reflection on each thought that ended in the wrong label, with the gold label shown. "
-                                    "Stop it any way you like; the same command goes on where it was.")
+    return stage_cli(
+        REFLECT,
+        argv,
+        "Write a reflection on each thought that ended in the wrong label, with the gold label shown. "
+        "Stop it any way you like; the same command goes on where it was.",
+    )
 
 # %% ../nbs/04_augment.ipynb #54cd8606
 #| eval: false
-if __name__ == "__main__" and "__file__" in globals(): # `python -m nli_ft.augment think …`
+if __name__ == "__main__" and "__file__" in globals():  # `python -m nli_ft.augment think …`
     commands = dict(think=think_cli, reflect=reflect_cli)
-    if len(sys.argv) < 2 or sys.argv[1] not in commands: sys.exit("usage: python -m nli_ft.augment {think,reflect} …")
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        sys.exit("usage: python -m nli_ft.augment {think,reflect} …")
     commands[sys.argv[1]](sys.argv[2:])

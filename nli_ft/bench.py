@@ -18,193 +18,345 @@ from unittest import mock
 
 import numpy as np
 
-from .config_loader import Config, ConfigError, NliError, command, config_from_json, load_config, print_config, project_root
+from nli_ft.config_loader import (
+    Config,
+    ConfigError,
+    NliError,
+    command,
+    config_from_json,
+    load_config,
+    print_config,
+    project_root,
+)
 from .data import read_rows, write_jsonl
 from .evaluate import evaluation_rows, left_pad, open_run, predict_rows
 from .prompt import LABEL, PROMPT, THOUGHT, Encoded, encode_prompt, parse_completion
-from .train_sft import (check_ready, choose_gpu, embedded_data, estimate_memory, linear_shapes, make_trainer_class, prepare,
-                              resolved_optim, to_dataset, training_args)
+from nli_ft.train_sft import (
+    check_ready,
+    choose_gpu,
+    embedded_data,
+    estimate_memory,
+    linear_shapes,
+    make_trainer_class,
+    prepare,
+    resolved_optim,
+    to_dataset,
+    training_args,
+)
 
 # %% ../nbs/09_bench.ipynb #6fcddea3
-_PLAIN = dict(trl=True, micro_batches=False, by_length=False, checkpointing=True, padding_free=False, head_everywhere=False, fp32_adapter=True,
-              prepared=True, blocked_attention=False, bf16_between=False, frozen_head=False, by_onednn=False, keep_freed_memory=False, dequantised_once=False)
-_OURS = _PLAIN | dict(trl=False, micro_batches=True, by_length=True, checkpointing=False, blocked_attention=True, bf16_between=True, frozen_head=True, by_onednn=True,
-                      keep_freed_memory=True, dequantised_once=True)
+_PLAIN = dict(
+    trl=True,
+    micro_batches=False,
+    by_length=False,
+    checkpointing=True,
+    padding_free=False,
+    head_everywhere=False,
+    fp32_adapter=True,
+    prepared=True,
+    blocked_attention=False,
+    bf16_between=False,
+    frozen_head=False,
+    by_onednn=False,
+    keep_freed_memory=False,
+    dequantised_once=False,
+)
+_OURS = _PLAIN | dict(
+    trl=False,
+    micro_batches=True,
+    by_length=True,
+    checkpointing=False,
+    blocked_attention=True,
+    bf16_between=True,
+    frozen_head=True,
+    by_onednn=True,
+    keep_freed_memory=True,
+    dequantised_once=True,
+)
 
-VARIANTS = { # name -> options; every name but the first of its kind changes one of them
-    "plain": _PLAIN,                                                    # trl.SFTTrainer
+VARIANTS = {  # name -> options; every name but the first of its kind changes one of them
+    "plain": _PLAIN,  # trl.SFTTrainer
     "plain-no-checkpointing": _PLAIN | dict(checkpointing=False),
     "plain-micro-batches": _PLAIN | dict(micro_batches=True),
-    "plain-padding-free": _PLAIN | dict(padding_free=True),             # the rows of a batch as one sequence
-    "plain-bf16-adapter": _PLAIN | dict(fp32_adapter=False),            # as TRL leaves it
-    "plain-bf16-base": _PLAIN | dict(prepared=False),                   # as `from_pretrained` leaves it
+    "plain-padding-free": _PLAIN | dict(padding_free=True),  # the rows of a batch as one sequence
+    "plain-bf16-adapter": _PLAIN | dict(fp32_adapter=False),  # as TRL leaves it
+    "plain-bf16-base": _PLAIN | dict(prepared=False),  # as `from_pretrained` leaves it
     "ours": _OURS,
     "ours-checkpointing": _OURS | dict(checkpointing=True),
-    "ours-one-batch": _OURS | dict(micro_batches=False),                # all rows of a step at once
-    "ours-file-order": _OURS | dict(by_length=False),                   # micro-batches not sorted by length
-    "ours-head-everywhere": _OURS | dict(head_everywhere=True),         # logits at every position, prompt and padding too
+    "ours-one-batch": _OURS | dict(micro_batches=False),  # all rows of a step at once
+    "ours-file-order": _OURS | dict(by_length=False),  # micro-batches not sorted by length
+    "ours-head-everywhere": _OURS
+    | dict(head_everywhere=True),  # logits at every position, prompt and padding too
     "ours-padding-free": _OURS | dict(padding_free=True),
-    "ours-fp32-between": _OURS | dict(bf16_between=False),              # between the matrix products of a bf16 run
-    "ours-sdpa": _OURS | dict(blocked_attention=False),                 # this and the next four make a difference on a CPU only
-    "ours-mkl": _OURS | dict(by_onednn=False),                          # fp32 products as torch chooses, on an AMD CPU with AVX-512
-    "ours-trl-head": _OURS | dict(frozen_head=False),                   # TRL's kernel for the head
+    "ours-fp32-between": _OURS | dict(bf16_between=False),  # between the matrix products of a bf16 run
+    "ours-sdpa": _OURS
+    | dict(blocked_attention=False),  # this and the next four make a difference on a CPU only
+    "ours-mkl": _OURS | dict(by_onednn=False),  # fp32 products as torch chooses, on an AMD CPU with AVX-512
+    "ours-trl-head": _OURS | dict(frozen_head=False),  # TRL's kernel for the head
     "ours-returning-memory": _OURS | dict(keep_freed_memory=False),
     "ours-dequantising-each-time": _OURS | dict(dequantised_once=False),
 }
 
-def same_mathematics(name:str # a variant
-                    ) -> bool: # whether its losses must equal those of the others
+
+def same_mathematics(
+    name: str,  # a variant
+) -> bool:  # whether its losses must equal those of the others
     "False for the variants that change a number format."
     return VARIANTS[name]["fp32_adapter"] and VARIANTS[name]["prepared"]
 
 # %% ../nbs/09_bench.ipynb #5076971b
-def step_order(lengths:list, # tokens of each row
-               steps:int, rows_per_step:int, # optimizer steps; rows in each
-               by_length:bool, # sort within a step, longest first
-              ) -> list: # row indices of each step; rows are used again when there are too few
+def step_order(
+    lengths: list,  # tokens of each row
+    steps: int,
+    rows_per_step: int,  # optimizer steps; rows in each
+    by_length: bool,  # sort within a step, longest first
+) -> list:  # row indices of each step; rows are used again when there are too few
     "Which rows each optimizer step sees, and in which order."
-    order = [[i % len(lengths) for i in range(s*rows_per_step, (s + 1)*rows_per_step)] for s in range(steps)]
+    order = [
+        [i % len(lengths) for i in range(s * rows_per_step, (s + 1) * rows_per_step)] for s in range(steps)
+    ]
     return [sorted(step, key=lambda i: -lengths[i]) for step in order] if by_length else order
 
-def padded_tokens(lengths:list, # tokens of the rows of one step, in order
-                  micro:int, # rows of a micro-batch
-                 ) -> int: # tokens with padding
+
+def padded_tokens(
+    lengths: list,  # tokens of the rows of one step, in order
+    micro: int,  # rows of a micro-batch
+) -> int:  # tokens with padding
     "What the model computes on when every micro-batch is padded to its longest row."
-    batches = [lengths[i:i + micro] for i in range(0, len(lengths), micro)]
-    return sum(max(b)*len(b) for b in batches)
+    batches = [lengths[i : i + micro] for i in range(0, len(lengths), micro)]
+    return sum(max(b) * len(b) for b in batches)
 
 # %% ../nbs/09_bench.ipynb #91dd9f02
-def bench_config(config:str|None=None, # name or path of a config; None for default with the embedded model
-                 model:str|None=None, # replaces its model_id
-                 data=None, # replaces its rows; None for the embedded corpus
-                 **changes, # further keys
-                ) -> Config:
+def bench_config(
+    config: str | None = None,  # name or path of a config; None for default with the embedded model
+    model: str | None = None,  # replaces its model_id
+    data=None,  # replaces its rows; None for the embedded corpus
+    **changes,  # further keys
+) -> Config:
     "A config reduced to what is measured: rows, model, adapter, optimizer. Raises `ConfigError`."
-    data = str(data or embedded_data()/"train.jsonl")
-    fixed = dict(train_data=data, eval_data=data, max_eval_samples=1, lora_dropout=0.0, lr_scheduler="constant", warmup_ratio=0.0, num_epochs=1.0, logging_steps=1,
-                 use_packing=False, group_by_length=False, distributed_training=False, num_processes=None, use_wandb=False, wandb_run_id=None,
-                 early_stopping_patience=None, resume_from_checkpoint=None, eval_steps=None, save_steps=None)
-    if model or config is None: fixed["model_id"] = model or "smollm2-135m"
+    data = str(data or embedded_data() / "train.jsonl")
+    fixed = dict(
+        train_data=data,
+        eval_data=data,
+        max_eval_samples=1,
+        lora_dropout=0.0,
+        lr_scheduler="constant",
+        warmup_ratio=0.0,
+        num_epochs=1.0,
+        logging_steps=1,
+        use_packing=False,
+        group_by_length=False,
+        distributed_training=False,
+        num_processes=None,
+        use_wandb=False,
+        wandb_run_id=None,
+        early_stopping_patience=None,
+        resume_from_checkpoint=None,
+        eval_steps=None,
+        save_steps=None,
+    )
+    if model or config is None:
+        fixed["model_id"] = model or "smollm2-135m"
     return load_config(config or "default", fixed | {k: v for k, v in changes.items() if v is not None})
 
-def variant_config(cfg:Config, # from `bench_config`
-                   name:str, # a variant
-                   rows_per_step:int, micro_batch:int, # rows of an optimizer step; rows of a micro-batch, where the variant has them
-                  ) -> Config:
+
+def variant_config(
+    cfg: Config,  # from `bench_config`
+    name: str,  # a variant
+    rows_per_step: int,
+    micro_batch: int,  # rows of an optimizer step; rows of a micro-batch, where the variant has them
+) -> Config:
     "The config of one contestant."
     from nli_ft.model import device
+
     options = VARIANTS[name]
     micro = micro_batch if options["micro_batches"] else rows_per_step
-    if rows_per_step % micro: raise ConfigError(f"--micro_batch {micro} does not divide --rows_per_step {rows_per_step}: the last micro-batch of a step would be smaller")
-    if not options["blocked_attention"] and cfg.attn_implementation == "auto" and device(cfg).type == "cpu": cfg = cfg.replace(attn_implementation="sdpa")
-    return cfg.replace(batch_size=micro, grad_accumulation_steps=rows_per_step//micro, gradient_checkpointing=options["checkpointing"])
+    if rows_per_step % micro:
+        raise ConfigError(
+            f"--micro_batch {micro} does not divide --rows_per_step {rows_per_step}: the last micro-batch of a step would be smaller"
+        )
+    if not options["blocked_attention"] and cfg.attn_implementation == "auto" and device(cfg).type == "cpu":
+        cfg = cfg.replace(attn_implementation="sdpa")
+    return cfg.replace(
+        batch_size=micro,
+        grad_accumulation_steps=rows_per_step // micro,
+        gradient_checkpointing=options["checkpointing"],
+    )
 
 # %% ../nbs/09_bench.ipynb #43cabd1b
-SHAPES = {"mistral-7b-shapes": dict(vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-                                    max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, tie_word_embeddings=False)}
+SHAPES = {
+    "mistral-7b-shapes": dict(
+        vocab_size=32768,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        sliding_window=None,
+        tie_word_embeddings=False,
+    )
+}
 
-def shapes_model(name:str, # a key of `SHAPES`
-                ) -> Path: # a folder `from_pretrained` can read
+
+def shapes_model(
+    name: str,  # a key of `SHAPES`
+) -> Path:  # a folder `from_pretrained` can read
     "Random weights of a model's true shapes with Mistral's own tokenizer, made on first use; `ConfigError` where the disk is too small."
     import shutil, torch
     from filelock import FileLock
     from nli_ft.model import cache_dir
     from nli_ft.prompt import mistral_v3_tokenizer
     from transformers import MistralConfig, MistralForCausalLM
-    d = cache_dir()/name
-    with FileLock(cache_dir()/f"{name}.lock"):
-        if d.exists(): return d
+
+    d = cache_dir() / name
+    with FileLock(cache_dir() / f"{name}.lock"):
+        if d.exists():
+            return d
         conf = MistralConfig(**SHAPES[name], dtype=torch.bfloat16)
-        with torch.device("meta"): need = 2*sum(p.numel() for p in MistralForCausalLM(conf).parameters())
-        if (free := shutil.disk_usage(cache_dir()).free) < 1.1*need:
-            raise ConfigError(f"{name}: its random weights need {need/1e9:.1f} GB and {cache_dir()} has {free/1e9:.1f} GB free; set NLI_FT_CACHE to a folder with room")
-        where = "cuda" if torch.cuda.is_available() else "cpu"  # drawing 7 billion numbers takes a GPU a second
-        with torch.random.fork_rng(), torch.device(where), tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f".{name}-") as tmp:
+        with torch.device("meta"):
+            need = 2 * sum(p.numel() for p in MistralForCausalLM(conf).parameters())
+        if (free := shutil.disk_usage(cache_dir()).free) < 1.1 * need:
+            raise ConfigError(
+                f"{name}: its random weights need {need / 1e9:.1f} GB and {cache_dir()} has {free / 1e9:.1f} GB free; set NLI_FT_CACHE to a folder with room"
+            )
+        where = (
+            "cuda" if torch.cuda.is_available() else "cpu"
+        )  # drawing 7 billion numbers takes a GPU a second
+        with (
+            torch.random.fork_rng(),
+            torch.device(where),
+            tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f".{name}-") as tmp,
+        ):
             torch.manual_seed(0)
-            MistralForCausalLM._from_config(conf, dtype=torch.bfloat16).save_pretrained(f"{tmp}/{name}", max_shard_size="4GB")
+            MistralForCausalLM._from_config(conf, dtype=torch.bfloat16).save_pretrained(
+                f"{tmp}/{name}", max_shard_size="4GB"
+            )
             mistral_v3_tokenizer().save_pretrained(f"{tmp}/{name}")
             os.rename(f"{tmp}/{name}", d)
     return d
 
-def with_weights(cfg:Config # whose model_id may be a key of `SHAPES`
-                ) -> Config:
+
+def with_weights(
+    cfg: Config,  # whose model_id may be a key of `SHAPES`
+) -> Config:
     "The config with a model that can be loaded. `ConfigError` where there is no GPU for it and the CPU was not asked for."
-    if cfg.model_id not in SHAPES: return cfg
+    if cfg.model_id not in SHAPES:
+        return cfg
     import torch
+
     choose_gpu(cfg)
-    if cfg.device != "cpu" and not torch.cuda.is_available(): raise ConfigError(f"{cfg.model_id} needs a CUDA GPU and torch sees none; --device cpu forces it onto the CPU")
+    if cfg.device != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"{cfg.model_id} needs a CUDA GPU and torch sees none; --device cpu forces it onto the CPU"
+        )
     return cfg.replace(model_id=str(shapes_model(cfg.model_id)))
 
 # %% ../nbs/09_bench.ipynb #0008bcf4
-def peak_memory(dev) -> float: # torch.device -> GiB
+def peak_memory(dev) -> float:  # torch.device -> GiB
     "Highest memory of this process so far: resident on a CPU, allocated by torch on CUDA."
     if dev.type == "cuda":
         import torch
-        return torch.cuda.max_memory_allocated()/2**30
-    status = Path("/proc/self/status")
-    if status.exists(): return int(status.read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0])/2**20
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**30 if sys.platform == "darwin" else 2**20)
 
-def reset_peak(dev) -> float: # torch.device -> GiB in use now
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0]) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def reset_peak(dev) -> float:  # torch.device -> GiB in use now
     "Start counting the peak anew, for what comes on top of a loaded model; on a CPU this needs Linux."
     if dev.type == "cuda":
         import torch
+
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()/2**30
+        return torch.cuda.memory_allocated() / 2**30
     # freed memory that the process kept would hide what comes on top
-    if platform.libc_ver()[0] == "glibc": ctypes.CDLL(None).malloc_trim(0)
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return peak_memory(dev)
 
 # %% ../nbs/09_bench.ipynb #c73218e3
-def make_clock(dev): # torch.device
+def make_clock(dev):  # torch.device
     "A trainer callback: `.stamps` holds the time at the end of each step, `.losses` the loss of each step as the trainer logged it."
     import torch
     from transformers import TrainerCallback
+
     class Clock(TrainerCallback):
-        def __init__(self): self.stamps, self.losses = [], []
+        def __init__(self):
+            self.stamps, self.losses = [], []
+
         def on_step_end(self, args, state, control, **kw):
-            if dev.type == "cuda": torch.cuda.synchronize()
+            if dev.type == "cuda":
+                torch.cuda.synchronize()
             self.stamps.append(time.time())
+
         def on_log(self, args, state, control, logs=None, **kw):
-            if "loss" in logs: self.losses.append(logs["loss"])
+            if "loss" in logs:
+                self.losses.append(logs["loss"])
+
     return Clock()
 
 # %% ../nbs/09_bench.ipynb #2078dc5d
-def matmul_rate(shapes:list, # (out, in) of linear layers
-                tokens:int, # rows of the left matrix
-                dtype, dev, # torch.dtype; torch.device
-                repeats:int=8, # the best counts
-                product=None, # what multiplies; None for `torch.nn.functional.linear`
-               ) -> float: # FLOP/s
+def matmul_rate(
+    shapes: list,  # (out, in) of linear layers
+    tokens: int,  # rows of the left matrix
+    dtype,
+    dev,  # torch.dtype; torch.device
+    repeats: int = 8,  # the best counts
+    product=None,  # what multiplies; None for `torch.nn.functional.linear`
+) -> float:  # FLOP/s
     "Measured rate of the products of these layers; each repeat lasts long enough (50 ms) for the clock."
     import torch
+
     product = product or torch.nn.functional.linear
-    work = [(torch.randn(tokens, i, device=dev, dtype=dtype), torch.randn(o, i, device=dev, dtype=dtype)) for o, i in shapes]
+    work = [
+        (torch.randn(tokens, i, device=dev, dtype=dtype), torch.randn(o, i, device=dev, dtype=dtype))
+        for o, i in shapes
+    ]
+
     def timed(n):
         start = time.perf_counter()
         for _ in range(n):
-            for x, w in work: product(x, w)
-        if dev.type == "cuda": torch.cuda.synchronize()
-        return (time.perf_counter() - start)/n
+            for x, w in work:
+                product(x, w)
+        if dev.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / n
+
     with torch.inference_mode():
         timed(1)
-        n = max(1, math.ceil(.05/timed(1)))
+        n = max(1, math.ceil(0.05 / timed(1)))
         best = min(timed(n) for _ in range(repeats))
-    return 2*tokens*sum(o*i for o, i in shapes)/best
+    return 2 * tokens * sum(o * i for o, i in shapes) / best
 
 # %% ../nbs/09_bench.ipynb #3b6831f9
-def needed_flops(facts:dict, # linear: N; head: parameters of the output head
-                 tokens:int, trained:int # real tokens; those with loss
-                ) -> int:
+def needed_flops(
+    facts: dict,  # linear: N; head: parameters of the output head
+    tokens: int,
+    trained: int,  # real tokens; those with loss
+) -> int:
     "What the loss and its gradients cost at the least, by the convention above."
-    return 4*facts["linear"]*tokens + 4*facts["head"]*trained
+    return 4 * facts["linear"] * tokens + 4 * facts["head"] * trained
 
-def executed_flops(facts:dict, padded:int, scored:int, # tokens with padding; positions where the head was computed
-                   checkpointing:bool, head_twice:bool) -> int: # whether the blocks, and the logits, were computed again in the backward pass
+
+def executed_flops(
+    facts: dict,
+    padded: int,
+    scored: int,  # tokens with padding; positions where the head was computed
+    checkpointing: bool,
+    head_twice: bool,
+) -> int:  # whether the blocks, and the logits, were computed again in the backward pass
     "What was computed, by the same convention."
-    return (6 if checkpointing else 4)*facts["linear"]*padded + (6 if head_twice else 4)*facts["head"]*scored
+    return (6 if checkpointing else 4) * facts["linear"] * padded + (6 if head_twice else 4) * facts[
+        "head"
+    ] * scored
 
 # %% ../nbs/09_bench.ipynb #37a5250e
 def _plain_trainer(cfg, model, tok, encs, options, out, steps):
@@ -213,104 +365,170 @@ def _plain_trainer(cfg, model, tok, encs, options, out, steps):
     from datasets import Dataset
     from nli_ft.model import compute_dtype, device
     from trl import SFTConfig, SFTTrainer
+
     dtype = compute_dtype(cfg)
     args = SFTConfig(
-        output_dir=str(out), per_device_train_batch_size=cfg.batch_size, gradient_accumulation_steps=cfg.grad_accumulation_steps, max_steps=steps,
-        completion_only_loss=True, max_length=None if options["padding_free"] else cfg.max_seq_length, padding_free=options["padding_free"],
-        gradient_checkpointing=cfg.gradient_checkpointing, gradient_checkpointing_kwargs=dict(use_reentrant=False) if cfg.gradient_checkpointing else None,
-        learning_rate=cfg.learning_rate, lr_scheduler_type=cfg.lr_scheduler, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm or 0.0,
-        optim=resolved_optim(cfg), seed=cfg.seed, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=device(cfg).type == "cpu",
-        dataloader_pin_memory=device(cfg).type == "cuda", logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True)
-    rows = Dataset.from_dict(dict(input_ids=[e.input_ids for e in encs], completion_mask=[[int(y != -100) for y in e.labels] for e in encs]))
+        output_dir=str(out),
+        per_device_train_batch_size=cfg.batch_size,
+        gradient_accumulation_steps=cfg.grad_accumulation_steps,
+        max_steps=steps,
+        completion_only_loss=True,
+        max_length=None if options["padding_free"] else cfg.max_seq_length,
+        padding_free=options["padding_free"],
+        gradient_checkpointing=cfg.gradient_checkpointing,
+        gradient_checkpointing_kwargs=dict(use_reentrant=False) if cfg.gradient_checkpointing else None,
+        learning_rate=cfg.learning_rate,
+        lr_scheduler_type=cfg.lr_scheduler,
+        weight_decay=cfg.weight_decay,
+        max_grad_norm=cfg.max_grad_norm or 0.0,
+        optim=resolved_optim(cfg),
+        seed=cfg.seed,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device(cfg).type == "cpu",
+        dataloader_pin_memory=device(cfg).type == "cuda",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    rows = Dataset.from_dict(
+        dict(
+            input_ids=[e.input_ids for e in encs],
+            completion_mask=[[int(y != -100) for y in e.labels] for e in encs],
+        )
+    )
     exact = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
     trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tok)
     if options["fp32_adapter"]:
         for n, p in trainer.model.named_parameters():
-            if n in exact: p.data = exact[n]
+            if n in exact:
+                p.data = exact[n]
     return trainer
+
 
 def _our_trainer(cfg, model, tok, encs, options, out, steps):
     "The trainer of `train_sft.fit`, saving nothing."
     args = training_args(cfg.replace(max_steps=steps), out, False)
     args.save_strategy, args.padding_free = "no", options["padding_free"]
-    trainer = make_trainer_class()(model=model, args=args, train_dataset=to_dataset(encs, cfg), processing_class=tok)
-    if options["head_everywhere"]: _score_everywhere(trainer.model)
+    trainer = make_trainer_class()(
+        model=model, args=args, train_dataset=to_dataset(encs, cfg), processing_class=tok
+    )
+    if options["head_everywhere"]:
+        _score_everywhere(trainer.model)
     return trainer
+
 
 def _score_everywhere(model):
     "Let the head score every position through the same kernel; the loss still takes the trained ones."
     import types
+
     base = model.get_base_model()
     compact = base.forward
+
     def forward(self, *args, labels=None, completion_loss=False, **kw):
-        if not completion_loss: return compact(*args, labels=labels, **kw)
+        if not completion_loss:
+            return compact(*args, labels=labels, **kw)
         scored = compact(*args, labels=labels.clamp(min=0), completion_loss=True, **kw)["log_probs"]
         return {"log_probs": scored[(labels[:, 1:] != -100).flatten()]}
+
     base.forward = types.MethodType(forward, base)
+
 
 def _keep_order(trainer):
     "Let a trainer read the rows as they come, whatever order it would choose."
     from torch.utils.data import SequentialSampler
+
     class InOrder(SequentialSampler):
-        def set_epoch(self, epoch): "The same in every epoch."
+        def set_epoch(self, epoch):
+            "The same in every epoch."
+
     trainer.order = InOrder(trainer.train_dataset)  # our trainer tells its order which epoch it is
     trainer._get_train_sampler = lambda rows=None: trainer.order
 
-def build_trainer(cfg:Config, # from `variant_config`
-                  name:str, # a variant
-                  model, tok, encs:list, # base with adapter; tokenizer; `Encoded` rows in the order of `step_order`
-                  out, steps:int, # folder; optimizer steps
-                 ): # a transformers Trainer
+
+def build_trainer(
+    cfg: Config,  # from `variant_config`
+    name: str,  # a variant
+    model,
+    tok,
+    encs: list,  # base with adapter; tokenizer; `Encoded` rows in the order of `step_order`
+    out,
+    steps: int,  # folder; optimizer steps
+):  # a transformers Trainer
     "The trainer of a contestant, ready to train."
     from transformers.trainer_callback import PrinterCallback
+
     options = VARIANTS[name]
     trainer = (_plain_trainer if options["trl"] else _our_trainer)(cfg, model, tok, encs, options, out, steps)
     _keep_order(trainer)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
+
 @contextlib.contextmanager
-def without_ours(name:str # a variant or an answerer
-                ):
+def without_ours(
+    name: str,  # a variant or an answerer
+):
     "Context in which the model is loaded and trained without those of this package's habits that the contestant does not have."
     from nli_ft import model
+
     options = VARIANTS.get(name, _PLAIN if name.startswith("plain") else _OURS)
     with contextlib.ExitStack() as undo:
-        if not options["keep_freed_memory"]: undo.enter_context(mock.patch.object(model, "keep_freed_memory", lambda: None))
-        if not options["by_onednn"]: undo.enter_context(mock.patch.object(model, "held_back", lambda: False))
-        if not options["frozen_head"]: undo.enter_context(mock.patch.object(model, "scored_here", lambda head: False))
-        if not options["bf16_between"]: undo.enter_context(mock.patch.object(model, "bf16_between_products", contextlib.nullcontext))
-        if not options["dequantised_once"]: undo.enter_context(mock.patch.object(model, "dequantised_once", contextlib.nullcontext))
+        if not options["keep_freed_memory"]:
+            undo.enter_context(mock.patch.object(model, "keep_freed_memory", lambda: None))
+        if not options["by_onednn"]:
+            undo.enter_context(mock.patch.object(model, "held_back", lambda: False))
+        if not options["frozen_head"]:
+            undo.enter_context(mock.patch.object(model, "scored_here", lambda head: False))
+        if not options["bf16_between"]:
+            undo.enter_context(mock.patch.object(model, "bf16_between_products", contextlib.nullcontext))
+        if not options["dequantised_once"]:
+            undo.enter_context(mock.patch.object(model, "dequantised_once", contextlib.nullcontext))
         yield
 
-def load_model(cfg:Config, name:str="ours"): # from `variant_config`; a variant -> a PeftModel
+
+def load_model(cfg: Config, name: str = "ours"):  # from `variant_config`; a variant -> a PeftModel
     "The base and the seeded adapter that every contestant starts from."
     from nli_ft.model import load_base, seeded_lora
+
     base = load_base(cfg, train=VARIANTS[name]["prepared"])
     base.config.use_cache = False
     return seeded_lora(base, cfg)
 
 # %% ../nbs/09_bench.ipynb #fb6b30bd
-def positions(cfg:Config, name:str, # from `variant_config`; a variant
-              encs:list, # `Encoded` rows of one step, in order
-              triton:bool, # whether TRL's kernel for Triton runs: then TRL, too, scores the trained positions only
-             ) -> dict: # tokens, trained, padded, scored
+def positions(
+    cfg: Config,
+    name: str,  # from `variant_config`; a variant
+    encs: list,  # `Encoded` rows of one step, in order
+    triton: bool,  # whether TRL's kernel for Triton runs: then TRL, too, scores the trained positions only
+) -> dict:  # tokens, trained, padded, scored
     "What a step consists of: real tokens, those with loss, those computed on, and positions that the head scored."
     options, lengths = VARIANTS[name], [len(e) for e in encs]
     padded = sum(lengths) if options["padding_free"] else padded_tokens(lengths, cfg.batch_size)
     trained = sum(y != -100 for e in encs for y in e.labels[1:])
-    batches = len(encs)/cfg.batch_size if options["padding_free"] else len(encs)
+    batches = len(encs) / cfg.batch_size if options["padding_free"] else len(encs)
     everywhere = options["head_everywhere"] or not (options["frozen_head"] or triton)
-    return dict(tokens=sum(lengths), trained=trained, padded=padded, scored=int(padded - batches) if everywhere else trained)
+    return dict(
+        tokens=sum(lengths),
+        trained=trained,
+        padded=padded,
+        scored=int(padded - batches) if everywhere else trained,
+    )
 
-def train_once(cfg:Config, # from `bench_config`
-               name:str, # a variant
-               steps:int, rows_per_step:int, micro_batch:int,
-               started:float, # time.time() when this process was started
-              ) -> dict: # losses, stamps (seconds since started) and positions of each step; peak_gib, loaded_gib (peak until the model was loaded), estimate_gib
+
+def train_once(
+    cfg: Config,  # from `bench_config`
+    name: str,  # a variant
+    steps: int,
+    rows_per_step: int,
+    micro_batch: int,
+    started: float,  # time.time() when this process was started
+) -> dict:  # losses, stamps (seconds since started) and positions of each step; peak_gib, loaded_gib (peak until the model was loaded), estimate_gib
     "Train one contestant in this process."
     from nli_ft.model import compute_dtype, device
     from transformers.utils import is_triton_available
+
     choose_gpu(cfg)
     cfg = variant_config(with_weights(cfg), name, rows_per_step, micro_batch)
     dev, prep = device(cfg), prepare(cfg)
@@ -319,61 +537,106 @@ def train_once(cfg:Config, # from `bench_config`
     with tempfile.TemporaryDirectory() as out, without_ours(name):
         model = load_model(cfg, name)
         loaded = peak_memory(dev)
-        trainer = build_trainer(cfg, name, model, prep.tok, [prep.train[i] for step in order for i in step], out, steps)
+        trainer = build_trainer(
+            cfg, name, model, prep.tok, [prep.train[i] for step in order for i in step], out, steps
+        )
         clock = make_clock(dev)
         trainer.add_callback(clock)
         trainer.train()
     triton = dev.type == "cuda" and is_triton_available()
-    return dict(name=name, losses=clock.losses, stamps=[t - started for t in clock.stamps], steps=[positions(cfg, name, [prep.train[i] for i in s], triton) for s in order],
-                checkpointing=cfg.gradient_checkpointing, head_twice=dev.type == "cuda" or not VARIANTS[name]["frozen_head"], peak_gib=peak_memory(dev), loaded_gib=loaded, dtype=str(compute_dtype(cfg)).removeprefix("torch."),
-                estimate_gib=None if VARIANTS[name]["trl"] else estimate_memory(prep)["total"])
+    return dict(
+        name=name,
+        losses=clock.losses,
+        stamps=[t - started for t in clock.stamps],
+        steps=[positions(cfg, name, [prep.train[i] for i in s], triton) for s in order],
+        checkpointing=cfg.gradient_checkpointing,
+        head_twice=dev.type == "cuda" or not VARIANTS[name]["frozen_head"],
+        peak_gib=peak_memory(dev),
+        loaded_gib=loaded,
+        dtype=str(compute_dtype(cfg)).removeprefix("torch."),
+        estimate_gib=None if VARIANTS[name]["trl"] else estimate_memory(prep)["total"],
+    )
+
 
 def _quiet():
     "Only results and errors are of interest here."
     import warnings, datasets, transformers
+
     warnings.filterwarnings("ignore")
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 # %% ../nbs/09_bench.ipynb #34783856
-JOBS = {} # name -> function(cfg, **arguments) -> dict, run in a child by `child_main`
+JOBS = {}  # name -> function(cfg, **arguments) -> dict, run in a child by `child_main`
+
 
 def _job(fn):
     JOBS[fn.__name__.strip("_")] = fn
     return fn
 
-def child_main(orders, result): # paths of JSON files
+
+def child_main(orders, result):  # paths of JSON files
     "What a child process runs."
     o = json.loads(Path(orders).read_text(encoding="utf-8"))
-    try: made = JOBS[o["job"]](config_from_json(o["config"], "the benchmark's config"), **o["arguments"])
-    except NliError as e: made = dict(died=str(e), refused=True)  # something the user can put right: all of its text counts
+    try:
+        made = JOBS[o["job"]](config_from_json(o["config"], "the benchmark's config"), **o["arguments"])
+    except NliError as e:
+        made = dict(died=str(e), refused=True)  # something the user can put right: all of its text counts
     Path(result).write_text(json.dumps(made), encoding="utf-8")
 
-def child_command(job:str, arguments:dict, orders, result) -> list: # argv
-    "How a child is started."
-    return [sys.executable, "-c", "import sys; from nli_ft.bench import child_main; child_main(*sys.argv[1:])", str(orders), str(result)]
 
-def run_child(job:str, # a key of `JOBS`
-              cfg:Config, **arguments) -> dict: # what the job returned, or {"died": why}
+def child_command(job: str, arguments: dict, orders, result) -> list:  # argv
+    "How a child is started."
+    return [
+        sys.executable,
+        "-c",
+        "import sys; from nli_ft.bench import child_main; child_main(*sys.argv[1:])",
+        str(orders),
+        str(result),
+    ]
+
+
+def run_child(
+    job: str,  # a key of `JOBS`
+    cfg: Config,
+    **arguments,
+) -> dict:  # what the job returned, or {"died": why}
     "Run a job in a fresh process. It inherits the environment; with `started` in the arguments it is told when it began."
     with tempfile.TemporaryDirectory() as d:
-        orders, result, log = Path(d)/"orders.json", Path(d)/"result.json", Path(d)/"log.txt"
-        if "started" in arguments: arguments["started"] = time.time()
-        orders.write_text(json.dumps(dict(job=job, config=print_config(cfg), arguments=arguments)), encoding="utf-8")
-        with open(log, "w", encoding="utf-8") as f: rc = subprocess.run(child_command(job, arguments, orders, result), cwd=project_root(), stdout=f, stderr=f).returncode
-        if rc == 0: return json.loads(result.read_text(encoding="utf-8"))
+        orders, result, log = Path(d) / "orders.json", Path(d) / "result.json", Path(d) / "log.txt"
+        if "started" in arguments:
+            arguments["started"] = time.time()
+        orders.write_text(
+            json.dumps(dict(job=job, config=print_config(cfg), arguments=arguments)), encoding="utf-8"
+        )
+        with open(log, "w", encoding="utf-8") as f:
+            rc = subprocess.run(
+                child_command(job, arguments, orders, result), cwd=project_root(), stdout=f, stderr=f
+            ).returncode
+        if rc == 0:
+            return json.loads(result.read_text(encoding="utf-8"))
         return dict(died=cause_of_death(rc, log.read_text(encoding="utf-8", errors="replace")))
 
-def cause_of_death(rc:int, # exit code of a child; negative for a signal
-                   log:str # what it printed
-                  ) -> str:
+
+def cause_of_death(
+    rc: int,  # exit code of a child; negative for a signal
+    log: str,  # what it printed
+) -> str:
     "Why a child died, in one line."
     lines = [l.strip() for l in log.splitlines() if l.strip()]
     last = lines[-1][:300] if lines else "it said nothing"
-    if rc == -signal.SIGKILL: return "killed (SIGKILL), as the kernel does when memory runs out"
-    if rc < 0: return f"killed by {signal.Signals(-rc).name}: {last}"
-    if "OutOfMemoryError" in last or "out of memory" in last.lower() or "can't allocate memory" in last or last.startswith("MemoryError"): return f"out of memory: {last}"
+    if rc == -signal.SIGKILL:
+        return "killed (SIGKILL), as the kernel does when memory runs out"
+    if rc < 0:
+        return f"killed by {signal.Signals(-rc).name}: {last}"
+    if (
+        "OutOfMemoryError" in last
+        or "out of memory" in last.lower()
+        or "can't allocate memory" in last
+        or last.startswith("MemoryError")
+    ):
+        return f"out of memory: {last}"
     return last
 
 # %% ../nbs/09_bench.ipynb #c2e81f37
@@ -383,330 +646,669 @@ def _plan(cfg):
     check_ready(cfg := with_weights(cfg))
     import torch
     from nli_ft.model import compute_dtype, device
+
     prep, dev, dtype = prepare(cfg), device(cfg), compute_dtype(cfg)
     linear, _, conf = linear_shapes(cfg)
-    return dict(rows=len(prep.train), dropped=len(prep.dropped), mean_tokens=sum(map(len, prep.train))/len(prep.train), linear=sum(a*b for a, b in linear.values()),
-                head=conf.vocab_size*conf.hidden_size, dtype=str(dtype).removeprefix("torch."), device=_device_name(dev), threads=torch.get_num_threads(),
-                torch=torch.__version__, cuda=dev.type == "cuda")
+    return dict(
+        rows=len(prep.train),
+        dropped=len(prep.dropped),
+        mean_tokens=sum(map(len, prep.train)) / len(prep.train),
+        linear=sum(a * b for a, b in linear.values()),
+        head=conf.vocab_size * conf.hidden_size,
+        dtype=str(dtype).removeprefix("torch."),
+        device=_device_name(dev),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        cuda=dev.type == "cuda",
+    )
+
 
 def _device_name(dev):
     if dev.type == "cuda":
         import torch
+
         return torch.cuda.get_device_name(dev)
     info = Path("/proc/cpuinfo")
-    names = [l.partition(":")[2].strip() for l in info.read_text(encoding="utf-8", errors="replace").splitlines() if l.startswith("model name")] if info.exists() else []
+    names = (
+        [
+            l.partition(":")[2].strip()
+            for l in info.read_text(encoding="utf-8", errors="replace").splitlines()
+            if l.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
+
 
 @_job
 def _matmul(cfg, tokens):
     from nli_ft.model import compute_dtype, device, product
+
     choose_gpu(cfg)
     linear = linear_shapes(with_weights(cfg))[0]
     block = [s for n, s in linear.items() if ".layers.0." in n]
-    return {k: matmul_rate(block, tokens, compute_dtype(cfg), device(cfg), product=f) for k, f in (("flops_per_s", None), ("ours", product))}
+    return {
+        k: matmul_rate(block, tokens, compute_dtype(cfg), device(cfg), product=f)
+        for k, f in (("flops_per_s", None), ("ours", product))
+    }
+
 
 @_job
-def _train(cfg, **arguments): return train_once(cfg, **arguments)
+def _train(cfg, **arguments):
+    return train_once(cfg, **arguments)
 
 # %% ../nbs/09_bench.ipynb #4175b975
-def text_table(head:list, rows:list) -> str: # column names; rows of texts, the first cell left, the rest right
+def text_table(
+    head: list, rows: list
+) -> str:  # column names; rows of texts, the first cell left, the rest right
     "Aligned columns."
     width = [max(len(str(r[i])) for r in [head, *rows]) for i in range(len(head))]
-    line = lambda r: "  ".join(str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(r, width))).rstrip()
+    line = lambda r: "  ".join(
+        str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(r, width))
+    ).rstrip()
     return "\n".join([line(head), *map(line, rows)])
+
 
 def _spread(xs, digits=1):
     "median (min–max)"
     return f"{statistics.median(xs):.{digits}f} ({min(xs):.{digits}f}–{max(xs):.{digits}f})"
 
-def _died(runs): return next((r["died"] for r in runs if "died" in r), None)
+
+def _died(runs):
+    return next((r["died"] for r in runs if "died" in r), None)
+
 
 def _paired(runs, name, first, value):
     "Median over pairs of this contestant's value over the first one's; None where no pair has both."
     by = {(r["pair"], r["name"]): value(r) for r in runs if "died" not in r}
-    ratios = [by[p, name]/by[p, first] for p, n in by if n == name and (p, first) in by]
+    ratios = [by[p, name] / by[p, first] for p, n in by if n == name and (p, first) in by]
     return statistics.median(ratios) if ratios else None
 
 # %% ../nbs/09_bench.ipynb #788275d9
-TOLERANCE = dict(float32=1e-4, bfloat16=1e-2, float16=2e-3) # largest relative difference of two losses of the same step
+TOLERANCE = dict(
+    float32=1e-4, bfloat16=1e-2, float16=2e-3
+)  # largest relative difference of two losses of the same step
 
-def loss_differences(runs:list # of `train_once`, with `pair`; dead ones are left out
-                    ) -> dict: # name -> largest relative difference to the first run's losses; nan where they are not comparable
+
+def loss_differences(
+    runs: list,  # of `train_once`, with `pair`; dead ones are left out
+) -> dict:  # name -> largest relative difference to the first run's losses; nan where they are not comparable
     "Compare every step of every run with the first run that lives."
     alive = [r for r in runs if "died" not in r]
-    if not alive: return {}
+    if not alive:
+        return {}
     ref, worst = alive[0]["losses"], {}
     for r in alive:
         ok = len(r["losses"]) == len(ref) and all(map(math.isfinite, [*ref, *r["losses"]]))
-        now = max(abs(a - b)/abs(b) for a, b in zip(r["losses"], ref)) if ok and ref else math.nan
-        worst[r["name"]] = now if math.isnan(now) else max(now, worst.get(r["name"], 0.))
+        now = max(abs(a - b) / abs(b) for a, b in zip(r["losses"], ref)) if ok and ref else math.nan
+        worst[r["name"]] = now if math.isnan(now) else max(now, worst.get(r["name"], 0.0))
     return worst
 
 # %% ../nbs/09_bench.ipynb #f6331ad8
-def summarise_train(facts:dict, # what the plan said, and `matmul`: FLOP/s
-                    runs:list, # of `train_once`, each with its `pair`
-                   ) -> dict: # contestants: name -> figures; verdict; ok
+def summarise_train(
+    facts: dict,  # what the plan said, and `matmul`: FLOP/s
+    runs: list,  # of `train_once`, each with its `pair`
+) -> dict:  # contestants: name -> figures; verdict; ok
     "Figures of each contestant, and whether all learnt the same. Pure: the same runs give the same summary."
-    names, differ, tolerance = list(dict.fromkeys(r["name"] for r in runs)), loss_differences(runs), TOLERANCE[facts["dtype"]]
-    def seconds(r): return r["stamps"][-1] - r["stamps"][0]
-    def total(r, key): return sum(s[key] for s in r["steps"][1:])
-    def speed(r): return total(r, "tokens")/seconds(r)
+    names, differ, tolerance = (
+        list(dict.fromkeys(r["name"] for r in runs)),
+        loss_differences(runs),
+        TOLERANCE[facts["dtype"]],
+    )
+
+    def seconds(r):
+        return r["stamps"][-1] - r["stamps"][0]
+
+    def total(r, key):
+        return sum(s[key] for s in r["steps"][1:])
+
+    def speed(r):
+        return total(r, "tokens") / seconds(r)
+
     rows, first = {}, names[0]
     for n in names:
         mine = [r for r in runs if r["name"] == n]
         alive, died = [r for r in mine if "died" not in r], _died(mine)
-        rows[n] = dict(died=died, pairs=len(alive), max_loss_difference=differ.get(n), compared=same_mathematics(n))
-        if not alive: continue
+        rows[n] = dict(
+            died=died, pairs=len(alive), max_loss_difference=differ.get(n), compared=same_mathematics(n)
+        )
+        if not alive:
+            continue
         med = lambda f: statistics.median(map(f, alive))
-        rate = med(lambda r: needed_flops(facts, total(r, "tokens"), total(r, "trained"))/seconds(r))
-        done = med(lambda r: executed_flops(facts, total(r, "padded"), total(r, "scored"), r["checkpointing"], r["head_twice"])/seconds(r))
+        rate = med(lambda r: needed_flops(facts, total(r, "tokens"), total(r, "trained")) / seconds(r))
+        done = med(
+            lambda r: (
+                executed_flops(
+                    facts, total(r, "padded"), total(r, "scored"), r["checkpointing"], r["head_twice"]
+                )
+                / seconds(r)
+            )
+        )
         peak, guess = med(lambda r: r["peak_gib"]), alive[0]["estimate_gib"]
-        rows[n] |= dict(tokens_per_s=[speed(r) for r in alive], speed_ratio=_paired(runs, n, first, speed), peak_gib=peak, loaded_gib=med(lambda r: r["loaded_gib"]), peak_ratio=_paired(runs, n, first, lambda r: r["peak_gib"]),
-                        first_step_s=med(lambda r: r["stamps"][0]), flops_per_s=rate, share=rate/facts["matmul"], executed_share=done/facts["matmul"],
-                        estimate_gib=guess, estimate_error=None if guess is None else guess/peak - 1, losses=alive[0]["losses"])
+        rows[n] |= dict(
+            tokens_per_s=[speed(r) for r in alive],
+            speed_ratio=_paired(runs, n, first, speed),
+            peak_gib=peak,
+            loaded_gib=med(lambda r: r["loaded_gib"]),
+            peak_ratio=_paired(runs, n, first, lambda r: r["peak_gib"]),
+            first_step_s=med(lambda r: r["stamps"][0]),
+            flops_per_s=rate,
+            share=rate / facts["matmul"],
+            executed_share=done / facts["matmul"],
+            estimate_gib=guess,
+            estimate_error=None if guess is None else guess / peak - 1,
+            losses=alive[0]["losses"],
+        )
     bad = [n for n, d in differ.items() if same_mathematics(n) and not d <= tolerance]
     lost = [n for n in names if rows[n]["died"]]
     return dict(contestants=rows, tolerance=tolerance, different=bad, died=lost, ok=not bad and not lost)
 
-def _threads(facts): return "" if facts["cuda"] else f", {facts['threads']} thread" + "s"*(facts["threads"] > 1)
 
-def _number(x, form): return "–" if x is None else format(x, form)
+def _threads(facts):
+    return "" if facts["cuda"] else f", {facts['threads']} thread" + "s" * (facts["threads"] > 1)
 
-def train_text(settings:dict, facts:dict, summary:dict) -> str: # what was asked; the plan; `summarise_train`
+
+def _number(x, form):
+    return "–" if x is None else format(x, form)
+
+
+def train_text(
+    settings: dict, facts: dict, summary: dict
+) -> str:  # what was asked; the plan; `summarise_train`
     "The table for a terminal or a log."
     rows = []
     for n, c in summary["contestants"].items():
         if not c["pairs"]:
-            rows.append([n, "died", *["–"]*10])
+            rows.append([n, "died", *["–"] * 10])
             continue
-        rows.append([n, _spread(c["tokens_per_s"], 0 if min(c["tokens_per_s"]) >= 1000 else 1), _number(c["speed_ratio"], ".2f"), f"{c['peak_gib']:.2f}", _number(c["peak_ratio"], ".2f"),
-                     f"{c['first_step_s']:.1f}", f"{c['flops_per_s']/1e9:.1f}", f"{c['share']:.0%}", f"{c['executed_share']:.0%}", _number(c["estimate_gib"], ".2f"),
-                     _number(c["estimate_error"], "+.0%"), f"{c['max_loss_difference']:.1e}" + ("" if c["compared"] else "*")])
-    first, random = next(iter(summary["contestants"])), " (random weights of its true shapes)" if settings["model"] in SHAPES else ""
-    lines = [f"nli_bench train: {settings['model']}{random}, {settings['quantization']}, {facts['dtype']}, {facts['device']}" + _threads(facts),
-             f"{facts['rows']} rows of {settings['data']} ({facts['mean_tokens']:.0f} tokens a row), {settings['steps']} optimizer steps of {settings['rows_per_step']} rows, "
-             f"micro-batches of {settings['micro_batch']} where there are any, pairs: {settings['pairs']}, alternating, seed {settings['seed']}, no dropout", "",
-             text_table(["", "tokens/s (min–max)", f"x {first}", "peak GiB", f"x {first}", "1st step s", "GFLOP/s", "of matmul", "executed", "est. GiB", "error", "loss diff."], rows), ""]
-    lines += [f"{n} died{' after ' + str(c['pairs']) + ' runs' if c['pairs'] else ''}: {c['died']}" for n, c in summary["contestants"].items() if c["died"]]
-    lines += [f"matmul rate of this device: {facts['matmul']/1e9:.1f} GFLOP/s in {facts['dtype']} ({facts['matmul_tokens']} tokens through the linear layers of one block by torch.nn.functional.linear, best of all repeats; as ours multiplies: {facts['matmul_ours']/1e9:.1f})",
-              "tokens/s: real tokens, no padding, first step left out. 1st step: from the start of the process. est.: the preflight's estimate of the peak.",
-              "peak until the model was loaded: " + ", ".join(f"{n} {c['loaded_gib']:.2f}" for n, c in summary["contestants"].items() if c["pairs"]) + " GiB",
-              f"GFLOP/s, of matmul: 4N a token (frozen base; N = {facts['linear']:,} in the blocks' linear layers) and 4 x {facts['head']:,} of the head a trained token; LoRA left out.",
-              "executed: with padding, recomputation (+2N under checkpointing), and the head where it was computed (4 a parameter, by TRL's kernel 6: it makes its tiles twice).", _verdict(summary, facts)]
-    if any(not c["compared"] for c in summary["contestants"].values()): lines.append("* another number format: shown, not judged")
+        rows.append(
+            [
+                n,
+                _spread(c["tokens_per_s"], 0 if min(c["tokens_per_s"]) >= 1000 else 1),
+                _number(c["speed_ratio"], ".2f"),
+                f"{c['peak_gib']:.2f}",
+                _number(c["peak_ratio"], ".2f"),
+                f"{c['first_step_s']:.1f}",
+                f"{c['flops_per_s'] / 1e9:.1f}",
+                f"{c['share']:.0%}",
+                f"{c['executed_share']:.0%}",
+                _number(c["estimate_gib"], ".2f"),
+                _number(c["estimate_error"], "+.0%"),
+                f"{c['max_loss_difference']:.1e}" + ("" if c["compared"] else "*"),
+            ]
+        )
+    first, random = (
+        next(iter(summary["contestants"])),
+        " (random weights of its true shapes)" if settings["model"] in SHAPES else "",
+    )
+    lines = [
+        f"nli_bench train: {settings['model']}{random}, {settings['quantization']}, {facts['dtype']}, {facts['device']}"
+        + _threads(facts),
+        f"{facts['rows']} rows of {settings['data']} ({facts['mean_tokens']:.0f} tokens a row), {settings['steps']} optimizer steps of {settings['rows_per_step']} rows, "
+        f"micro-batches of {settings['micro_batch']} where there are any, pairs: {settings['pairs']}, alternating, seed {settings['seed']}, no dropout",
+        "",
+        text_table(
+            [
+                "",
+                "tokens/s (min–max)",
+                f"x {first}",
+                "peak GiB",
+                f"x {first}",
+                "1st step s",
+                "GFLOP/s",
+                "of matmul",
+                "executed",
+                "est. GiB",
+                "error",
+                "loss diff.",
+            ],
+            rows,
+        ),
+        "",
+    ]
+    lines += [
+        f"{n} died{' after ' + str(c['pairs']) + ' runs' if c['pairs'] else ''}: {c['died']}"
+        for n, c in summary["contestants"].items()
+        if c["died"]
+    ]
+    lines += [
+        f"matmul rate of this device: {facts['matmul'] / 1e9:.1f} GFLOP/s in {facts['dtype']} ({facts['matmul_tokens']} tokens through the linear layers of one block by torch.nn.functional.linear, best of all repeats; as ours multiplies: {facts['matmul_ours'] / 1e9:.1f})",
+        "tokens/s: real tokens, no padding, first step left out. 1st step: from the start of the process. est.: the preflight's estimate of the peak.",
+        "peak until the model was loaded: "
+        + ", ".join(f"{n} {c['loaded_gib']:.2f}" for n, c in summary["contestants"].items() if c["pairs"])
+        + " GiB",
+        f"GFLOP/s, of matmul: 4N a token (frozen base; N = {facts['linear']:,} in the blocks' linear layers) and 4 x {facts['head']:,} of the head a trained token; LoRA left out.",
+        "executed: with padding, recomputation (+2N under checkpointing), and the head where it was computed (4 a parameter, by TRL's kernel 6: it makes its tiles twice).",
+        _verdict(summary, facts),
+    ]
+    if any(not c["compared"] for c in summary["contestants"].values()):
+        lines.append("* another number format: shown, not judged")
     return "\n".join(lines)
 
+
 def _verdict(summary, facts):
-    judged = {n: c["max_loss_difference"] for n, c in summary["contestants"].items() if c["compared"] and c["pairs"]}
-    if len(judged) < 2: return "losses: nothing to compare, fewer than two contestants lived"
-    if summary["different"]: return f"LOSSES DIFFER: {', '.join(summary['different'])} by more than {summary['tolerance']:g} relative in some step ({facts['dtype']}): not the same mathematics"
+    judged = {
+        n: c["max_loss_difference"] for n, c in summary["contestants"].items() if c["compared"] and c["pairs"]
+    }
+    if len(judged) < 2:
+        return "losses: nothing to compare, fewer than two contestants lived"
+    if summary["different"]:
+        return f"LOSSES DIFFER: {', '.join(summary['different'])} by more than {summary['tolerance']:g} relative in some step ({facts['dtype']}): not the same mathematics"
     return f"same losses: every step within {max(judged.values()):.1e} relative (tolerance {summary['tolerance']:g} in {facts['dtype']})"
 
 # %% ../nbs/09_bench.ipynb #ea00e2c9
-def alternating(names:list, pairs:int): # contestants; repetitions -> (pair, name), the order turned round from pair to pair
+def alternating(
+    names: list, pairs: int
+):  # contestants; repetitions -> (pair, name), the order turned round from pair to pair
     "Every contestant once a pair."
-    for p in range(pairs): yield from ((p, n) for n in (names if p % 2 == 0 else names[::-1]))
+    for p in range(pairs):
+        yield from ((p, n) for n in (names if p % 2 == 0 else names[::-1]))
 
-def run_all(job:str, names:list, pairs:int, cfg:Config, # as in `run_child`
-            say=lambda line: print(line, file=sys.stderr, flush=True), # progress
-            **arguments) -> list: # results in the order they were run, each with `name` and `pair`
+
+def run_all(
+    job: str,
+    names: list,
+    pairs: int,
+    cfg: Config,  # as in `run_child`
+    say=lambda line: print(line, file=sys.stderr, flush=True),  # progress
+    **arguments,
+) -> list:  # results in the order they were run, each with `name` and `pair`
     "All contestants, alternating; one that died is not tried again."
     runs, dead = [], set()
     for pair, name in alternating(names, pairs):
-        if name in dead: continue
+        if name in dead:
+            continue
         start = time.time()
-        made = run_child(job, cfg, name=name, started=0., **arguments)
-        if "died" in made: dead.add(name)
+        made = run_child(job, cfg, name=name, started=0.0, **arguments)
+        if "died" in made:
+            dead.add(name)
         runs.append(made | dict(name=name, pair=pair))
         say(f"pair {pair + 1}/{pairs}  {name}: {made.get('died') or f'{time.time() - start:.0f} s'}")
     return runs
 
+
 def _lived(made):
     "What a child made, or the error that ended it."
-    if "died" in made: raise (ConfigError if made.get("refused") else RuntimeError)(made["died"])
+    if "died" in made:
+        raise (ConfigError if made.get("refused") else RuntimeError)(made["died"])
     return made
 
-def plan(cfg:Config) -> dict: # facts of rows, model and device
+
+def plan(cfg: Config) -> dict:  # facts of rows, model and device
     "What is to be measured; raises `ConfigError` when something is missing."
     return _lived(run_child("plan", cfg))
 
 # %% ../nbs/09_bench.ipynb #f726e48a
-def bench_train(cfg:Config, # from `bench_config`
-                variants:list=("plain", "ours"), # names in VARIANTS; the first is what the others are compared with
-                steps:int=4, rows_per_step:int=16, micro_batch:int=4, pairs:int=3,
-               ) -> dict: # settings, facts, runs, summary: everything the table is made from
+def bench_train(
+    cfg: Config,  # from `bench_config`
+    variants: list = ("plain", "ours"),  # names in VARIANTS; the first is what the others are compared with
+    steps: int = 4,
+    rows_per_step: int = 16,
+    micro_batch: int = 4,
+    pairs: int = 3,
+) -> dict:  # settings, facts, runs, summary: everything the table is made from
     "Run the contestants and compare them."
     facts = plan(cfg)
-    tokens = max(1, round(facts["mean_tokens"]*rows_per_step))
+    tokens = max(1, round(facts["mean_tokens"] * rows_per_step))
     rates = []
-    def measure(): rates.append(_lived(run_child("matmul", cfg, tokens=tokens)))
+
+    def measure():
+        rates.append(_lived(run_child("matmul", cfg, tokens=tokens)))
+
     measure()
-    runs = run_all("train", list(variants), pairs, cfg, steps=steps, rows_per_step=rows_per_step, micro_batch=micro_batch)
+    runs = run_all(
+        "train", list(variants), pairs, cfg, steps=steps, rows_per_step=rows_per_step, micro_batch=micro_batch
+    )
     measure()  # before and after: a machine that was busy during one of them does not flatter the shares
-    facts |= dict(matmul=max(r["flops_per_s"] for r in rates), matmul_ours=max(r["ours"] for r in rates), matmul_tokens=tokens)
-    settings = dict(model=cfg.model_id, quantization=cfg.quantization, data=os.path.relpath(cfg.path("train_data"), project_root()), steps=steps, rows_per_step=rows_per_step,
-                    micro_batch=micro_batch, pairs=pairs, seed=cfg.seed, config=json.loads(print_config(cfg)))
-    return dict(bench="train", settings=settings, facts=facts, runs=runs, summary=summarise_train(facts, runs))
+    facts |= dict(
+        matmul=max(r["flops_per_s"] for r in rates),
+        matmul_ours=max(r["ours"] for r in rates),
+        matmul_tokens=tokens,
+    )
+    settings = dict(
+        model=cfg.model_id,
+        quantization=cfg.quantization,
+        data=os.path.relpath(cfg.path("train_data"), project_root()),
+        steps=steps,
+        rows_per_step=rows_per_step,
+        micro_batch=micro_batch,
+        pairs=pairs,
+        seed=cfg.seed,
+        config=json.loads(print_config(cfg)),
+    )
+    return dict(
+        bench="train", settings=settings, facts=facts, runs=runs, summary=summarise_train(facts, runs)
+    )
 
 # %% ../nbs/09_bench.ipynb #bcbe0ce6
 ANSWERERS = ("plain-to-limit", "plain", "plain-exact", "ours", "label-only")
 
-def plain_answers(model, tok, rows:list, cfg:Config, # model; tokenizer; SFT rows; Config
-                  to_limit:bool=False, # generate on after the end-of-sequence token, as for an untuned model that writes none
-                 ) -> tuple: # (labels or None in the order of `rows`, generated tokens)
+
+def plain_answers(
+    model,
+    tok,
+    rows: list,
+    cfg: Config,  # model; tokenizer; SFT rows; Config
+    to_limit: bool = False,  # generate on after the end-of-sequence token, as for an untuned model that writes none
+) -> tuple:  # (labels or None in the order of `rows`, generated tokens)
     "Labels by `model.generate` alone."
     import torch
+
     labels, tokens, pad = [], 0, tok.pad_token_id
     for i in range(0, len(rows), cfg.eval_batch_size):
-        ids, mask = left_pad([encode_prompt(tok, r["prompt"]) for r in rows[i:i + cfg.eval_batch_size]], pad, model.device)
-        with torch.no_grad(): out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=cfg.max_new_tokens, do_sample=False, pad_token_id=pad,
-                                                   **(dict(eos_token_id=None) if to_limit else {}))
-        new = out[:, ids.shape[1]:]
-        answers = [r[:r.index(tok.eos_token_id)] if tok.eos_token_id in r else r for r in new.tolist()]
-        labels += [parse_completion(t, cfg.completion).label for t in tok.batch_decode(answers, skip_special_tokens=True)]
+        ids, mask = left_pad(
+            [encode_prompt(tok, r["prompt"]) for r in rows[i : i + cfg.eval_batch_size]], pad, model.device
+        )
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=cfg.max_new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+                **(dict(eos_token_id=None) if to_limit else {}),
+            )
+        new = out[:, ids.shape[1] :]
+        answers = [r[: r.index(tok.eos_token_id)] if tok.eos_token_id in r else r for r in new.tolist()]
+        labels += [
+            parse_completion(t, cfg.completion).label
+            for t in tok.batch_decode(answers, skip_special_tokens=True)
+        ]
         tokens += new.numel()
     return labels, tokens
 
-def our_answers(model, tok, rows:list, cfg:Config, mode:str) -> tuple: # -> as `plain_answers`
+
+def our_answers(model, tok, rows: list, cfg: Config, mode: str) -> tuple:  # -> as `plain_answers`
     "Labels by `predict_rows`, written to a file as in an evaluation."
-    with tempfile.TemporaryDirectory() as d: preds = predict_rows(model, tok, rows, cfg, progress=False, out=Path(d)/"predictions.jsonl", mode=mode)
+    with tempfile.TemporaryDirectory() as d:
+        preds = predict_rows(
+            model, tok, rows, cfg, progress=False, out=Path(d) / "predictions.jsonl", mode=mode
+        )
     return [p["predicted_label"] for p in preds], sum(p["n_tokens"] for p in preds)
 
-def random_adapter(cfg:Config): # -> a PeftModel in eval mode
+
+def random_adapter(cfg: Config):  # -> a PeftModel in eval mode
     "The base with a seeded adapter that changes it a little: for speed and equality, not for scores."
     import torch
     from nli_ft.model import load_base, seeded_lora
+
     model = seeded_lora(load_base(cfg, train=False), cfg)
     with torch.no_grad():
         for n, p in model.named_parameters():
-            if "lora_B" in n: p.normal_(std=.01)
+            if "lora_B" in n:
+                p.normal_(std=0.01)
     return model.eval()
 
+
 def _answer(name, model, tok, rows, cfg, mode):
-    if name.startswith("plain"): return plain_answers(model, tok, rows, cfg, name == "plain-to-limit")
-    if name == "label-only": return our_answers(model, tok, rows, cfg.replace(completion="label_only"), "forced")
+    if name.startswith("plain"):
+        return plain_answers(model, tok, rows, cfg, name == "plain-to-limit")
+    if name == "label-only":
+        return our_answers(model, tok, rows, cfg.replace(completion="label_only"), "forced")
     return our_answers(model, tok, rows, cfg, mode)
 
-def generate_once(cfg:Config, name:str, # one of `ANSWERERS`
-                  mode:str, template:str, # decoding mode of ours; prompt wording
-                  adapter:str|None=None, # its folder; None for `random_adapter`
-                  started:float=0.) -> dict: # seconds, labels, tokens, peak_gib
+
+def generate_once(
+    cfg: Config,
+    name: str,  # one of `ANSWERERS`
+    mode: str,
+    template: str,  # decoding mode of ours; prompt wording
+    adapter: str | None = None,  # its folder; None for `random_adapter`
+    started: float = 0.0,
+) -> dict:  # seconds, labels, tokens, peak_gib
     "Answer the evaluation rows once; loading is not timed."
     from nli_ft.model import device, load_for_inference, load_tokenizer
+
     choose_gpu(cfg)
     cfg = with_weights(cfg)
     dev, tok, rows = device(cfg), load_tokenizer(cfg), evaluation_rows(cfg.path("eval_data"), cfg, template)
     _quiet()
-    with without_ours(name): model = load_for_inference(cfg, adapter) if adapter else random_adapter(cfg)
-    if name in ("plain", "plain-to-limit") and dev.type == "cpu": _own_layout(model)
+    with without_ours(name):
+        model = load_for_inference(cfg, adapter) if adapter else random_adapter(cfg)
+    if name in ("plain", "plain-to-limit") and dev.type == "cpu":
+        _own_layout(model)
     start = time.perf_counter()
     labels, tokens = _answer(name, model, tok, rows, cfg, mode)
     return dict(seconds=time.perf_counter() - start, labels=labels, tokens=tokens, peak_gib=peak_memory(dev))
 
+
 def _own_layout(model):
     "Undo `keep_unpacked`: what bitsandbytes does where nobody tells it otherwise."
     from bitsandbytes.functional import has_avx512bf16
+
     for m in model.modules():
-        if type(m).__name__ == "Linear4bit": m.support_avx512bf16_for_cpu = has_avx512bf16()
+        if type(m).__name__ == "Linear4bit":
+            m.support_avx512bf16_for_cpu = has_avx512bf16()
+
 
 @_job
-def _generate(cfg, **arguments): return generate_once(cfg, **arguments)
+def _generate(cfg, **arguments):
+    return generate_once(cfg, **arguments)
+
 
 @_job
 def _plan_generate(cfg, template):
     check_ready(cfg := with_weights(cfg))
     import torch
     from nli_ft.model import compute_dtype, device
+
     dev = device(cfg)
-    return dict(rows=len(evaluation_rows(cfg.path("eval_data"), cfg, template)), dtype=str(compute_dtype(cfg)).removeprefix("torch."), device=_device_name(dev),
-                threads=torch.get_num_threads(), torch=torch.__version__, cuda=dev.type == "cuda")
+    return dict(
+        rows=len(evaluation_rows(cfg.path("eval_data"), cfg, template)),
+        dtype=str(compute_dtype(cfg)).removeprefix("torch."),
+        device=_device_name(dev),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        cuda=dev.type == "cuda",
+    )
 
 # %% ../nbs/09_bench.ipynb #9bec3e04
-SAME_LABELS = .95 # share of labels that must be the same; below 1 because a near tie may fall the other way in another batch or rounding
+SAME_LABELS = 0.95  # share of labels that must be the same; below 1 because a near tie may fall the other way in another batch or rounding
 
-def _references(names): return [n for n in names if n.startswith("plain")] or names[:1]
 
-def summarise_generate(runs:list # of `generate_once`, each with `name` and `pair`
-                      ) -> dict: # contestants: name -> figures; ok
+def _references(names):
+    return [n for n in names if n.startswith("plain")] or names[:1]
+
+
+def summarise_generate(
+    runs: list,  # of `generate_once`, each with `name` and `pair`
+) -> dict:  # contestants: name -> figures; ok
     "Pairs per second, memory, and labels against the first contestant's."
     names = list(dict.fromkeys(r["name"] for r in runs))
     alive = [r for r in runs if "died" not in r]
     ref = next((r["labels"] for r in alive if r["name"] == names[0]), None)
-    speed, rows = (lambda r: len(r["labels"])/r["seconds"]), {}
+    speed, rows = (lambda r: len(r["labels"]) / r["seconds"]), {}
     for n in names:
         mine = [r for r in alive if r["name"] == n]
         rows[n] = dict(died=_died([r for r in runs if r["name"] == n]), pairs=len(mine))
-        if not mine: continue
-        same = min(sum(a == b for a, b in zip(r["labels"], ref, strict=True))/len(ref) for r in mine) if ref else None
-        rows[n] |= dict(pairs_per_s=[speed(r) for r in mine], speed_ratios={p: _paired(runs, n, p, speed) for p in _references(names)}, peak_gib=statistics.median(r["peak_gib"] for r in mine),
-                        tokens=mine[0]["tokens"]/len(mine[0]["labels"]), answered=sum(l is not None for l in mine[0]["labels"])/len(mine[0]["labels"]), same_labels=same)
-    other = [n for n, c in rows.items() if n != "label-only" and c.get("same_labels") is not None and c["same_labels"] < SAME_LABELS]
+        if not mine:
+            continue
+        same = (
+            min(sum(a == b for a, b in zip(r["labels"], ref, strict=True)) / len(ref) for r in mine)
+            if ref
+            else None
+        )
+        rows[n] |= dict(
+            pairs_per_s=[speed(r) for r in mine],
+            speed_ratios={p: _paired(runs, n, p, speed) for p in _references(names)},
+            peak_gib=statistics.median(r["peak_gib"] for r in mine),
+            tokens=mine[0]["tokens"] / len(mine[0]["labels"]),
+            answered=sum(l is not None for l in mine[0]["labels"]) / len(mine[0]["labels"]),
+            same_labels=same,
+        )
+    other = [
+        n
+        for n, c in rows.items()
+        if n != "label-only" and c.get("same_labels") is not None and c["same_labels"] < SAME_LABELS
+    ]
     died = [n for n in names if rows[n]["died"]]
     return dict(contestants=rows, different=other, died=died, ok=not other and not died)
 
-def generate_text(settings:dict, facts:dict, summary:dict) -> str: # what was asked; the plan; `summarise_generate`
+
+def generate_text(
+    settings: dict, facts: dict, summary: dict
+) -> str:  # what was asked; the plan; `summarise_generate`
     "The table for a terminal or a log."
     first, plains = next(iter(summary["contestants"])), _references(list(summary["contestants"]))
-    rows = [[n, _spread(c["pairs_per_s"], 2), *(_number(c["speed_ratios"][p], ".2f") for p in plains), f"{c['peak_gib']:.2f}", f"{c['tokens']:.1f}", f"{c['answered']:.0%}", _number(c["same_labels"], ".1%")]
-            if c["pairs"] else [n, "died", *["–"]*(4 + len(plains))] for n, c in summary["contestants"].items()]
-    what = f"run {settings['run']}" if settings["run"] else f"{settings['model']}{' (random weights of its true shapes)' if settings['model'] in SHAPES else ''} with a seeded random adapter"
-    lines = [f"nli_bench generate: {what}, {facts['dtype']}, {facts['device']}" + _threads(facts),
-             f"{facts['rows']} rows of {settings['data']}, batches of {settings['batch']}, at most {settings['max_new_tokens']} new tokens, mode {settings['mode']}, pairs: {settings['pairs']}, alternating", "",
-             text_table(["", "pairs/s (min–max)", *(f"x {p}" for p in plains), "peak GiB", "tokens/row", "answered", f"labels as {first}"], rows), ""]
+    rows = [
+        [
+            n,
+            _spread(c["pairs_per_s"], 2),
+            *(_number(c["speed_ratios"][p], ".2f") for p in plains),
+            f"{c['peak_gib']:.2f}",
+            f"{c['tokens']:.1f}",
+            f"{c['answered']:.0%}",
+            _number(c["same_labels"], ".1%"),
+        ]
+        if c["pairs"]
+        else [n, "died", *["–"] * (4 + len(plains))]
+        for n, c in summary["contestants"].items()
+    ]
+    what = (
+        f"run {settings['run']}"
+        if settings["run"]
+        else f"{settings['model']}{' (random weights of its true shapes)' if settings['model'] in SHAPES else ''} with a seeded random adapter"
+    )
+    lines = [
+        f"nli_bench generate: {what}, {facts['dtype']}, {facts['device']}" + _threads(facts),
+        f"{facts['rows']} rows of {settings['data']}, batches of {settings['batch']}, at most {settings['max_new_tokens']} new tokens, mode {settings['mode']}, pairs: {settings['pairs']}, alternating",
+        "",
+        text_table(
+            [
+                "",
+                "pairs/s (min–max)",
+                *(f"x {p}" for p in plains),
+                "peak GiB",
+                "tokens/row",
+                "answered",
+                f"labels as {first}",
+            ],
+            rows,
+        ),
+        "",
+    ]
     lines += [f"{n} died: {c['died']}" for n, c in summary["contestants"].items() if c["died"]]
-    lines += ["pairs/s: from prompts to parsed labels, loading left out. label-only asks another question (no thought): its labels are shown, not judged."]
-    lines += [f"LABELS DIFFER: {', '.join(summary['different'])} below {SAME_LABELS:.0%}" if summary["different"] else f"labels: at least {SAME_LABELS:.0%} the same" if not summary["died"] else "labels: not all compared"]
+    lines += [
+        "pairs/s: from prompts to parsed labels, loading left out. label-only asks another question (no thought): its labels are shown, not judged."
+    ]
+    lines += [
+        f"LABELS DIFFER: {', '.join(summary['different'])} below {SAME_LABELS:.0%}"
+        if summary["different"]
+        else f"labels: at least {SAME_LABELS:.0%} the same"
+        if not summary["died"]
+        else "labels: not all compared"
+    ]
     return "\n".join(lines)
 
-def bench_generate(cfg:Config, # whose eval_data is judged
-                   contestants:list=("plain", "plain-to-limit", "ours", "label-only"), # of ANSWERERS; the first is what the others are compared with
-                   pairs:int=3, mode:str="cot", run=None, adapter=None, template:str="auto", # a run's folder, its adapter, its prompt wording
-                  ) -> dict: # settings, facts, runs, summary
+
+def bench_generate(
+    cfg: Config,  # whose eval_data is judged
+    contestants: list = (
+        "plain",
+        "plain-to-limit",
+        "ours",
+        "label-only",
+    ),  # of ANSWERERS; the first is what the others are compared with
+    pairs: int = 3,
+    mode: str = "cot",
+    run=None,
+    adapter=None,
+    template: str = "auto",  # a run's folder, its adapter, its prompt wording
+) -> dict:  # settings, facts, runs, summary
     "Let every contestant answer the same rows."
     facts = _lived(run_child("plan_generate", cfg, template=template))
-    runs = run_all("generate", list(contestants), pairs, cfg, mode=mode, template=template, adapter=str(adapter) if adapter else None)
-    settings = dict(model=cfg.model_id, run=str(run) if run else None, data=os.path.relpath(cfg.path("eval_data"), project_root()), batch=cfg.eval_batch_size,
-                    max_new_tokens=cfg.max_new_tokens, mode=mode, pairs=pairs, config=json.loads(print_config(cfg)))
+    runs = run_all(
+        "generate",
+        list(contestants),
+        pairs,
+        cfg,
+        mode=mode,
+        template=template,
+        adapter=str(adapter) if adapter else None,
+    )
+    settings = dict(
+        model=cfg.model_id,
+        run=str(run) if run else None,
+        data=os.path.relpath(cfg.path("eval_data"), project_root()),
+        batch=cfg.eval_batch_size,
+        max_new_tokens=cfg.max_new_tokens,
+        mode=mode,
+        pairs=pairs,
+        config=json.loads(print_config(cfg)),
+    )
     return dict(bench="generate", settings=settings, facts=facts, runs=runs, summary=summarise_generate(runs))
 
 # %% ../nbs/09_bench.ipynb #5da83f24
-def exponent(sizes:list, values:list) -> float|None: # positive numbers -> slope in log-log; None where there is nothing to fit
+def exponent(
+    sizes: list, values: list
+) -> float | None:  # positive numbers -> slope in log-log; None where there is nothing to fit
     "Least squares of log(value) on log(size)."
     pairs = [(s, v) for s, v in zip(sizes, values) if v is not None and v > 0]
     return float(np.polyfit(*np.log(np.array(pairs)).T, 1)[0]) if len(pairs) > 1 else None
 
-def random_rows(n:int, length:int, # rows; tokens of each
-                vocab:int # ids below it
-               ) -> list: # of `Encoded`, half prompt, half trained
+
+def random_rows(
+    n: int,
+    length: int,  # rows; tokens of each
+    vocab: int,  # ids below it
+) -> list:  # of `Encoded`, half prompt, half trained
     "Rows of exactly one length."
     ids = np.random.default_rng(0).integers(10, vocab, (n, length)).tolist()
-    half = length//2
-    return [Encoded(r, [-100]*half + r[half:], [PROMPT]*half + [THOUGHT]*(length - half - 1) + [LABEL], half) for r in ids]
+    half = length // 2
+    return [
+        Encoded(
+            r, [-100] * half + r[half:], [PROMPT] * half + [THOUGHT] * (length - half - 1) + [LABEL], half
+        )
+        for r in ids
+    ]
+
 
 @_job
 def _grow_rows(cfg, rows):
     "Seconds and GiB to read and encode a file of so many rows."
     import torch
     from nli_ft.model import load_tokenizer
+
     base, tok = read_rows(cfg.path("train_data")), load_tokenizer(cfg)
     with tempfile.TemporaryDirectory() as d:
-        write_jsonl(path := Path(d)/"rows.jsonl", (dict(base[i % len(base)], id=i) for i in range(rows)))
+        write_jsonl(path := Path(d) / "rows.jsonl", (dict(base[i % len(base)], id=i) for i in range(rows)))
         cfg = cfg.replace(train_data=str(path), eval_data=str(cfg.path("train_data")))
         prepare(cfg.replace(max_train_samples=1), tok)  # what is imported and cached once is not growth
         before, start = reset_peak(torch.device("cpu")), time.perf_counter()
         prep = prepare(cfg, tok)
-        return dict(seconds=time.perf_counter() - start, gib=peak_memory(torch.device("cpu")) - before, rows=len(prep.train))
+        return dict(
+            seconds=time.perf_counter() - start,
+            gib=peak_memory(torch.device("cpu")) - before,
+            rows=len(prep.train),
+        )
+
 
 @_job
 def _grow_step(cfg, length, batch, rank, steps):
     "Median seconds of an optimizer step, and GiB on top of the loaded model."
     from nli_ft.model import device, load_tokenizer
+
     choose_gpu(cfg)
-    cfg = with_weights(cfg).replace(batch_size=batch, grad_accumulation_steps=1, lora_r=rank, gradient_checkpointing=False, max_seq_length=max(length, 32))
+    cfg = with_weights(cfg).replace(
+        batch_size=batch,
+        grad_accumulation_steps=1,
+        lora_r=rank,
+        gradient_checkpointing=False,
+        max_seq_length=max(length, 32),
+    )
     _quiet()
     dev, tok, model = device(cfg), load_tokenizer(cfg), load_model(cfg)
     with tempfile.TemporaryDirectory() as out:
-        trainer = build_trainer(cfg, "ours-one-batch", model, tok, random_rows(batch*(steps + 1), length, model.config.vocab_size), out, steps + 1)
+        trainer = build_trainer(
+            cfg,
+            "ours-one-batch",
+            model,
+            tok,
+            random_rows(batch * (steps + 1), length, model.config.vocab_size),
+            out,
+            steps + 1,
+        )
         clock = make_clock(dev)
         trainer.add_callback(clock)
         before = reset_peak(dev)
@@ -714,114 +1316,283 @@ def _grow_step(cfg, length, batch, rank, steps):
     return dict(seconds=statistics.median(np.diff(clock.stamps).tolist()), gib=peak_memory(dev) - before)
 
 # %% ../nbs/09_bench.ipynb #fb12327f
-EXPECTED = dict(rows=("1", "1"), length=("1 to 2", "1"), batch=("at most 1", "at most 1"), rank=("at most 1", "at most 1")) # exponents of (time, memory)
+EXPECTED = dict(
+    rows=("1", "1"), length=("1 to 2", "1"), batch=("at most 1", "at most 1"), rank=("at most 1", "at most 1")
+)  # exponents of (time, memory)
 
-def bench_growth(cfg:Config, # from `bench_config`
-                 axes:dict, # rows, length, batch, rank -> list of sizes
-                 steps:int=3, # timed optimizer steps a point
-                ) -> dict: # settings, axes: name -> sizes, seconds, gib and their exponents
+
+def bench_growth(
+    cfg: Config,  # from `bench_config`
+    axes: dict,  # rows, length, batch, rank -> list of sizes
+    steps: int = 3,  # timed optimizer steps a point
+) -> dict:  # settings, axes: name -> sizes, seconds, gib and their exponents
     "Measure each axis with the others at the second of their sizes; every point is a fresh process."
     check = plan(cfg)
     usual = {k: v[min(1, len(v) - 1)] for k, v in axes.items() if k != "rows"}
     found = {}
     for axis, sizes in axes.items():
-        made = [run_child("grow_rows", cfg, rows=s) if axis == "rows" else run_child("grow_step", cfg, **usual | {axis: s}, steps=steps) for s in sizes]
+        made = [
+            run_child("grow_rows", cfg, rows=s)
+            if axis == "rows"
+            else run_child("grow_step", cfg, **usual | {axis: s}, steps=steps)
+            for s in sizes
+        ]
         seconds, gib = ([m.get(k) for m in made] for k in ("seconds", "gib"))
-        found[axis] = dict(sizes=sizes, seconds=seconds, gib=gib, died=[m.get("died") for m in made], time_exponent=exponent(sizes, seconds), memory_exponent=exponent(sizes, gib))
+        found[axis] = dict(
+            sizes=sizes,
+            seconds=seconds,
+            gib=gib,
+            died=[m.get("died") for m in made],
+            time_exponent=exponent(sizes, seconds),
+            memory_exponent=exponent(sizes, gib),
+        )
         print(f"{axis}: {sizes}", file=sys.stderr, flush=True)
-    return dict(bench="growth", settings=dict(model=cfg.model_id, usual=usual, steps=steps, config=json.loads(print_config(cfg))), facts=check, axes=found)
+    return dict(
+        bench="growth",
+        settings=dict(model=cfg.model_id, usual=usual, steps=steps, config=json.loads(print_config(cfg))),
+        facts=check,
+        axes=found,
+    )
 
-def growth_text(made:dict) -> str: # from `bench_growth`
+
+def growth_text(made: dict) -> str:  # from `bench_growth`
     "The table for a terminal or a log."
     usual, facts = made["settings"]["usual"], made["facts"]
-    lines = [f"nli_bench growth: {made['settings']['model']}, {facts['dtype']}, {facts['device']}" + _threads(facts),
-             "an optimizer step of " + ", ".join(f"{k} {v}" for k, v in usual.items()) + ", one of them changed at a time; rows: reading and encoding a file", ""]
+    lines = [
+        f"nli_bench growth: {made['settings']['model']}, {facts['dtype']}, {facts['device']}"
+        + _threads(facts),
+        "an optimizer step of "
+        + ", ".join(f"{k} {v}" for k, v in usual.items())
+        + ", one of them changed at a time; rows: reading and encoding a file",
+        "",
+    ]
     rows = []
     for axis, a in made["axes"].items():
-        rows += [[axis if i == 0 else "", f"{s:,}", _number(t, ".3f"), _number(g, ".3f")] for i, (s, t, g) in enumerate(zip(a["sizes"], a["seconds"], a["gib"]))]
-        rows.append(["", "exponent", _number(a["time_exponent"], ".2f"), _number(a["memory_exponent"], ".2f")])
+        rows += [
+            [axis if i == 0 else "", f"{s:,}", _number(t, ".3f"), _number(g, ".3f")]
+            for i, (s, t, g) in enumerate(zip(a["sizes"], a["seconds"], a["gib"]))
+        ]
+        rows.append(
+            ["", "exponent", _number(a["time_exponent"], ".2f"), _number(a["memory_exponent"], ".2f")]
+        )
         rows.append(["", "expected", *EXPECTED[axis]])
     lines += [text_table(["", "size", "seconds", "GiB on top"], rows), ""]
-    return "\n".join(lines + [f"{axis} {s}: {why}" for axis, a in made["axes"].items() for s, why in zip(a["sizes"], a["died"]) if why])
+    return "\n".join(
+        lines
+        + [
+            f"{axis} {s}: {why}"
+            for axis, a in made["axes"].items()
+            for s, why in zip(a["sizes"], a["died"])
+            if why
+        ]
+    )
 
 # %% ../nbs/09_bench.ipynb #f3436b0c
 def _parser():
-    p = argparse.ArgumentParser(prog="nli_bench", description="Measure this package beside the plain recipe.",
+    p = argparse.ArgumentParser(
+        prog="nli_bench",
+        description="Measure this package beside the plain recipe.",
         epilog="examples:\n  nli_bench train --pairs 3\n  nli_bench train --model mistral-7b-shapes --device cuda --rows_per_step 32 --micro_batch 8 --data rows.jsonl\n"
-               "  nli_bench train --variants plain,plain-micro-batches,ours-head-everywhere,ours --pairs 1\n  nli_bench generate --run runs/cpu_demo/RUN_ID\n  nli_bench growth --model tiny-mistral",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        "  nli_bench train --variants plain,plain-micro-batches,ours-head-everywhere,ours --pairs 1\n  nli_bench generate --run runs/cpu_demo/RUN_ID\n  nli_bench growth --model tiny-mistral",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     subs = p.add_subparsers(dest="what", required=True, metavar="train|generate|growth")
+
     def add(name, text, epilog=""):
         examples = [line for line in p.epilog.splitlines() if line.startswith(f"  nli_bench {name}")]
         epilog = "\n".join(["examples:", *examples, "", epilog])
-        s = subs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
-        s.add_argument("--config", metavar="NAME|PATH", help="adapter, optimizer and quantisation as in this config [default, with the embedded model]")
-        s.add_argument("--model", metavar="M", help="smollm2-135m, tiny-mistral, mistral-7b-shapes (random weights), a hub name or ./folder [the config's; without --config smollm2-135m]")
+        s = subs.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        s.add_argument(
+            "--config",
+            metavar="NAME|PATH",
+            help="adapter, optimizer and quantisation as in this config [default, with the embedded model]",
+        )
+        s.add_argument(
+            "--model",
+            metavar="M",
+            help="smollm2-135m, tiny-mistral, mistral-7b-shapes (random weights), a hub name or ./folder [the config's; without --config smollm2-135m]",
+        )
         s.add_argument("--device", choices=("auto", "cpu", "cuda"))
-        s.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), help="number format of the products [the config's: bf16 where the device has it]")
+        s.add_argument(
+            "--dtype",
+            choices=("auto", "fp32", "bf16", "fp16"),
+            help="number format of the products [the config's: bf16 where the device has it]",
+        )
         s.add_argument("--quantization", choices=("nf4", "none"), help="of the base [the config's]")
-        s.add_argument("--json", action="store_true", help="print everything measured as JSON instead of the table")
+        s.add_argument(
+            "--json", action="store_true", help="print everything measured as JSON instead of the table"
+        )
         s.add_argument("--output", metavar="F", help="also write that JSON to a new file")
         return s
-    t = add("train", "train the same rows by TRL's own trainer and by this package's", "variants:\n  " + "\n  ".join(VARIANTS) + "\n\nexit code 1: losses differ, or a contestant died")
-    t.add_argument("--data", metavar="F", help="training rows [data/embedded/train.jsonl, generated on first use]")
-    t.add_argument("--rows", type=int, metavar="N", help="rows to use, evenly spaced; used again when steps need more [steps x rows_per_step]")
-    t.add_argument("--steps", type=int, default=4, metavar="K", help="optimizer steps, at least 2; the first is not timed [4]")
-    t.add_argument("--rows_per_step", type=int, default=16, metavar="N", help="rows of an optimizer step [16]")
-    t.add_argument("--micro_batch", type=int, default=4, metavar="N", help="rows of a micro-batch where the variant has them [4]")
+
+    t = add(
+        "train",
+        "train the same rows by TRL's own trainer and by this package's",
+        "variants:\n  " + "\n  ".join(VARIANTS) + "\n\nexit code 1: losses differ, or a contestant died",
+    )
+    t.add_argument(
+        "--data", metavar="F", help="training rows [data/embedded/train.jsonl, generated on first use]"
+    )
+    t.add_argument(
+        "--rows",
+        type=int,
+        metavar="N",
+        help="rows to use, evenly spaced; used again when steps need more [steps x rows_per_step]",
+    )
+    t.add_argument(
+        "--steps",
+        type=int,
+        default=4,
+        metavar="K",
+        help="optimizer steps, at least 2; the first is not timed [4]",
+    )
+    t.add_argument(
+        "--rows_per_step", type=int, default=16, metavar="N", help="rows of an optimizer step [16]"
+    )
+    t.add_argument(
+        "--micro_batch",
+        type=int,
+        default=4,
+        metavar="N",
+        help="rows of a micro-batch where the variant has them [4]",
+    )
     t.add_argument("--pairs", type=int, default=3, metavar="N", help="times every contestant is run [3]")
-    t.add_argument("--variants", default="plain,ours", metavar="A,B", help="contestants; the first is what the others are compared with [plain,ours]")
-    g = add("generate", "answer the same rows by plain generate and by this package", "contestants:\n  " + "\n  ".join(ANSWERERS) + f"\n\nexit code 1: fewer than {100*SAME_LABELS:.0f} % of the labels are the same, or a contestant died")
-    g.add_argument("--run", metavar="DIR", help="a run's folder; without it the model gets a seeded random adapter")
-    g.add_argument("--data", metavar="F", help="rows to answer [the run's eval_data; else data/embedded/dev.jsonl]")
+    t.add_argument(
+        "--variants",
+        default="plain,ours",
+        metavar="A,B",
+        help="contestants; the first is what the others are compared with [plain,ours]",
+    )
+    g = add(
+        "generate",
+        "answer the same rows by plain generate and by this package",
+        "contestants:\n  "
+        + "\n  ".join(ANSWERERS)
+        + f"\n\nexit code 1: fewer than {100 * SAME_LABELS:.0f} % of the labels are the same, or a contestant died",
+    )
+    g.add_argument(
+        "--run", metavar="DIR", help="a run's folder; without it the model gets a seeded random adapter"
+    )
+    g.add_argument(
+        "--data", metavar="F", help="rows to answer [the run's eval_data; else data/embedded/dev.jsonl]"
+    )
     g.add_argument("--rows", type=int, default=64, metavar="N", help="rows to use, evenly spaced [64]")
     g.add_argument("--pairs", type=int, default=3, metavar="N", help="times every contestant is run [3]")
-    g.add_argument("--max_new_tokens", type=int, metavar="N", help="token budget of a completion [the config's]")
-    g.add_argument("--batch", type=int, metavar="N", help="rows generated together [the config's eval_batch_size]")
-    g.add_argument("--mode", default="cot", choices=("cot", "forced"), help="how ours decodes: generate and parse, or generate the thought and score both labels [cot]")
-    g.add_argument("--variants", default="plain,plain-to-limit,ours,label-only", metavar="A,B", help="contestants; the first one's labels are what the others are compared with [plain,plain-to-limit,ours,label-only]")
+    g.add_argument(
+        "--max_new_tokens", type=int, metavar="N", help="token budget of a completion [the config's]"
+    )
+    g.add_argument(
+        "--batch", type=int, metavar="N", help="rows generated together [the config's eval_batch_size]"
+    )
+    g.add_argument(
+        "--mode",
+        default="cot",
+        choices=("cot", "forced"),
+        help="how ours decodes: generate and parse, or generate the thought and score both labels [cot]",
+    )
+    g.add_argument(
+        "--variants",
+        default="plain,plain-to-limit,ours,label-only",
+        metavar="A,B",
+        help="contestants; the first one's labels are what the others are compared with [plain,plain-to-limit,ours,label-only]",
+    )
     w = add("growth", "fit how time and memory grow with rows, length, batch and rank")
-    for axis, sizes in dict(rows="100,1000,10000,100000", length="64,128,256,512", batch="1,2,4,8", rank="4,16,64").items():
-        w.add_argument(f"--{axis}", default=sizes, metavar="A,B", help=f"sizes to measure; empty: leave this axis out [{sizes}]" if axis == "rows" else f"sizes to measure [{sizes}]")
+    for axis, sizes in dict(
+        rows="100,1000,10000,100000", length="64,128,256,512", batch="1,2,4,8", rank="4,16,64"
+    ).items():
+        w.add_argument(
+            f"--{axis}",
+            default=sizes,
+            metavar="A,B",
+            help=f"sizes to measure; empty: leave this axis out [{sizes}]"
+            if axis == "rows"
+            else f"sizes to measure [{sizes}]",
+        )
     w.add_argument("--steps", type=int, default=3, metavar="K", help="timed optimizer steps a point [3]")
     return p
 
+
 def _names(text, known):
     names = [n.strip() for n in text.split(",") if n.strip()]
-    if odd := [n for n in names if n not in known]: raise ConfigError(f"--variants {odd[0]}: unknown; choose among {', '.join(known)}")
-    if len(set(names)) < len(names) or not names: raise ConfigError(f"--variants {text!r}: name each contestant once")
+    if odd := [n for n in names if n not in known]:
+        raise ConfigError(f"--variants {odd[0]}: unknown; choose among {', '.join(known)}")
+    if len(set(names)) < len(names) or not names:
+        raise ConfigError(f"--variants {text!r}: name each contestant once")
     return names
+
 
 def _sizes(ns):
     axes = {}
     for axis in ("rows", "length", "batch", "rank"):
-        try: sizes = [int(x) for x in getattr(ns, axis).split(",") if x.strip()]
-        except ValueError: raise ConfigError(f"--{axis} {getattr(ns, axis)!r}: expected whole numbers with commas between them") from None
-        if any(s < 1 for s in sizes) or (axis == "length" and any(s < 4 for s in sizes)) or (not sizes and axis != "rows"): raise ConfigError(f"--{axis} {getattr(ns, axis)!r}: sizes are 1 or more (length: 4 or more)")
-        if sizes: axes[axis] = sizes
+        try:
+            sizes = [int(x) for x in getattr(ns, axis).split(",") if x.strip()]
+        except ValueError:
+            raise ConfigError(
+                f"--{axis} {getattr(ns, axis)!r}: expected whole numbers with commas between them"
+            ) from None
+        if (
+            any(s < 1 for s in sizes)
+            or (axis == "length" and any(s < 4 for s in sizes))
+            or (not sizes and axis != "rows")
+        ):
+            raise ConfigError(f"--{axis} {getattr(ns, axis)!r}: sizes are 1 or more (length: 4 or more)")
+        if sizes:
+            axes[axis] = sizes
     return axes
+
 
 def _at_least(ns, **least):
     for k, n in least.items():
-        if (v := getattr(ns, k)) is not None and v < n: raise ConfigError(f"--{k} {v}: at least {n}")
+        if (v := getattr(ns, k)) is not None and v < n:
+            raise ConfigError(f"--{k} {v}: at least {n}")
 
 # %% ../nbs/09_bench.ipynb #69625c0f
 def _train_command(ns):
     names = _names(ns.variants, VARIANTS)
     _at_least(ns, steps=2, rows_per_step=1, micro_batch=1, pairs=1, rows=1)
-    cfg = bench_config(ns.config, ns.model, ns.data, max_train_samples=ns.rows or ns.steps*ns.rows_per_step, device=ns.device, compute_dtype=ns.dtype, quantization=ns.quantization)
-    for n in names: variant_config(cfg, n, ns.rows_per_step, ns.micro_batch)
+    cfg = bench_config(
+        ns.config,
+        ns.model,
+        ns.data,
+        max_train_samples=ns.rows or ns.steps * ns.rows_per_step,
+        device=ns.device,
+        compute_dtype=ns.dtype,
+        quantization=ns.quantization,
+    )
+    for n in names:
+        variant_config(cfg, n, ns.rows_per_step, ns.micro_batch)
     made = bench_train(cfg, names, ns.steps, ns.rows_per_step, ns.micro_batch, ns.pairs)
     return made, train_text(made["settings"], made["facts"], made["summary"])
 
+
 def _generate_config(ns):
     "(Config, adapter or None, prompt wording) of `nli_bench generate`."
-    if ns.run and (ns.config or ns.model): raise ConfigError("--run brings its own config and model; leave out --config and --model")
-    changes = dict(max_eval_samples=ns.rows, max_new_tokens=ns.max_new_tokens, eval_batch_size=ns.batch, device=ns.device, compute_dtype=ns.dtype, quantization=ns.quantization)
+    if ns.run and (ns.config or ns.model):
+        raise ConfigError("--run brings its own config and model; leave out --config and --model")
+    changes = dict(
+        max_eval_samples=ns.rows,
+        max_new_tokens=ns.max_new_tokens,
+        eval_batch_size=ns.batch,
+        device=ns.device,
+        compute_dtype=ns.dtype,
+        quantization=ns.quantization,
+    )
     changes = {k: v for k, v in changes.items() if v is not None}
-    if not ns.run: return bench_config(ns.config, ns.model, ns.data or embedded_data()/"dev.jsonl", **changes), None, "auto"
+    if not ns.run:
+        return (
+            bench_config(ns.config, ns.model, ns.data or embedded_data() / "dev.jsonl", **changes),
+            None,
+            "auto",
+        )
     _, cfg, adapter, template = open_run(ns.run, **changes)
     return cfg.replace(eval_data=str(Path(ns.data).resolve())) if ns.data else cfg, adapter, template
+
 
 def _generate_command(ns):
     names = _names(ns.variants, ANSWERERS)
@@ -830,24 +1601,31 @@ def _generate_command(ns):
     made = bench_generate(cfg, names, ns.pairs, ns.mode, ns.run, adapter, template)
     return made, generate_text(made["settings"], made["facts"], made["summary"])
 
+
 def _growth_command(ns):
     _at_least(ns, steps=2)
-    cfg = bench_config(ns.config, ns.model, device=ns.device, compute_dtype=ns.dtype, quantization=ns.quantization)
+    cfg = bench_config(
+        ns.config, ns.model, device=ns.device, compute_dtype=ns.dtype, quantization=ns.quantization
+    )
     made = bench_growth(cfg, _sizes(ns), ns.steps)
     return made, growth_text(made)
+
 
 @command
 def bench_cli(argv=None) -> int:
     "Measure this package beside the plain recipe."
     ns = _parser().parse_args(argv)
-    if ns.output and Path(ns.output).exists(): raise ConfigError(f"--output {ns.output} exists and is not overwritten; name another file")
+    if ns.output and Path(ns.output).exists():
+        raise ConfigError(f"--output {ns.output} exists and is not overwritten; name another file")
     made, text = dict(train=_train_command, generate=_generate_command, growth=_growth_command)[ns.what](ns)
     whole = json.dumps(made, indent=1, ensure_ascii=False)
-    if ns.output: Path(ns.output).write_text(whole + "\n", encoding="utf-8")
+    if ns.output:
+        Path(ns.output).write_text(whole + "\n", encoding="utf-8")
     print(whole if ns.json else text)
     died = any(why for a in made.get("axes", {}).values() for why in a["died"])
     return int(died or not made.get("summary", dict(ok=True))["ok"])
 
 # %% ../nbs/09_bench.ipynb #7188fe58
 #| eval: false
-if __name__ == "__main__" and "__file__" in globals(): bench_cli()
+if __name__ == "__main__" and "__file__" in globals():
+    bench_cli()

@@ -19,10 +19,14 @@ from typing import Any, NamedTuple, get_args
 # %% ../nbs/00_config_loader.ipynb #905d0f39
 class SaysItAll:
     "An exception whose message needs no traceback beside it, in a notebook either."
-    def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]  # what IPython shows
+
+    def _render_traceback_(self):
+        return [f"{type(self).__name__}: {self}"]  # what IPython shows
+
 
 class NliError(SaysItAll, Exception):
     "Something the user can put right: bad arguments, config or data. Commands print it without a traceback and exit with `exit_code`."
+
     exit_code = 2
 
 # %% ../nbs/00_config_loader.ipynb #48d41258
@@ -40,17 +44,19 @@ class RecordError(NliError):
 # %% ../nbs/00_config_loader.ipynb #a601219b
 class Interrupted(SaysItAll, KeyboardInterrupt):
     "A run that was stopped by a signal, after it had put its things in order. `exit_code` as shells count: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP."
+
     def __init__(self, message, signum):
         super().__init__(message)
-        self.signum,self.exit_code = signum,128+signum
+        self.signum, self.exit_code = signum, 128 + signum
 
 # %% ../nbs/00_config_loader.ipynb #d7d736bd
-def stop_signals() -> tuple: # of signal numbers
+def stop_signals() -> tuple:  # of signal numbers
     """The signals that ask a command to end.
 
     A SIGHUP that is ignored stays ignored: `nohup` starts a command that way, and means it."""
     asking = (signal.SIGINT, signal.SIGTERM)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN: return asking
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        return asking
     return (*asking, signal.SIGHUP)
 
 # %% ../nbs/00_config_loader.ipynb #e1e67c5a
@@ -58,257 +64,411 @@ def stop_signals() -> tuple: # of signal numbers
 def _signals_interrupt():
     "SIGTERM and SIGHUP, where nobody has set a handler, end a command as ctrl-c does: what was begun is tidied up. Later ones do not disturb that."
     asked = []
+
     def on_signal(signum, frame):
-        if asked: return
+        if asked:
+            return
         asked.append(signum)
         raise Interrupted(f"stopped by {signal.Signals(signum).name}", signum)
-    mine = threading.current_thread() is threading.main_thread() # only there may handlers be set
+
+    mine = threading.current_thread() is threading.main_thread()  # only there may handlers be set
     free = [s for s in (signal.SIGTERM, signal.SIGHUP) if mine and signal.getsignal(s) == signal.SIG_DFL]
-    for s in free: signal.signal(s, on_signal)
-    try: yield
+    for s in free:
+        signal.signal(s, on_signal)
+    try:
+        yield
     finally:
-        for s in free: signal.signal(s, signal.SIG_DFL)
+        for s in free:
+            signal.signal(s, signal.SIG_DFL)
 
 # %% ../nbs/00_config_loader.ipynb #f122677f
 class ReaderLeft(BrokenPipeError):
     "Nobody reads the standard output any more, as after `| head`."
 
+
 class Spoken:
     "A text stream whose reader may leave. `piped`: a closed pipe is no reason to end, either."
-    def __init__(self, stream, piped:bool): self.stream,self.piped = stream,piped
-    def __getattr__(self, name): return getattr(self.stream, name)
+
+    def __init__(self, stream, piped: bool):
+        self.stream, self.piped = stream, piped
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
     def _try(self, act, *args):
-        try: return act(*args)
+        try:
+            return act(*args)
         except OSError as e:
-            if e.errno not in (errno.EIO, errno.EPIPE): raise
+            if e.errno not in (errno.EIO, errno.EPIPE):
+                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno()) # also for what is still in a buffer
+            os.dup2(nowhere, self.stream.fileno())  # also for what is still in a buffer
             os.close(nowhere)
-            if e.errno == errno.EPIPE and not self.piped: raise ReaderLeft(*e.args) from None
+            if e.errno == errno.EPIPE and not self.piped:
+                raise ReaderLeft(*e.args) from None
+
     def write(self, text):
         self._try(self.stream.write, text)
         return len(text)
-    def writelines(self, lines): self.write("".join(lines))
-    def flush(self): self._try(self.stream.flush)
+
+    def writelines(self, lines):
+        self.write("".join(lines))
+
+    def flush(self):
+        self._try(self.stream.flush)
 
 # %% ../nbs/00_config_loader.ipynb #341d696d
 def escape_as_json(
-    e:UnicodeEncodeError,
-) -> tuple: # (bytes or text in place of the characters, where to go on)
+    e: UnicodeEncodeError,
+) -> tuple:  # (bytes or text in place of the characters, where to go on)
     "Error handler for streams: `\\uXXXX` for what the encoding lacks, so that JSON stays JSON. Bytes of an argument that were no text go out as they came in."
-    if not isinstance(e, UnicodeEncodeError): raise e
+    if not isinstance(e, UnicodeEncodeError):
+        raise e
     out = []
-    for c in e.object[e.start:e.end]:
-        if "\udc80" <= c <= "\udcff": out.append(bytes([ord(c)-0xdc00]))
-        else: out.append(json.dumps(c)[1:-1].encode("ascii"))
+    for c in e.object[e.start : e.end]:
+        if "\udc80" <= c <= "\udcff":
+            out.append(bytes([ord(c) - 0xDC00]))
+        else:
+            out.append(json.dumps(c)[1:-1].encode("ascii"))
     return b"".join(out), e.end
+
 
 codecs.register_error("nli_ft", escape_as_json)
 
 # %% ../nbs/00_config_loader.ipynb #d2170300
-def _is_the_command() -> bool: # not a notebook, a test or somebody's script that calls one
+def _is_the_command() -> bool:  # not a notebook, a test or somebody's script that calls one
     "Is this process the command itself, by its console script or `python -m nli_ft.…`?"
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return os.path.basename(sys.argv[0]).startswith("nli_") or (spec is not None and spec.name.startswith("nli_ft."))
+    return os.path.basename(sys.argv[0]).startswith("nli_") or (
+        spec is not None and spec.name.startswith("nli_ft.")
+    )
+
 
 def _start_in_utf8():
     "Start this command again in Python's UTF-8 mode where the locale's encoding is another. Children inherit it."
     asked_otherwise = "utf8" in sys._xoptions
-    if asked_otherwise or codecs.lookup(locale.getencoding()).name == "utf-8": return
+    if asked_otherwise or codecs.lookup(locale.getencoding()).name == "utf-8":
+        return
     os.environ["PYTHONUTF8"] = "1"
-    if sys.flags.utf8_mode or not _is_the_command(): return
+    if sys.flags.utf8_mode or not _is_the_command():
+        return
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
 
 @contextlib.contextmanager
 def _streams_hold():
     "Neither a character nor a reader that left ends a command."
     old = sys.stdout, sys.stderr
-    kept = [(s, s.errors) for s in old if getattr(s, "errors", None) in ("strict", "surrogateescape") and hasattr(s, "reconfigure")]
-    for s,_ in kept: s.reconfigure(errors="nli_ft")
-    if old[0] is not None: sys.stdout = Spoken(old[0], piped=False) # None: it was closed before the start
-    if old[1] is not None: sys.stderr = Spoken(old[1], piped=True)
-    try: yield
+    kept = [
+        (s, s.errors)
+        for s in old
+        if getattr(s, "errors", None) in ("strict", "surrogateescape") and hasattr(s, "reconfigure")
+    ]
+    for s, _ in kept:
+        s.reconfigure(errors="nli_ft")
+    if old[0] is not None:
+        sys.stdout = Spoken(old[0], piped=False)  # None: it was closed before the start
+    if old[1] is not None:
+        sys.stderr = Spoken(old[1], piped=True)
+    try:
+        yield
     finally:
-        for s,errors in kept: s.reconfigure(errors=errors)
-        sys.stdout,sys.stderr = old
+        for s, errors in kept:
+            s.reconfigure(errors=errors)
+        sys.stdout, sys.stderr = old
+
 
 @contextlib.contextmanager
 def outlives_its_reader():
     "For work that goes into a record: what is printed meanwhile may find no reader."
     old = sys.stdout
-    if old is not None: sys.stdout = Spoken(old, piped=True)
-    try: yield
-    finally: sys.stdout = old
+    if old is not None:
+        sys.stdout = Spoken(old, piped=True)
+    try:
+        yield
+    finally:
+        sys.stdout = old
 
 # %% ../nbs/00_config_loader.ipynb #f80901c4
 def typed_text(
-    word:str, # an argument as Python gives it
-    name:str, # of the option
-) -> str: # text without stray bytes
+    word: str,  # an argument as Python gives it
+    name: str,  # of the option
+) -> str:  # text without stray bytes
     "A text of the command line, read as UTF-8 or in the locale's encoding. Raises `DataError` for bytes that are neither."
-    if not re.search("[\udc80-\udcff]", word): return word
+    if not re.search("[\udc80-\udcff]", word):
+        return word
     encodings = dict.fromkeys(("UTF-8", locale.getencoding()))
     for encoding in encodings:
-        try: return os.fsencode(word).decode(encoding)
-        except (UnicodeError, LookupError): pass
-    raise DataError(f"{name} cannot be read as text in {' or '.join(encodings)}. Put it into a UTF-8 file instead")
+        try:
+            return os.fsencode(word).decode(encoding)
+        except (UnicodeError, LookupError):
+            pass
+    raise DataError(
+        f"{name} cannot be read as text in {' or '.join(encodings)}. Put it into a UTF-8 file instead"
+    )
 
 # %% ../nbs/00_config_loader.ipynb #e634e04a
 def can_be_written(
-    path, # of a file or folder, perhaps not there yet
+    path,  # of a file or folder, perhaps not there yet
 ) -> bool:
     "Could something be made there, as far as permissions tell?"
     path = Path(path)
     while not os.path.exists(path):
-        if path.parent == path: return False
+        if path.parent == path:
+            return False
         path = path.parent
     return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
 
-def _own_temporary_folder() -> Path: # of this user; another user of the machine cannot have made it
+
+def _own_temporary_folder() -> Path:  # of this user; another user of the machine cannot have made it
     import tempfile
-    folder = Path(tempfile.gettempdir())/f"nli_ft-{os.getuid()}"
+
+    folder = Path(tempfile.gettempdir()) / f"nli_ft-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     there = folder.lstat()
-    if folder.is_dir() and not folder.is_symlink() and there.st_uid == os.getuid() and not there.st_mode & 0o022: return folder
+    if (
+        folder.is_dir()
+        and not folder.is_symlink()
+        and there.st_uid == os.getuid()
+        and not there.st_mode & 0o022
+    ):
+        return folder
     return Path(tempfile.mkdtemp(prefix="nli_ft-"))
 
 # %% ../nbs/00_config_loader.ipynb #591f8030
-_in_the_home = dict(NLI_FT_CACHE=".cache/nli_ft", HF_HOME=".cache/huggingface", MPLCONFIGDIR=".config/matplotlib", IPYTHONDIR=".ipython",
-                    JUPYTER_RUNTIME_DIR=".local/share/jupyter/runtime")
+_in_the_home = dict(
+    NLI_FT_CACHE=".cache/nli_ft",
+    HF_HOME=".cache/huggingface",
+    MPLCONFIGDIR=".config/matplotlib",
+    IPYTHONDIR=".ipython",
+    JUPYTER_RUNTIME_DIR=".local/share/jupyter/runtime",
+)
 
-def _homeless() -> dict: # variable -> where its files cannot be; HOME among them where there is none at all
-    try: home = Path.home()
-    except RuntimeError: home = Path("/nonexistent")
-    lost = {k: home/v for k,v in _in_the_home.items() if k not in os.environ and not can_be_written(home/v)}
-    if os.access(home/".cache"/"huggingface"/"hub", os.R_OK): lost.pop("HF_HOME", None)
-    if not os.path.isdir(home) and not can_be_written(home): lost["HOME"] = home
+
+def _homeless() -> dict:  # variable -> where its files cannot be; HOME among them where there is none at all
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path("/nonexistent")
+    lost = {
+        k: home / v for k, v in _in_the_home.items() if k not in os.environ and not can_be_written(home / v)
+    }
+    if os.access(home / ".cache" / "huggingface" / "hub", os.R_OK):
+        lost.pop("HF_HOME", None)
+    if not os.path.isdir(home) and not can_be_written(home):
+        lost["HOME"] = home
     return lost
+
 
 def settle():
     "Give a user without a name one, and caches without a home a folder of their own. Does nothing, quickly, where both are there."
     import getpass
-    try: getpass.getuser()
-    except (KeyError, OSError): os.environ["USER"] = f"uid{os.getuid()}" # torch and others ask for it
+
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid{os.getuid()}"  # torch and others ask for it
     lost = _homeless()
-    if not lost: return
-    try: folder = _own_temporary_folder()
-    except OSError: return # a command that needs none of them can still do its work; the others say what they lack
-    for name in lost: os.environ[name] = str(folder if name == "HOME" else folder/name.lower())
-    if "NLI_FT_CACHE" not in lost: return
+    if not lost:
+        return
+    try:
+        folder = _own_temporary_folder()
+    except OSError:
+        return  # a command that needs none of them can still do its work; the others say what they lack
+    for name in lost:
+        os.environ[name] = str(folder if name == "HOME" else folder / name.lower())
+    if "NLI_FT_CACHE" not in lost:
+        return
     why = "there is no home folder" if "HOME" in lost else f"{lost['NLI_FT_CACHE']} cannot be written"
-    print(f"note: {why}, so caches go to {folder} (HOME or NLI_FT_CACHE names another place)", file=sys.stderr)
+    print(
+        f"note: {why}, so caches go to {folder} (HOME or NLI_FT_CACHE names another place)", file=sys.stderr
+    )
 
 # %% ../nbs/00_config_loader.ipynb #fc937623
-def command(fn): # takes `argv` (list of str, or None for `sys.argv[1:]`), returns the exit code: int, or None for 0
+def command(
+    fn,
+):  # takes `argv` (list of str, or None for `sys.argv[1:]`), returns the exit code: int, or None for 0
     """Decorate the function behind a console script, so that every command begins and ends in the same way.
 
     Returns 0 after success. Anything else leaves by `SystemExit`: `error: …` on stderr and 2 for an `NliError`, 128 + its number for a signal
     (130 for ctrl-c), 1 for a full disk and 2 for a file that may not be written, else the code that `fn` returned. So `python -m` keeps the exit code without a
     `sys.exit` of its own."""
+
     @functools.wraps(fn)
     def run(argv=None):
-        if argv is None: _start_in_utf8()
+        if argv is None:
+            _start_in_utf8()
         with _streams_hold():
             settle()
             return _ended(fn, argv)
+
     return run
 
 # %% ../nbs/00_config_loader.ipynb #cdb617a7
 _refused_by_the_system = {
-    errno.ENOSPC: "make room on that disk, or name another folder", errno.EDQUOT: "make room within your quota, or name another folder",
-    errno.EROFS: "that disk is read-only: name another folder", errno.EACCES: "name a folder that you may write, or ask its owner",
-    errno.EPERM: "name a folder that you may write, or ask its owner"}
+    errno.ENOSPC: "make room on that disk, or name another folder",
+    errno.EDQUOT: "make room within your quota, or name another folder",
+    errno.EROFS: "that disk is read-only: name another folder",
+    errno.EACCES: "name a folder that you may write, or ask its owner",
+    errno.EPERM: "name a folder that you may write, or ask its owner",
+}
 
-def _ended(fn, argv) -> int: # 0, or `SystemExit`
+
+def _ended(fn, argv) -> int:  # 0, or `SystemExit`
     "Call a command and turn what it raises into a line and an exit code."
     try:
-        with _signals_interrupt(): code = fn(argv)
-        if sys.stdout is not None: sys.stdout.flush()
-    except NliError as e: said,code = f"error: {e}", e.exit_code
-    except Interrupted as e: said,code = f"interrupted: {e}", e.exit_code
-    except KeyboardInterrupt: said,code = "interrupted", 130
-    except ReaderLeft: said,code = None, 128+signal.SIGPIPE
+        with _signals_interrupt():
+            code = fn(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except NliError as e:
+        said, code = f"error: {e}", e.exit_code
+    except Interrupted as e:
+        said, code = f"interrupted: {e}", e.exit_code
+    except KeyboardInterrupt:
+        said, code = "interrupted", 130
+    except ReaderLeft:
+        said, code = None, 128 + signal.SIGPIPE
     except OSError as e:
-        said,code = _system_error(e)
-        if said is None: raise
-    else: said = None
-    if said: print(said, file=sys.stderr)
+        said, code = _system_error(e)
+        if said is None:
+            raise
+    else:
+        said = None
+    if said:
+        print(said, file=sys.stderr)
     return sys.exit(code) if code else 0
 
-def _system_error(e:OSError) -> tuple: # (line, exit code), or (None, 1) where only a traceback helps
+
+def _system_error(e: OSError) -> tuple:  # (line, exit code), or (None, 1) where only a traceback helps
     if e.errno == errno.ENOENT and "temporary directory" in str(e):
         return "error: there is no temporary folder that can be written: set TMPDIR to one", 2
     cure = _refused_by_the_system.get(e.errno)
-    if cure is None: return None, 1
-    full = e.errno in (errno.ENOSPC, errno.EDQUOT) # which comes while something is being written; what is forbidden is so from the start
+    if cure is None:
+        return None, 1
+    full = e.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+    )  # which comes while something is being written; what is forbidden is so from the start
     return f"error: {e.filename or 'what it writes'}: {e.strerror}; {cure}", 1 if full else 2
 
 # %% ../nbs/00_config_loader.ipynb #09b8397a
-def _package_dir() -> Path: # the folder of the imported package, which also holds `configs/`
+def _package_dir() -> Path:  # the folder of the imported package, which also holds `configs/`
     import nli_ft
+
     return Path(nli_ft.__file__).resolve().parent
 
 # %% ../nbs/00_config_loader.ipynb #7d6ff156
-def project_root() -> Path: # absolute
+def project_root() -> Path:  # absolute
     """The folder holding the `settings.ini` of nli_ft: searched from the working directory upwards, else from the package upwards.
 
     Where the package was installed without its checkout there is no such folder, and the working directory is the root."""
     for start in (Path.cwd(), _package_dir()):
         for d in (start, *start.parents):
-            ini = d/"settings.ini"
-            if ini.is_file() and re.search(r"^lib_name\s*=\s*nli_ft\s*$", ini.read_text(encoding="utf-8", errors="replace"), re.M): return d
+            ini = d / "settings.ini"
+            if ini.is_file() and re.search(
+                r"^lib_name\s*=\s*nli_ft\s*$", ini.read_text(encoding="utf-8", errors="replace"), re.M
+            ):
+                return d
     return Path.cwd()
 
 # %% ../nbs/00_config_loader.ipynb #0ae81848
 def key(
-    doc:str, # what the key means: unit, and what follows from changing it
-    lo=None, # smallest possible value
-    hi=None, # largest possible value
-    above=None, # every value must be larger than this
-    below=None, # every value must be smaller than this
-    choices:tuple=(), # the only possible values
-    path:bool=False, # a path: kept relative to the project root
-    result:bool=True, # can it change what is learnt or measured? then it counts in `config_hash`
+    doc: str,  # what the key means: unit, and what follows from changing it
+    lo=None,  # smallest possible value
+    hi=None,  # largest possible value
+    above=None,  # every value must be larger than this
+    below=None,  # every value must be smaller than this
+    choices: tuple = (),  # the only possible values
+    path: bool = False,  # a path: kept relative to the project root
+    result: bool = True,  # can it change what is learnt or measured? then it counts in `config_hash`
 ):
     "A required dataclass field that carries its own documentation and limits."
-    return field(metadata=dict(doc=doc, lo=lo, hi=hi, above=above, below=below, choices=choices, path=path, result=result))
+    return field(
+        metadata=dict(
+            doc=doc, lo=lo, hi=hi, above=above, below=below, choices=choices, path=path, result=result
+        )
+    )
 
 # %% ../nbs/00_config_loader.ipynb #08697ec5
 @dataclass(frozen=True, kw_only=True)
 class DataKeys:
     "Data: which rows are learnt from, and how a row is written."
-    train_data: str = key("file of training rows (.jsonl or .csv); data/embedded/… is generated on first use", path=True)
+
+    train_data: str = key(
+        "file of training rows (.jsonl or .csv); data/embedded/… is generated on first use", path=True
+    )
     eval_data: str = key("file of rows to be scored, never trained on", path=True)
-    data_strategy: str = key("which thoughts are learnt: all rows, only those whose own first label was correct (no reflections), or thoughts shuffled "
-                             "between rows of one label (a control: same words, no reasoning)", choices=("all", "correct_only", "shuffled"))
-    completion: str = key("what the model learns to write: thought then label, label only, or label then thought", choices=("cot", "label_only", "label_first"))
-    prompt_template: str = key("wording of the question; auto: the one that the rows carry", choices=("auto", "standard", "brief"))
+    data_strategy: str = key(
+        "which thoughts are learnt: all rows, only those whose own first label was correct (no reflections), or thoughts shuffled "
+        "between rows of one label (a control: same words, no reasoning)",
+        choices=("all", "correct_only", "shuffled"),
+    )
+    completion: str = key(
+        "what the model learns to write: thought then label, label only, or label then thought",
+        choices=("cot", "label_only", "label_first"),
+    )
+    prompt_template: str = key(
+        "wording of the question; auto: the one that the rows carry", choices=("auto", "standard", "brief")
+    )
     train_on_prompt: bool = key("also learn the prompt tokens; false: completion-only loss")
-    max_seq_length: int = key("tokens in prompt and completion together; longer costs memory, shorter drops more rows", lo=32)
-    too_long: str = key("a row over max_seq_length is dropped and counted, or the run is refused; it is never cut", choices=("drop", "refuse"))
-    max_bad_rows: float = key("share of unreadable rows to tolerate in a file, 0 to 1; 0 refuses the file at its first bad row", lo=0, below=1)
-    max_train_samples: int|None = key("use only this many training rows; none: all", lo=1)
-    max_eval_samples: int|None = key("score only this many rows; none: all. Fewer rows: wider intervals", lo=1)
+    max_seq_length: int = key(
+        "tokens in prompt and completion together; longer costs memory, shorter drops more rows", lo=32
+    )
+    too_long: str = key(
+        "a row over max_seq_length is dropped and counted, or the run is refused; it is never cut",
+        choices=("drop", "refuse"),
+    )
+    max_bad_rows: float = key(
+        "share of unreadable rows to tolerate in a file, 0 to 1; 0 refuses the file at its first bad row",
+        lo=0,
+        below=1,
+    )
+    max_train_samples: int | None = key("use only this many training rows; none: all", lo=1)
+    max_eval_samples: int | None = key(
+        "score only this many rows; none: all. Fewer rows: wider intervals", lo=1
+    )
 
 # %% ../nbs/00_config_loader.ipynb #78b47652
 @dataclass(frozen=True, kw_only=True)
 class ModelKeys:
     "Model: the frozen base and how it is held in memory."
-    model_id: str = key("hub name, the alias smollm2-135m or tiny-mistral, or a local folder written as ./folder or /folder")
-    model_revision: str|None = key("commit or tag on the hub; none: the newest, so two runs may differ")
-    quantization: str = key("nf4: base weights in 4 bits with double quantisation, about a quarter of the memory of bf16; none: not quantised", choices=("nf4", "none"))
-    compute_dtype: str = key("number format of the matrix products; auto: bf16 where the device supports it, else fp32", choices=("auto", "bf16", "fp16", "fp32"))
-    attn_implementation: str = key("attention kernel; auto: the fastest that the device and the config allow", choices=("auto", "sdpa", "eager", "flash_attention_2"))
-    gradient_checkpointing: bool = key("recompute activations in the backward pass: far less memory, about a third more time")
+
+    model_id: str = key(
+        "hub name, the alias smollm2-135m or tiny-mistral, or a local folder written as ./folder or /folder"
+    )
+    model_revision: str | None = key("commit or tag on the hub; none: the newest, so two runs may differ")
+    quantization: str = key(
+        "nf4: base weights in 4 bits with double quantisation, about a quarter of the memory of bf16; none: not quantised",
+        choices=("nf4", "none"),
+    )
+    compute_dtype: str = key(
+        "number format of the matrix products; auto: bf16 where the device supports it, else fp32",
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )
+    attn_implementation: str = key(
+        "attention kernel; auto: the fastest that the device and the config allow",
+        choices=("auto", "sdpa", "eager", "flash_attention_2"),
+    )
+    gradient_checkpointing: bool = key(
+        "recompute activations in the backward pass: far less memory, about a third more time"
+    )
 
 # %% ../nbs/00_config_loader.ipynb #8b34caae
 @dataclass(frozen=True, kw_only=True)
 class LoraKeys:
     "LoRA: the small matrices that are trained."
+
     lora_r: int = key("rank of each update; parameters and capacity grow with it", lo=1)
-    lora_alpha: int = key("the update is scaled by lora_alpha / lora_r; larger acts like a larger learning rate", lo=1)
-    lora_dropout: float = key("share of inputs to the adapter dropped in training; more regularises, slows learning", lo=0, below=1)
-    target_modules: list|str = key("layers that get an adapter: names such as q_proj,v_proj, or all-linear (more capacity, more memory)")
+    lora_alpha: int = key(
+        "the update is scaled by lora_alpha / lora_r; larger acts like a larger learning rate", lo=1
+    )
+    lora_dropout: float = key(
+        "share of inputs to the adapter dropped in training; more regularises, slows learning", lo=0, below=1
+    )
+    target_modules: list | str = key(
+        "layers that get an adapter: names such as q_proj,v_proj, or all-linear (more capacity, more memory)"
+    )
     use_rslora: bool = key("scale by lora_alpha / sqrt(lora_r) instead, so that a high rank still learns")
     use_dora: bool = key("learn magnitude and direction apart (DoRA): often better at a low rank, slower")
 
@@ -316,471 +476,763 @@ class LoraKeys:
 @dataclass(frozen=True, kw_only=True)
 class OptimKeys:
     "Optimisation: how far and how fast the adapter moves."
-    seed: int = key("seeds row order, adapter initialisation and dropout; the same seed repeats a run", lo=0, hi=2**32-1)
-    num_epochs: float = key("passes over the training rows; ignored where max_steps is set", above=0, hi=10_000)
-    max_steps: int|None = key("stop after this many optimizer steps; none: num_epochs decides", lo=1)
+
+    seed: int = key(
+        "seeds row order, adapter initialisation and dropout; the same seed repeats a run", lo=0, hi=2**32 - 1
+    )
+    num_epochs: float = key(
+        "passes over the training rows; ignored where max_steps is set", above=0, hi=10_000
+    )
+    max_steps: int | None = key("stop after this many optimizer steps; none: num_epochs decides", lo=1)
     batch_size: int = key("rows per forward pass on one device; memory grows with it", lo=1)
-    grad_accumulation_steps: int = key("forward passes per optimizer step; effective batch = batch_size x this x processes", lo=1)
-    learning_rate: float = key("peak step size; too high diverges, too low learns nothing in the given steps", above=0, hi=1)
-    lr_scheduler: str = key("shape of the learning rate after warm-up",
-        choices=("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"))
-    warmup_ratio: float = key("share of the steps in which the learning rate rises from 0, 0 to 1; steadies the start", lo=0, below=1)
-    weight_decay: float = key("AdamW's decay of the adapter weights per step, in units of the learning rate", lo=0, below=1)
-    max_grad_norm: float|None = key("gradients with a larger L2 norm are scaled down to it; none: no clipping", above=0)
-    optim: str = key("auto: paged_adamw_8bit on CUDA, adamw_torch on a CPU; the paged ones need CUDA",
-        choices=("auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd"))
-    use_packing: bool = key("several rows per sequence: less padding; needs an attention kernel that keeps the rows apart")
-    group_by_length: bool = key("batches of rows of similar length: less padding, less random order; packed rows need none of it")
-    early_stopping_patience: int|None = key("stop after this many evaluations without a lower loss and keep the best checkpoint; none: train to the end", lo=1)
+    grad_accumulation_steps: int = key(
+        "forward passes per optimizer step; effective batch = batch_size x this x processes", lo=1
+    )
+    learning_rate: float = key(
+        "peak step size; too high diverges, too low learns nothing in the given steps", above=0, hi=1
+    )
+    lr_scheduler: str = key(
+        "shape of the learning rate after warm-up",
+        choices=(
+            "cosine",
+            "linear",
+            "constant",
+            "constant_with_warmup",
+            "cosine_with_restarts",
+            "polynomial",
+            "inverse_sqrt",
+        ),
+    )
+    warmup_ratio: float = key(
+        "share of the steps in which the learning rate rises from 0, 0 to 1; steadies the start",
+        lo=0,
+        below=1,
+    )
+    weight_decay: float = key(
+        "AdamW's decay of the adapter weights per step, in units of the learning rate", lo=0, below=1
+    )
+    max_grad_norm: float | None = key(
+        "gradients with a larger L2 norm are scaled down to it; none: no clipping", above=0
+    )
+    optim: str = key(
+        "auto: paged_adamw_8bit on CUDA, adamw_torch on a CPU; the paged ones need CUDA",
+        choices=(
+            "auto",
+            "adamw_torch",
+            "adamw_torch_fused",
+            "adamw_8bit",
+            "paged_adamw_8bit",
+            "paged_adamw_32bit",
+            "adafactor",
+            "sgd",
+        ),
+    )
+    use_packing: bool = key(
+        "several rows per sequence: less padding; needs an attention kernel that keeps the rows apart"
+    )
+    group_by_length: bool = key(
+        "batches of rows of similar length: less padding, less random order; packed rows need none of it"
+    )
+    early_stopping_patience: int | None = key(
+        "stop after this many evaluations without a lower loss and keep the best checkpoint; none: train to the end",
+        lo=1,
+    )
 
 # %% ../nbs/00_config_loader.ipynb #f443de35
 @dataclass(frozen=True, kw_only=True)
 class EvalKeys:
     "Evaluation: what is measured, and when."
-    eval_before: bool = key("also score the untrained model, for the before/after comparison; costs one more pass of generation", result=False)
-    eval_steps: int|None = key("optimizer steps between evaluations of the loss; none: each epoch", lo=1)
+
+    eval_before: bool = key(
+        "also score the untrained model, for the before/after comparison; costs one more pass of generation",
+        result=False,
+    )
+    eval_steps: int | None = key("optimizer steps between evaluations of the loss; none: each epoch", lo=1)
     eval_batch_size: int = key("rows generated together; memory and speed grow with it", lo=1, result=False)
-    max_new_tokens: int = key("longest completion, in tokens; one that does not end in time counts as truncated", lo=1)
+    max_new_tokens: int = key(
+        "longest completion, in tokens; one that does not end in time counts as truncated", lo=1
+    )
 
 # %% ../nbs/00_config_loader.ipynb #84860b82
 @dataclass(frozen=True, kw_only=True)
 class RecordKeys:
     "Records and devices: what is kept, and where it runs."
+
     output_dir: str = key("folder of the weights: <output_dir>/<config>/<run_id>/", path=True, result=False)
     runs_dir: str = key("folder of the run records: <runs_dir>/<config>/<run_id>/", path=True, result=False)
     logging_steps: int = key("optimizer steps between two lines of metrics.jsonl", lo=1, result=False)
-    save_steps: int|None = key("optimizer steps between checkpoints; none: each epoch", lo=1)
+    save_steps: int | None = key("optimizer steps between checkpoints; none: each epoch", lo=1)
     save_total_limit: int = key("newest checkpoints to keep on disk", lo=1, result=False)
-    resume_from_checkpoint: str|None = key("checkpoint folder to go on from, or latest; none: start afresh", path=True, result=False)
-    allow_changed: bool = key("resume although rows, length, config or number of processes are not the checkpoint's: the result is a run of neither config", result=False)
-    use_wandb: bool = key("also send metrics to Weights & Biases; offline where there is no key. The local record is written either way", result=False)
+    resume_from_checkpoint: str | None = key(
+        "checkpoint folder to go on from, or latest; none: start afresh", path=True, result=False
+    )
+    allow_changed: bool = key(
+        "resume although rows, length, config or number of processes are not the checkpoint's: the result is a run of neither config",
+        result=False,
+    )
+    use_wandb: bool = key(
+        "also send metrics to Weights & Biases; offline where there is no key. The local record is written either way",
+        result=False,
+    )
     wandb_project: str = key("W&B project", result=False)
-    wandb_run_name: str|None = key("W&B run name; none: the run id", result=False)
-    wandb_run_id: str|None = key("W&B run to go on with, when resuming", result=False)
-    report_to: str|None = key("other trackers to send metrics to, as transformers calls them and with commas between: tensorboard, mlflow, comet_ml, swanlab, trackio …; "
-                              "what they write lies in the record. W&B has use_wandb", result=False)
-    device: str = key("auto: the first CUDA device, else the CPU for embedded models only; cpu: really use the CPU, whatever the model", choices=("auto", "cuda", "cpu"))
-    gpu_id: int|None = key("index of the one GPU to use; none: the first visible", lo=0, result=False)
-    distributed_training: bool = key("train on several devices through accelerate; the effective batch grows with them")
-    num_processes: int|None = key("processes to launch; none: one per visible GPU", lo=1)
+    wandb_run_name: str | None = key("W&B run name; none: the run id", result=False)
+    wandb_run_id: str | None = key("W&B run to go on with, when resuming", result=False)
+    report_to: str | None = key(
+        "other trackers to send metrics to, as transformers calls them and with commas between: tensorboard, mlflow, comet_ml, swanlab, trackio …; "
+        "what they write lies in the record. W&B has use_wandb",
+        result=False,
+    )
+    device: str = key(
+        "auto: the first CUDA device, else the CPU for embedded models only; cpu: really use the CPU, whatever the model",
+        choices=("auto", "cuda", "cpu"),
+    )
+    gpu_id: int | None = key("index of the one GPU to use; none: the first visible", lo=0, result=False)
+    distributed_training: bool = key(
+        "train on several devices through accelerate; the effective batch grows with them"
+    )
+    num_processes: int | None = key("processes to launch; none: one per visible GPU", lo=1)
 
 # %% ../nbs/00_config_loader.ipynb #19120a0a
-GROUPS = DataKeys, ModelKeys, LoraKeys, OptimKeys, EvalKeys, RecordKeys # in the order of `--help`
+GROUPS = DataKeys, ModelKeys, LoraKeys, OptimKeys, EvalKeys, RecordKeys  # in the order of `--help`
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(*reversed(GROUPS)):
     "Every value of a run. Made by `load_config`, never by hand: only there are the values checked."
-    def to_dict(self) -> dict: # key -> value, in the order of the groups
-        return {k: list(v) if isinstance(v:=getattr(self, k), list) else v for k in KEYS}
 
-    def diff(self) -> dict: # key -> (default value, own value), only where they differ
+    def to_dict(self) -> dict:  # key -> value, in the order of the groups
+        return {k: list(v) if isinstance(v := getattr(self, k), list) else v for k in KEYS}
+
+    def diff(self) -> dict:  # key -> (default value, own value), only where they differ
         old = load_config("default").to_dict()
-        return {k: (old[k], v) for k,v in self.to_dict().items() if v != old[k]}
+        return {k: (old[k], v) for k, v in self.to_dict().items() if v != old[k]}
 
-    def path(self, key:str) -> Path: # absolute
+    def path(self, key: str) -> Path:  # absolute
         "The file or folder that `key` names. Raises `ConfigError` where the value is no path (none, `latest`, a hub name)."
         value = getattr(self, key)
-        if not _is_path(key, value): raise ConfigError(f"{key} = {_show(value)} names no file or folder.")
-        return Path(os.path.normpath(self.root/value))
+        if not _is_path(key, value):
+            raise ConfigError(f"{key} = {_show(value)} names no file or folder.")
+        return Path(os.path.normpath(self.root / value))
 
-    def replace(self, **changes) -> "Config": # a new one
+    def replace(self, **changes) -> "Config":  # a new one
         "A copy with some values changed, checked as overrides are."
-        old = {k: Setting(v, self.sources[k]) for k,v in self.to_dict().items()}
-        return _assemble(self.name, self.spec, self.root, old | _override_settings(changes, self.root), check=True)
+        old = {k: Setting(v, self.sources[k]) for k, v in self.to_dict().items()}
+        return _assemble(
+            self.name, self.spec, self.root, old | _override_settings(changes, self.root), check=True
+        )
 
-    def to_args(self) -> list: # such as ["--config", "ablation2", "--max_steps=4"]
+    def to_args(self) -> list:  # such as ["--config", "ablation2", "--max_steps=4"]
         "Command-line arguments that load the same config in a child process, whatever its working directory."
         old = load_config(self.spec, check=False).to_dict()
-        new = {k: v for k,v in self.to_dict().items() if v != old[k]}
-        return ["--config", self.spec] + [f"--{k}={self.path(k) if _is_path(k, v) else _as_text(v)}" for k,v in new.items()]
+        new = {k: v for k, v in self.to_dict().items() if v != old[k]}
+        return ["--config", self.spec] + [
+            f"--{k}={self.path(k) if _is_path(k, v) else _as_text(v)}" for k, v in new.items()
+        ]
 
-KEYS = {f.name: f for f in fields(Config)} # key -> dataclass field with its type and metadata
+
+KEYS = {f.name: f for f in fields(Config)}  # key -> dataclass field with its type and metadata
 
 # %% ../nbs/00_config_loader.ipynb #6c55f529
-def _kind(key:str) -> tuple: # (plain type, may it be None?)
+def _kind(key: str) -> tuple:  # (plain type, may it be None?)
     t = KEYS[key].type
     args = get_args(t)
     return (args[0] if args else t), type(None) in args
 
 # %% ../nbs/00_config_loader.ipynb #d206068c
-def expected(key:str) -> str: # such as "a whole number, at least 1, or none"
+def expected(key: str) -> str:  # such as "a whole number, at least 1, or none"
     "The values that `key` can take, in words."
-    kind,none = _kind(key)
+    kind, none = _kind(key)
     m = KEYS[key].metadata
-    if m["choices"]: words = ["one of " + ", ".join(m["choices"])]
-    else: words = [{bool:"true or false", int:"a whole number", float:"a number", str:"text", list:"all-linear or a list of layer names"}[kind]]
-    if m["path"]: words = ["a path"]
+    if m["choices"]:
+        words = ["one of " + ", ".join(m["choices"])]
+    else:
+        words = [
+            {
+                bool: "true or false",
+                int: "a whole number",
+                float: "a number",
+                str: "text",
+                list: "all-linear or a list of layer names",
+            }[kind]
+        ]
+    if m["path"]:
+        words = ["a path"]
     limits = dict(lo="at least", hi="at most", above="above", below="below")
-    words += [f"{w} {m[k]}" for k,w in limits.items() if m[k] is not None]
-    return ", ".join(words + ["or none"]*none)
+    words += [f"{w} {m[k]}" for k, w in limits.items() if m[k] is not None]
+    return ", ".join(words + ["or none"] * none)
 
 # %% ../nbs/00_config_loader.ipynb #f1540ad3
 class Setting(NamedTuple):
     "A value, and where it was given."
+
     value: Any
-    file: str # "ablation2.py", or "command line"
-    line: int|None = None
+    file: str  # "ablation2.py", or "command line"
+    line: int | None = None
+
     @property
-    def where(self) -> str: return f"{self.file} line {self.line}" if self.line else self.file
+    def where(self) -> str:
+        return f"{self.file} line {self.line}" if self.line else self.file
 
 # %% ../nbs/00_config_loader.ipynb #b4e6b894
-def _show(value) -> str: # repr, short enough for a message
-    try: s = repr(value)
-    except ValueError: return "a number too long to print" # Python's limit of 4300 digits
+def _show(value) -> str:  # repr, short enough for a message
+    try:
+        s = repr(value)
+    except ValueError:
+        return "a number too long to print"  # Python's limit of 4300 digits
     return s if len(s) <= 120 else s[:100] + "…"
 
 # %% ../nbs/00_config_loader.ipynb #be2cb34d
-def _nearest(word, known) -> str: # " Did you mean …?", or nothing where nothing is near
+def _nearest(word, known) -> str:  # " Did you mean …?", or nothing where nothing is near
     "`-` counts as `_`: people type both. difflib is slow on long words, and no key is long."
     near = difflib.get_close_matches(_show(word)[:100].strip("-'\"").replace("-", "_"), list(known), 1)
     return f" Did you mean {near[0]}?" if near else ""
 
 # %% ../nbs/00_config_loader.ipynb #6dea639e
-def _refuse(key, s:Setting):
+def _refuse(key, s: Setting):
     choices = KEYS[key].metadata["choices"]
     near = _nearest(s.value, choices) if choices else ""
-    raise ConfigError(f"{s.where}: {key} = {_show(s.value)}: expected {expected(key)}.{near} "
-                      f"Give such a value, or leave {key} out to inherit it. ({key}: {KEYS[key].metadata['doc']})")
+    raise ConfigError(
+        f"{s.where}: {key} = {_show(s.value)}: expected {expected(key)}.{near} "
+        f"Give such a value, or leave {key} out to inherit it. ({key}: {KEYS[key].metadata['doc']})"
+    )
 
 # %% ../nbs/00_config_loader.ipynb #2debc385
 def _check_key(key, where):
-    if key not in KEYS: raise ConfigError(f"{where}: there is no key {key}.{_nearest(key, KEYS)} Correct or remove it; --help lists every key.")
+    if key not in KEYS:
+        raise ConfigError(
+            f"{where}: there is no key {key}.{_nearest(key, KEYS)} Correct or remove it; --help lists every key."
+        )
 
 # %% ../nbs/00_config_loader.ipynb #aeeef19c
-def _inside(x, m) -> bool: # does the number keep to the limits of its key?
-    return ((m["lo"] is None or x >= m["lo"]) and (m["hi"] is None or x <= m["hi"])
-            and (m["above"] is None or x > m["above"]) and (m["below"] is None or x < m["below"]))
+def _inside(x, m) -> bool:  # does the number keep to the limits of its key?
+    return (
+        (m["lo"] is None or x >= m["lo"])
+        and (m["hi"] is None or x <= m["hi"])
+        and (m["above"] is None or x > m["above"])
+        and (m["below"] is None or x < m["below"])
+    )
 
 # %% ../nbs/00_config_loader.ipynb #81dfad35
-def _number(key, s:Setting, kind):
+def _number(key, s: Setting, kind):
     "Comparing with 2**63 refuses infinity, and NaN too, since no comparison with it holds."
-    if isinstance(s.value, bool) or not isinstance(s.value, (int, kind)): _refuse(key, s)
-    if not abs(s.value) < 2**63 or not _inside(s.value, KEYS[key].metadata): _refuse(key, s)
+    if isinstance(s.value, bool) or not isinstance(s.value, (int, kind)):
+        _refuse(key, s)
+    if not abs(s.value) < 2**63 or not _inside(s.value, KEYS[key].metadata):
+        _refuse(key, s)
     return kind(s.value)
 
 # %% ../nbs/00_config_loader.ipynb #7e0eb1b8
-def _plain_text(x) -> bool: # not empty, no control characters, no stray blanks: safe in a path, a command and JSON
+def _plain_text(
+    x,
+) -> bool:  # not empty, no control characters, no stray blanks: safe in a path, a command and JSON
     return isinstance(x, str) and x == x.strip() and x.isprintable() and x != ""
 
 # %% ../nbs/00_config_loader.ipynb #90bc0dc9
-def _layers(key, s:Setting):
+def _layers(key, s: Setting):
     v = s.value
-    if v == "all-linear": return v
+    if v == "all-linear":
+        return v
     ok = isinstance(v, (list, tuple)) and len(v) and all(map(_plain_text, v))
-    if not ok or len(set(v)) < len(v): _refuse(key, s)
+    if not ok or len(set(v)) < len(v):
+        _refuse(key, s)
     return list(v)
 
 # %% ../nbs/00_config_loader.ipynb #3441056d
-def _is_path(key, value) -> bool: # a model is a local folder only where it is written as a path
-    if key == "model_id": return isinstance(value, str) and value.startswith((".", "/", "~"))
+def _is_path(key, value) -> bool:  # a model is a local folder only where it is written as a path
+    if key == "model_id":
+        return isinstance(value, str) and value.startswith((".", "/", "~"))
     return KEYS[key].metadata["path"] and value not in (None, "latest")
 
 # %% ../nbs/00_config_loader.ipynb #ea2e90c9
-def _from_root(key, value:str, folder:Path, root:Path) -> str: # `value` is relative to `folder`
+def _from_root(key, value: str, folder: Path, root: Path) -> str:  # `value` is relative to `folder`
     "The same path relative to the root, so that no record holds the name of somebody's home folder."
     rel = os.path.relpath(os.path.join(folder, os.path.expanduser(value)), root)
-    return os.path.join(".", rel) if key == "model_id" and not rel.startswith(".") else rel # models/x alone would read as a hub name
+    return (
+        os.path.join(".", rel) if key == "model_id" and not rel.startswith(".") else rel
+    )  # models/x alone would read as a hub name
 
 # %% ../nbs/00_config_loader.ipynb #aa013365
 def _checked(
-    key:str, # a known key
-    s:Setting, # as it was given
-    folder:Path, # relative paths start here
-    root:Path, # and are kept relative to this
-) -> Setting: # with the value in its final type
+    key: str,  # a known key
+    s: Setting,  # as it was given
+    folder: Path,  # relative paths start here
+    root: Path,  # and are kept relative to this
+) -> Setting:  # with the value in its final type
     "Type and limits of one value. Raises `ConfigError` naming place, key, value, what was expected and what to do."
-    kind,none = _kind(key)
+    kind, none = _kind(key)
     if s.value is None:
-        if not none: _refuse(key, s)
+        if not none:
+            _refuse(key, s)
         return s
-    if kind in (int, float): return s._replace(value=_number(key, s, kind))
-    if kind is list: return s._replace(value=_layers(key, s))
+    if kind in (int, float):
+        return s._replace(value=_number(key, s, kind))
+    if kind is list:
+        return s._replace(value=_layers(key, s))
     choices = KEYS[key].metadata["choices"]
-    if not (isinstance(s.value, bool) if kind is bool else _plain_text(s.value)) or (choices and s.value not in choices): _refuse(key, s)
+    if not (isinstance(s.value, bool) if kind is bool else _plain_text(s.value)) or (
+        choices and s.value not in choices
+    ):
+        _refuse(key, s)
     return s._replace(value=_from_root(key, s.value, folder, root)) if _is_path(key, s.value) else s
 
 # %% ../nbs/00_config_loader.ipynb #0b4ff787
-_OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv}
+_OPS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+}
 
-def _is_number(x) -> bool: return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+def _is_number(x) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 # %% ../nbs/00_config_loader.ipynb #a4830bfa
-def _literal(node): # the value of a literal, a list of literals, or arithmetic on numbers
+def _literal(node):  # the value of a literal, a list of literals, or arithmetic on numbers
     "Raises `ValueError` for anything else, `ArithmeticError` for sums that have no value."
-    if isinstance(node, ast.Constant) and isinstance(node.value, (str, int, float, type(None))): return node.value # bool is an int
-    if isinstance(node, (ast.List, ast.Tuple)): return [_literal(x) for x in node.elts]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and _is_number(x:=_literal(node.operand)): return -x
+    if isinstance(node, ast.Constant) and isinstance(node.value, (str, int, float, type(None))):
+        return node.value  # bool is an int
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_literal(x) for x in node.elts]
+    if (
+        isinstance(node, ast.UnaryOp)
+        and isinstance(node.op, ast.USub)
+        and _is_number(x := _literal(node.operand))
+    ):
+        return -x
     if isinstance(node, ast.BinOp) and type(node.op) in _OPS:
-        a,b = _literal(node.left),_literal(node.right)
-        if _is_number(a) and _is_number(b): return _OPS[type(node.op)](a, b)
+        a, b = _literal(node.left), _literal(node.right)
+        if _is_number(a) and _is_number(b):
+            return _OPS[type(node.op)](a, b)
     raise ValueError
 
 # %% ../nbs/00_config_loader.ipynb #f5bb4804
-def _assignment(node, line:str, file:str) -> tuple: # (key, Setting)
+def _assignment(node, line: str, file: str) -> tuple:  # (key, Setting)
     where = f"{file} line {node.lineno}: `{_show(line.strip())[1:-1]}`"
-    todo = "A config file holds only lines such as `lora_r = 16`, `batch_size = 16 * 2` or `target_modules = [\"q_proj\"]`; remove the rest."
-    if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+    todo = 'A config file holds only lines such as `lora_r = 16`, `batch_size = 16 * 2` or `target_modules = ["q_proj"]`; remove the rest.'
+    if not (
+        isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
+    ):
         raise ConfigError(f"{where}: expected a plain assignment. {todo}")
     key = node.targets[0].id
-    try: return key, Setting(_literal(node.value), file, node.lineno)
+    try:
+        return key, Setting(_literal(node.value), file, node.lineno)
     except (ValueError, ArithmeticError, RecursionError):
-        raise ConfigError(f"{where}: expected a number, text, True, False, None or a list of them. {todo}") from None
+        raise ConfigError(
+            f"{where}: expected a number, text, True, False, None or a list of them. {todo}"
+        ) from None
 
 # %% ../nbs/00_config_loader.ipynb #f8599e58
-def _parse(path:Path, file:str) -> tuple: # (statements, lines)
+def _parse(path: Path, file: str) -> tuple:  # (statements, lines)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        return ast.parse(text).body,re.split("\r\n?|\n|\f", text) # as Python counts lines
-    except SyntaxError as e: raise ConfigError(f"{file} line {e.lineno or 1}: {e.msg}. A config file holds only lines such as `lora_r = 16`; correct this one.") from None
-    except (OSError, ValueError, RecursionError, MemoryError) as e: raise ConfigError(f"{file}: cannot be read as a config file: {e!r}. Give a UTF-8 text file of plain assignments.") from None
+        return ast.parse(text).body, re.split("\r\n?|\n|\f", text)  # as Python counts lines
+    except SyntaxError as e:
+        raise ConfigError(
+            f"{file} line {e.lineno or 1}: {e.msg}. A config file holds only lines such as `lora_r = 16`; correct this one."
+        ) from None
+    except (OSError, ValueError, RecursionError, MemoryError) as e:
+        raise ConfigError(
+            f"{file}: cannot be read as a config file: {e!r}. Give a UTF-8 text file of plain assignments."
+        ) from None
 
 # %% ../nbs/00_config_loader.ipynb #c2939600
 def read_config_file(
-    path, # the file
-    file:str=None, # how messages name it; its own name if None
-) -> dict: # key -> Setting, `base` among them; values are not checked yet
+    path,  # the file
+    file: str = None,  # how messages name it; its own name if None
+) -> dict:  # key -> Setting, `base` among them; values are not checked yet
     "The assignments of one config file, read without executing it. Raises `ConfigError` naming file and line."
-    path,settings = Path(path),{}
+    path, settings = Path(path), {}
     file = file or path.name
-    nodes,lines = _parse(path, file)
-    for i,node in enumerate(nodes):
-        if i == 0 and isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str): continue # the docstring
-        k,s = _assignment(node, lines[node.lineno-1], file)
-        if k in settings: raise ConfigError(f"{s.where}: {k} = {_show(s.value)}: already set on line {settings[k].line} (to {_show(settings[k].value)}). Keep one of the two.")
-        if k != "base": _check_key(k, s.where)
+    nodes, lines = _parse(path, file)
+    for i, node in enumerate(nodes):
+        if i == 0 and isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
+            continue  # the docstring
+        k, s = _assignment(node, lines[node.lineno - 1], file)
+        if k in settings:
+            raise ConfigError(
+                f"{s.where}: {k} = {_show(s.value)}: already set on line {settings[k].line} (to {_show(settings[k].value)}). Keep one of the two."
+            )
+        if k != "base":
+            _check_key(k, s.where)
         settings[k] = s
     return settings
 
 # %% ../nbs/00_config_loader.ipynb #42d9bd71
-def config_names() -> list: # sorted
+def config_names() -> list:  # sorted
     "The names of the configs that come with the package."
-    return sorted(p.stem for p in (_package_dir()/"configs").glob("*.py") if not p.stem.startswith("_"))
+    return sorted(p.stem for p in (_package_dir() / "configs").glob("*.py") if not p.stem.startswith("_"))
 
 # %% ../nbs/00_config_loader.ipynb #66d94794
 def find_config(
-    name, # a name such as "ablation2", or a path
-    folder:Path=None, # relative paths start here; the working directory if None
-    where:str="command line", # where the name was given
-) -> Path: # absolute
+    name,  # a name such as "ablation2", or a path
+    folder: Path = None,  # relative paths start here; the working directory if None
+    where: str = "command line",  # where the name was given
+) -> Path:  # absolute
     "The file of a config. Raises `ConfigError` listing the configs there are and the one that was probably meant."
-    name,names = os.fspath(name) if isinstance(name, os.PathLike) else name,config_names()
-    if name in names: return _package_dir()/"configs"/f"{name}.py"
+    name, names = os.fspath(name) if isinstance(name, os.PathLike) else name, config_names()
+    if name in names:
+        return _package_dir() / "configs" / f"{name}.py"
     tail = f"The configs are {', '.join(names)}; a path to a file of your own contains / or ends in .py."
-    if not _plain_text(name): raise ConfigError(f"{where}: config = {_show(name)}: expected the name of a config. {tail}")
-    if "/" not in name and not name.endswith(".py"): raise ConfigError(f"{where}: there is no config {name}.{_nearest(name, names)} {tail}")
+    if not _plain_text(name):
+        raise ConfigError(f"{where}: config = {_show(name)}: expected the name of a config. {tail}")
+    if "/" not in name and not name.endswith(".py"):
+        raise ConfigError(f"{where}: there is no config {name}.{_nearest(name, names)} {tail}")
     path = Path(os.path.abspath(os.path.join(folder or os.getcwd(), os.path.expanduser(name))))
-    if not os.path.isfile(path): # unlike Path's own, it takes a name that is too long for the file system
+    if not os.path.isfile(path):  # unlike Path's own, it takes a name that is too long for the file system
         beside = [p.stem for p in path.parent.glob("*.py")] if os.path.isdir(path.parent) else []
-        near = _nearest(path.stem, names) or _nearest(path.stem, beside).replace("mean ", f"mean {os.path.join(os.path.dirname(name), '')}").replace("?", ".py?")
+        near = _nearest(path.stem, names) or _nearest(path.stem, beside).replace(
+            "mean ", f"mean {os.path.join(os.path.dirname(name), '')}"
+        ).replace("?", ".py?")
         raise ConfigError(f"{where}: there is no config file {name}.{near} {tail}")
-    if not re.fullmatch(r"[\w.-]+", path.stem): raise ConfigError(f"{where}: config = {name!r}: expected a file name of letters, digits, '_', '-' and '.', because it names the folder of the runs. Rename the file.")
+    if not re.fullmatch(r"[\w.-]+", path.stem):
+        raise ConfigError(
+            f"{where}: config = {name!r}: expected a file name of letters, digits, '_', '-' and '.', because it names the folder of the runs. Rename the file."
+        )
     return path
 
 # %% ../nbs/00_config_loader.ipynb #1b11c3d6
 def _chain(
-    name, # name or path of a config
-    root:Path, # paths in config files are relative to it
-) -> list: # [(path, settings)], from default.py to the named file
+    name,  # name or path of a config
+    root: Path,  # paths in config files are relative to it
+) -> list:  # [(path, settings)], from default.py to the named file
     "A config file and every file it builds on. Raises `ConfigError` for a missing base or a cycle."
-    default,path,chain = find_config("default"),find_config(name),[]
+    default, path, chain = find_config("default"), find_config(name), []
     while path:
-        if path in (seen:=[p for p,_ in chain]):
-            names = " <- ".join(p.name for p in reversed([path] + seen[:seen.index(path)+1]))
-            raise ConfigError(f"{where}: the bases go round in a circle: {names}. Remove one of the `base` lines.")
+        if path in (seen := [p for p, _ in chain]):
+            names = " <- ".join(p.name for p in reversed([path] + seen[: seen.index(path) + 1]))
+            raise ConfigError(
+                f"{where}: the bases go round in a circle: {names}. Remove one of the `base` lines."
+            )
         packaged = path.parent == default.parent
         settings = read_config_file(path, path.name if packaged else os.path.relpath(path, root))
         base = settings.pop("base", None)
         chain.insert(0, (path, settings))
-        if path == default and base: raise ConfigError(f"{base.where}: base = {_show(base.value)}: default.py is where every config starts and can have no base. Remove the line.")
-        if base: where,path = base.where,find_config(base.value, root, f"{base.where}, base")
-        else: path = default if path != default else None
+        if path == default and base:
+            raise ConfigError(
+                f"{base.where}: base = {_show(base.value)}: default.py is where every config starts and can have no base. Remove the line."
+            )
+        if base:
+            where, path = base.where, find_config(base.value, root, f"{base.where}, base")
+        else:
+            path = default if path != default else None
     return chain
 
 # %% ../nbs/00_config_loader.ipynb #b187cc8b
 _BOOLS = dict(true=True, false=False, yes=True, no=False, on=True, off=False) | {"1": True, "0": False}
 
+
 def parse_value(
-    key:str, # a known key
-    text:str, # what was typed
-): # a value of the key's type, or the text itself where it cannot be one (the check then refuses it by name)
+    key: str,  # a known key
+    text: str,  # what was typed
+):  # a value of the key's type, or the text itself where it cannot be one (the check then refuses it by name)
     "Read a typed value as its key means it."
-    kind,none = _kind(key)
+    kind, none = _kind(key)
     text = text.strip()
-    if none and text.lower() in ("none", "null"): return None
-    if kind is bool: return _BOOLS.get(text.lower(), text)
-    if kind is list: return text if text == "all-linear" else [x.strip().strip("'\"") for x in text.strip("[]()").split(",")]
-    try: return kind(text)
-    except ValueError: return text
+    if none and text.lower() in ("none", "null"):
+        return None
+    if kind is bool:
+        return _BOOLS.get(text.lower(), text)
+    if kind is list:
+        return (
+            text if text == "all-linear" else [x.strip().strip("'\"") for x in text.strip("[]()").split(",")]
+        )
+    try:
+        return kind(text)
+    except ValueError:
+        return text
 
 # %% ../nbs/00_config_loader.ipynb #2eb06df3
-def _as_text(value) -> str: # what one would type for a value
-    if isinstance(value, list): return ",".join(value)
+def _as_text(value) -> str:  # what one would type for a value
+    if isinstance(value, list):
+        return ",".join(value)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 # %% ../nbs/00_config_loader.ipynb #bb8d00e6
-def _words(text:str) -> list: # split at blanks, but not inside quotes or brackets
-    try: parts = shlex.split(text)
-    except ValueError as e: raise ConfigError(f"command line: overrides = {_show(text)}: {e}. Close the quote.") from None
+def _words(text: str) -> list:  # split at blanks, but not inside quotes or brackets
+    try:
+        parts = shlex.split(text)
+    except ValueError as e:
+        raise ConfigError(f"command line: overrides = {_show(text)}: {e}. Close the quote.") from None
     words = []
     for p in parts:
-        if words and words[-1].count("[") > words[-1].count("]"): words[-1] += f" {p}"
-        else: words.append(p)
+        if words and words[-1].count("[") > words[-1].count("]"):
+            words[-1] += f" {p}"
+        else:
+            words.append(p)
     return words
 
 # %% ../nbs/00_config_loader.ipynb #f40e9ba3
 def parse_overrides(
-    overrides, # "a=1 b=[x,y]", or a list of "a=1", or a dict key -> value, or None
-) -> dict: # key -> value, in the key's type
-    "Overrides as papermill (`-p overrides \"a=1 b=2\"`), code or the command line give them. Text is read by `parse_value`. Raises `ConfigError`."
-    if isinstance(overrides, str): overrides = _words(overrides)
-    if not isinstance(overrides, (dict, list, tuple, type(None))): # papermill reads `-p overrides 5` as a number
-        raise ConfigError(f"command line: overrides = {_show(overrides)}: expected key=value, as in learning_rate=1e-4. Correct it, or leave overrides out.")
+    overrides,  # "a=1 b=[x,y]", or a list of "a=1", or a dict key -> value, or None
+) -> dict:  # key -> value, in the key's type
+    'Overrides as papermill (`-p overrides "a=1 b=2"`), code or the command line give them. Text is read by `parse_value`. Raises `ConfigError`.'
+    if isinstance(overrides, str):
+        overrides = _words(overrides)
+    if not isinstance(
+        overrides, (dict, list, tuple, type(None))
+    ):  # papermill reads `-p overrides 5` as a number
+        raise ConfigError(
+            f"command line: overrides = {_show(overrides)}: expected key=value, as in learning_rate=1e-4. Correct it, or leave overrides out."
+        )
     if not isinstance(overrides, dict):
         pairs = []
         for w in overrides or []:
-            k,eq,v = str(w).lstrip("-").partition("=")
-            if not (k and eq): raise ConfigError(f"command line: override {_show(w)}: expected key=value, as in learning_rate=1e-4. Put an = between key and value, and quotes around a value with blanks.")
-            if k in dict(pairs): raise ConfigError(f"command line: {k} = {_show(v)}: already set to {_show(dict(pairs)[k])}. Keep one of the two.")
+            k, eq, v = str(w).lstrip("-").partition("=")
+            if not (k and eq):
+                raise ConfigError(
+                    f"command line: override {_show(w)}: expected key=value, as in learning_rate=1e-4. Put an = between key and value, and quotes around a value with blanks."
+                )
+            if k in dict(pairs):
+                raise ConfigError(
+                    f"command line: {k} = {_show(v)}: already set to {_show(dict(pairs)[k])}. Keep one of the two."
+                )
             pairs.append((k, v))
         overrides = dict(pairs)
-    for k in overrides: _check_key(k, "command line")
-    return {k: parse_value(k, v) if isinstance(v, str) else v for k,v in overrides.items()}
+    for k in overrides:
+        _check_key(k, "command line")
+    return {k: parse_value(k, v) if isinstance(v, str) else v for k, v in overrides.items()}
 
 # %% ../nbs/00_config_loader.ipynb #9f620ad0
-def _step_rules(c) -> list: # [(keys, why and what to do)] of broken rules about steps
+def _step_rules(c) -> list:  # [(keys, why and what to do)] of broken rules about steps
     "Keeping the best checkpoint needs a checkpoint wherever the loss was measured (transformers' `load_best_model_at_end`)."
-    if c.early_stopping_patience is None: return []
-    e,s,todo = c.eval_steps,c.save_steps,"the best checkpoint can only be kept where the loss was measured. Set save_steps to a multiple of eval_steps, or both to none (each epoch)."
-    rules = [((e is None) != (s is None) or (e and s % e), ("early_stopping_patience", "eval_steps", "save_steps"), todo),
-             (e and c.max_steps and e > c.max_steps, ("early_stopping_patience", "eval_steps", "max_steps"), "the run ends before its first evaluation. Lower eval_steps or raise max_steps.")]
-    return [(keys, why) for broken,keys,why in rules if broken]
+    if c.early_stopping_patience is None:
+        return []
+    e, s, todo = (
+        c.eval_steps,
+        c.save_steps,
+        "the best checkpoint can only be kept where the loss was measured. Set save_steps to a multiple of eval_steps, or both to none (each epoch).",
+    )
+    rules = [
+        (
+            (e is None) != (s is None) or (e and s % e),
+            ("early_stopping_patience", "eval_steps", "save_steps"),
+            todo,
+        ),
+        (
+            e and c.max_steps and e > c.max_steps,
+            ("early_stopping_patience", "eval_steps", "max_steps"),
+            "the run ends before its first evaluation. Lower eval_steps or raise max_steps.",
+        ),
+    ]
+    return [(keys, why) for broken, keys, why in rules if broken]
 
 # %% ../nbs/00_config_loader.ipynb #6b6912ee
-def _rules(c) -> list: # [(keys, why and what to do)] of all broken rules
+def _rules(c) -> list:  # [(keys, why and what to do)] of all broken rules
     rules = [
-        (c.data_strategy == "shuffled" and c.completion == "label_only", ("data_strategy", "completion"), "there are no thoughts to shuffle in label-only rows. Use completion cot, or another data_strategy."),
-        (c.data_strategy == "shuffled" and c.completion == "label_first", ("data_strategy", "completion"), "order and content of the thoughts would change at once, and no comparison could tell which mattered. Use completion cot, or another data_strategy."),
-        (c.use_packing and c.attn_implementation not in ("auto", "flash_attention_2"), ("use_packing", "attn_implementation"), "packed rows would attend to each other. Set attn_implementation to auto or flash_attention_2, or use_packing to false."),
-        (c.attn_implementation == "flash_attention_2" and c.compute_dtype == "fp32", ("attn_implementation", "compute_dtype"), "FlashAttention computes in 16 bits only. Set compute_dtype to auto, bf16 or fp16."),
-        (c.distributed_training and c.num_processes == 1, ("distributed_training", "num_processes"), "one process is not distributed. Set num_processes to 2 or more or none, or distributed_training to false."),
-        (not c.distributed_training and (c.num_processes or 1) > 1, ("distributed_training", "num_processes"), "several processes are launched only for distributed training. Set distributed_training to true, or num_processes to none."),
-        (c.distributed_training and c.gpu_id is not None, ("distributed_training", "gpu_id"), "one GPU is asked for, and several. Set gpu_id to none (run_training.sh --gpus chooses several), or distributed_training to false."),
-        (c.use_wandb and (len(c.wandb_project) > 128 or re.search(r"[/\\#?%:]", c.wandb_project)), ("wandb_project", "use_wandb"), "W&B takes at most 128 characters, and none of / \\ # ? % :. Choose another name."),
-        (c.use_wandb and re.search("[:;,#?/']", c.wandb_run_id or ""), ("wandb_run_id", "use_wandb"), "W&B takes none of : ; , # ? / ' in an id. Give the id that W&B shows."),
-        (c.wandb_run_id is not None and not c.use_wandb, ("wandb_run_id", "use_wandb"), "nothing is sent to the W&B run named. Set use_wandb to true, or wandb_run_id to none."),
-        ("wandb" in (c.report_to or ""), ("report_to",), "W&B has a switch of its own. Set use_wandb to true, and take wandb out of report_to."),
-        (c.lr_scheduler == "constant" and c.warmup_ratio > 0, ("lr_scheduler", "warmup_ratio"), "a constant schedule has no warm-up. Use constant_with_warmup, or set warmup_ratio to 0."),
+        (
+            c.data_strategy == "shuffled" and c.completion == "label_only",
+            ("data_strategy", "completion"),
+            "there are no thoughts to shuffle in label-only rows. Use completion cot, or another data_strategy.",
+        ),
+        (
+            c.data_strategy == "shuffled" and c.completion == "label_first",
+            ("data_strategy", "completion"),
+            "order and content of the thoughts would change at once, and no comparison could tell which mattered. Use completion cot, or another data_strategy.",
+        ),
+        (
+            c.use_packing and c.attn_implementation not in ("auto", "flash_attention_2"),
+            ("use_packing", "attn_implementation"),
+            "packed rows would attend to each other. Set attn_implementation to auto or flash_attention_2, or use_packing to false.",
+        ),
+        (
+            c.attn_implementation == "flash_attention_2" and c.compute_dtype == "fp32",
+            ("attn_implementation", "compute_dtype"),
+            "FlashAttention computes in 16 bits only. Set compute_dtype to auto, bf16 or fp16.",
+        ),
+        (
+            c.distributed_training and c.num_processes == 1,
+            ("distributed_training", "num_processes"),
+            "one process is not distributed. Set num_processes to 2 or more or none, or distributed_training to false.",
+        ),
+        (
+            not c.distributed_training and (c.num_processes or 1) > 1,
+            ("distributed_training", "num_processes"),
+            "several processes are launched only for distributed training. Set distributed_training to true, or num_processes to none.",
+        ),
+        (
+            c.distributed_training and c.gpu_id is not None,
+            ("distributed_training", "gpu_id"),
+            "one GPU is asked for, and several. Set gpu_id to none (run_training.sh --gpus chooses several), or distributed_training to false.",
+        ),
+        (
+            c.use_wandb and (len(c.wandb_project) > 128 or re.search(r"[/\\#?%:]", c.wandb_project)),
+            ("wandb_project", "use_wandb"),
+            "W&B takes at most 128 characters, and none of / \\ # ? % :. Choose another name.",
+        ),
+        (
+            c.use_wandb and re.search("[:;,#?/']", c.wandb_run_id or ""),
+            ("wandb_run_id", "use_wandb"),
+            "W&B takes none of : ; , # ? / ' in an id. Give the id that W&B shows.",
+        ),
+        (
+            c.wandb_run_id is not None and not c.use_wandb,
+            ("wandb_run_id", "use_wandb"),
+            "nothing is sent to the W&B run named. Set use_wandb to true, or wandb_run_id to none.",
+        ),
+        (
+            "wandb" in (c.report_to or ""),
+            ("report_to",),
+            "W&B has a switch of its own. Set use_wandb to true, and take wandb out of report_to.",
+        ),
+        (
+            c.lr_scheduler == "constant" and c.warmup_ratio > 0,
+            ("lr_scheduler", "warmup_ratio"),
+            "a constant schedule has no warm-up. Use constant_with_warmup, or set warmup_ratio to 0.",
+        ),
     ]
-    return _step_rules(c) + [(keys, why) for broken,keys,why in rules if broken]
+    return _step_rules(c) + [(keys, why) for broken, keys, why in rules if broken]
 
 # %% ../nbs/00_config_loader.ipynb #462857b9
 def _check_together(c, settings):
-    for keys,why in _rules(c):
+    for keys, why in _rules(c):
         told = " with ".join(f"{k} = {_show(getattr(c, k))} ({settings[k].where})" for k in keys)
         raise ConfigError(f"{told}: {why}")
 
 # %% ../nbs/00_config_loader.ipynb #281d8ee2
-def _override_settings(overrides, root:Path) -> dict: # key -> checked Setting
+def _override_settings(overrides, root: Path) -> dict:  # key -> checked Setting
     "Paths that are typed start at the working directory, as in every other command."
-    return {k: _checked(k, Setting(v, "command line"), Path.cwd(), root) for k,v in parse_overrides(overrides).items()}
+    return {
+        k: _checked(k, Setting(v, "command line"), Path.cwd(), root)
+        for k, v in parse_overrides(overrides).items()
+    }
 
 # %% ../nbs/00_config_loader.ipynb #4ce65655
 def _assemble(name, spec, root, settings, check) -> Config:
     "One `Config` from checked settings, with what it remembers beside its keys."
-    if missing:=[k for k in KEYS if k not in settings]:
-        raise ConfigError(f"default.py: {', '.join(missing)} missing. default.py gives every key a value; add a line such as `{missing[0]} = …`.")
+    if missing := [k for k in KEYS if k not in settings]:
+        raise ConfigError(
+            f"default.py: {', '.join(missing)} missing. default.py gives every key a value; add a line such as `{missing[0]} = …`."
+        )
     c = Config(**{k: settings[k].value for k in KEYS})
     own = dict(name=name, spec=spec, root=root, sources={k: settings[k].file for k in KEYS})
-    for k,v in own.items(): object.__setattr__(c, k, v) # frozen for everybody else
-    if check: _check_together(c, settings)
+    for k, v in own.items():
+        object.__setattr__(c, k, v)  # frozen for everybody else
+    if check:
+        _check_together(c, settings)
     return c
 
 # %% ../nbs/00_config_loader.ipynb #3a18636e
 def load_config(
-    name="default", # a name such as "ablation2", or a path to a file of your own
-    overrides=None, # on top of it: dict, "key=value key2=value2", or a list of "key=value"
-    check:bool=True, # refuse contradictions too; single values are always checked
-) -> Config: # with `name`, `sources` (key -> "default.py", "ablation2.py" or "command line"), `spec` and `root`
+    name="default",  # a name such as "ablation2", or a path to a file of your own
+    overrides=None,  # on top of it: dict, "key=value key2=value2", or a list of "key=value"
+    check: bool = True,  # refuse contradictions too; single values are always checked
+) -> (
+    Config
+):  # with `name`, `sources` (key -> "default.py", "ablation2.py" or "command line"), `spec` and `root`
     "`default.py` <- bases <- the named file <- overrides. Raises `ConfigError`, and never falls back to anything."
-    root,settings = project_root(),{}
+    root, settings = project_root(), {}
     chain = _chain(name, root)
-    for _,layer in chain: settings |= {k: _checked(k, s, root, root) for k,s in layer.items()}
+    for _, layer in chain:
+        settings |= {k: _checked(k, s, root, root) for k, s in layer.items()}
     settings |= _override_settings(overrides, root)
     path = chain[-1][0]
-    spec = path.stem if path.parent == _package_dir()/"configs" else str(path)
+    spec = path.stem if path.parent == _package_dir() / "configs" else str(path)
     return _assemble(path.stem, spec, root, settings, check)
 
 # %% ../nbs/00_config_loader.ipynb #8bee1187
-def print_config(cfg:Config) -> str: # JSON: {"name", "config", "changed_from_default": {key: {"default", "value", "from"}}}
+def print_config(
+    cfg: Config,
+) -> str:  # JSON: {"name", "config", "changed_from_default": {key: {"default", "value", "from"}}}
     "The resolved config as JSON text."
-    changed = {k: {"default": old, "value": new, "from": cfg.sources[k]} for k,(old,new) in cfg.diff().items()}
-    return json.dumps({"name": cfg.name, "config": cfg.to_dict(), "changed_from_default": changed}, indent=2, ensure_ascii=False, allow_nan=False)
+    changed = {
+        k: {"default": old, "value": new, "from": cfg.sources[k]} for k, (old, new) in cfg.diff().items()
+    }
+    return json.dumps(
+        {"name": cfg.name, "config": cfg.to_dict(), "changed_from_default": changed},
+        indent=2,
+        ensure_ascii=False,
+        allow_nan=False,
+    )
 
 # %% ../nbs/00_config_loader.ipynb #de4be348
 def config_from_json(
-    text:str, # what `print_config` gave
-    where:str="config.json", # how messages name it
-) -> Config: # with the recorded name and sources
+    text: str,  # what `print_config` gave
+    where: str = "config.json",  # how messages name it
+) -> Config:  # with the recorded name and sources
     "A recorded config. Every key that can change a result must be there, so that no default of today stands in for a value of then. Raises `ConfigError`."
     try:
         d = json.loads(text)
-        name,values,changed = d["name"],d["config"],dict(d["changed_from_default"])
+        name, values, changed = d["name"], d["config"], dict(d["changed_from_default"])
         sources = {k: changed[k]["from"] if k in changed else "default.py" for k in KEYS | values}
-        if not (re.fullmatch(r"[\w.-]+", name) and all(isinstance(s, str) for s in sources.values())): raise ValueError(f"name {_show(name)}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e: raise ConfigError(f"{where}: is no recorded config: {e!r}. Give a config.json that a run has left.") from None
-    for k in values: _check_key(k, where)
+        if not (re.fullmatch(r"[\w.-]+", name) and all(isinstance(s, str) for s in sources.values())):
+            raise ValueError(f"name {_show(name)}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ConfigError(
+            f"{where}: is no recorded config: {e!r}. Give a config.json that a run has left."
+        ) from None
+    for k in values:
+        _check_key(k, where)
     default = load_config("default").to_dict()
     # a key that cannot change a result may be younger than the record
     values = {k: default[k] for k in KEYS if not KEYS[k].metadata["result"]} | values
-    if missing:=[k for k in KEYS if k not in values]: raise ConfigError(f"{where}: {', '.join(missing)} missing. It was written by another version; add the values that it ran with.")
+    if missing := [k for k in KEYS if k not in values]:
+        raise ConfigError(
+            f"{where}: {', '.join(missing)} missing. It was written by another version; add the values that it ran with."
+        )
     root = project_root()
-    settings = {k: _checked(k, Setting(v, where), root, root)._replace(file=sources[k]) for k,v in values.items()}
+    settings = {
+        k: _checked(k, Setting(v, where), root, root)._replace(file=sources[k]) for k, v in values.items()
+    }
     return _assemble(name, name, root, settings, check=False)
 
 # %% ../nbs/00_config_loader.ipynb #43a2323b
-def result_values(cfg:Config) -> dict: # key -> value
+def result_values(cfg: Config) -> dict:  # key -> value
     "The values that can change what is learnt or measured."
     drop = () if cfg.early_stopping_patience else ("eval_steps", "save_steps")
-    return {k: v for k,v in cfg.to_dict().items() if KEYS[k].metadata["result"] and k not in drop}
+    return {k: v for k, v in cfg.to_dict().items() if KEYS[k].metadata["result"] and k not in drop}
 
 # %% ../nbs/00_config_loader.ipynb #cf18159e
 def config_hash(
-    cfg:Config,
-    ignore:tuple=(), # keys to leave out, such as ("seed",) to find the repetitions of one config
-) -> str: # 64 hex digits
+    cfg: Config,
+    ignore: tuple = (),  # keys to leave out, such as ("seed",) to find the repetitions of one config
+) -> str:  # 64 hex digits
     "SHA-256 over `result_values`: equal for two runs that differ only in folders, logging, tracking or GPU."
-    values = {k: v for k,v in result_values(cfg).items() if k not in ignore}
+    values = {k: v for k, v in result_values(cfg).items() if k not in ignore}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/00_config_loader.ipynb #ae0fe0f4
 def one_factor(
-    cfgs:list, # Configs
-    ignore:tuple=(), # keys to leave out, such as ("seed",)
-) -> list: # keys, in the order of `--help`
+    cfgs: list,  # Configs
+    ignore: tuple = (),  # keys to leave out, such as ("seed",)
+) -> list:  # keys, in the order of `--help`
     "The result-relevant keys in which the configs differ. One key: a clean comparison. Several: nobody can say which mattered."
     count = {k for c in cfgs for k in result_values(c)} - set(ignore)
     return [k for k in KEYS if k in count and any(getattr(c, k) != getattr(cfgs[0], k) for c in cfgs)]
 
 # %% ../nbs/00_config_loader.ipynb #53e655ad
-def _fail(parser, message:str): # in place of argparse's own, which shows a page of usage and no nearest option
+def _fail(
+    parser, message: str
+):  # in place of argparse's own, which shows a page of usage and no nearest option
     options = [o.lstrip("-") for a in parser._actions for o in a.option_strings]
     words = re.findall(r"--?([A-Za-z][\w-]*)", message) if "unrecognized" in message else []
-    parser.exit(2, f"error: command line: {message}.{''.join(_nearest(w, options) for w in words[:1])} --help lists every option.\n")
+    parser.exit(
+        2,
+        f"error: command line: {message}.{''.join(_nearest(w, options) for w in words[:1])} --help lists every option.\n",
+    )
 
 # %% ../nbs/00_config_loader.ipynb #8a690746
 def add_config_args(
-    parser:argparse.ArgumentParser,
-    config:bool=True, # add `--config` too
+    parser: argparse.ArgumentParser,
+    config: bool = True,  # add `--config` too
 ):
     "One option per key, in the groups above; read them with `config_from_args`. Short forms of an option are refused, because `--eval` could mean several keys."
     default = load_config("default").to_dict()
     parser.allow_abbrev = False
     parser.usage = parser.usage or "%(prog)s [--config NAME|PATH] [--key value …]"
     parser.error = functools.partial(_fail, parser)
-    if config: parser.add_argument("--config", default="default", metavar="NAME|PATH", help=f"one of {', '.join(config_names())}; or a path to a file of plain assignments")
+    if config:
+        parser.add_argument(
+            "--config",
+            default="default",
+            metavar="NAME|PATH",
+            help=f"one of {', '.join(config_names())}; or a path to a file of plain assignments",
+        )
     for group in GROUPS:
         g = parser.add_argument_group(group.__doc__.rstrip("."))
-        for f in fields(group): _add_option(g, f.name, default[f.name])
+        for f in fields(group):
+            _add_option(g, f.name, default[f.name])
 
 # %% ../nbs/00_config_loader.ipynb #471f3e6c
 def _add_option(group, key, default):
@@ -788,25 +1240,41 @@ def _add_option(group, key, default):
     kind = "" if m["choices"] else expected(key) + "; "
     text = f"{m['doc']} [{kind}default {_as_text(default)}]".replace("%", "%%")
     if _kind(key)[0] is bool:
-        group.add_argument(f"--{key}", nargs="?", const="true", default=argparse.SUPPRESS, metavar="true|false", help=text)
-        group.add_argument(f"--no-{key}", dest=key, action="store_const", const="false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    else: group.add_argument(f"--{key}", default=argparse.SUPPRESS, metavar="|".join(m["choices"]) or "VALUE", help=text)
+        group.add_argument(
+            f"--{key}", nargs="?", const="true", default=argparse.SUPPRESS, metavar="true|false", help=text
+        )
+        group.add_argument(
+            f"--no-{key}",
+            dest=key,
+            action="store_const",
+            const="false",
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
+    else:
+        group.add_argument(
+            f"--{key}", default=argparse.SUPPRESS, metavar="|".join(m["choices"]) or "VALUE", help=text
+        )
 
 # %% ../nbs/00_config_loader.ipynb #0981254f
 def config_from_args(
-    ns:argparse.Namespace, # what a parser with `add_config_args` returned
+    ns: argparse.Namespace,  # what a parser with `add_config_args` returned
 ) -> Config:
     "The config that a command line asks for. Raises `ConfigError`."
-    return load_config(getattr(ns, "config", "default"), {k: v for k,v in vars(ns).items() if k in KEYS})
+    return load_config(getattr(ns, "config", "default"), {k: v for k, v in vars(ns).items() if k in KEYS})
 
 # %% ../nbs/00_config_loader.ipynb #e9d17c58
 @command
 def config_cli(argv=None):
     "Print the resolved config as JSON."
-    p = argparse.ArgumentParser(prog="python -m nli_ft.config_loader", description="Print the config that these arguments resolve to, and what differs from default.py.")
+    p = argparse.ArgumentParser(
+        prog="python -m nli_ft.config_loader",
+        description="Print the config that these arguments resolve to, and what differs from default.py.",
+    )
     add_config_args(p)
     print(print_config(config_from_args(p.parse_args(argv))))
 
 # %% ../nbs/00_config_loader.ipynb #f206b853
 #| eval: false
-if __name__ == "__main__" and "__file__" in globals(): config_cli()
+if __name__ == "__main__" and "__file__" in globals():
+    config_cli()

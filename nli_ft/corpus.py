@@ -41,186 +41,305 @@ from pathlib import Path
 from random import Random
 
 from .config_loader import ConfigError, DataError, command
-from .data import NEGATIONS, PROMPTS, BoostedTree, atomic_writer, data_hash, sft_row, wilson, write_jsonl
+from nli_ft.data import (
+    NEGATIONS,
+    PROMPTS,
+    BoostedTree,
+    atomic_writer,
+    data_hash,
+    sft_row,
+    wilson,
+    write_jsonl,
+)
 
 # %% ../nbs/02_corpus.ipynb #79c42735
-QUANTIFIERS = { # k of the n restrictor members are in the scope
-    "every": lambda k,n: k==n,  "some": lambda k,n: k>=1,         "no": lambda k,n: k==0, "at least two": lambda k,n: k>=2,
-    "at most one": lambda k,n: k<=1, "exactly one": lambda k,n: k==1, "not every": lambda k,n: k<n,
-    "most": lambda k,n: 2*k>n, "few": lambda k,n: 2*k<n, "at most half": lambda k,n: 2*k<=n, "at least half": lambda k,n: 2*k>=n}
-COUNTS = {"exactly": lambda n,k: n==k, "at least": lambda n,k: n>=k, "at most": lambda n,k: n<=k,
-          "more than": lambda n,k: n>k, "fewer than": lambda n,k: n<k}
-ATTITUDES = { # is the complement a fact, is it held true -> is the report true
-    "knows": lambda fact,held: fact and held, "right": lambda fact,held: fact and held, "unaware": lambda fact,held: fact and not held,
-    "wrong": lambda fact,held: held and not fact, "thinks": lambda fact,held: held}
-IMPLICATIVES = { # did it happen, was it wanted (asked, …) -> is the report true
-    "manage": lambda fact,held: fact, "remember": lambda fact,held: fact, "happen": lambda fact,held: fact,
-    "fail": lambda fact,held: not fact, "forget": lambda fact,held: not fact, "neglect": lambda fact,held: not fact,
-    "refuse": lambda fact,held: held and not fact, "be forced": lambda fact,held: held and fact,
-    "try": lambda fact,held: held, "want": lambda fact,held: held}
-ADJECTIVES = { # is it one, is it (called, like) so -> is it an … one
-    "intersective": lambda fact,held: fact and held, "subsective": lambda fact,held: fact and held,
-    "privative": lambda fact,held: held and not fact, "former": lambda fact,held: held and not fact, "alleged": lambda fact,held: held}
+QUANTIFIERS = {  # k of the n restrictor members are in the scope
+    "every": lambda k, n: k == n,
+    "some": lambda k, n: k >= 1,
+    "no": lambda k, n: k == 0,
+    "at least two": lambda k, n: k >= 2,
+    "at most one": lambda k, n: k <= 1,
+    "exactly one": lambda k, n: k == 1,
+    "not every": lambda k, n: k < n,
+    "most": lambda k, n: 2 * k > n,
+    "few": lambda k, n: 2 * k < n,
+    "at most half": lambda k, n: 2 * k <= n,
+    "at least half": lambda k, n: 2 * k >= n,
+}
+COUNTS = {
+    "exactly": lambda n, k: n == k,
+    "at least": lambda n, k: n >= k,
+    "at most": lambda n, k: n <= k,
+    "more than": lambda n, k: n > k,
+    "fewer than": lambda n, k: n < k,
+}
+ATTITUDES = {  # is the complement a fact, is it held true -> is the report true
+    "knows": lambda fact, held: fact and held,
+    "right": lambda fact, held: fact and held,
+    "unaware": lambda fact, held: fact and not held,
+    "wrong": lambda fact, held: held and not fact,
+    "thinks": lambda fact, held: held,
+}
+IMPLICATIVES = {  # did it happen, was it wanted (asked, …) -> is the report true
+    "manage": lambda fact, held: fact,
+    "remember": lambda fact, held: fact,
+    "happen": lambda fact, held: fact,
+    "fail": lambda fact, held: not fact,
+    "forget": lambda fact, held: not fact,
+    "neglect": lambda fact, held: not fact,
+    "refuse": lambda fact, held: held and not fact,
+    "be forced": lambda fact, held: held and fact,
+    "try": lambda fact, held: held,
+    "want": lambda fact, held: held,
+}
+ADJECTIVES = {  # is it one, is it (called, like) so -> is it an … one
+    "intersective": lambda fact, held: fact and held,
+    "subsective": lambda fact, held: fact and held,
+    "privative": lambda fact, held: held and not fact,
+    "former": lambda fact, held: held and not fact,
+    "alleged": lambda fact, held: held,
+}
 REPORTS = ATTITUDES | IMPLICATIVES | ADJECTIVES
 
 # %% ../nbs/02_corpus.ipynb #3fddd074
-def has(thing:frozenset, # properties of one individual
-        props:tuple,     # property names; "-B" is the complement of "B"
-       ) -> bool: # does it have them all?
+def has(
+    thing: frozenset,  # properties of one individual
+    props: tuple,  # property names; "-B" is the complement of "B"
+) -> bool:  # does it have them all?
     "Does `thing` have every property in `props`?"
-    return all((p[1:] not in thing) if p[0]=="-" else (p in thing) for p in props)
+    return all((p[1:] not in thing) if p[0] == "-" else (p in thing) for p in props)
 
 # %% ../nbs/02_corpus.ipynb #d613a49c
-def holds(f:tuple, # meaning
-          m:dict,  # finite model: `did` pairs, `rank`, `true` atoms, `held` beliefs, `things`, `n`
-         ) -> bool: # is `f` true in `m`?
+def holds(
+    f: tuple,  # meaning
+    m: dict,  # finite model: `did` pairs, `rank`, `true` atoms, `held` beliefs, `things`, `n`
+) -> bool:  # is `f` true in `m`?
     "Truth of meaning `f` in model `m`. Raises KeyError for an unknown operator."
     op, *args = f
-    if op=="not":    return not holds(args[0], m)
-    if op=="and":    return all(holds(g, m) for g in args)
-    if op=="or":     return any(holds(g, m) for g in args)
-    if op=="if":     return not holds(args[0], m) or holds(args[1], m)
-    if op=="did":    return tuple(args) in m["did"]
-    if op=="more":   return m["rank"][args[0]] > m["rank"][args[1]]
-    if op=="true":   return args[0] in m["true"]
-    if op=="count":  return COUNTS[args[0]](m["n"], args[1])
-    if op=="this":   return has(m["things"][0], args[0])
-    if op=="q":
+    if op == "not":
+        return not holds(args[0], m)
+    if op == "and":
+        return all(holds(g, m) for g in args)
+    if op == "or":
+        return any(holds(g, m) for g in args)
+    if op == "if":
+        return not holds(args[0], m) or holds(args[1], m)
+    if op == "did":
+        return tuple(args) in m["did"]
+    if op == "more":
+        return m["rank"][args[0]] > m["rank"][args[1]]
+    if op == "true":
+        return args[0] in m["true"]
+    if op == "count":
+        return COUNTS[args[0]](m["n"], args[1])
+    if op == "this":
+        return has(m["things"][0], args[0])
+    if op == "q":
         inside = [t for t in m["things"] if has(t, args[1])]
         return QUANTIFIERS[args[0]](sum(has(t, args[2]) for t in inside), len(inside))
-    if op=="act":    return has(m["act"], args[0])
-    if op=="before": return m["time"][args[0]] < m["time"][args[1]]
-    if op=="when":   return m["time"][args[0]] == m["time"][args[1]]
-    if op=="only":     return args[0] in m["true"] and args[1] not in m["true"]
-    if op=="not only": return set(args)<=m["true"]
-    if op=="again":    return {args[0], args[0].upper()}<=m["true"]
-    if op=="first":    return args[0] in m["true"] and args[0].upper() not in m["true"]
-    if op=="not again": return args[0] not in m["true"] and args[0].upper() in m["true"]
-    if op=="must":   return all(holds(args[0], dict(true=w)) for w in m["worlds"])
-    if op=="might":  return any(holds(args[0], dict(true=w)) for w in m["worlds"])
+    if op == "act":
+        return has(m["act"], args[0])
+    if op == "before":
+        return m["time"][args[0]] < m["time"][args[1]]
+    if op == "when":
+        return m["time"][args[0]] == m["time"][args[1]]
+    if op == "only":
+        return args[0] in m["true"] and args[1] not in m["true"]
+    if op == "not only":
+        return set(args) <= m["true"]
+    if op == "again":
+        return {args[0], args[0].upper()} <= m["true"]
+    if op == "first":
+        return args[0] in m["true"] and args[0].upper() not in m["true"]
+    if op == "not again":
+        return args[0] not in m["true"] and args[0].upper() in m["true"]
+    if op == "must":
+        return all(holds(args[0], dict(true=w)) for w in m["worlds"])
+    if op == "might":
+        return any(holds(args[0], dict(true=w)) for w in m["worlds"])
     return REPORTS[op](holds(args[0], m), args[0] in m["held"])
 
 # %% ../nbs/02_corpus.ipynb #4901df6f
-def subsets(xs) -> list: # of sets
+def subsets(xs) -> list:  # of sets
     "Every subset of `xs`."
     xs = list(xs)
-    return [{x for x,b in zip(xs, bits) if b} for bits in product((0,1), repeat=len(xs))]
+    return [{x for x, b in zip(xs, bits) if b} for bits in product((0, 1), repeat=len(xs))]
 
-def did_models(names:str="abc"): return [dict(did=d) for d in subsets(permutations(names, 2))]
 
-def rank_models(names:str="abcd"): return [dict(rank=dict(zip(names, r))) for r in product(range(len(names)), repeat=len(names))]
+def did_models(names: str = "abc"):
+    return [dict(did=d) for d in subsets(permutations(names, 2))]
 
-def time_models(names:str="bcd"): return [dict(time=dict(zip(names, t))) for t in product(range(len(names)), repeat=len(names))]
 
-def act_models(details:str="YWV"): return [dict(act=frozenset(s)) for s in subsets("B"+details)]
+def rank_models(names: str = "abcd"):
+    return [dict(rank=dict(zip(names, r))) for r in product(range(len(names)), repeat=len(names))]
 
-def count_models(most:int=12): return [dict(n=n) for n in range(most+1)]
+
+def time_models(names: str = "bcd"):
+    return [dict(time=dict(zip(names, t))) for t in product(range(len(names)), repeat=len(names))]
+
+
+def act_models(details: str = "YWV"):
+    return [dict(act=frozenset(s)) for s in subsets("B" + details)]
+
+
+def count_models(most: int = 12):
+    return [dict(n=n) for n in range(most + 1)]
 
 # %% ../nbs/02_corpus.ipynb #88595eb4
-def truth_models(names:str="bcd") -> list:
+def truth_models(names: str = "bcd") -> list:
     "Facts about `names`, and whether each fact or its denial is held true by the one who thinks."
-    beliefs = [g for x in names for g in (("true",x), ("not",("true",x)))]
+    beliefs = [g for x in names for g in (("true", x), ("not", ("true", x)))]
     return [dict(true=t, held=h) for t in subsets(names) for h in subsets(beliefs)]
 
-def world_models(names:str="bc") -> list:
+
+def world_models(names: str = "bc") -> list:
     "What is the case (`true`), and the situations that are possible as far as is known; what is the case is one of them."
     facts = subsets(names)
     return [dict(true=now, worlds=[now, *others]) for now in facts for others in subsets_of(facts)]
 
-def subsets_of(items:list) -> list: # of lists
-    "Every sublist of a list whose members cannot be hashed."
-    return [[x for x,b in zip(items, bits) if b] for bits in product((0,1), repeat=len(items))]
 
-def thing_models(props:str, # property names besides A, one letter each
-                 most:int=4 # largest number of individuals
-                ) -> list:
+def subsets_of(items: list) -> list:  # of lists
+    "Every sublist of a list whose members cannot be hashed."
+    return [[x for x, b in zip(items, bits) if b] for bits in product((0, 1), repeat=len(items))]
+
+
+def thing_models(
+    props: str,  # property names besides A, one letter each
+    most: int = 4,  # largest number of individuals
+) -> list:
     "Up to `most` A's, one of them pointed at, with any of `props`; import: some A has every restricting property (X, Z)."
-    kinds, narrow = [frozenset({"A"}|s) for s in subsets(props)], set(props)&set("XZ")
-    ms = [dict(things=(this,*rest)) for n in range(most) for this in kinds for rest in combinations_with_replacement(kinds, n)]
-    return [m for m in ms if any(narrow<=t for t in m["things"])]
+    kinds, narrow = [frozenset({"A"} | s) for s in subsets(props)], set(props) & set("XZ")
+    ms = [
+        dict(things=(this, *rest))
+        for n in range(most)
+        for this in kinds
+        for rest in combinations_with_replacement(kinds, n)
+    ]
+    return [m for m in ms if any(narrow <= t for t in m["things"])]
 
 # %% ../nbs/02_corpus.ipynb #4bac65fb
-def model_relation(p:tuple, h:tuple, # meanings of premise and hypothesis
-                   models:list,      # the finite models to enumerate
-                  ) -> str: # entailment | neutral | contradiction
+def model_relation(
+    p: tuple,
+    h: tuple,  # meanings of premise and hypothesis
+    models: list,  # the finite models to enumerate
+) -> str:  # entailment | neutral | contradiction
     "The relation of `h` to `p` by brute force over `models`. Raises ValueError where no model satisfies `p`."
     seen = {holds(h, m) for m in models if holds(p, m)}
-    if not seen: raise ValueError(f"the premise {p} has no model")
-    return "neutral" if len(seen)==2 else "entailment" if seen=={True} else "contradiction"
+    if not seen:
+        raise ValueError(f"the premise {p} has no model")
+    return "neutral" if len(seen) == 2 else "entailment" if seen == {True} else "contradiction"
 
 # %% ../nbs/02_corpus.ipynb #a27b1bb7
-def as_meaning(text) -> tuple: # of meanings
+def as_meaning(text) -> tuple:  # of meanings
     "Meanings from a row's `meaning` (JSON text, or lists already read)."
-    x = json.loads(text) if isinstance(text, str) and text[:1]=="[" else text
+    x = json.loads(text) if isinstance(text, str) and text[:1] == "[" else text
     return tuple(map(as_meaning, x)) if isinstance(x, list) else x
 
 # %% ../nbs/02_corpus.ipynb #984055af
 @dataclass(frozen=True)
 class Says:
     "A sentence skeleton."
-    form:tuple    # meaning
-    text:str      # words with `{slots}`; no capital, no full stop
-    pole:str = "" # which word of an inverse pair it uses
-    halves:tuple|None = None # as premise, as hypothesis: see `half` (None: by the hash of its wording)
 
-def fill(text:str, slots:dict) -> str: # one or more sentences
+    form: tuple  # meaning
+    text: str  # words with `{slots}`; no capital, no full stop
+    pole: str = ""  # which word of an inverse pair it uses
+    halves: tuple | None = None  # as premise, as hypothesis: see `half` (None: by the hash of its wording)
+
+
+def fill(text: str, slots: dict) -> str:  # one or more sentences
     "Put in the content words, settle a/an, capitalise sentences, end with a full stop."
     s = re.sub(r"\ba (?=[aeiou])", "an ", text.format(**slots)).rstrip(".") + "."
-    return re.sub(r"(^|\. )([a-z])", lambda m: m[1]+m[2].upper(), s)
+    return re.sub(r"(^|\. )([a-z])", lambda m: m[1] + m[2].upper(), s)
 
 # %% ../nbs/02_corpus.ipynb #233016d5
-CONTRADICTORY = {"every":"not every", "some":"no", "at least two":"at most one", "most":"at most half", "few":"at least half"}
-CONTRADICTORY |= {v:k for k,v in CONTRADICTORY.items()}
+CONTRADICTORY = {
+    "every": "not every",
+    "some": "no",
+    "at least two": "at most one",
+    "most": "at most half",
+    "few": "at least half",
+}
+CONTRADICTORY |= {v: k for k, v in CONTRADICTORY.items()}
 
-DUALS = {"must":"might", "might":"must"}
+DUALS = {"must": "might", "might": "must"}
 
-def normal(f:tuple) -> tuple: # an equivalent meaning without needless negation
+
+def normal(f: tuple) -> tuple:  # an equivalent meaning without needless negation
     "Drop double negation and turn denied quantifiers into their contradictories, denied adjectives into their antonyms."
-    if f[0]!="not": return f
+    if f[0] != "not":
+        return f
     g = normal(f[1])
-    if g[0]=="not": return g[1]
-    if g[0] in DUALS: return (DUALS[g[0]], deny(g[1]))
-    if g[0]=="this": return ("this", ("B",) if g[1]==("-B",) else ("-B",))
-    return ("q", CONTRADICTORY[g[1]], *g[2:]) if g[0]=="q" else ("not", g)
+    if g[0] == "not":
+        return g[1]
+    if g[0] in DUALS:
+        return (DUALS[g[0]], deny(g[1]))
+    if g[0] == "this":
+        return ("this", ("B",) if g[1] == ("-B",) else ("-B",))
+    return ("q", CONTRADICTORY[g[1]], *g[2:]) if g[0] == "q" else ("not", g)
 
-def framed(s:Says, variant:str, deniable:bool=True) -> list: # of Says
+
+def framed(s: Says, variant: str, deniable: bool = True) -> list:  # of Says
     "`s` alone, affirmed, and denied."
-    yes, no = ("it is a fact that","it is untrue that") if variant=="templates" else ("it is true that","it is false that")
+    yes, no = (
+        ("it is a fact that", "it is untrue that")
+        if variant == "templates"
+        else ("it is true that", "it is false that")
+    )
     denied = re.sub(r"^some ", "any ", re.sub(r"^there (was|is) a \{", r"there \1 any {", s.text))
-    return [s, Says(s.form, f"{yes} {s.text}", s.pole)] + ([Says(("not",s.form), f"{no} {denied}", s.pole)] if deniable else [])
+    return [s, Says(s.form, f"{yes} {s.text}", s.pole)] + (
+        [Says(("not", s.form), f"{no} {denied}", s.pole)] if deniable else []
+    )
 
 # %% ../nbs/02_corpus.ipynb #a181e012
 VERDICTS = dict(entailment="must hold", neutral="may fail", contradiction="must fail")
-COMPARE  = dict(entailment="match", neutral="differ", contradiction="clash")
-COVER    = dict(entailment="covers", neutral="splits", contradiction="misses")
+COMPARE = dict(entailment="match", neutral="differ", contradiction="clash")
+COVER = dict(entailment="covers", neutral="splits", contradiction="misses")
 
-def compared(rel): return f"so they {COMPARE[rel]} and it {VERDICTS[rel]}"
 
-def lined_up(thought:str, rel:str) -> str: # a skeleton of two clauses with the same words, ending in `compared(rel)`
+def compared(rel):
+    return f"so they {COMPARE[rel]} and it {VERDICTS[rel]}"
+
+
+def lined_up(
+    thought: str, rel: str
+) -> str:  # a skeleton of two clauses with the same words, ending in `compared(rel)`
     "Name what is compared, who comes first in each clause, before judging it."
     first, _, second, _ = re.findall(r"\{([ab])\}", thought)
-    return thought.replace(f", {compared(rel)}", f". First {{{first}}} then {{{second}}}: {'same' if first==second else 'different'}, so it {VERDICTS[rel]}")
+    return thought.replace(
+        f", {compared(rel)}",
+        f". First {{{first}}} then {{{second}}}: {'same' if first == second else 'different'}, so it {VERDICTS[rel]}",
+    )
+
 
 def covered(premise, needed, rel):
     return f"the premise allows {premise}. The hypothesis needs {needed}, which {COVER[rel]} it, so it {VERDICTS[rel]}"
 
-def facts_of(f:tuple) -> tuple: # the facts `f` states
-    "The conjuncts of `f`, or `f` alone."
-    return f[1:] if f[0]=="and" else (f,)
 
-def deny(f:tuple) -> tuple: return f[1] if f[0]=="not" else ("not", f)
+def facts_of(f: tuple) -> tuple:  # the facts `f` states
+    "The conjuncts of `f`, or `f` alone."
+    return f[1:] if f[0] == "and" else (f,)
+
+
+def deny(f: tuple) -> tuple:
+    return f[1] if f[0] == "not" else ("not", f)
 
 # %% ../nbs/02_corpus.ipynb #4d289286
-def role_rule(p:tuple, h:tuple) -> str:
+def role_rule(p: tuple, h: tuple) -> str:
     "A stated fact decides itself and its denial, nothing else."
     stated = facts_of(p)
     return "entailment" if h in stated else "contradiction" if deny(h) in stated else "neutral"
 
-def role_clause(f:tuple) -> str:
-    "Canonical active clause of a fact or its denial."
-    return f"{{{f[1][1]}}} did not {{base}} {{{f[1][2]}}}" if f[0]=="not" else f"{{{f[1]}}} {{past}} {{{f[2]}}}"
 
-def role_thought(p:Says, h:Says, rel:str) -> str:
+def role_clause(f: tuple) -> str:
+    "Canonical active clause of a fact or its denial."
+    return (
+        f"{{{f[1][1]}}} did not {{base}} {{{f[1][2]}}}"
+        if f[0] == "not"
+        else f"{{{f[1]}}} {{past}} {{{f[2]}}}"
+    )
+
+
+def role_thought(p: Says, h: Says, rel: str) -> str:
     "Cite the stated fact that decides `h`, else the first one."
     near = [f for f in facts_of(p.form) if f in (h.form, deny(h.form))]
     return f"the premise says {role_clause((near or facts_of(p.form))[0])}. The hypothesis says {role_clause(h.form)}, {compared(rel)}"
@@ -228,810 +347,1315 @@ def role_thought(p:Says, h:Says, rel:str) -> str:
 # %% ../nbs/02_corpus.ipynb #692dfa04
 # The demo's four wordings name the two people in the order x-y, y-x, x-y, y-x. Trained on are first → second and third, second → third,
 # third → first and fourth, fourth → first; judged are the others, among them both pairs of wordings that turn the names round twice.
-DEMO_HALVES = ((0,1), (0,0), (1,0), (1,1))
+DEMO_HALVES = ((0, 1), (0, 0), (1, 0), (1, 1))
 
 # %% ../nbs/02_corpus.ipynb #09406d5a
-def role_plain(x:str, y:str, variant:str) -> list: # of Says
+def role_plain(x: str, y: str, variant: str) -> list:  # of Says
     "x did it to y: active, passive, cleft; and its denials."
-    X, Y, f = f"{{{x}}}", f"{{{y}}}", ("did",x,y)
-    if variant=="templates":
-        yes = [f"it was {X} who {{past}} {Y}", f"it was {Y} who was {{past}} by {X}", f"{Y} is someone whom {X} {{past}}"]
-        no  = [f"at no time did {X} {{base}} {Y}", f"at no time was {Y} {{past}} by {X}"]
+    X, Y, f = f"{{{x}}}", f"{{{y}}}", ("did", x, y)
+    if variant == "templates":
+        yes = [
+            f"it was {X} who {{past}} {Y}",
+            f"it was {Y} who was {{past}} by {X}",
+            f"{Y} is someone whom {X} {{past}}",
+        ]
+        no = [f"at no time did {X} {{base}} {Y}", f"at no time was {Y} {{past}} by {X}"]
     else:
         yes = [f"{X} {{past}} {Y}", f"{Y} was {{past}} by {X}", f"{X} is the one who {{past}} {Y}"]
-        no  = [f"{X} did not {{base}} {Y}", f"{Y} was not {{past}} by {X}"]
-    if variant=="demo": return [Says(f, t, halves=h) for t,h in zip([*yes, f"{Y} is the one whom {X} {{past}}"], DEMO_HALVES)]
-    return [Says(f, t) for t in yes] + [Says(("not",f), t) for t in no]
+        no = [f"{X} did not {{base}} {Y}", f"{Y} was not {{past}} by {X}"]
+    if variant == "demo":
+        return [
+            Says(f, t, halves=h) for t, h in zip([*yes, f"{Y} is the one whom {X} {{past}}"], DEMO_HALVES)
+        ]
+    return [Says(f, t) for t in yes] + [Says(("not", f), t) for t in no]
 
-def role_both(x:str, y:str, variant:str) -> list:
+
+def role_both(x: str, y: str, variant: str) -> list:
     "Both directions at once: one way only, each other, neither."
-    X, Y, f, g = f"{{{x}}}", f"{{{y}}}", ("did",x,y), ("did",y,x)
-    if variant=="templates":
-        return [Says(("and",f,("not",g)), f"although {X} {{past}} {Y}, {Y} did not {{base}} {X}"), Says(("and",f,("not",g)), f"{Y} was {{past}} by {X}, not the other way round"),
-                Says(("and",f,g), f"{X} {{past}} {Y}, and the other way round"), Says(("and",("not",f),("not",g)), f"{X} and {Y} never {{past}} each other")]
-    return [Says(("and",f,("not",g)), f"{X} {{past}} {Y}, but {Y} did not {{base}} {X}"), Says(("and",f,("not",g)), f"{X} {{past}} {Y} but was not {{past}} by {Y}"),
-            Says(("and",f,g), f"{X} and {Y} {{past}} each other"), Says(("and",("not",f),("not",g)), f"neither {X} nor {Y} {{past}} the other")]
+    X, Y, f, g = f"{{{x}}}", f"{{{y}}}", ("did", x, y), ("did", y, x)
+    if variant == "templates":
+        return [
+            Says(("and", f, ("not", g)), f"although {X} {{past}} {Y}, {Y} did not {{base}} {X}"),
+            Says(("and", f, ("not", g)), f"{Y} was {{past}} by {X}, not the other way round"),
+            Says(("and", f, g), f"{X} {{past}} {Y}, and the other way round"),
+            Says(("and", ("not", f), ("not", g)), f"{X} and {Y} never {{past}} each other"),
+        ]
+    return [
+        Says(("and", f, ("not", g)), f"{X} {{past}} {Y}, but {Y} did not {{base}} {X}"),
+        Says(("and", f, ("not", g)), f"{X} {{past}} {Y} but was not {{past}} by {Y}"),
+        Says(("and", f, g), f"{X} and {Y} {{past}} each other"),
+        Says(("and", ("not", f), ("not", g)), f"neither {X} nor {Y} {{past}} the other"),
+    ]
 
 # %% ../nbs/02_corpus.ipynb #3e69530a
 def role_deep(names="abc") -> list:
     "Three facts around a ring of three people, each stated or denied."
     out = []
-    for ring in (("a","b","c"), ("c","b","a")):
-        for signs in product((1,0), repeat=3):
-            fs = [("did",x,y) if s else ("not",("did",x,y)) for s,(x,y) in zip(signs, zip(ring, ring[1:]+ring[:1]))]
-            if any(signs): out.append(Says(("and",*fs), f"{role_clause(fs[0])}, {role_clause(fs[1])}, and {role_clause(fs[2])}"))
+    for ring in (("a", "b", "c"), ("c", "b", "a")):
+        for signs in product((1, 0), repeat=3):
+            fs = [
+                ("did", x, y) if s else ("not", ("did", x, y))
+                for s, (x, y) in zip(signs, zip(ring, ring[1:] + ring[:1]))
+            ]
+            if any(signs):
+                out.append(
+                    Says(
+                        ("and", *fs), f"{role_clause(fs[0])}, {role_clause(fs[1])}, and {role_clause(fs[2])}"
+                    )
+                )
     return out
 
-def role_says(variant:str) -> tuple: # premises, hypotheses
+
+def role_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of role swap."
-    names = "abc" if variant=="depth3" else "ab"
-    hs = [s for x,y in permutations(names, 2) for s in role_plain(x, y, variant)]
-    if variant=="depth3": return role_deep(), hs
-    if variant=="demo": return hs, hs
-    hs += [g for s in hs for g in framed(s, variant)[1:] if "templates"!=variant or s.text.startswith("{")]
-    return hs+[s for x,y in permutations(names, 2) for s in role_both(x, y, variant)], hs
+    names = "abc" if variant == "depth3" else "ab"
+    hs = [s for x, y in permutations(names, 2) for s in role_plain(x, y, variant)]
+    if variant == "depth3":
+        return role_deep(), hs
+    if variant == "demo":
+        return hs, hs
+    hs += [g for s in hs for g in framed(s, variant)[1:] if "templates" != variant or s.text.startswith("{")]
+    return hs + [s for x, y in permutations(names, 2) for s in role_both(x, y, variant)], hs
 
 # %% ../nbs/02_corpus.ipynb #2d0d928f
-def closure(edges:set) -> set: # pairs
+def closure(edges: set) -> set:  # pairs
     "Transitive closure."
     up = set(edges)
-    while new := {(x,z) for x,y in up for y2,z in up if y==y2} - up: up |= new
+    while new := {(x, z) for x, y in up for y2, z in up if y == y2} - up:
+        up |= new
     return up
 
-def order_rule(p:tuple, h:tuple) -> str:
+
+def order_rule(p: tuple, h: tuple) -> str:
     "Is the hypothesis' pair in the transitive closure of the premise's, the wrong way round, or absent?"
     up = closure({f[1:] for f in facts_of(p)})
     return "entailment" if h[1:] in up else "contradiction" if h[:0:-1] in up else "neutral"
 
 # %% ../nbs/02_corpus.ipynb #aa5ad804
-def order_clause(x:str, y:str, pole:str="more") -> str:
+def order_clause(x: str, y: str, pole: str = "more") -> str:
     "x ranks above y, said with either word of the pair: *taller* or *shorter*."
-    return f"{{{x}}} is {{more}} than {{{y}}}" if pole=="more" else f"{{{y}}} is {{less}} than {{{x}}}"
+    return f"{{{x}}} is {{more}} than {{{y}}}" if pole == "more" else f"{{{y}}} is {{less}} than {{{x}}}"
 
-def order_demo(x:str, y:str) -> list:
+
+def order_demo(x: str, y: str) -> list:
     "One comparison in four wordings. (Antonyms of unseen words are no task for the demo.)"
-    texts = (order_clause(x, y), f"compared with {{{y}}}, {{{x}}} is {{more}}",
-             f"it is {{{x}}} who is {{more}} than {{{y}}}", f"next to {{{y}}}, {{{x}}} is {{more}}")
-    return [Says(("more",x,y), t, "more", h) for t,h in zip(texts, DEMO_HALVES)]
+    texts = (
+        order_clause(x, y),
+        f"compared with {{{y}}}, {{{x}}} is {{more}}",
+        f"it is {{{x}}} who is {{more}} than {{{y}}}",
+        f"next to {{{y}}}, {{{x}}} is {{more}}",
+    )
+    return [Says(("more", x, y), t, "more", h) for t, h in zip(texts, DEMO_HALVES)]
 
-def order_plain(x:str, y:str, variant:str) -> list:
+
+def order_plain(x: str, y: str, variant: str) -> list:
     "One comparison with either word of the pair, in two wordings."
-    def worded(top, low, word):
-        if variant=="templates": return [f"of {{{x}}} and {{{y}}}, {{{top}}} is the {{{word}}} one", f"next to {{{low}}}, {{{top}}} is clearly {{{word}}}"]
-        return [f"{{{top}}} is {{{word}}} than {{{low}}}", f"compared with {{{low}}}, {{{top}}} is {{{word}}}"]
-    if variant=="demo": return order_demo(x, y)
-    return [Says(("more",x,y), t, word) for top,low,word in ((x,y,"more"), (y,x,"less")) for t in worded(top, low, word)]
 
-def order_joined(edges:tuple, variant:str) -> list:
+    def worded(top, low, word):
+        if variant == "templates":
+            return [
+                f"of {{{x}}} and {{{y}}}, {{{top}}} is the {{{word}}} one",
+                f"next to {{{low}}}, {{{top}}} is clearly {{{word}}}",
+            ]
+        return [
+            f"{{{top}}} is {{{word}}} than {{{low}}}",
+            f"compared with {{{low}}}, {{{top}}} is {{{word}}}",
+        ]
+
+    if variant == "demo":
+        return order_demo(x, y)
+    return [
+        Says(("more", x, y), t, word)
+        for top, low, word in ((x, y, "more"), (y, x, "less"))
+        for t in worded(top, low, word)
+    ]
+
+
+def order_joined(edges: tuple, variant: str) -> list:
     "Two or three comparisons in one sentence."
-    form = ("and", *(("more",)+e for e in edges))
+    form = ("and", *(("more",) + e for e in edges))
+
     def text(pole):
         cs = [order_clause(*e, pole) for e in edges]
-        if variant!="templates": return ", ".join(cs[:-1]) + ", and " + cs[-1]
+        if variant != "templates":
+            return ", ".join(cs[:-1]) + ", and " + cs[-1]
         return f"while {cs[0]}, {cs[1]}"
-    return [Says(form, text(pole), pole) for pole in ("more","less")]
+
+    return [Says(form, text(pole), pole) for pole in ("more", "less")]
 
 # %% ../nbs/02_corpus.ipynb #5b95623e
-def order_says(variant:str) -> tuple: # premises, hypotheses
+def order_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of comparatives: single, chained and forked comparisons."
-    if variant=="demo":
-        s = order_plain("a","b",variant) + order_plain("b","a",variant)
+    if variant == "demo":
+        s = order_plain("a", "b", variant) + order_plain("b", "a", variant)
         return s, s
-    names, k = ("abcd", 3) if variant=="depth3" else ("abc", 2)
-    edges = [e for e in combinations(permutations(names, 2), k)
-             if not any(x==y for x,y in closure(set(e))) and len({frozenset(q) for q in e})==k and len(set(sum(e,())))==len(names)]
-    hs = [s for x,y in permutations(names, 2) for s in order_plain(x, y, variant)]
-    single = order_plain("a","b",variant) + order_plain("b","a",variant) if variant!="depth3" else []
+    names, k = ("abcd", 3) if variant == "depth3" else ("abc", 2)
+    edges = [
+        e
+        for e in combinations(permutations(names, 2), k)
+        if not any(x == y for x, y in closure(set(e)))
+        and len({frozenset(q) for q in e}) == k
+        and len(set(sum(e, ()))) == len(names)
+    ]
+    hs = [s for x, y in permutations(names, 2) for s in order_plain(x, y, variant)]
+    single = order_plain("a", "b", variant) + order_plain("b", "a", variant) if variant != "depth3" else []
     return single + [s for e in edges for s in order_joined(e, variant)], hs
 
 # %% ../nbs/02_corpus.ipynb #64672fcd
-def path(edges:set, x:str, y:str) -> list: # the names strictly between
+def path(edges: set, x: str, y: str) -> list:  # the names strictly between
     "Shortest chain of stated comparisons from x down to y."
     todo = [[x]]
     while todo:
         way = todo.pop(0)
-        if way[-1]==y: return way[1:-1]
-        todo += [way+[z] for w,z in sorted(edges) if w==way[-1]]
+        if way[-1] == y:
+            return way[1:-1]
+        todo += [way + [z] for w, z in sorted(edges) if w == way[-1]]
 
-def order_thought(p:Says, h:Says, rel:str) -> str:
+
+def order_thought(p: Says, h: Says, rel: str) -> str:
     "Cite the stated or chained comparison in the premise's own word, or that there is none."
     edges, (x, y) = {f[1:] for f in facts_of(p.form)}, h.form[1:]
-    if rel=="neutral": lead = f"the premise does not rank {{{x}}} and {{{y}}}"
+    if rel == "neutral":
+        lead = f"the premise does not rank {{{x}}} and {{{y}}}"
     else:
-        top, low = (x,y) if rel=="entailment" else (y,x)
+        top, low = (x, y) if rel == "entailment" else (y, x)
         via = path(edges, top, low)
-        lead = (f"through {' and '.join(f'{{{v}}}' for v in via)}, " if via else "the premise says ") + order_clause(top, low, p.pole)
+        lead = (
+            f"through {' and '.join(f'{{{v}}}' for v in via)}, " if via else "the premise says "
+        ) + order_clause(top, low, p.pole)
     return f"{lead}. The hypothesis says {order_clause(x, y, p.pole)}, {compared(rel)}"
 
 # %% ../nbs/02_corpus.ipynb #2ba1974d
-def time_edges(f:tuple) -> list: # of sets of (earlier, later, strictly?); each set is one way for `f` to be true
+def time_edges(
+    f: tuple,
+) -> list:  # of sets of (earlier, later, strictly?); each set is one way for `f` to be true
     "What a sentence about time says, as steps that time must take."
-    yes, (op, x, y) = f[0]!="not", f[1] if f[0]=="not" else f
-    if op=="before": return [{(x,y,True)}] if yes else [{(y,x,False)}]
-    return [{(x,y,False),(y,x,False)}] if yes else [{(x,y,True)}, {(y,x,True)}]
+    yes, (op, x, y) = f[0] != "not", f[1] if f[0] == "not" else f
+    if op == "before":
+        return [{(x, y, True)}] if yes else [{(y, x, False)}]
+    return [{(x, y, False), (y, x, False)}] if yes else [{(x, y, True)}, {(y, x, True)}]
 
-def runs_in_circles(edges:set) -> bool:
+
+def runs_in_circles(edges: set) -> bool:
     "Do the steps lead back to where they began, with a strict one among them?"
     reach = set(edges)
-    while new := {(x,z,s or t) for x,y,s in reach for y2,z,t in reach if y==y2} - reach: reach |= new
-    return any(x==y and strict for x,y,strict in reach)
+    while new := {(x, z, s or t) for x, y, s in reach for y2, z, t in reach if y == y2} - reach:
+        reach |= new
+    return any(x == y and strict for x, y, strict in reach)
+
 
 @lru_cache(None)
-def time_rule(p:tuple, h:tuple) -> str:
+def time_rule(p: tuple, h: tuple) -> str:
     "Entailment where the denied hypothesis makes time run in circles, contradiction where the hypothesis does."
     said = set().union(*(time_edges(f)[0] for f in facts_of(p)))
-    def clashes(f): return all(runs_in_circles(said|way) for way in time_edges(f))
+
+    def clashes(f):
+        return all(runs_in_circles(said | way) for way in time_edges(f))
+
     return "entailment" if clashes(deny(h)) else "contradiction" if clashes(h) else "neutral"
 
-def time_plain(x:str, y:str, variant:str) -> list: # of Says
+
+def time_plain(x: str, y: str, variant: str) -> list:  # of Says
     "x before y, at the same time, or not, each in two wordings."
     X, Y = f"{{{x}}}", f"{{{y}}}"
-    first, same = ("before",x,y), ("when",x,y)
-    if variant=="templates":
-        return [Says(first, f"{X} {{past}} earlier than {Y}"), Says(first, f"{Y} {{past}} later than {X}"),
-                Says(same, f"{X} {{past}} at the very moment {Y} did"),
-                Says(("not",first), f"{X} {{past}} no earlier than {Y}"), Says(("not",first), f"{Y} {{past}} no later than {X}")]
-    return [Says(first, f"{X} {{past}} before {Y}"), Says(first, f"{Y} {{past}} after {X}"),
-            Says(same, f"{X} {{past}} when {Y} did"), Says(same, f"{X} and {Y} {{past}} at the same time"),
-            Says(("not",first), f"{X} did not {{base}} before {Y}"), Says(("not",first), f"{Y} did not {{base}} after {X}")]
+    first, same = ("before", x, y), ("when", x, y)
+    if variant == "templates":
+        return [
+            Says(first, f"{X} {{past}} earlier than {Y}"),
+            Says(first, f"{Y} {{past}} later than {X}"),
+            Says(same, f"{X} {{past}} at the very moment {Y} did"),
+            Says(("not", first), f"{X} {{past}} no earlier than {Y}"),
+            Says(("not", first), f"{Y} {{past}} no later than {X}"),
+        ]
+    return [
+        Says(first, f"{X} {{past}} before {Y}"),
+        Says(first, f"{Y} {{past}} after {X}"),
+        Says(same, f"{X} {{past}} when {Y} did"),
+        Says(same, f"{X} and {Y} {{past}} at the same time"),
+        Says(("not", first), f"{X} did not {{base}} before {Y}"),
+        Says(("not", first), f"{Y} did not {{base}} after {X}"),
+    ]
 
-def time_says(variant:str) -> tuple: # premises, hypotheses
+
+def time_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of temporal order: one relation, or two that share a person."
-    hs = [s for x,y in permutations("bcd", 2) for s in time_plain(x, y, variant)]
+    hs = [s for x, y in permutations("bcd", 2) for s in time_plain(x, y, variant)]
     two = []
-    for x,y,z in permutations("bcd"):
-        for s,t in product(time_plain(x, y, variant), time_plain(y, z, variant)+time_plain(z, y, variant)):
-            if "not" not in (s.form[0], t.form[0]): two.append(Says(("and",s.form,t.form), f"{s.text}, and {t.text}"))
-    return [*time_plain("b","c",variant), *time_plain("c","b",variant), *two], hs
+    for x, y, z in permutations("bcd"):
+        for s, t in product(time_plain(x, y, variant), time_plain(y, z, variant) + time_plain(z, y, variant)):
+            if "not" not in (s.form[0], t.form[0]):
+                two.append(Says(("and", s.form, t.form), f"{s.text}, and {t.text}"))
+    return [*time_plain("b", "c", variant), *time_plain("c", "b", variant), *two], hs
 
-def time_clause(f:tuple) -> str:
+
+def time_clause(f: tuple) -> str:
     "Canonical words of a temporal fact."
-    yes, (op, x, y) = f[0]!="not", f[1] if f[0]=="not" else f
-    return f"{{{x}}} {'comes' if yes else 'does not come'} {'before' if op=='before' else 'with'} {{{y}}}"
+    yes, (op, x, y) = f[0] != "not", f[1] if f[0] == "not" else f
+    return f"{{{x}}} {'comes' if yes else 'does not come'} {'before' if op == 'before' else 'with'} {{{y}}}"
 
-def time_thought(p:Says, h:Says, rel:str) -> str:
+
+def time_thought(p: Says, h: Says, rel: str) -> str:
     "Say what the premise makes of the two times, then what the hypothesis says."
-    _, x, y = h.form[1] if h.form[0]=="not" else h.form
-    known = [f for f in (("before",x,y), ("before",y,x), ("when",x,y), ("not",("before",x,y)), ("not",("before",y,x)))
-             if time_rule(p.form, f)=="entailment"]
-    lead = f"in the premise {time_clause(known[0])}" if known else f"the premise does not order {{{x}}} and {{{y}}}"
+    _, x, y = h.form[1] if h.form[0] == "not" else h.form
+    known = [
+        f
+        for f in (
+            ("before", x, y),
+            ("before", y, x),
+            ("when", x, y),
+            ("not", ("before", x, y)),
+            ("not", ("before", y, x)),
+        )
+        if time_rule(p.form, f) == "entailment"
+    ]
+    lead = (
+        f"in the premise {time_clause(known[0])}"
+        if known
+        else f"the premise does not order {{{x}}} and {{{y}}}"
+    )
     return f"{lead}. The hypothesis says {time_clause(h.form)}, {compared(rel)}"
 
 # %% ../nbs/02_corpus.ipynb #6209f8df
-MONOTONE = { # direction of restrictor and scope: "up" to larger sets, "down" to smaller ones
-    "every":("down","up"), "some":("up","up"), "no":("down","down"), "at least two":("up","up"),
-    "at most one":("down","down"), "exactly one":("nowhere","nowhere"), "not every":("up","down"),
-    "most":("nowhere","up"), "at least half":("nowhere","up"), "few":("nowhere","down"), "at most half":("nowhere","down")}
-WEAKER = {"every":["some","most"], "no":["at most one","not every","few"], "at least two":["some"], "exactly one":["some","at most one"],
-          "most":["some","at least half"], "few":["not every","at most half"], "at least half":["some"], "at most half":["not every"]}
-EXCLUDES = [("every","not every"), ("every","no"), ("some","no"), ("at least two","at most one"), ("at least two","exactly one"),
-            ("most","at most half"), ("most","few"), ("few","at least half"), ("every","at most half"), ("no","at least half")]
-DUAL = {"every":"no", "no":"every", "some":"not every", "not every":"some"}
+MONOTONE = {  # direction of restrictor and scope: "up" to larger sets, "down" to smaller ones
+    "every": ("down", "up"),
+    "some": ("up", "up"),
+    "no": ("down", "down"),
+    "at least two": ("up", "up"),
+    "at most one": ("down", "down"),
+    "exactly one": ("nowhere", "nowhere"),
+    "not every": ("up", "down"),
+    "most": ("nowhere", "up"),
+    "at least half": ("nowhere", "up"),
+    "few": ("nowhere", "down"),
+    "at most half": ("nowhere", "down"),
+}
+WEAKER = {
+    "every": ["some", "most"],
+    "no": ["at most one", "not every", "few"],
+    "at least two": ["some"],
+    "exactly one": ["some", "at most one"],
+    "most": ["some", "at least half"],
+    "few": ["not every", "at most half"],
+    "at least half": ["some"],
+    "at most half": ["not every"],
+}
+EXCLUDES = [
+    ("every", "not every"),
+    ("every", "no"),
+    ("some", "no"),
+    ("at least two", "at most one"),
+    ("at least two", "exactly one"),
+    ("most", "at most half"),
+    ("most", "few"),
+    ("few", "at least half"),
+    ("every", "at most half"),
+    ("no", "at least half"),
+]
+DUAL = {"every": "no", "no": "every", "some": "not every", "not every": "some"}
 
 # %% ../nbs/02_corpus.ipynb #d7d3d988
-NARROWERS = dict(A="XZ", B="YW") # what can narrow the restrictor A and the scope B
+NARROWERS = dict(A="XZ", B="YW")  # what can narrow the restrictor A and the scope B
 
-def moved(args:tuple, way:str) -> list: # of arguments
+
+def moved(args: tuple, way: str) -> list:  # of arguments
     "An argument moved one step: narrowed (down) or widened (up)."
-    if args[0] not in NARROWERS: return []
-    if way=="up": return [tuple(a for a in args if a!=x) for x in args[1:]]
-    return [tuple(a for a in (args[0],*NARROWERS[args[0]]) if a in args or a==x)
-            for x in NARROWERS[args[0]] if x not in args] if way=="down" else []
+    if args[0] not in NARROWERS:
+        return []
+    if way == "up":
+        return [tuple(a for a in args if a != x) for x in args[1:]]
+    return (
+        [
+            tuple(a for a in (args[0], *NARROWERS[args[0]]) if a in args or a == x)
+            for x in NARROWERS[args[0]]
+            if x not in args
+        ]
+        if way == "down"
+        else []
+    )
 
-def steps(f:tuple) -> list: # meanings that follow in one step
+
+def steps(f: tuple) -> list:  # meanings that follow in one step
     "One-step consequences of a quantified meaning."
-    if f[0]=="this": return [("q","some",("A",),f[1])]
+    if f[0] == "this":
+        return [("q", "some", ("A",), f[1])]
     _, q, r, s = f
-    out = [("q",w,r,s) for w in WEAKER.get(q, [])]
-    if q in DUAL and s in (("B",),("-B",)): out.append(("q",DUAL[q],r,("-B",) if s==("B",) else ("B",)))
-    if q=="every" and r==("A",): out.append(("this",s))
-    return out + [("q",q,x,s) for x in moved(r, MONOTONE[q][0])] + [("q",q,r,x) for x in moved(s, MONOTONE[q][1])]
+    out = [("q", w, r, s) for w in WEAKER.get(q, [])]
+    if q in DUAL and s in (("B",), ("-B",)):
+        out.append(("q", DUAL[q], r, ("-B",) if s == ("B",) else ("B",)))
+    if q == "every" and r == ("A",):
+        out.append(("this", s))
+    return (
+        out
+        + [("q", q, x, s) for x in moved(r, MONOTONE[q][0])]
+        + [("q", q, r, x) for x in moved(s, MONOTONE[q][1])]
+    )
 
 # %% ../nbs/02_corpus.ipynb #9636facd
 @lru_cache(None)
-def consequences(f:tuple) -> frozenset: # meanings, `f` among them
+def consequences(f: tuple) -> frozenset:  # meanings, `f` among them
     "Everything `steps` reaches."
     out, todo = {f}, [f]
     while todo:
         new = [g for g in steps(todo.pop()) if g not in out]
-        out.update(new); todo += new
+        out.update(new)
+        todo += new
     return frozenset(out)
 
-def excludes(f:tuple, g:tuple) -> bool:
+
+def excludes(f: tuple, g: tuple) -> bool:
     "Do `f` and `g` clash outright: the same arguments under quantifiers that exclude each other?"
-    if "this" in (f[0], g[0]): return f[0]==g[0] and {f[1],g[1]}=={("B",),("-B",)}
-    return f[2:]==g[2:] and ((f[1],g[1]) in EXCLUDES or (g[1],f[1]) in EXCLUDES)
+    if "this" in (f[0], g[0]):
+        return f[0] == g[0] and {f[1], g[1]} == {("B",), ("-B",)}
+    return f[2:] == g[2:] and ((f[1], g[1]) in EXCLUDES or (g[1], f[1]) in EXCLUDES)
+
 
 @lru_cache(None)
-def quantifier_rule(p:tuple, h:tuple) -> str:
+def quantifier_rule(p: tuple, h: tuple) -> str:
     "Monotonicity calculus: reachable is entailment, reachable clash is contradiction, else neutral."
-    if h in consequences(p): return "entailment"
-    return "contradiction" if any(excludes(f,g) for f in consequences(p) for g in consequences(h)) else "neutral"
+    if h in consequences(p):
+        return "entailment"
+    return (
+        "contradiction"
+        if any(excludes(f, g) for f in consequences(p) for g in consequences(h))
+        else "neutral"
+    )
 
 # %% ../nbs/02_corpus.ipynb #0382d1a1
-def q_text(q:str, noun:str, nouns:str, one:str, many:str, variant:str, there="there was", who="who") -> str:
+def q_text(
+    q: str, noun: str, nouns: str, one: str, many: str, variant: str, there="there was", who="who"
+) -> str:
     "Words of a quantified sentence; `one` and `many` are the predicate after a singular and a plural subject."
-    plain = {"at least two": f"at least two {nouns} {many}", "most": f"most {nouns} {many}", "few": f"few {nouns} {many}",
-             "at most half": f"at most half of the {nouns} {many}", "at least half": f"at least half of the {nouns} {many}"}
-    new = {"every": f"each {noun} {one}", "some": f"{there} a {noun} {who} {one}", "no": f"{there} no {noun} {who} {one}",
-           "at least two": f"two or more {nouns} {many}", "at most one": f"no more than one {noun} {one}",
-           "exactly one": f"just one {noun} {one}", "not every": f"not all {nouns} {many}",
-           "most": f"more than half of the {nouns} {many}", "few": f"fewer than half of the {nouns} {many}",
-           "at most half": f"no more than half of the {nouns} {many}", "at least half": f"half or more of the {nouns} {many}"}
-    return new[q] if variant=="templates" else plain.get(q, f"{q} {noun} {one}")
+    plain = {
+        "at least two": f"at least two {nouns} {many}",
+        "most": f"most {nouns} {many}",
+        "few": f"few {nouns} {many}",
+        "at most half": f"at most half of the {nouns} {many}",
+        "at least half": f"at least half of the {nouns} {many}",
+    }
+    new = {
+        "every": f"each {noun} {one}",
+        "some": f"{there} a {noun} {who} {one}",
+        "no": f"{there} no {noun} {who} {one}",
+        "at least two": f"two or more {nouns} {many}",
+        "at most one": f"no more than one {noun} {one}",
+        "exactly one": f"just one {noun} {one}",
+        "not every": f"not all {nouns} {many}",
+        "most": f"more than half of the {nouns} {many}",
+        "few": f"fewer than half of the {nouns} {many}",
+        "at most half": f"no more than half of the {nouns} {many}",
+        "at least half": f"half or more of the {nouns} {many}",
+    }
+    return new[q] if variant == "templates" else plain.get(q, f"{q} {noun} {one}")
 
-LEVELS = {"{past}":("B",), "{past} {adv}":("B","Y"), "{past} {place}":("B","W"), "{past} {adv} {place}":("B","Y","W")} # words -> scope
-ARGUMENTS = dict( # category -> argument of the meaning -> words
-    restrictor={("A",):"{noun}", ("A","X"):"{adj} {noun}", ("A","Z"):"{trait} {noun}", ("A","X","Z"):"{adj} {trait} {noun}"},
-    hypernymy={("A",):"{kind}", ("A","X"):"{sort}", ("A","Z"):"{adj} {kind}", ("A","X","Z"):"{adj} {sort}"}, # a {sort} is a {kind}
-    scope={arg:text for text,arg in LEVELS.items()}, most={arg:text for text,arg in LEVELS.items()})
 
-def q_says(q:str, arg:tuple, category:str, variant:str) -> Says:
+LEVELS = {
+    "{past}": ("B",),
+    "{past} {adv}": ("B", "Y"),
+    "{past} {place}": ("B", "W"),
+    "{past} {adv} {place}": ("B", "Y", "W"),
+}  # words -> scope
+ARGUMENTS = dict(  # category -> argument of the meaning -> words
+    restrictor={
+        ("A",): "{noun}",
+        ("A", "X"): "{adj} {noun}",
+        ("A", "Z"): "{trait} {noun}",
+        ("A", "X", "Z"): "{adj} {trait} {noun}",
+    },
+    hypernymy={
+        ("A",): "{kind}",
+        ("A", "X"): "{sort}",
+        ("A", "Z"): "{adj} {kind}",
+        ("A", "X", "Z"): "{adj} {sort}",
+    },  # a {sort} is a {kind}
+    scope={arg: text for text, arg in LEVELS.items()},
+    most={arg: text for text, arg in LEVELS.items()},
+)
+
+
+def q_says(q: str, arg: tuple, category: str, variant: str) -> Says:
     "One quantified skeleton whose restrictor or scope is `arg`."
     said = ARGUMENTS[category][arg]
-    pred = "{went}" if category=="hypernymy" else "{past}"
-    noun, pred = ("{noun}", said) if category in ("scope","most") else (said, pred)
-    form = ("q", q, ("A",), arg) if category in ("scope","most") else ("q", q, arg, ("B",))
+    pred = "{went}" if category == "hypernymy" else "{past}"
+    noun, pred = ("{noun}", said) if category in ("scope", "most") else (said, pred)
+    form = ("q", q, ("A",), arg) if category in ("scope", "most") else ("q", q, arg, ("B",))
     nouns = re.sub(r"\{(noun|kind|sort)\}", r"{\1s}", noun)
     return Says(form, q_text(q, noun, nouns, pred, pred, variant))
 
 # %% ../nbs/02_corpus.ipynb #70e7b37d
-HELD_OUT = dict(restrictor=("every","not every"), scope=("some","no"), hypernymy=("at least two","at most one"), antonyms=("at least two","at most one"))
+HELD_OUT = dict(
+    restrictor=("every", "not every"),
+    scope=("some", "no"),
+    hypernymy=("at least two", "at most one"),
+    antonyms=("at least two", "at most one"),
+)
 PROPORTIONS = ("every", "most", "at least half", "some", "no", "few", "at most half", "not every")
 
-def quantifiers_in(category:str, variant:str) -> list:
-    "Quantifiers a variant may use: the held-out ones appear in `test_pairs` only."
-    if category=="most": return list(PROPORTIONS)
-    counted = [q for q in QUANTIFIERS if q not in ("most","few","at most half","at least half")]
-    return [q for q in counted if variant=="pairs" or q not in HELD_OUT[category]]
 
-def quantifier_says(category:str, variant:str) -> tuple: # premises, hypotheses
+def quantifiers_in(category: str, variant: str) -> list:
+    "Quantifiers a variant may use: the held-out ones appear in `test_pairs` only."
+    if category == "most":
+        return list(PROPORTIONS)
+    counted = [q for q in QUANTIFIERS if q not in ("most", "few", "at most half", "at least half")]
+    return [q for q in counted if variant == "pairs" or q not in HELD_OUT[category]]
+
+
+def quantifier_says(category: str, variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of monotonicity in the restrictor (by adjectives, or by a more general noun) or in the scope."
-    s = [g for q in quantifiers_in(category, variant) for arg in ARGUMENTS[category]
-         for g in framed(q_says(q, arg, category, variant), variant, q in CONTRADICTORY)]
+    s = [
+        g
+        for q in quantifiers_in(category, variant)
+        for arg in ARGUMENTS[category]
+        for g in framed(q_says(q, arg, category, variant), variant, q in CONTRADICTORY)
+    ]
     return s, s
 
 # %% ../nbs/02_corpus.ipynb #ffb26e1a
-def direction(a:tuple, b:tuple) -> str: # down | up | level | across
+def direction(a: tuple, b: tuple) -> str:  # down | up | level | across
     "Where the step from argument `a` to argument `b` goes."
-    return "level" if a==b else "down" if set(a)<set(b) else "up" if set(b)<set(a) else "across"
+    return "level" if a == b else "down" if set(a) < set(b) else "up" if set(b) < set(a) else "across"
 
-def quantifier_thought(category:str, p:Says, h:Says, rel:str):
+
+def quantifier_thought(category: str, p: Says, h: Says, rel: str):
     "Cite the step and what the premise's quantifier does with it; None where that does not explain the label."
-    i = 3 if category in ("scope","most") else 2
+    i = 3 if category in ("scope", "most") else 2
     a, b = p.form[i], h.form[i]
-    way, passes = direction(a, b), MONOTONE[p.form[1]][i-2]
-    same = quantifier_rule(p.form, h.form[:i]+(a,)+h.form[i+1:])
-    if rel!=(same if way in ("level", passes) else "neutral"): return None
+    way, passes = direction(a, b), MONOTONE[p.form[1]][i - 2]
+    same = quantifier_rule(p.form, h.form[:i] + (a,) + h.form[i + 1 :])
+    if rel != (same if way in ("level", passes) else "neutral"):
+        return None
     word = dict(entailment="gives", neutral="permits", contradiction="excludes")[same]
     said = ARGUMENTS[category]
     return f"the step from {said[a]} to {said[b]} goes {way}. {p.form[1]} passes {passes} and {word} {h.form[1]}, so it {VERDICTS[rel]}"
 
 # %% ../nbs/02_corpus.ipynb #7ad01852
-DETAILS = {"Y":"{adv}", "W":"{place}", "V":"at {time}"}
+DETAILS = {"Y": "{adv}", "W": "{place}", "V": "at {time}"}
 
-def act_text(details:tuple, # letters of `DETAILS`, after "B" for the event itself
-            ) -> str: # e.g. " {adv} at {time}"
+
+def act_text(
+    details: tuple,  # letters of `DETAILS`, after "B" for the event itself
+) -> str:  # e.g. " {adv} at {time}"
     "The details of an event in words."
-    return "".join(" "+DETAILS[d] for d in details[1:])
+    return "".join(" " + DETAILS[d] for d in details[1:])
 
-def detail_says(variant:str) -> tuple: # premises, hypotheses
+
+def detail_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of one event with up to three details, affirmed and denied."
-    who = "{a} is someone who" if variant=="templates" else "{a}"
+    who = "{a} is someone who" if variant == "templates" else "{a}"
     out = []
     for k in range(4):
         for ds in combinations("YWV", k):
-            more = act_text(("B",*ds))
-            f = ("act", ("B",*ds))
-            out += framed(Says(f, f"{who} {{past}}{more}"), variant) + framed(Says(("not",f), f"{who} did not {{base}}{more}"), variant)
+            more = act_text(("B", *ds))
+            f = ("act", ("B", *ds))
+            out += framed(Says(f, f"{who} {{past}}{more}"), variant) + framed(
+                Says(("not", f), f"{who} did not {{base}}{more}"), variant
+            )
     return out, out
 
-def act_parts(f:tuple) -> tuple: # (details, affirmed?)
-    "What is said of the event, and whether it is affirmed."
-    return (f[1][1], False) if f[0]=="not" else (f[1], True)
 
-def act_rule(p:tuple, h:tuple) -> str:
+def act_parts(f: tuple) -> tuple:  # (details, affirmed?)
+    "What is said of the event, and whether it is affirmed."
+    return (f[1][1], False) if f[0] == "not" else (f[1], True)
+
+
+def act_rule(p: tuple, h: tuple) -> str:
     "Fewer details follow from an affirmed event, more from a denied one."
     (a, yes), (b, also) = act_parts(p), act_parts(h)
-    passes = set(b)<=set(a) if yes else set(a)<=set(b)
-    if not passes: return "neutral"
-    return "entailment" if yes==also else "contradiction"
+    passes = set(b) <= set(a) if yes else set(a) <= set(b)
+    if not passes:
+        return "neutral"
+    return "entailment" if yes == also else "contradiction"
 
-def detail_thought(p:Says, h:Says, rel:str) -> str:
+
+def detail_thought(p: Says, h: Says, rel: str) -> str:
     "Cite the step between the details, and what an affirmed or a denied event does with it."
     (a, yes), (b, also) = act_parts(p.form), act_parts(h.form)
     way = direction(a, b)
-    does = "gives" if yes==also else "excludes"
+    does = "gives" if yes == also else "excludes"
     said = ("no", "yes")
-    return (f"the step from {{past}}{act_text(a)} to {{past}}{act_text(b)} goes {way}. A {said[yes]} passes {'up' if yes else 'down'} "
-            f"and {does} a {said[also]}, so it {VERDICTS[rel]}")
+    return (
+        f"the step from {{past}}{act_text(a)} to {{past}}{act_text(b)} goes {way}. A {said[yes]} passes {'up' if yes else 'down'} "
+        f"and {does} a {said[also]}, so it {VERDICTS[rel]}"
+    )
 
 # %% ../nbs/02_corpus.ipynb #0f29f6f9
-ANTONYM = {"B":"{pos}", "-B":"{neg}"}
+ANTONYM = {"B": "{pos}", "-B": "{neg}"}
 
-def antonym_says(variant:str) -> tuple: # premises, hypotheses
+
+def antonym_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of complementary antonyms, quantified or about one thing."
-    out, this = [], "as for this {noun}, it is" if variant=="templates" else "this {noun} is"
-    for s in ("B","-B"):
+    out, this = [], "as for this {noun}, it is" if variant == "templates" else "this {noun} is"
+    for s in ("B", "-B"):
         w = ANTONYM[s]
         for q in quantifiers_in("antonyms", variant):
             text = q_text(q, "{noun}", "{nouns}", f"is {w}", f"are {w}", variant, "there is", "that")
-            out += framed(Says(("q",q,("A",),(s,)), text), variant, q in CONTRADICTORY)
-        out += [Says(("this",(s,)), f"{this} {w}"), Says(("not",("this",(s,))), f"{this} not {w}")]
+            out += framed(Says(("q", q, ("A",), (s,)), text), variant, q in CONTRADICTORY)
+        out += [Says(("this", (s,)), f"{this} {w}"), Says(("not", ("this", (s,))), f"{this} not {w}")]
     return out, out
 
 # %% ../nbs/02_corpus.ipynb #ac4db5ef
-def turned(f:tuple, pole:str) -> str:
+def turned(f: tuple, pole: str) -> str:
     "Name of the quantifier when the sentence is restated with the word `pole`."
-    q = "this" if f[0]=="this" else f[1]
-    return q if f[-1]==(pole,) else DUAL.get(q, f"{q} not")
+    q = "this" if f[0] == "this" else f[1]
+    return q if f[-1] == (pole,) else DUAL.get(q, f"{q} not")
 
-def antonym_thought(p:Says, h:Says, rel:str) -> str:
+
+def antonym_thought(p: Says, h: Says, rel: str) -> str:
     "Restate both sentences with the hypothesis' own adjective and compare the quantifiers."
-    said = "this {noun} is" if p.form[0]=="this" else q_text(p.form[1], "{noun}", "{nouns}", "is", "are", "plain")
+    said = (
+        "this {noun} is"
+        if p.form[0] == "this"
+        else q_text(p.form[1], "{noun}", "{nouns}", "is", "are", "plain")
+    )
     (was,), (now,) = p.form[-1], h.form[-1]
     return f"the premise says {said} {ANTONYM[was]}. For {ANTONYM[now]} this is {turned(p.form, now)} against {turned(h.form, now)}, so it {VERDICTS[rel]}"
 
 # %% ../nbs/02_corpus.ipynb #f5165993
 NUMBERS = "zero one two three four five six seven eight nine".split()
 
-def interval(f:tuple) -> tuple: # lowest and highest count
+
+def interval(f: tuple) -> tuple:  # lowest and highest count
     "The counts a meaning allows."
     _, op, k = f
-    return {"exactly":(k,k), "at least":(k,99), "more than":(k+1,99), "at most":(0,k), "fewer than":(0,k-1)}[op]
+    return {
+        "exactly": (k, k),
+        "at least": (k, 99),
+        "more than": (k + 1, 99),
+        "at most": (0, k),
+        "fewer than": (0, k - 1),
+    }[op]
 
-def count_rule(p:tuple, h:tuple) -> str:
+
+def count_rule(p: tuple, h: tuple) -> str:
     "Interval inclusion is entailment, disjoint intervals contradiction."
     (a, b), (c, d) = interval(p), interval(h)
-    return "entailment" if c<=a and b<=d else "contradiction" if b<c or d<a else "neutral"
+    return "entailment" if c <= a and b <= d else "contradiction" if b < c or d < a else "neutral"
 
 # %% ../nbs/02_corpus.ipynb #74fb7f92
-def count_says(variant:str) -> tuple: # premises, hypotheses
+def count_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of counting."
-    new = {"exactly":"just {}", "at least":"{} or more", "at most":"{} or fewer", "more than":"over {}", "fewer than":"under {}"}
-    def words(op, k): return (new[op].format(NUMBERS[k]) if variant=="templates" else f"{op} {NUMBERS[k]}") + " {nouns} {past}"
-    s = [Says(("count",op,k), words(op,k)) for op in COUNTS for k in range(2, 9) if (op,k)!=("fewer than",2)]
+    new = {
+        "exactly": "just {}",
+        "at least": "{} or more",
+        "at most": "{} or fewer",
+        "more than": "over {}",
+        "fewer than": "under {}",
+    }
+
+    def words(op, k):
+        return (
+            new[op].format(NUMBERS[k]) if variant == "templates" else f"{op} {NUMBERS[k]}"
+        ) + " {nouns} {past}"
+
+    s = [
+        Says(("count", op, k), words(op, k))
+        for op in COUNTS
+        for k in range(2, 9)
+        if (op, k) != ("fewer than", 2)
+    ]
     return s, s
 
-def count_name(f:tuple) -> str:
+
+def count_name(f: tuple) -> str:
     "An interval in words."
     a, b = interval(f)
-    return f"exactly {NUMBERS[a]}" if a==b else f"{NUMBERS[a]} or more" if b==99 else f"{NUMBERS[b]} or fewer"
+    return (
+        f"exactly {NUMBERS[a]}"
+        if a == b
+        else f"{NUMBERS[a]} or more"
+        if b == 99
+        else f"{NUMBERS[b]} or fewer"
+    )
 
-def count_thought(p:Says, h:Says, rel:str) -> str: return covered(count_name(p.form), count_name(h.form), rel)
+
+def count_thought(p: Says, h: Says, rel: str) -> str:
+    return covered(count_name(p.form), count_name(h.form), rel)
 
 # %% ../nbs/02_corpus.ipynb #f878f8a2
-def clauses(f:tuple, sign:bool=True) -> set: # of frozensets of (atom, sign)
+def clauses(f: tuple, sign: bool = True) -> set:  # of frozensets of (atom, sign)
     "Clausal form of `f`, or of its denial."
-    if f[0]=="true": return {frozenset({(f[1],sign)})}
-    if f[0]=="not":  return clauses(f[1], not sign)
+    if f[0] == "true":
+        return {frozenset({(f[1], sign)})}
+    if f[0] == "not":
+        return clauses(f[1], not sign)
     parts = [clauses(g, sign) for g in f[1:]]
-    if (f[0]=="and")==sign: return set().union(*parts)
+    if (f[0] == "and") == sign:
+        return set().union(*parts)
     return {frozenset().union(*choice) for choice in product(*parts)}
 
-def refuted(cs:set) -> bool:
+
+def refuted(cs: set) -> bool:
     "Does resolution reach the empty clause?"
     cs = set(cs)
     while frozenset() not in cs:
-        new = {(c-{l}) | (d-{(l[0],not l[1])}) for c in cs for l in c for d in cs if (l[0],not l[1]) in d} - cs
-        if not new: return False
+        new = {
+            (c - {l}) | (d - {(l[0], not l[1])}) for c in cs for l in c for d in cs if (l[0], not l[1]) in d
+        } - cs
+        if not new:
+            return False
         cs |= new
     return True
 
+
 @lru_cache(None)
-def resolution_rule(p:tuple, h:tuple) -> str:
+def resolution_rule(p: tuple, h: tuple) -> str:
     "Entailment where premise and denied hypothesis are refuted, contradiction where premise and hypothesis are."
-    if refuted(clauses(p)|clauses(h, False)): return "entailment"
-    return "contradiction" if refuted(clauses(p)|clauses(h)) else "neutral"
+    if refuted(clauses(p) | clauses(h, False)):
+        return "entailment"
+    return "contradiction" if refuted(clauses(p) | clauses(h)) else "neutral"
 
 # %% ../nbs/02_corpus.ipynb #fb3512e5
-def frameable(text:str) -> bool:
+def frameable(text: str) -> bool:
     "Is it clear what *it is false that* would deny? Not before a comma or a second clause."
     return not re.search(r",|^it is|^either|did not \{base\} or|\} or \{.\} did not", text)
 
-def pair_says(x:str, y:str, variant:str) -> list:
+
+def pair_says(x: str, y: str, variant: str) -> list:
     "What can be said about two people and one verb."
-    X, Y, p, q = f"{{{x}}}", f"{{{y}}}", ("true",x), ("true",y)
-    np, nq = ("not",p), ("not",q)
-    new = variant=="templates"
-    out = [Says(f, t[new]) for f,t in (
-        (p, (f"{X} {{past}}", f"{X} certainly {{past}}")),
-        (np, (f"{X} did not {{base}}", f"{X} never {{past}}")),
-        (("and",p,q), (f"both {X} and {Y} {{past}}", f"{X} as well as {Y} {{past}}")),
-        (("or",p,q), (f"{X} or {Y} {{past}}", f"at least one of {X} and {Y} {{past}}")),
-        (("and",p,nq), (f"{X} {{past}}, but {Y} did not", f"{X} {{past}}, unlike {Y}")),
-        (("and",np,nq), (f"{X} did not {{base}}, and {Y} did not {{base}}", f"{X} did not {{base}}, and neither did {Y}")),
-        (("not",("or",p,q)), (f"neither {X} nor {Y} {{past}}", f"not one of {X} and {Y} {{past}}")),
-        (("not",("and",p,q)), (f"{X} and {Y} did not both {{base}}", f"at most one of {X} and {Y} {{past}}")),
-        (("or",np,nq), (f"{X} did not {{base}} or {Y} did not {{base}}", f"either {X} did not {{base}} or {Y} did not")),
-        (("or",p,nq), (f"{X} {{past}} or {Y} did not {{base}}", f"either {X} {{past}} or {Y} did not")),
-        (("and",("or",p,q),np), (f"{X} or {Y} {{past}}, but {X} did not", f"at least one of {X} and {Y} {{past}}, and {X} did not")))]
+    X, Y, p, q = f"{{{x}}}", f"{{{y}}}", ("true", x), ("true", y)
+    np, nq = ("not", p), ("not", q)
+    new = variant == "templates"
+    out = [
+        Says(f, t[new])
+        for f, t in (
+            (p, (f"{X} {{past}}", f"{X} certainly {{past}}")),
+            (np, (f"{X} did not {{base}}", f"{X} never {{past}}")),
+            (("and", p, q), (f"both {X} and {Y} {{past}}", f"{X} as well as {Y} {{past}}")),
+            (("or", p, q), (f"{X} or {Y} {{past}}", f"at least one of {X} and {Y} {{past}}")),
+            (("and", p, nq), (f"{X} {{past}}, but {Y} did not", f"{X} {{past}}, unlike {Y}")),
+            (
+                ("and", np, nq),
+                (
+                    f"{X} did not {{base}}, and {Y} did not {{base}}",
+                    f"{X} did not {{base}}, and neither did {Y}",
+                ),
+            ),
+            (("not", ("or", p, q)), (f"neither {X} nor {Y} {{past}}", f"not one of {X} and {Y} {{past}}")),
+            (
+                ("not", ("and", p, q)),
+                (f"{X} and {Y} did not both {{base}}", f"at most one of {X} and {Y} {{past}}"),
+            ),
+            (
+                ("or", np, nq),
+                (
+                    f"{X} did not {{base}} or {Y} did not {{base}}",
+                    f"either {X} did not {{base}} or {Y} did not",
+                ),
+            ),
+            (("or", p, nq), (f"{X} {{past}} or {Y} did not {{base}}", f"either {X} {{past}} or {Y} did not")),
+            (
+                ("and", ("or", p, q), np),
+                (
+                    f"{X} or {Y} {{past}}, but {X} did not",
+                    f"at least one of {X} and {Y} {{past}}, and {X} did not",
+                ),
+            ),
+        )
+    ]
     return [g for s in out for g in (framed(s, variant) if frameable(s.text) else [s])]
 
 # %% ../nbs/02_corpus.ipynb #8ded8926
 def logic_deep(x, y, z) -> list:
     "Three facts about three people."
-    X, Y, Z, p, q, r = f"{{{x}}}", f"{{{y}}}", f"{{{z}}}", ("true",x), ("true",y), ("true",z)
-    return [Says(("and",("or",p,q),("not",p),r), f"{X} or {Y} {{past}}, but {X} did not, and {Z} {{past}}"),
-            Says(("and",("or",p,q),("not",r)), f"{X} or {Y} {{past}}, but {Z} did not"),
-            Says(("and",p,q,("not",r)), f"{X} and {Y} {{past}}, but {Z} did not"),
-            Says(("and",("not",("or",p,q)),r), f"neither {X} nor {Y} {{past}}, but {Z} {{past}}"),
-            Says(("and",("not",("and",p,q)),r), f"{X} and {Y} did not both {{base}}, but {Z} {{past}}"),
-            Says(("and",("or",p,q,r),("not",p)), f"{X}, {Y}, or {Z} {{past}}, but {X} did not")]
+    X, Y, Z, p, q, r = f"{{{x}}}", f"{{{y}}}", f"{{{z}}}", ("true", x), ("true", y), ("true", z)
+    return [
+        Says(("and", ("or", p, q), ("not", p), r), f"{X} or {Y} {{past}}, but {X} did not, and {Z} {{past}}"),
+        Says(("and", ("or", p, q), ("not", r)), f"{X} or {Y} {{past}}, but {Z} did not"),
+        Says(("and", p, q, ("not", r)), f"{X} and {Y} {{past}}, but {Z} did not"),
+        Says(("and", ("not", ("or", p, q)), r), f"neither {X} nor {Y} {{past}}, but {Z} {{past}}"),
+        Says(("and", ("not", ("and", p, q)), r), f"{X} and {Y} did not both {{base}}, but {Z} {{past}}"),
+        Says(("and", ("or", p, q, r), ("not", p)), f"{X}, {Y}, or {Z} {{past}}, but {X} did not"),
+    ]
 
-def logic_says(variant:str) -> tuple: # premises, hypotheses
+
+def logic_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of conjunction and disjunction."
-    names = "bcd" if variant=="depth3" else "bc"
-    hs = [s for x,y in permutations(names, 2) for s in pair_says(x, y, "plain" if variant=="depth3" else variant)]
-    hs = list({s.text:s for s in hs}.values())
-    return ([s for t in permutations(names) for s in logic_deep(*t)] if variant=="depth3" else hs), hs
+    names = "bcd" if variant == "depth3" else "bc"
+    hs = [
+        s
+        for x, y in permutations(names, 2)
+        for s in pair_says(x, y, "plain" if variant == "depth3" else variant)
+    ]
+    hs = list({s.text: s for s in hs}.values())
+    return ([s for t in permutations(names) for s in logic_deep(*t)] if variant == "depth3" else hs), hs
 
 # %% ../nbs/02_corpus.ipynb #f1b05aa9
-def atoms(f:tuple) -> set: return {f[1]} if f[0]=="true" else set().union(*(atoms(g) for g in f[1:]))
+def atoms(f: tuple) -> set:
+    return {f[1]} if f[0] == "true" else set().union(*(atoms(g) for g in f[1:]))
 
-def cases(f:tuple, x:str, y:str) -> str: # e.g. "all but neither"
+
+def cases(f: tuple, x: str, y: str) -> str:  # e.g. "all but neither"
     "The combinations of x and y that `f` leaves possible, in words."
-    names = {(1,1):"both", (1,0):f"only {{{x}}}", (0,1):f"only {{{y}}}", (0,0):"neither"}
-    ms = [dict(true=t) for t in subsets(sorted(atoms(f)|{x,y}))]
+    names = {(1, 1): "both", (1, 0): f"only {{{x}}}", (0, 1): f"only {{{y}}}", (0, 0): "neither"}
+    ms = [dict(true=t) for t in subsets(sorted(atoms(f) | {x, y}))]
     ok = {(int(x in m["true"]), int(y in m["true"])) for m in ms if holds(f, m)}
-    named = [n for k,n in names.items() if k in ok]
-    return "all but "+next(n for k,n in names.items() if k not in ok) if len(named)==3 else "anything" if len(named)==4 else " or ".join(named)
+    named = [n for k, n in names.items() if k in ok]
+    return (
+        "all but " + next(n for k, n in names.items() if k not in ok)
+        if len(named) == 3
+        else "anything"
+        if len(named) == 4
+        else " or ".join(named)
+    )
 
-def logic_thought(p:Says, h:Says, rel:str) -> str:
+
+def logic_thought(p: Says, h: Says, rel: str) -> str:
     "Compare the cases the premise allows with those the hypothesis needs."
-    rest = sorted(atoms(p.form)-atoms(h.form)) + [n for n in "bcd" if n not in atoms(p.form)|atoms(h.form)]
+    rest = sorted(atoms(p.form) - atoms(h.form)) + [
+        n for n in "bcd" if n not in atoms(p.form) | atoms(h.form)
+    ]
     x, y = sorted([*sorted(atoms(h.form)), *rest][:2])
     return covered(cases(p.form, x, y), cases(h.form, x, y), rel)
 
 # %% ../nbs/02_corpus.ipynb #62a57682
-MODES = ("might", "is", "must") # by strength
+MODES = ("might", "is", "must")  # by strength
 
-def mode(f:tuple) -> tuple: # (strength, literal)
+
+def mode(f: tuple) -> tuple:  # (strength, literal)
     "How strongly a sentence speaks of a fact."
     return (MODES.index(f[0]), f[1]) if f[0] in DUALS else (1, f)
 
-def modal_rule(p:tuple, h:tuple) -> str:
+
+def modal_rule(p: tuple, h: tuple) -> str:
     "The stronger gives the weaker; opposite literals clash where together they are strong enough."
     for f in facts_of(p):
         (k, l), (n, g) = mode(f), mode(h)
-        if l==g: return "entailment" if k>=n else "neutral"
-        if l==deny(g): return "contradiction" if k+n>=2 else "neutral"
+        if l == g:
+            return "entailment" if k >= n else "neutral"
+        if l == deny(g):
+            return "contradiction" if k + n >= 2 else "neutral"
     return "neutral"
 
-def modal_text(f:tuple, variant:str="plain") -> str: # a sentence
+
+def modal_text(f: tuple, variant: str = "plain") -> str:  # a sentence
     "A fact that must, might or cannot be, or just is."
-    if f[0] not in DUALS: return fact(f)
-    words = {"must":("it must be that", "it cannot be that"), "might":("it might be that", "it need not be that")}
-    if variant=="templates": words = {"must":("it is certain that", "it is impossible that"), "might":("it is possible that", "it is not certain that")}
-    denied = f[1][0]=="not"
+    if f[0] not in DUALS:
+        return fact(f)
+    words = {
+        "must": ("it must be that", "it cannot be that"),
+        "might": ("it might be that", "it need not be that"),
+    }
+    if variant == "templates":
+        words = {
+            "must": ("it is certain that", "it is impossible that"),
+            "might": ("it is possible that", "it is not certain that"),
+        }
+    denied = f[1][0] == "not"
     return f"{words[f[0]][denied]} {fact(('true', atoms(f).copy().pop()))}"
 
-def modal_says(variant:str) -> tuple: # premises, hypotheses
+
+def modal_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of certainty and possibility about two people."
-    def ways(x): return [f for l in literals(x) for f in (l, ("must",l), ("might",l))]
-    lead = "in fact, " if variant=="templates" else ""
-    def text(f): return modal_text(f, variant) if f[0] in DUALS else lead+fact(f)
-    ps = [Says(("and",f,g), f"{text(f)}. {text(g)}") for x,y in permutations("bc") for f in ways(x) for g in ways(y) if f[0]!=g[0]]
+
+    def ways(x):
+        return [f for l in literals(x) for f in (l, ("must", l), ("might", l))]
+
+    lead = "in fact, " if variant == "templates" else ""
+
+    def text(f):
+        return modal_text(f, variant) if f[0] in DUALS else lead + fact(f)
+
+    ps = [
+        Says(("and", f, g), f"{text(f)}. {text(g)}")
+        for x, y in permutations("bc")
+        for f in ways(x)
+        for g in ways(y)
+        if f[0] != g[0]
+    ]
     return ps, [Says(f, text(f)) for x in "bc" for f in ways(x)]
 
-def modal_thought(p:Says, h:Says, rel:str) -> str:
+
+def modal_thought(p: Says, h: Says, rel: str) -> str:
     "Cite the sentence about the same person, and compare how strongly both speak."
     x = next(iter(atoms(h.form)))
-    f = next(f for f in facts_of(p.form) if atoms(f)=={x})
+    f = next(f for f in facts_of(p.form) if atoms(f) == {x})
     (k, l), (n, g) = mode(f), mode(h.form)
     does = dict(entailment="gives", neutral="permits", contradiction="excludes")[rel]
-    return f"the premise says {modal_text(f)}. {MODES[k]} {does} {MODES[n]} of the {'same' if l==g else 'opposite'}, so it {VERDICTS[rel]}"
+    return f"the premise says {modal_text(f)}. {MODES[k]} {does} {MODES[n]} of the {'same' if l == g else 'opposite'}, so it {VERDICTS[rel]}"
 
 # %% ../nbs/02_corpus.ipynb #2b61e01a
 PROJECTS = dict(knows=1, unaware=1, right=1, wrong=-1, thinks=0)
-SIGNATURES = { # what affirming and what denying says of the fact: 1 true, -1 false, 0 open (Karttunen 1971; Nairn, Condoravdi and Karttunen 2006)
-    "manage":(1,-1), "remember":(1,-1), "happen":(1,-1), "fail":(-1,1), "forget":(-1,1), "neglect":(-1,1),
-    "refuse":(-1,0), "be forced":(1,0), "try":(0,0), "want":(0,0),
-    "intersective":(1,0), "subsective":(1,0), "privative":(-1,0), "former":(-1,0), "alleged":(0,0)} # (adjectives: Partee 2010)
+SIGNATURES = {  # what affirming and what denying says of the fact: 1 true, -1 false, 0 open (Karttunen 1971; Nairn, Condoravdi and Karttunen 2006)
+    "manage": (1, -1),
+    "remember": (1, -1),
+    "happen": (1, -1),
+    "fail": (-1, 1),
+    "forget": (-1, 1),
+    "neglect": (-1, 1),
+    "refuse": (-1, 0),
+    "be forced": (1, 0),
+    "try": (0, 0),
+    "want": (0, 0),
+    "intersective": (1, 0),
+    "subsective": (1, 0),
+    "privative": (-1, 0),
+    "former": (-1, 0),
+    "alleged": (0, 0),
+}  # (adjectives: Partee 2010)
 
-def signature(f:tuple) -> tuple|None: # (fact, sign), or None for what is no report
+
+def signature(f: tuple) -> tuple | None:  # (fact, sign), or None for what is no report
     "The fact that a report, or the denial of one, is about, and what it says of it."
-    if f[0] in PROJECTS: return f[1], PROJECTS[f[0]]
-    if f[0] in SIGNATURES: return f[1], SIGNATURES[f[0]][0]
-    if f[0]=="not" and f[1][0] in SIGNATURES: return f[1][1], SIGNATURES[f[1][0]][1]
+    if f[0] in PROJECTS:
+        return f[1], PROJECTS[f[0]]
+    if f[0] in SIGNATURES:
+        return f[1], SIGNATURES[f[0]][0]
+    if f[0] == "not" and f[1][0] in SIGNATURES:
+        return f[1][1], SIGNATURES[f[1][0]][1]
 
-def projected(p:tuple) -> set: # literals that follow
+
+def projected(p: tuple) -> set:  # literals that follow
     "Facts that follow from what the premise states, embeds and conditions."
     known, rules = set(), []
     for f in facts_of(p):
-        if f[0]=="if": rules += [(f[1],f[2]), (deny(f[2]),deny(f[1]))]
+        if f[0] == "if":
+            rules += [(f[1], f[2]), (deny(f[2]), deny(f[1]))]
         elif found := signature(f):
             of, sign = found
-            if sign: known.add(of if sign>0 else deny(of))
-        else: known.add(f)
-    while new := {b for a,b in rules if a in known} - known: known |= new
+            if sign:
+                known.add(of if sign > 0 else deny(of))
+        else:
+            known.add(f)
+    while new := {b for a, b in rules if a in known} - known:
+        known |= new
     return known
 
-def embedding_rule(p:tuple, h:tuple) -> str:
+
+def embedding_rule(p: tuple, h: tuple) -> str:
     "Does the projection hold the hypothesis, its denial, or neither?"
     known = projected(p)
     return "entailment" if h in known else "contradiction" if deny(h) in known else "neutral"
 
 # %% ../nbs/02_corpus.ipynb #e2ef29a4
-def fact(f:tuple) -> str:
+def fact(f: tuple) -> str:
     "An atomic fact or its denial in words."
-    return f"{{{f[1][1]}}} did not {{base}}" if f[0]=="not" else f"{{{f[1]}}} {{past}}"
+    return f"{{{f[1][1]}}} did not {{base}}" if f[0] == "not" else f"{{{f[1]}}} {{past}}"
 
-def attitude(op:str, f:tuple, variant:str="plain", who:str="{a} ") -> str: # e.g. "{a} {knows} that {b} {past}"
+
+def attitude(
+    op: str, f: tuple, variant: str = "plain", who: str = "{a} "
+) -> str:  # e.g. "{a} {knows} that {b} {past}"
     "An attitude report in words."
-    lead = {"knows":"{knows}", "unaware":"does not {know}", "right":"rightly {thinks}", "wrong":"wrongly {thinks}", "thinks":"{thinks}"}
-    if variant=="templates":
-        lead = {"knows":"is aware", "unaware":"is unaware", "right":"is right to {think}", "wrong":"is wrong to {think}", "thinks":"is of the opinion"}
+    lead = {
+        "knows": "{knows}",
+        "unaware": "does not {know}",
+        "right": "rightly {thinks}",
+        "wrong": "wrongly {thinks}",
+        "thinks": "{thinks}",
+    }
+    if variant == "templates":
+        lead = {
+            "knows": "is aware",
+            "unaware": "is unaware",
+            "right": "is right to {think}",
+            "wrong": "is wrong to {think}",
+            "thinks": "is of the opinion",
+        }
     return f"{who}{lead[op]} that {fact(f)}"
 
 # %% ../nbs/02_corpus.ipynb #79757a55
-def literals(names:str) -> list: return [g for x in names for g in (("true",x), ("not",("true",x)))]
+def literals(names: str) -> list:
+    return [g for x in names for g in (("true", x), ("not", ("true", x)))]
 
-def said_of(words, names:str, variant:str) -> list: # of Says
+
+def said_of(words, names: str, variant: str) -> list:  # of Says
     "A fact or its denial in `words`, plain or framed."
-    lead = "in fact, " if variant=="templates" else ""
-    return [g for x in names for f in literals(x) for g in [Says(f, lead+words(f)), *framed(Says(f, words(f)), variant)[1:]]]
+    lead = "in fact, " if variant == "templates" else ""
+    return [
+        g
+        for x in names
+        for f in literals(x)
+        for g in [Says(f, lead + words(f)), *framed(Says(f, words(f)), variant)[1:]]
+    ]
 
-def embedding_hyps(names:str, variant:str) -> list: return said_of(fact, names, variant)
 
-def conditional(f:tuple, g:tuple, extra:tuple, variant:str) -> Says:
+def embedding_hyps(names: str, variant: str) -> list:
+    return said_of(fact, names, variant)
+
+
+def conditional(f: tuple, g: tuple, extra: tuple, variant: str) -> Says:
     "If f, then g. And, in a sentence of its own, a further fact: after a comma it could belong to the condition's consequence."
-    t = f"{fact(g)} if {fact(f)}. In addition" if variant=="templates" else f"if {fact(f)}, then {fact(g)}. Also"
-    return Says(("and",("if",f,g),extra), f"{t}, {fact(extra)}")
+    t = (
+        f"{fact(g)} if {fact(f)}. In addition"
+        if variant == "templates"
+        else f"if {fact(f)}, then {fact(g)}. Also"
+    )
+    return Says(("and", ("if", f, g), extra), f"{t}, {fact(extra)}")
 
 # %% ../nbs/02_corpus.ipynb #156c5826
-def embedding_deep(names:str="bcd") -> list:
+def embedding_deep(names: str = "bcd") -> list:
     "Three attitudes in a row, or two conditionals and a fact."
     out = []
-    for signs in ((0,0,0), (1,0,0), (0,1,0), (0,0,1)):
-        fs = [literals(x)[s] for x,s in zip(names, signs)]
-        for ops in product(("knows","thinks"), repeat=3):
-            t = ". ".join(attitude(op, f) for op,f in zip(ops, fs))
-            out.append(Says(("and",*zip(ops, fs)), t))
-    T = [("true",x) for x in names]
-    for f,g,h in permutations(T):
-        for (i,j),(k,l) in (((f,g),(g,h)), ((f,g),(h,g))):
-            for extra in (f, ("not",h), h, ("not",g)):
+    for signs in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        fs = [literals(x)[s] for x, s in zip(names, signs)]
+        for ops in product(("knows", "thinks"), repeat=3):
+            t = ". ".join(attitude(op, f) for op, f in zip(ops, fs))
+            out.append(Says(("and", *zip(ops, fs)), t))
+    T = [("true", x) for x in names]
+    for f, g, h in permutations(T):
+        for (i, j), (k, l) in (((f, g), (g, h)), ((f, g), (h, g))):
+            for extra in (f, ("not", h), h, ("not", g)):
                 t = f"if {fact(i)}, then {fact(j)}. If {fact(k)}, then {fact(l)}. Also, {fact(extra)}"
-                out.append(Says(("and",("if",i,j),("if",k,l),extra), t))
+                out.append(Says(("and", ("if", i, j), ("if", k, l), extra), t))
     return out
 
-def embedding_says(variant:str) -> tuple: # premises, hypotheses
+
+def embedding_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of factive and conditional embedding."
-    if variant=="depth3": return embedding_deep(), embedding_hyps("bcd", variant)
-    ps = [Says((op,f), attitude(op, f, variant)) for op in PROJECTS for f in literals("b")]
-    ps += [Says(("and",(o1,f),(o2,g)), f"{attitude(o1,f,variant)}. {attitude(o2,g,variant)}")
-           for f,g in product(literals("b"), literals("c")) for o1,o2 in permutations(("knows","thinks")) if "not" not in (f[0],g[0]) or f[0]!=g[0]]
-    ps += [conditional(("true",x), ("true",y), e, variant) for x,y in ("bc","cb") for e in literals("bc")]
+    if variant == "depth3":
+        return embedding_deep(), embedding_hyps("bcd", variant)
+    ps = [Says((op, f), attitude(op, f, variant)) for op in PROJECTS for f in literals("b")]
+    ps += [
+        Says(("and", (o1, f), (o2, g)), f"{attitude(o1, f, variant)}. {attitude(o2, g, variant)}")
+        for f, g in product(literals("b"), literals("c"))
+        for o1, o2 in permutations(("knows", "thinks"))
+        if "not" not in (f[0], g[0]) or f[0] != g[0]
+    ]
+    ps += [conditional(("true", x), ("true", y), e, variant) for x, y in ("bc", "cb") for e in literals("bc")]
     return ps, embedding_hyps("bc", variant)
 
 # %% ../nbs/02_corpus.ipynb #a1ade762
-SAYS = {1:"makes it true", -1:"makes it false", 0:"leaves it open"}
+SAYS = {1: "makes it true", -1: "makes it false", 0: "leaves it open"}
 
-def report_thought(text, words, p:Says, h:Says, rel:str) -> str:
+
+def report_thought(text, words, p: Says, h: Says, rel: str) -> str:
     "Cite the report on the one whom the hypothesis names, and what it says of the fact."
     x = next(iter(atoms(h.form)))
-    f = next(f for f in facts_of(p.form) if signature(f)[0]==("true",x))
-    op, yes = (f[1][0], False) if f[0]=="not" else (f[0], True)
+    f = next(f for f in facts_of(p.form) if signature(f)[0] == ("true", x))
+    op, yes = (f[1][0], False) if f[0] == "not" else (f[0], True)
     return f"the premise says {text(op, x, yes, 'plain')}. This {SAYS[signature(f)[1]]}, {compared(rel)}"
 
-def embedding_thought(p:Says, h:Says, rel:str) -> str:
+
+def embedding_thought(p: Says, h: Says, rel: str) -> str:
     "Cite the attitude or the conditional that decides, and what it makes of the fact."
     x = next(iter(atoms(h.form)))
     for f in facts_of(p.form):
-        if f[0] in PROJECTS and atoms(f[1])=={x}:
-            word = {"unaware":"not {know}", "right":"rightly", "wrong":"wrongly"}.get(f[0], "{"+f[0]+"}")
+        if f[0] in PROJECTS and atoms(f[1]) == {x}:
+            word = {"unaware": "not {know}", "right": "rightly", "wrong": "wrongly"}.get(
+                f[0], "{" + f[0] + "}"
+            )
             return f"the premise says {attitude(f[0], f[1])}. {word} {SAYS[PROJECTS[f[0]]]}, {compared(rel)}"
-        if f in (h.form, deny(h.form)): return f"the premise says {fact(f)}. Saying so {SAYS[1]}, {compared(rel)}"
+        if f in (h.form, deny(h.form)):
+            return f"the premise says {fact(f)}. Saying so {SAYS[1]}, {compared(rel)}"
     known = {g for g in literals(x) if g in projected(p.form)}
-    cond = next(f for f in facts_of(p.form) if f[0]=="if" and x in atoms(f[1])|atoms(f[2]))
-    does = SAYS[0] if not known else SAYS[1] if ("true",x) in known else SAYS[-1]
+    cond = next(f for f in facts_of(p.form) if f[0] == "if" and x in atoms(f[1]) | atoms(f[2]))
+    does = SAYS[0] if not known else SAYS[1] if ("true", x) in known else SAYS[-1]
     return f"the premise says if {fact(cond[1])}, {fact(cond[2])}. The rest {does}, {compared(rel)}"
 
 # %% ../nbs/02_corpus.ipynb #201463f2
-VERBS = dict(manage="managed", remember="remembered", happen="happened", fail="failed", forget="forgot", neglect="neglected",
-             refuse="refused", **{"try":"tried", "want":"wanted"}) # base -> past
+VERBS = dict(
+    manage="managed",
+    remember="remembered",
+    happen="happened",
+    fail="failed",
+    forget="forgot",
+    neglect="neglected",
+    refuse="refused",
+    **{"try": "tried", "want": "wanted"},
+)  # base -> past
 ADJECTIVE_WORDS = dict(intersective="{marked}", privative="fake", former="former", alleged="alleged")
 
-def implicative_text(op:str, x:str, yes:bool, variant:str) -> str: # a sentence
-    "What x managed, forgot, … to do, or did not."
-    lead = "in the end, " if variant=="templates" else ""
-    if op=="be forced": return f"{lead}{{{x}}} was {'' if yes else 'not '}forced to {{base}}"
-    return f"{lead}{{{x}}} {VERBS[op] if yes else 'did not '+op} to {{base}}"
 
-def adjective_text(op:str, x:str, yes:bool, variant:str) -> str:
+def implicative_text(op: str, x: str, yes: bool, variant: str) -> str:  # a sentence
+    "What x managed, forgot, … to do, or did not."
+    lead = "in the end, " if variant == "templates" else ""
+    if op == "be forced":
+        return f"{lead}{{{x}}} was {'' if yes else 'not '}forced to {{base}}"
+    return f"{lead}{{{x}}} {VERBS[op] if yes else 'did not ' + op} to {{base}}"
+
+
+def adjective_text(op: str, x: str, yes: bool, variant: str) -> str:
     "What kind of a … x is."
-    link = "counts as" if variant=="templates" else "is"
+    link = "counts as" if variant == "templates" else "is"
     return f"{{{x}}} {link} a {ADJECTIVE_WORDS[op]} {{noun}}"
 
-def two_reports(clauses:list, # (name -> (meaning, text))
-                names:str="bc") -> list: # of Says
+
+def two_reports(
+    clauses: list,  # (name -> (meaning, text))
+    names: str = "bc",
+) -> list:  # of Says
     "Two different reports, one on each person, in either order."
     out = []
-    for x,y in permutations(names):
-        for one,other in permutations(clauses, 2):
+    for x, y in permutations(names):
+        for one, other in permutations(clauses, 2):
             (f, s), (g, t) = one(x), other(y)
-            out.append(Says(("and",f,g), f"{s}. {t}"))
+            out.append(Says(("and", f, g), f"{s}. {t}"))
     return out
 
-def report_clauses(ops:list, text, deniable:bool, variant:str) -> list: # of functions
+
+def report_clauses(ops: list, text, deniable: bool, variant: str) -> list:  # of functions
     "The affirmed reports, and the denied ones."
+
     def clause(op, yes):
         def about(x):
-            f = (op, ("true",x))
-            return f if yes else ("not",f), text(op, x, yes, variant)
+            f = (op, ("true", x))
+            return f if yes else ("not", f), text(op, x, yes, variant)
+
         return about
-    return [clause(op, yes) for op in ops for yes in ((True,False) if deniable and op!="try" else (True,))]
 
-def implicative_says(variant:str) -> tuple: # premises, hypotheses
+    return [clause(op, yes) for op in ops for yes in ((True, False) if deniable and op != "try" else (True,))]
+
+
+def implicative_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of implicative verbs."
-    return two_reports(report_clauses(list(IMPLICATIVES), implicative_text, True, variant)), embedding_hyps("bc", variant)
+    return two_reports(report_clauses(list(IMPLICATIVES), implicative_text, True, variant)), embedding_hyps(
+        "bc", variant
+    )
 
-def is_one(f:tuple) -> str:
+
+def is_one(f: tuple) -> str:
     "x is, or is not, one."
-    return f"{{{f[1][1]}}} is not a {{noun}}" if f[0]=="not" else f"{{{f[1]}}} is a {{noun}}"
+    return f"{{{f[1][1]}}} is not a {{noun}}" if f[0] == "not" else f"{{{f[1]}}} is a {{noun}}"
 
-def adjective_says(variant:str) -> tuple: # premises, hypotheses
+
+def adjective_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of adjectives that keep their noun, take it away or leave it open."
     clauses = report_clauses(list(ADJECTIVE_WORDS), adjective_text, False, variant)
     return two_reports(clauses), said_of(is_one, "bc", variant)
 
 # %% ../nbs/02_corpus.ipynb #4a92cfb4
-def focus_text(f:tuple, variant:str) -> str: # a sentence
+def focus_text(f: tuple, variant: str) -> str:  # a sentence
     "*Only* and *again* in words, or just what happened this time; the people meant stand beside *only*."
-    if f[0] in ("true","not"): return focus_fact(f, variant)
+    if f[0] in ("true", "not"):
+        return focus_fact(f, variant)
     op, x = f[:2]
-    new = variant=="templates"
-    if op in ("only","not only"):
+    new = variant == "templates"
+    if op in ("only", "not only"):
         pair = " and ".join(f"{{{n}}}" for n in sorted(f[1:]))
-        return f"{'among' if new else 'of'} {pair}, {op} {{{x}}} {{past}}" + (" that time" if new else " this time")
-    return {"again": (f"{{{x}}} {{past}} again", f"{{{x}}} {{past}} once more"),
-            "not again": (f"{{{x}}} did not {{base}} again", f"{{{x}}} did not {{base}} once more"),
-            "first": (f"{{{x}}} {{past}} for the first time", f"{{{x}}} {{past}} for the very first time")}[op][new]
+        return f"{'among' if new else 'of'} {pair}, {op} {{{x}}} {{past}}" + (
+            " that time" if new else " this time"
+        )
+    return {
+        "again": (f"{{{x}}} {{past}} again", f"{{{x}}} {{past}} once more"),
+        "not again": (f"{{{x}}} did not {{base}} again", f"{{{x}}} did not {{base}} once more"),
+        "first": (f"{{{x}}} {{past}} for the first time", f"{{{x}}} {{past}} for the very first time"),
+    }[op][new]
 
-def presupposed(f:tuple) -> tuple: # of literals; a capital is the earlier time
+
+def presupposed(f: tuple) -> tuple:  # of literals; a capital is the earlier time
     "What *only* and *again* say, and what they take for granted: the latter outlives denial (Horn 1969; Heim 1983)."
-    if f[0] in ("true","not"): return (f,)
+    if f[0] in ("true", "not"):
+        return (f,)
     op, x = f[:2]
-    now, before = ("true",x), ("true",x.upper())
-    if op=="only": return now, ("not",("true",f[2]))
-    if op=="not only": return now, ("true",f[2])
-    return dict(again=(now, before), first=(now, ("not",before)))[op] if op!="not again" else (("not",now), before)
+    now, before = ("true", x), ("true", x.upper())
+    if op == "only":
+        return now, ("not", ("true", f[2]))
+    if op == "not only":
+        return now, ("true", f[2])
+    return (
+        dict(again=(now, before), first=(now, ("not", before)))[op]
+        if op != "not again"
+        else (("not", now), before)
+    )
 
-def focus_rule(p:tuple, h:tuple) -> str:
+
+def focus_rule(p: tuple, h: tuple) -> str:
     "Is the hypothesis, or its denial, among what the premise says or takes for granted?"
     known = {g for f in facts_of(p) for g in presupposed(f)}
     return "entailment" if h in known else "contradiction" if deny(h) in known else "neutral"
 
-def focus_fact(f:tuple, variant:str="plain") -> str:
-    "A fact about this time or an earlier one."
-    yes, x = f[0]!="not", atoms(f).copy().pop()
-    when = ("some earlier time" if yes else "any earlier time") if x.isupper() else "this time"
-    if variant=="templates": when = (("on an earlier day" if yes else "on any earlier day") if x.isupper() else "that time")
-    return f"{{{x.lower()}}} {'{past}' if yes else 'did not {base}'} {'' if variant=='templates' or not x.isupper() else 'at '}{when}"
 
-def focus_says(variant:str) -> tuple: # premises, hypotheses
+def focus_fact(f: tuple, variant: str = "plain") -> str:
+    "A fact about this time or an earlier one."
+    yes, x = f[0] != "not", atoms(f).copy().pop()
+    when = ("some earlier time" if yes else "any earlier time") if x.isupper() else "this time"
+    if variant == "templates":
+        when = ("on an earlier day" if yes else "on any earlier day") if x.isupper() else "that time"
+    return f"{{{x.lower()}}} {'{past}' if yes else 'did not {base}'} {'' if variant == 'templates' or not x.isupper() else 'at '}{when}"
+
+
+def focus_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of *only* and *again*."
-    def clause(make): return lambda x: (make(x), focus_text(make(x), variant))
-    makes = [lambda x, op=op: (op,x) for op in ("again","not again","first")]
-    again = [clause(make) for make in (*makes, lambda x: ("true",x), lambda x: ("not",("true",x)))]
-    only = [Says((op,x,y), focus_text((op,x,y), variant)) for x,y in permutations("bc") for op in ("only","not only")]
+
+    def clause(make):
+        return lambda x: (make(x), focus_text(make(x), variant))
+
+    makes = [lambda x, op=op: (op, x) for op in ("again", "not again", "first")]
+    again = [clause(make) for make in (*makes, lambda x: ("true", x), lambda x: ("not", ("true", x)))]
+    only = [
+        Says((op, x, y), focus_text((op, x, y), variant))
+        for x, y in permutations("bc")
+        for op in ("only", "not only")
+    ]
     hyps = [g for x in "bcBC" for f in literals(x) for g in framed(Says(f, focus_fact(f, variant)), variant)]
     return two_reports(again) + only, hyps
 
-def focus_thought(p:Says, h:Says, rel:str) -> str:
+
+def focus_thought(p: Says, h: Says, rel: str) -> str:
     "Cite the sentence that is about the fact, and what it says or takes for granted."
     x = next(iter(atoms(h.form)))
-    f = next((f for f in facts_of(p.form) if any(atoms(g)=={x} for g in presupposed(f))), None)
-    if f is None: return f"the premise says nothing of {focus_fact(('true',x))}. This leaves it open, {compared(rel)}"
-    sign = 1 if ("true",x) in presupposed(f) else -1
-    return f"the premise says {focus_text(f, 'plain')}. For {{{x.lower()}}} this {SAYS[sign]}, {compared(rel)}"
+    f = next((f for f in facts_of(p.form) if any(atoms(g) == {x} for g in presupposed(f))), None)
+    if f is None:
+        return f"the premise says nothing of {focus_fact(('true', x))}. This leaves it open, {compared(rel)}"
+    sign = 1 if ("true", x) in presupposed(f) else -1
+    return (
+        f"the premise says {focus_text(f, 'plain')}. For {{{x.lower()}}} this {SAYS[sign]}, {compared(rel)}"
+    )
 
-def focus_models() -> list: return [dict(true=t) for t in subsets("bcBC")]
+
+def focus_models() -> list:
+    return [dict(true=t) for t in subsets("bcBC")]
 
 # %% ../nbs/02_corpus.ipynb #c55f5095
 LEXICON = dict(
     train=dict(
         names="Ann Bob Carl Dan Eva Fred Hugo Jane Kate Leo Mary Nina Oscar Paul Rosa Sam Tom Vera Adam Beth Chris Emma Frank Grace Henry Iris "
-              "Jack Kevin Laura Mark Anna Clara Daniel Edward Lucy Max Michael Robert Susan Thomas Joseph Judy John Joan Jim Joe Lisa Mike Nancy Amy",
+        "Jack Kevin Laura Mark Anna Clara Daniel Edward Lucy Max Michael Robert Susan Thomas Joseph Judy John Joan Jim Joe Lisa Mike Nancy Amy",
         acts="chase/chased help/helped call/called visit/visited follow/followed blame/blamed praise/praised push/pushed invite/invited warn/warned "
-             "hire/hired watch/watched admire/admired accuse/accused save/saved ignore/ignored pull/pulled carry/carried guide/guided question/questioned",
+        "hire/hired watch/watched admire/admired accuse/accused save/saved ignore/ignored pull/pulled carry/carried guide/guided question/questioned",
         scales="taller/shorter older/younger richer/poorer faster/slower heavier/lighter louder/quieter",
         deeds="sing/sang dance/danced laugh/laughed smile/smiled jump/jumped walk/walked talk/talked study/studied vote/voted wait/waited "
-              "stay/stayed pray/prayed climb/climbed relax/relaxed",
+        "stay/stayed pray/prayed climb/climbed relax/relaxed",
         nouns="nurse doctor pilot singer farmer baker teacher student sailor soldier driver dancer lawyer king prince hunter coach child neighbor tourist",
-        adjectives="happy angry tired brave calm proud polite famous kind lucky", traits="small young tall rich blind local",
-        adverbs="quietly happily gently calmly proudly", places="outside today downtown", times="noon dawn midnight", sizes="yellow dirty nice", marked="married bearded freckled",
+        adjectives="happy angry tired brave calm proud polite famous kind lucky",
+        traits="small young tall rich blind local",
+        adverbs="quietly happily gently calmly proudly",
+        places="outside today downtown",
+        times="noon dawn midnight",
+        sizes="yellow dirty nice",
+        marked="married bearded freckled",
         kinds="animal:dog,cat,horse,cow,goat,rabbit vehicle:truck,van,tractor,ambulance,taxi tool:hammer,wrench,drill,shovel,rake "
-              "instrument:violin,piano,flute,drum,trumpet fruit:apple,pear,peach,plum,cherry garment:shirt,jacket,skirt,sweater,scarf",
+        "instrument:violin,piano,flute,drum,trumpet fruit:apple,pear,peach,plum,cherry garment:shirt,jacket,skirt,sweater,scarf",
         things="vanished fell remained appeared sank rolled froze shook",
         antonyms="open/closed:door,gate,window,shop,lid,box alive/dead:fish,plant,tree,insect,spider,bird legal/illegal:act,deal,plan,contract,sale,trade "
-                 "paid/unpaid:bill,debt,ticket,fine,loan,invoice occupied/vacant:seat,room,desk,house,flat,office signed/unsigned:claim,note,memo,petition,message,statement "
-                 "permanent/temporary:job,camp,road,wall,bridge,tattoo locked/unlocked:safe,drawer,cage,car,phone,cabin"),
+        "paid/unpaid:bill,debt,ticket,fine,loan,invoice occupied/vacant:seat,room,desk,house,flat,office signed/unsigned:claim,note,memo,petition,message,statement "
+        "permanent/temporary:job,camp,road,wall,bridge,tattoo locked/unlocked:safe,drawer,cage,car,phone,cabin",
+    ),
     dev=dict(
         names="Owen Peter Ruth Sara Victor Wendy Alice Ben Claire David Ella Felix George Helen Ivan Julia Karen Andrew Anne Carol Gary Harry Larry Louis",
         acts="thank/thanked trust/trusted greet/greeted mock/mocked kick/kicked scare/scared fear/feared respect/respected",
         scales="deeper/shallower higher/lower better/worse thicker/thinner",
         deeds="cry/cried move/moved work/worked sigh/sighed nod/nodded",
         nouns="guard actor writer judge chef queen visitor manager",
-        adjectives="sad hungry shy rude", traits="big weak",
-        adverbs="loudly sadly nervously", places="inside upstairs", times="dusk sunset", sizes="green dusty", marked="bald pregnant",
+        adjectives="sad hungry shy rude",
+        traits="big weak",
+        adverbs="loudly sadly nervously",
+        places="inside upstairs",
+        times="dusk sunset",
+        sizes="green dusty",
+        marked="bald pregnant",
         kinds="weapon:sword,spear,pistol,dagger vegetable:bean,cabbage,turnip,radish dwelling:hut,tent,cottage",
         things="disappeared burned dropped slipped",
         antonyms="visible/invisible:star,comet,symbol,hill,line,stain guilty/innocent:prisoner,thief,officer,clerk,butler,banker finished/unfinished:report,letter,novel,song,poem,essay "
-                 "valid/invalid:passport,voucher,license,coupon,visa,key"),
+        "valid/invalid:passport,voucher,license,coupon,visa,key",
+    ),
     test=dict(
         names="Luke Maria Noah Philip Rachel Simon Tara Alan Brian Diana Eric Greg Hannah James Linda Martin Naomi Oliver Steve Walter Tony Ron Ross Roy Sally "
-              "Sarah Scott Sean Ted Tim Nick Matt Jeff Ken Kelly Jenny",
+        "Sarah Scott Sean Ted Tim Nick Matt Jeff Ken Kelly Jenny",
         acts="fire/fired notice/noticed attack/attacked rescue/rescued tackle/tackled rob/robbed surprise/surprised arrest/arrested support/supported punish/punished",
         scales="stronger/weaker bigger/smaller nearer/farther wider/narrower",
         deeds="sleep/slept shout/shouted whisper/whispered arrive/arrived escape/escaped travel/traveled complain/complained rest/rested",
         nouns="artist painter priest knight miner player captain robot poet worker builder pirate",
-        adjectives="clever lonely busy noisy cheerful", traits="old sick poor strong foreign",
-        adverbs="softly politely carefully silently eagerly", places="nearby indoors abroad yesterday", times="sunrise midday lunchtime", sizes="grey shabby purple",
+        adjectives="clever lonely busy noisy cheerful",
+        traits="old sick poor strong foreign",
+        adverbs="softly politely carefully silently eagerly",
+        places="nearby indoors abroad yesterday",
+        times="sunrise midday lunchtime",
+        sizes="grey shabby purple",
         marked="barefoot tattooed unmarried",
         kinds="building:church,castle,hotel,museum,barn container:bucket,barrel,basket,jar reptile:snake,lizard,turtle,crocodile "
-              "jewel:ruby,diamond,pearl,sapphire ship:ferry,canoe,yacht,submarine",
+        "jewel:ruby,diamond,pearl,sapphire ship:ferry,canoe,yacht,submarine",
         things="changed wobbled survived shrank floated",
         antonyms="correct/incorrect:sum,result,guess,date,address,spelling awake/asleep:baby,guest,lion,tiger,puppy,owl "
-                 "broken/intact:cup,vase,plate,bottle,mirror,toy public/private:record,file,park,beach,lake,garden "
-                 "raw/cooked:egg,steak,carrot,potato,onion,sausage even/odd:number,digit,score,total,page "
-                 "accurate/inaccurate:map,chart,forecast,estimate,clock,survey edible/inedible:mushroom,berry,root,flower,seed,nut"))
-ATTITUDE_WORDS = dict(factive="know/knows realize/realizes remember/remembers".split(), # the first of each kind names the slots
-                      plain="think/thinks believe/believes assume/assumes suspect/suspects".split())
+        "broken/intact:cup,vase,plate,bottle,mirror,toy public/private:record,file,park,beach,lake,garden "
+        "raw/cooked:egg,steak,carrot,potato,onion,sausage even/odd:number,digit,score,total,page "
+        "accurate/inaccurate:map,chart,forecast,estimate,clock,survey edible/inedible:mushroom,berry,root,flower,seed,nut",
+    ),
+)
+ATTITUDE_WORDS = dict(
+    factive="know/knows realize/realizes remember/remembers".split(),  # the first of each kind names the slots
+    plain="think/thinks believe/believes assume/assumes suspect/suspects".split(),
+)
 
 # %% ../nbs/02_corpus.ipynb #38461e47
 IRREGULAR = dict(fish="fish", child="children", thief="thieves", scarf="scarves")
 
-def plural(noun:str) -> str:
+
+def plural(noun: str) -> str:
     "English plural of a regular noun in the lexicon (and the few irregular ones)."
-    if noun in IRREGULAR: return IRREGULAR[noun]
-    if re.search(r"[^aeiou]y$", noun): return noun[:-1]+"ies"
+    if noun in IRREGULAR:
+        return IRREGULAR[noun]
+    if re.search(r"[^aeiou]y$", noun):
+        return noun[:-1] + "ies"
     return noun + ("es" if re.search(r"(s|x|ch|sh|potato)$", noun) else "s")
 
+
 @lru_cache(None)
-def lexicon(split:str) -> dict: # kind -> list of words
+def lexicon(split: str) -> dict:  # kind -> list of words
     "The words of a split as lists."
-    return {k:v.split() for k,v in LEXICON[split].items()}
+    return {k: v.split() for k, v in LEXICON[split].items()}
 
-NO_TITLE = ("child", "neighbor", "tourist", "visitor") # nobody is a former child or a fake neighbor
 
-def draw(category:str, split:str, rng:Random) -> dict: # slot -> word
+NO_TITLE = ("child", "neighbor", "tourist", "visitor")  # nobody is a former child or a fake neighbor
+
+
+def draw(category: str, split: str, rng: Random) -> dict:  # slot -> word
     "The content words of one quadruple: one word for every slot."
     lex = lexicon(split)
-    def pick(kind): return rng.choice(lex[kind])
-    out = dict(zip("abcd", rng.sample(lex["names"], 4)), adj=pick("adjectives"), trait=pick("traits"), adv=pick("adverbs"), place=pick("places"))
-    out["base"], out["past"] = pick("acts" if category=="role_swap" else "deeds").split("/")
+
+    def pick(kind):
+        return rng.choice(lex[kind])
+
+    out = dict(
+        zip("abcd", rng.sample(lex["names"], 4)),
+        adj=pick("adjectives"),
+        trait=pick("traits"),
+        adv=pick("adverbs"),
+        place=pick("places"),
+    )
+    out["base"], out["past"] = pick("acts" if category == "role_swap" else "deeds").split("/")
     out["more"], out["less"] = pick("scales").split("/")
     pair, things = pick("antonyms").split(":")
     out["pos"], out["neg"] = pair.split("/")
-    out["noun"] = rng.choice(things.split(",")) if category=="antonyms" else pick("nouns")
+    out["noun"] = rng.choice(things.split(",")) if category == "antonyms" else pick("nouns")
     for verbs in ATTITUDE_WORDS.values():
-        for slot,word in zip(verbs[0].split("/"), rng.choice(verbs).split("/")): out[slot] = word
-    if category=="adjectives": out["noun"] = rng.choice([n for n in lex["nouns"] if n not in NO_TITLE])
-    if category=="hypernymy": out["adj"] = pick("sizes")
+        for slot, word in zip(verbs[0].split("/"), rng.choice(verbs).split("/")):
+            out[slot] = word
+    if category == "adjectives":
+        out["noun"] = rng.choice([n for n in lex["nouns"] if n not in NO_TITLE])
+    if category == "hypernymy":
+        out["adj"] = pick("sizes")
     kind, sorts = pick("kinds").split(":")
-    out |= dict(kind=kind, sort=rng.choice(sorts.split(",")), time=pick("times"), marked=pick("marked"), went=pick("things"))
-    return out | {f"{slot}s":plural(out[slot]) for slot in ("noun","kind","sort")}
+    out |= dict(
+        kind=kind,
+        sort=rng.choice(sorts.split(",")),
+        time=pick("times"),
+        marked=pick("marked"),
+        went=pick("things"),
+    )
+    return out | {f"{slot}s": plural(out[slot]) for slot in ("noun", "kind", "sort")}
 
 # %% ../nbs/02_corpus.ipynb #52d4a790
 @dataclass(frozen=True)
 class Category:
     "What makes one category: skeletons, the rule, the models that check it, the thought, and where its labels hide."
-    says:object; rule:object; models:object; thought:object
-    turns:bool=False # in the direction of a step
-    binds:bool=False # in who did what: both premises have the same words, and both hypotheses
 
-def _monotone(category:str, props:str) -> Category:
+    says: object
+    rule: object
+    models: object
+    thought: object
+    turns: bool = False  # in the direction of a step
+    binds: bool = False  # in who did what: both premises have the same words, and both hypotheses
+
+
+def _monotone(category: str, props: str) -> Category:
     "A category of quantified sentences in which one argument moves."
-    return Category(lambda v: quantifier_says(category, v), quantifier_rule, lambda: thing_models(props),
-                    lambda *a: quantifier_thought(category, *a), turns=True)
+    return Category(
+        lambda v: quantifier_says(category, v),
+        quantifier_rule,
+        lambda: thing_models(props),
+        lambda *a: quantifier_thought(category, *a),
+        turns=True,
+    )
+
 
 CATEGORIES = dict(
     role_swap=Category(role_says, role_rule, did_models, role_thought),
     comparatives=Category(order_says, order_rule, rank_models, order_thought),
-    restrictor=_monotone("restrictor", "XZB"), scope=_monotone("scope", "BYW"),
-    connectives=Category(logic_says, resolution_rule, lambda: [dict(true=t) for t in subsets("bcd")], logic_thought),
+    restrictor=_monotone("restrictor", "XZB"),
+    scope=_monotone("scope", "BYW"),
+    connectives=Category(
+        logic_says, resolution_rule, lambda: [dict(true=t) for t in subsets("bcd")], logic_thought
+    ),
     embedding=Category(embedding_says, embedding_rule, truth_models, embedding_thought),
     counting=Category(count_says, count_rule, count_models, count_thought),
     antonyms=Category(antonym_says, quantifier_rule, lambda: thing_models("B"), antonym_thought),
@@ -1040,281 +1664,470 @@ CATEGORIES = dict(
     temporal=Category(time_says, time_rule, time_models, time_thought, binds=True),
     modals=Category(modal_says, modal_rule, world_models, modal_thought, binds=True),
     most=_monotone("most", "BYW"),
-    implicatives=Category(implicative_says, embedding_rule, lambda: truth_models("bc"), lambda *a: report_thought(implicative_text, fact, *a), binds=True),
+    implicatives=Category(
+        implicative_says,
+        embedding_rule,
+        lambda: truth_models("bc"),
+        lambda *a: report_thought(implicative_text, fact, *a),
+        binds=True,
+    ),
     only_again=Category(focus_says, focus_rule, focus_models, focus_thought, binds=True),
-    adjectives=Category(adjective_says, embedding_rule, lambda: truth_models("bc"), lambda *a: report_thought(adjective_text, is_one, *a), binds=True))
-TURNS = tuple(c for c,cat in CATEGORIES.items() if cat.turns)
-VARIANTS = dict(demo=("role_swap","comparatives"), plain=tuple(CATEGORIES), templates=tuple(CATEGORIES), pairs=tuple(HELD_OUT),
-                depth3=("role_swap","comparatives","connectives","embedding"), direction=TURNS)
+    adjectives=Category(
+        adjective_says,
+        embedding_rule,
+        lambda: truth_models("bc"),
+        lambda *a: report_thought(adjective_text, is_one, *a),
+        binds=True,
+    ),
+)
+TURNS = tuple(c for c, cat in CATEGORIES.items() if cat.turns)
+VARIANTS = dict(
+    demo=("role_swap", "comparatives"),
+    plain=tuple(CATEGORIES),
+    templates=tuple(CATEGORIES),
+    pairs=tuple(HELD_OUT),
+    depth3=("role_swap", "comparatives", "connectives", "embedding"),
+    direction=TURNS,
+)
 
 # %% ../nbs/02_corpus.ipynb #96b8bf8b
-DENIALS = NEGATIONS | {"false","untrue"} # words that turn a sentence round, frames among them
-MODIFIERS = "XZYWV" # letters of a meaning that stand for a modifier (or for a more special noun)
+DENIALS = NEGATIONS | {"false", "untrue"}  # words that turn a sentence round, frames among them
+MODIFIERS = "XZYWV"  # letters of a meaning that stand for a modifier (or for a more special noun)
 
-def words(text:str) -> list: return re.findall(r"\{?\w+\}?", text.lower())
 
-def named(text:str) -> list: # slots of people, in order of first mention
+def words(text: str) -> list:
+    return re.findall(r"\{?\w+\}?", text.lower())
+
+
+def named(text: str) -> list:  # slots of people, in order of first mention
     "The people a skeleton names."
     return list(dict.fromkeys(re.findall(r"\{[abcd]\}", text)))
 
-def bared(f) -> tuple: # meaning
+
+def bared(f) -> tuple:  # meaning
     "A meaning without its modifiers: what a reader sees who deletes every adjective and adverb."
-    if not isinstance(f, tuple): return f
-    return tuple(bared(x) for x in f if not (isinstance(x, str) and len(x)==1 and x in MODIFIERS))
+    if not isinstance(f, tuple):
+        return f
+    return tuple(bared(x) for x in f if not (isinstance(x, str) and len(x) == 1 and x in MODIFIERS))
+
 
 @lru_cache(None)
-def features(p:str, h:str) -> dict: # name -> value
+def features(p: str, h: str) -> dict:  # name -> value
     "What a shallow reader sees of a pair: shared words, negation words, difference in length (`shape`: all three at once), whether the same person comes first."
     wp, wh = words(p), words(h)
-    overlap, negation, length = len(set(wp)&set(wh)), (bool(NEGATIONS&set(wp)), bool(NEGATIONS&set(wh))), len(wh)-len(wp)
-    parity = tuple(sum(w in no for w in wp+wh)%2 for no in (NEGATIONS, DENIALS))
-    return dict(overlap=overlap, negation=negation, length=length, shape=(overlap,*negation,length), first=named(p)[:1]==named(h)[:1],
-                parity=parity[0], denials=parity[1], frames=(wp[:2],wh[:2])==(wh[:2],wp[:2]))
+    overlap, negation, length = (
+        len(set(wp) & set(wh)),
+        (bool(NEGATIONS & set(wp)), bool(NEGATIONS & set(wh))),
+        len(wh) - len(wp),
+    )
+    parity = tuple(sum(w in no for w in wp + wh) % 2 for no in (NEGATIONS, DENIALS))
+    return dict(
+        overlap=overlap,
+        negation=negation,
+        length=length,
+        shape=(overlap, *negation, length),
+        first=named(p)[:1] == named(h)[:1],
+        parity=parity[0],
+        denials=parity[1],
+        frames=(wp[:2], wh[:2]) == (wh[:2], wp[:2]),
+    )
 
 # %% ../nbs/02_corpus.ipynb #3f3d2bfa
 @lru_cache(None)
-def checked_relations(category:str, variant:str) -> dict: # (premise, hypothesis) skeletons -> relation
+def checked_relations(category: str, variant: str) -> dict:  # (premise, hypothesis) skeletons -> relation
     "Relation of every pair by rule, confirmed by model enumeration. Raises AssertionError where the two paths disagree."
     cat = CATEGORIES[category]
-    (ps, hs), models = cat.says("plain" if variant=="direction" else variant), cat.models()
-    true_in = {f: sum(1<<i for i,m in enumerate(models) if holds(f, m)) for f in {s.form for s in (*ps,*hs)}}
+    (ps, hs), models = cat.says("plain" if variant == "direction" else variant), cat.models()
+    true_in = {
+        f: sum(1 << i for i, m in enumerate(models) if holds(f, m)) for f in {s.form for s in (*ps, *hs)}
+    }
     out = {}
-    for p,h in product(ps, hs):
-        both, rest = true_in[p.form]&true_in[h.form], true_in[p.form]&~true_in[h.form]
+    for p, h in product(ps, hs):
+        both, rest = true_in[p.form] & true_in[h.form], true_in[p.form] & ~true_in[h.form]
         found = "neutral" if both and rest else "entailment" if both else "contradiction"
         rel = cat.rule(normal(p.form), normal(h.form))
-        assert (both or rest) and rel==found, f"{category}: {p.text} / {h.text}: the rule says {rel}, the models {found}"
-        out[p,h] = rel
+        assert (both or rest) and rel == found, (
+            f"{category}: {p.text} / {h.text}: the rule says {rel}, the models {found}"
+        )
+        out[p, h] = rel
     return out
 
 # %% ../nbs/02_corpus.ipynb #673e2344
-def explained(category:str, pair:tuple, rel:str, variant:str): # the thought's skeleton, or None
+def explained(category: str, pair: tuple, rel: str, variant: str):  # the thought's skeleton, or None
     "The thought of a pair, unless the sentences are the same, the hypothesis names someone new, or the category cannot explain it in a line."
     p, h = pair
-    if p.text==h.text or not set(named(h.text))<=set(named(p.text)): return None
+    if p.text == h.text or not set(named(h.text)) <= set(named(p.text)):
+        return None
     made = CATEGORIES[category].thought(*(replace(s, form=normal(s.form)) for s in pair), rel)
     # 135M parameters and 40 steps learn to compare two names that stand side by side, not two clauses at once (runs/LOG.md)
-    return lined_up(made, rel) if variant=="demo" else made
+    return lined_up(made, rel) if variant == "demo" else made
+
 
 @dataclass(frozen=True, eq=False)
 class Quad:
     "A crossed quadruple of skeletons: (premise, hypothesis, relation, thought) in the order 11, 12, 21, 22."
-    pairs:tuple
-    gap:tuple # ((feature, value), surplus among entailed pairs)
+
+    pairs: tuple
+    gap: tuple  # ((feature, value), surplus among entailed pairs)
 
 # %% ../nbs/02_corpus.ipynb #1061441d
-def gap(pairs:tuple, mixed:bool) -> tuple: # ((feature, value), surplus)
+def gap(pairs: tuple, mixed: bool) -> tuple:  # ((feature, value), surplus)
     "What the entailed pairs show a shallow reader more often than the others; `mixed` also counts neutral against contradiction."
     out = Counter()
-    for p,h,rel,thought in pairs:
-        sign = 1 if rel=="entailment" else -1
-        for key in features(p.text, h.text).items(): out[key] += sign
-        out["thought"] += sign*len(thought.split())
-        if mixed and sign<0: out["relation"] += 1 if rel=="neutral" else -1 # demo has one kind per category
-    return tuple(sorted(((k,v) for k,v in out.items() if v), key=str))
+    for p, h, rel, thought in pairs:
+        sign = 1 if rel == "entailment" else -1
+        for key in features(p.text, h.text).items():
+            out[key] += sign
+        out["thought"] += sign * len(thought.split())
+        if mixed and sign < 0:
+            out["relation"] += 1 if rel == "neutral" else -1  # demo has one kind per category
+    return tuple(sorted(((k, v) for k, v in out.items() if v), key=str))
 
-def is_held(s:Says, category:str) -> bool:
+
+def is_held(s: Says, category: str) -> bool:
     "Does the sentence use a quantifier held out of this category, in words or in meaning?"
-    return any(f[0]=="q" and f[1] in HELD_OUT.get(category, ()) for f in (s.form, s.form[1], normal(s.form)))
+    return any(
+        f[0] == "q" and f[1] in HELD_OUT.get(category, ()) for f in (s.form, s.form[1], normal(s.form))
+    )
 
-def moving(f:tuple): # the arguments of a quantified meaning, the details of an event
+
+def moving(f: tuple):  # the arguments of a quantified meaning, the details of an event
     "What of a meaning a step can move."
-    return act_parts(f)[0] if f[0] in ("act","not") else normal(f)[2:]
+    return act_parts(f)[0] if f[0] in ("act", "not") else normal(f)[2:]
 
-def about(category:str, p:Says, h:Says) -> bool:
+
+def about(category: str, p: Says, h: Says) -> bool:
     "Is the step from `p` to `h` what the category is about? (Monotonicity asks that an argument moves.)"
-    return not CATEGORIES[category].turns or moving(normal(p.form))!=moving(normal(h.form))
+    return not CATEGORIES[category].turns or moving(normal(p.form)) != moving(normal(h.form))
 
 # %% ../nbs/02_corpus.ipynb #8c7ab1a4
-PART = dict(adj="adj", trait="adj", marked="adj", pos="adj", neg="adj", adv="adv", place="adv", time="time", base="verb", past="verb", went="verb",
-            more="more", less="more", noun="noun", kind="noun", sort="noun", nouns="nouns", kinds="nouns", sorts="nouns", **dict.fromkeys("abcd", "name"))
-SALT = 103 # a number under which the colours come out even in every category: see tests/test_corpus.py
+PART = dict(
+    adj="adj",
+    trait="adj",
+    marked="adj",
+    pos="adj",
+    neg="adj",
+    adv="adv",
+    place="adv",
+    time="time",
+    base="verb",
+    past="verb",
+    went="verb",
+    more="more",
+    less="more",
+    noun="noun",
+    kind="noun",
+    sort="noun",
+    nouns="nouns",
+    kinds="nouns",
+    sorts="nouns",
+    **dict.fromkeys("abcd", "name"),
+)
+SALT = 103  # a number under which the colours come out even in every category: see tests/test_corpus.py
 
-def wording(text:str) -> str: # e.g. "every <adj> <noun> <verb>"
+
+def wording(text: str) -> str:  # e.g. "every <adj> <noun> <verb>"
     "A skeleton's words, with the part of speech where a content word goes."
     return re.sub(r"\{(\w+)\}", lambda m: f"<{PART.get(m[1], m[1])}>", text)
 
+
 @lru_cache(None)
-def colour(text:str, place:str) -> int: # 0 or 1
+def colour(text: str, place: str) -> int:  # 0 or 1
     "The colour of a wording as premise (`p`) or hypothesis (`h`)."
     return sha256(f"{SALT} {place} {wording(text)}".encode()).digest()[0] & 1
 
-def half(p:Says, h:Says) -> int: # 0: may be trained on; 1: only judged
-    "Which half of the pairs of wordings a pair belongs to."
-    if p.halves: return p.halves[0]^h.halves[1]
-    return colour(p.text, "p")^colour(h.text, "h")
 
-HALVES = dict(train=0, dev=1, test=1, test_pairs=1) # split -> half; the others have wordings that train has not
+def half(p: Says, h: Says) -> int:  # 0: may be trained on; 1: only judged
+    "Which half of the pairs of wordings a pair belongs to."
+    if p.halves:
+        return p.halves[0] ^ h.halves[1]
+    return colour(p.text, "p") ^ colour(h.text, "h")
+
+
+HALVES = dict(
+    train=0, dev=1, test=1, test_pairs=1
+)  # split -> half; the others have wordings that train has not
 
 # %% ../nbs/02_corpus.ipynb #564822b1
 @lru_cache(None)
-def bag(s:Says) -> tuple: # sorted words
+def bag(s: Says) -> tuple:  # sorted words
     "A skeleton's words without their order, and without who is who."
     return tuple(sorted(words(re.sub(r"\{[abcd]\}", "", s.text))))
 
-def crossed(category:str, variant:str, rel:dict, thought:dict, rng:Random):
+
+def crossed(category: str, variant: str, rel: dict, thought: dict, rng: Random):
     "Yield, per pair of premises, the pairs of hypotheses that make a crossed quadruple with it."
-    ps, hs = ({pair[i]:0 for pair in thought} for i in (0,1))
-    held = {s: variant!="pairs" or is_held(s, category) for s in (*ps,*hs)}
-    firsts = [p for p in ps if named(p.text)==sorted(named(p.text))] # the others are the same again under other names
-    both = [(p1,p2) for p1 in firsts for p2 in ps if p1!=p2]
-    binds = variant=="demo" or CATEGORIES[category].binds
-    if binds: both = [(p1,p2) for p1,p2 in both if bag(p1)==bag(p2)] # only who is who decides
-    for p1,p2 in rng.sample(both, min(6000, len(both))):
-        ok = [h for h in hs if (p1,h) in thought and (p2,h) in thought and (held[h] or held[p1] and held[p2])]
-        h1s = [h for h in ok if rel[p1,h]=="entailment"!=rel[p2,h] and about(category, p1, h)]
-        h2s = [h for h in ok if rel[p2,h]=="entailment"!=rel[p1,h] and about(category, p2, h)]
-        found = [(h1,h2) for h1,h2 in product(h1s, h2s) if not binds or bag(h1)==bag(h2)]
+    ps, hs = ({pair[i]: 0 for pair in thought} for i in (0, 1))
+    held = {s: variant != "pairs" or is_held(s, category) for s in (*ps, *hs)}
+    firsts = [
+        p for p in ps if named(p.text) == sorted(named(p.text))
+    ]  # the others are the same again under other names
+    both = [(p1, p2) for p1 in firsts for p2 in ps if p1 != p2]
+    binds = variant == "demo" or CATEGORIES[category].binds
+    if binds:
+        both = [(p1, p2) for p1, p2 in both if bag(p1) == bag(p2)]  # only who is who decides
+    for p1, p2 in rng.sample(both, min(6000, len(both))):
+        ok = [
+            h for h in hs if (p1, h) in thought and (p2, h) in thought and (held[h] or held[p1] and held[p2])
+        ]
+        h1s = [h for h in ok if rel[p1, h] == "entailment" != rel[p2, h] and about(category, p1, h)]
+        h2s = [h for h in ok if rel[p2, h] == "entailment" != rel[p1, h] and about(category, p2, h)]
+        found = [(h1, h2) for h1, h2 in product(h1s, h2s) if not binds or bag(h1) == bag(h2)]
         yield p1, p2, found
 
 # %% ../nbs/02_corpus.ipynb #4d4a5688
-def reversal(category:str, pair:tuple, rel:dict) -> str: # "down", "up" or ""
+def reversal(category: str, pair: tuple, rel: dict) -> str:  # "down", "up" or ""
     "Where a step goes whose reverse is an entailment and which is none itself."
     p, h = pair
     rule, f, g = CATEGORIES[category].rule, normal(p.form), normal(h.form)
-    if rel[pair]!="neutral" or rule(g, f)!="entailment": return ""
-    if f[0]!=g[0] or f[0]=="q" and f[1]!=g[1]: return "" # the step is the argument's alone
-    return next((way for a,b in zip(_arguments(f), _arguments(g)) if (way := direction(a,b)) in ("up","down")), "")
+    if rel[pair] != "neutral" or rule(g, f) != "entailment":
+        return ""
+    if f[0] != g[0] or f[0] == "q" and f[1] != g[1]:
+        return ""  # the step is the argument's alone
+    return next(
+        (way for a, b in zip(_arguments(f), _arguments(g)) if (way := direction(a, b)) in ("up", "down")), ""
+    )
 
-def _arguments(f:tuple) -> tuple: return (act_parts(f)[0],) if f[0] in ("act","not") else f[2:]
 
-def octuples(category:str, variant:str, rel:dict, thought:dict, rng:Random, tries:int=60_000):
+def _arguments(f: tuple) -> tuple:
+    return (act_parts(f)[0],) if f[0] in ("act", "not") else f[2:]
+
+
+def octuples(category: str, variant: str, rel: dict, thought: dict, rng: Random, tries: int = 60_000):
     "Yield octuples: four premises and four hypotheses in a ring, as lists."
-    ps = {p:0 for p,_ in thought}
-    held = {p: variant!="pairs" or is_held(p, category) for p in {s for pair in thought for s in pair}}
-    def allowed(pair): return pair in thought and (held[pair[0]] or held[pair[1]])
-    turns = {way: [pair for pair in thought if allowed(pair) and reversal(category, pair, rel)==way] for way in ("down","up")}
-    gives, given = defaultdict(list), defaultdict(list) # premise -> hypotheses, hypothesis -> premises
-    for p,h in thought:
-        if rel[p,h]=="entailment" and allowed((p,h)):
+    ps = {p: 0 for p, _ in thought}
+    held = {p: variant != "pairs" or is_held(p, category) for p in {s for pair in thought for s in pair}}
+
+    def allowed(pair):
+        return pair in thought and (held[pair[0]] or held[pair[1]])
+
+    turns = {
+        way: [pair for pair in thought if allowed(pair) and reversal(category, pair, rel) == way]
+        for way in ("down", "up")
+    }
+    gives, given = defaultdict(list), defaultdict(list)  # premise -> hypotheses, hypothesis -> premises
+    for p, h in thought:
+        if rel[p, h] == "entailment" and allowed((p, h)):
             gives[p].append(h)
             given[h].append(p)
-    if not (turns["down"] and turns["up"]): return
+    if not (turns["down"] and turns["up"]):
+        return
     for _ in range(tries):
-        (p2,h1), (p4,h3) = rng.choice(turns["down"]), rng.choice(turns["up"])
-        if not (given[h1] and given[h3] and gives[p2] and gives[p4]): continue
+        (p2, h1), (p4, h3) = rng.choice(turns["down"]), rng.choice(turns["up"])
+        if not (given[h1] and given[h3] and gives[p2] and gives[p4]):
+            continue
         p1, p3 = rng.choice(given[h1]), rng.choice(given[h3])
         h2, h4 = rng.choice(gives[p2]), rng.choice(gives[p4])
-        if len({p1,p2,p3,p4})<4 or len({h1,h2,h3,h4})<4: continue
-        if not (allowed((p3,h2)) and allowed((p1,h4))) or "entailment" in (rel[p3,h2], rel[p1,h4]): continue
-        if about(category, p1, h1) and about(category, p3, h3): yield [p1,p2,p3,p4], [h1,h2,h3,h4]
+        if len({p1, p2, p3, p4}) < 4 or len({h1, h2, h3, h4}) < 4:
+            continue
+        if not (allowed((p3, h2)) and allowed((p1, h4))) or "entailment" in (rel[p3, h2], rel[p1, h4]):
+            continue
+        if about(category, p1, h1) and about(category, p3, h3):
+            yield [p1, p2, p3, p4], [h1, h2, h3, h4]
 
 # %% ../nbs/02_corpus.ipynb #a02abb52
-def lead(s:Says) -> str: # "it is true that", "it is false that" or nothing
+def lead(s: Says) -> str:  # "it is true that", "it is false that" or nothing
     "The frame a sentence stands in."
     return s.text[:16] if s.text.startswith("it is ") else ""
 
-def is_minimal(category:str, p:Says, h:Says) -> bool:
+
+def is_minimal(category: str, p: Says, h: Says) -> bool:
     "Do the two sentences differ in one modifier (or one more special noun) and nothing else? Such pairs are never trained on."
     f, g = normal(p.form), normal(h.form)
-    if not CATEGORIES[category].turns or lead(p)!=lead(h) or f[0]!=g[0] or f[0]=="q" and f[1]!=g[1]: return False
-    moves = [(a,b) for a,b in zip(_arguments(f), _arguments(g)) if a!=b]
-    return len(moves)==1 and direction(*moves[0]) in ("up","down") and abs(len(moves[0][0])-len(moves[0][1]))==1
+    if not CATEGORIES[category].turns or lead(p) != lead(h) or f[0] != g[0] or f[0] == "q" and f[1] != g[1]:
+        return False
+    moves = [(a, b) for a, b in zip(_arguments(f), _arguments(g)) if a != b]
+    return (
+        len(moves) == 1
+        and direction(*moves[0]) in ("up", "down")
+        and abs(len(moves[0][0]) - len(moves[0][1])) == 1
+    )
 
-def minimal(category:str, rel:dict, thought:dict):
+
+def minimal(category: str, rel: dict, thought: dict):
     "Yield quadruples of two minimal pairs, each in both directions: one where deleting is safe, one where adding is."
-    kept = [pair for pair in thought if is_minimal(category, *pair) and rel[pair]=="entailment"]
-    ways = {way: [(p,h) for p,h in kept if reversal(category, (h,p), rel)==way] for way in ("down","up")}
-    for (p,h),(q,g) in product(ways["down"], ways["up"]):
-        if len({p.text,h.text,q.text,g.text})==4: yield tuple((s,t,rel[s,t],thought[s,t]) for s,t in ((p,h),(h,p),(q,g),(g,q)))
+    kept = [pair for pair in thought if is_minimal(category, *pair) and rel[pair] == "entailment"]
+    ways = {
+        way: [(p, h) for p, h in kept if reversal(category, (h, p), rel) == way] for way in ("down", "up")
+    }
+    for (p, h), (q, g) in product(ways["down"], ways["up"]):
+        if len({p.text, h.text, q.text, g.text}) == 4:
+            yield tuple((s, t, rel[s, t], thought[s, t]) for s, t in ((p, h), (h, p), (q, g), (g, q)))
 
 # %% ../nbs/02_corpus.ipynb #3585d86f
-RING = ((0,0),(1,0),(2,2),(3,2), (1,1),(2,1),(3,3),(0,3)) # premise and hypothesis of an octuple's rows; the first four are balanced alone
+RING = (
+    (0, 0),
+    (1, 0),
+    (2, 2),
+    (3, 2),
+    (1, 1),
+    (2, 1),
+    (3, 3),
+    (0, 3),
+)  # premise and hypothesis of an octuple's rows; the first four are balanced alone
+
 
 @lru_cache(None)
-def quads(category:str, variant:str="plain", # key of `VARIANTS`
-          part:int|None=None, # half of the pairs of wordings; None: all
-          most:int=3 # kept per pair of premises, of each sort
-         ) -> tuple: # of `Quad`
+def quads(
+    category: str,
+    variant: str = "plain",  # key of `VARIANTS`
+    part: int | None = None,  # half of the pairs of wordings; None: all
+    most: int = 3,  # kept per pair of premises, of each sort
+) -> tuple:  # of `Quad`
     "Crossed quadruples of a category (octuples, where direction is its matter): those that are even by themselves, and others. In variant *pairs* every row uses a held-out quantifier."
     rel, rng, out = checked_relations(category, variant), Random(f"{category}/{variant}"), []
-    if variant=="direction": kept = [pair for pair in rel if is_minimal(category, *pair)]
-    else: kept = [pair for pair in rel if part is None or half(*pair)==part and not (part==0 and is_minimal(category, *pair))]
-    thought = {pair:t for pair in kept if (t := explained(category, pair, rel[pair], variant))}
-    if variant=="direction": return tuple(Quad(pairs, gap(pairs, False)) for pairs in minimal(category, rel, thought))
+    if variant == "direction":
+        kept = [pair for pair in rel if is_minimal(category, *pair)]
+    else:
+        kept = [
+            pair
+            for pair in rel
+            if part is None or half(*pair) == part and not (part == 0 and is_minimal(category, *pair))
+        ]
+    thought = {pair: t for pair in kept if (t := explained(category, pair, rel[pair], variant))}
+    if variant == "direction":
+        return tuple(Quad(pairs, gap(pairs, False)) for pairs in minimal(category, rel, thought))
     if CATEGORIES[category].turns:
         found = octuples(category, variant, rel, thought, rng)
-        rings = [tuple((ps[i],hs[j],rel[ps[i],hs[j]],thought[ps[i],hs[j]]) for i,j in RING) for ps,hs in found]
+        rings = [
+            tuple((ps[i], hs[j], rel[ps[i], hs[j]], thought[ps[i], hs[j]]) for i, j in RING)
+            for ps, hs in found
+        ]
         return tuple(Quad(pairs, gap(pairs, False)) for pairs in rings)
-    shape = {(p,h): features(p.text, h.text)["shape"] for p,h in thought}
-    for p1,p2,found in crossed(category, variant, rel, thought, rng):
-        even = [(h1,h2) for h1,h2 in found if sorted((shape[p1,h1],shape[p2,h2]))==sorted((shape[p1,h2],shape[p2,h1]))]
-        for h1,h2 in rng.sample(found, min(most, len(found))) + rng.sample(even, min(most, len(even))):
-            pairs = tuple((p,h,rel[p,h],thought[p,h]) for p in (p1,p2) for h in (h1,h2))
-            out.append(Quad(pairs, gap(pairs, variant!="demo")))
+    shape = {(p, h): features(p.text, h.text)["shape"] for p, h in thought}
+    for p1, p2, found in crossed(category, variant, rel, thought, rng):
+        even = [
+            (h1, h2)
+            for h1, h2 in found
+            if sorted((shape[p1, h1], shape[p2, h2])) == sorted((shape[p1, h2], shape[p2, h1]))
+        ]
+        for h1, h2 in rng.sample(found, min(most, len(found))) + rng.sample(even, min(most, len(even))):
+            pairs = tuple((p, h, rel[p, h], thought[p, h]) for p in (p1, p2) for h in (h1, h2))
+            out.append(Quad(pairs, gap(pairs, variant != "demo")))
     return tuple(out)
 
 # %% ../nbs/02_corpus.ipynb #5d73a78a
-def cost(total:Counter, change:dict) -> float:
+def cost(total: Counter, change: dict) -> float:
     "By how much `change` moves the surpluses in `total` away from zero; relation counts most, a word of thought least."
-    return sum({"relation":9, "thought":1/9}.get(k, 1) * v*(2*total[k]+v) for k,v in change.items())
+    return sum(
+        {"relation": 9, "thought": 1 / 9}.get(k, 1) * v * (2 * total[k] + v) for k, v in change.items()
+    )
 
-WEAR = 24 # uses of one pair of skeletons at most: a noun and its antonyms fill it 48 times, and all pairs of a quadruple must be new at once
 
-def choose(pool:tuple, n:int, rng:Random, tries:int=40, swaps:int=100) -> list: # n quadruples
+WEAR = 24  # uses of one pair of skeletons at most: a noun and its antonyms fill it 48 times, and all pairs of a quadruple must be new at once
+
+
+def choose(pool: tuple, n: int, rng: Random, tries: int = 40, swaps: int = 100) -> list:  # n quadruples
     "A choice from `pool` whose shallow features are as even over the labels as it can find, with no pair of skeletons used much more than others."
-    even = [q for q in pool if not any(k[0]=="shape" for k,_ in q.gap)] or pool
-    gaps, pairs = ({q:f(q) for q in pool} for f in (lambda q: dict(q.gap), lambda q: [pair[:2] for pair in q.pairs]))
+    even = [q for q in pool if not any(k[0] == "shape" for k, _ in q.gap)] or pool
+    gaps, pairs = (
+        {q: f(q) for q in pool} for f in (lambda q: dict(q.gap), lambda q: [pair[:2] for pair in q.pairs])
+    )
     total, used, out = Counter(), Counter(), []
-    sides = [found for sign in (1,-1) if (found := [q for q in pool if sign*gaps[q].get("relation",0)>0])] # neutral or contradictory pairs may be rare
+    sides = [
+        found for sign in (1, -1) if (found := [q for q in pool if sign * gaps[q].get("relation", 0) > 0])
+    ]  # neutral or contradictory pairs may be rare
     sorts = (pool, even, *sides)
-    def one(): return rng.choice(rng.choice(sorts))
-    def worn(q): return sum(used[p] for p in pairs[q])/8 # a repeated pair weighs less than an uneven feature
-    def worn_out(q): return max(used[p] for p in pairs[q])>=WEAR
+
+    def one():
+        return rng.choice(rng.choice(sorts))
+
+    def worn(q):
+        return sum(used[p] for p in pairs[q]) / 8  # a repeated pair weighs less than an uneven feature
+
+    def worn_out(q):
+        return max(used[p] for p in pairs[q]) >= WEAR
+
     for _ in range(n):
         q = min((one() for _ in range(tries)), key=lambda q: (worn_out(q), cost(total, gaps[q]) + worn(q)))
-        out.append(q); total.update(gaps[q]); used.update(pairs[q])
-    for _ in range(swaps*n):
+        out.append(q)
+        total.update(gaps[q])
+        used.update(pairs[q])
+    for _ in range(swaps * n):
         i, new = rng.randrange(n), one()
-        change = Counter(gaps[new]); change.subtract(gaps[out[i]])
+        change = Counter(gaps[new])
+        change.subtract(gaps[out[i]])
         if cost(total, change) + worn(new) + 2 < worn(out[i]) and not worn_out(new):
-            used.subtract(pairs[out[i]]); used.update(pairs[new]); total.update(change); out[i] = new
+            used.subtract(pairs[out[i]])
+            used.update(pairs[new])
+            total.update(change)
+            out[i] = new
     return out
 
 # %% ../nbs/02_corpus.ipynb #4bd1e189
-GENERATOR = "2" # goes up whenever the same size and seed give other rows
-SIZES = dict( # split -> quadruples per category (an octuple counts as two)
-    demo=dict(train=80, dev=16, test=30), tiny=dict(train=10, dev=2, test=4),
-    small=dict(train=62, dev=6, test=12), full=dict(train=376, dev=38, test=76))
+GENERATOR = "2"  # goes up whenever the same size and seed give other rows
+SIZES = dict(  # split -> quadruples per category (an octuple counts as two)
+    demo=dict(train=80, dev=16, test=30),
+    tiny=dict(train=10, dev=2, test=4),
+    small=dict(train=62, dev=6, test=12),
+    full=dict(train=376, dev=38, test=76),
+)
 # before and after are read off by a boosted tree where their wordings are in train: only new wordings judge temporal order
-NOT_JUDGED = dict(dev=("temporal",), test=("temporal",)) # split -> categories
-HARDER = dict(test_templates="templates", test_pairs="pairs", test_depth3="depth3", test_direction="direction") # split -> variant, as many quadruples as test
+NOT_JUDGED = dict(dev=("temporal",), test=("temporal",))  # split -> categories
+HARDER = dict(
+    test_templates="templates", test_pairs="pairs", test_depth3="depth3", test_direction="direction"
+)  # split -> variant, as many quadruples as test
 
-def quad_rows(q:Quad, words:dict, head:dict, template:str) -> list: # of four SFT rows, or eight
+
+def quad_rows(q: Quad, words: dict, head: dict, template: str) -> list:  # of four SFT rows, or eight
     "One quadruple or octuple as rows; `head` holds category and group_id. An id ends in the numbers of its premise and its hypothesis."
-    ps, hs = ([*dict.fromkeys(pair[i].text for pair in q.pairs)] for i in (0,1))
-    return [sft_row(f"{head['group_id']}-{ps.index(p.text)+1}{hs.index(h.text)+1}", fill(p.text, words), fill(h.text, words), fill(thought, words),
-                    int(rel=="entailment"), "synthetic", template=template, **head, relation=rel, contract="entailment", meaning=json.dumps([p.form, h.form]))
-            for p,h,rel,thought in q.pairs]
+    ps, hs = ([*dict.fromkeys(pair[i].text for pair in q.pairs)] for i in (0, 1))
+    return [
+        sft_row(
+            f"{head['group_id']}-{ps.index(p.text) + 1}{hs.index(h.text) + 1}",
+            fill(p.text, words),
+            fill(h.text, words),
+            fill(thought, words),
+            int(rel == "entailment"),
+            "synthetic",
+            template=template,
+            **head,
+            relation=rel,
+            contract="entailment",
+            meaning=json.dumps([p.form, h.form]),
+        )
+        for p, h, rel, thought in q.pairs
+    ]
 
 # %% ../nbs/02_corpus.ipynb #00faf610
-def category_groups(category:str, split:str, n:int, seed:int, variant:str, template:str,
-                    seen:set # (premise, hypothesis) pairs used so far; added to
-                   ) -> list: # of lists of rows
+def category_groups(
+    category: str,
+    split: str,
+    n: int,
+    seed: int,
+    variant: str,
+    template: str,
+    seen: set,  # (premise, hypothesis) pairs used so far; added to
+) -> list:  # of lists of rows
     "`n` quadruples of a category, or half as many octuples, without a repeated pair. Raises ConfigError where the lexicon is too small for `n`."
     rng, out, pool = Random(f"{seed}/{split}/{category}"), [], quads(category, variant, HALVES.get(split))
-    for q in choose(pool, n*4//len(pool[0].pairs), rng):
+    for q in choose(pool, n * 4 // len(pool[0].pairs), rng):
         for _ in range(1000):
             head = dict(category=category, group_id=f"{split}-{category}-{len(out):04d}")
             rows = quad_rows(q, draw(category, split.split("_")[0], rng), head, template)
             pairs = {(r["premise"], r["hypothesis"]) for r in rows}
-            if not pairs & seen: break
-        else: raise ConfigError(f"the {split} lexicon has no {n} different quadruples for {category}")
+            if not pairs & seen:
+                break
+        else:
+            raise ConfigError(f"the {split} lexicon has no {n} different quadruples for {category}")
         seen |= pairs
         out.append([r for four in (rows[:4], rows[4:]) for r in rng.sample(four, len(four))])
     return out
 
 # %% ../nbs/02_corpus.ipynb #00e32776
-def generate(size:str="tiny", # key of `SIZES`
-             seed:int=0,
-             template:str="brief" # prompt template, a name in `data.PROMPTS`
-            ) -> dict: # split -> SFT rows
+def generate(
+    size: str = "tiny",  # key of `SIZES`
+    seed: int = 0,
+    template: str = "brief",  # prompt template, a name in `data.PROMPTS`
+) -> dict:  # split -> SFT rows
     "The corpus by split. The rows of a quadruple stay together, so every prefix of 4k rows is balanced. Raises ConfigError for an unknown size."
-    if size not in SIZES: raise ConfigError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
-    plan = {split: ("demo" if size=="demo" else "plain", n) for split,n in SIZES[size].items()}
-    if size!="demo": plan |= {split: (variant, SIZES[size]["test"]) for split,variant in HARDER.items()}
+    if size not in SIZES:
+        raise ConfigError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
+    plan = {split: ("demo" if size == "demo" else "plain", n) for split, n in SIZES[size].items()}
+    if size != "demo":
+        plan |= {split: (variant, SIZES[size]["test"]) for split, variant in HARDER.items()}
     out, seen = {}, set()
-    for split,(variant,n) in plan.items():
+    for split, (variant, n) in plan.items():
         judged = [c for c in VARIANTS[variant] if c not in NOT_JUDGED.get(split, ())]
         groups = [g for c in judged for g in category_groups(c, split, n, seed, variant, template, seen)]
         Random(f"{seed}/{split}").shuffle(groups)
@@ -1322,153 +2135,244 @@ def generate(size:str="tiny", # key of `SIZES`
     return out
 
 # %% ../nbs/02_corpus.ipynb #eb14c043
-LIMIT = .75 # share right above which a reader without understanding solves a category
-MODIFIER_KINDS = ("adjectives", "traits", "adverbs", "places", "times", "sizes", "marked") # of words in the lexicon
+LIMIT = 0.75  # share right above which a reader without understanding solves a category
+MODIFIER_KINDS = (
+    "adjectives",
+    "traits",
+    "adverbs",
+    "places",
+    "times",
+    "sizes",
+    "marked",
+)  # of words in the lexicon
+
 
 @lru_cache(None)
-def word_kinds() -> dict: # word -> kind
+def word_kinds() -> dict:  # word -> kind
     "The kind of every content word of every split, plurals too."
     kinds = {}
     for lex in LEXICON.values():
-        for kind,text in lex.items():
+        for kind, text in lex.items():
             for word in re.findall(r"[a-z]+", text.lower()):
                 kinds.setdefault(word, kind)
                 kinds.setdefault(plural(word), kind)
     return kinds
 
-def stripped(text:str) -> list: # words
-    "A sentence without its modifiers."
-    bare = re.sub(rf"\bat (?=({'|'.join(w for w,k in word_kinds().items() if k=='times')})\b)", "", text.lower())
-    return ["a" if w=="an" else w for w in words(bare) if word_kinds().get(w) not in MODIFIER_KINDS]
 
-def delexed(row:dict) -> tuple: # (premise, hypothesis)
+def stripped(text: str) -> list:  # words
+    "A sentence without its modifiers."
+    bare = re.sub(
+        rf"\bat (?=({'|'.join(w for w, k in word_kinds().items() if k == 'times')})\b)", "", text.lower()
+    )
+    return ["a" if w == "an" else w for w in words(bare) if word_kinds().get(w) not in MODIFIER_KINDS]
+
+
+def delexed(row: dict) -> tuple:  # (premise, hypothesis)
     "A pair with numbered kinds of words in place of its content words."
     names = {}
+
     def one(word):
         kind = word_kinds().get(word)
         return word if kind is None else names.setdefault(word, f"<{kind} {len(names)}>")
-    return tuple(" ".join(map(one, words(row[key]))) for key in ("premise","hypothesis"))
+
+    return tuple(" ".join(map(one, words(row[key]))) for key in ("premise", "hypothesis"))
+
 
 @lru_cache(None)
-def _follows_bared(category:str, meaning:str) -> bool:
+def _follows_bared(category: str, meaning: str) -> bool:
     p, h = (bared(normal(f)) for f in as_meaning(meaning))
-    return CATEGORIES[category].rule(p, h)=="entailment"
+    return CATEGORIES[category].rule(p, h) == "entailment"
 
-def _even(row, of): return sum(w in of for key in ("premise","hypothesis") for w in words(row[key]))%2==0
 
-READERS = dict( # name -> does the reader see entailment? None: it has no opinion on this category
-    strip_equal=lambda r: stripped(r["premise"])==stripped(r["hypothesis"]),
-    strip_within=lambda r: set(stripped(r["hypothesis"]))<=set(stripped(r["premise"])),
-    strip_meaning=lambda r: _follows_bared(r["category"], r["meaning"]) if CATEGORIES[r["category"]].turns else None,
-    parity=lambda r: _even(r, NEGATIONS), parity_denials=lambda r: _even(r, DENIALS))
+def _even(row, of):
+    return sum(w in of for key in ("premise", "hypothesis") for w in words(row[key])) % 2 == 0
+
+
+READERS = dict(  # name -> does the reader see entailment? None: it has no opinion on this category
+    strip_equal=lambda r: stripped(r["premise"]) == stripped(r["hypothesis"]),
+    strip_within=lambda r: set(stripped(r["hypothesis"])) <= set(stripped(r["premise"])),
+    strip_meaning=lambda r: (
+        _follows_bared(r["category"], r["meaning"]) if CATEGORIES[r["category"]].turns else None
+    ),
+    parity=lambda r: _even(r, NEGATIONS),
+    parity_denials=lambda r: _even(r, DENIALS),
+)
 
 # %% ../nbs/02_corpus.ipynb #99045775
 class Lookup:
     "A table of the pairs of wordings in train, with their commoner label."
-    def fit(self, rows:list):
+
+    def fit(self, rows: list):
         "Count the labels of every pair of wordings."
         self.seen = defaultdict(Counter)
-        for r in rows: self.seen[delexed(r)][r["label"]] += 1
+        for r in rows:
+            self.seen[delexed(r)][r["label"]] += 1
         return self
 
-    def knows(self, row:dict) -> bool: return delexed(row) in self.seen
+    def knows(self, row: dict) -> bool:
+        return delexed(row) in self.seen
 
-    def predict(self, rows:list) -> list: # labels
+    def predict(self, rows: list) -> list:  # labels
         "The commoner label of a pair that was seen, 0 for others."
         return [self.seen[key].most_common(1)[0][0] if (key := delexed(r)) in self.seen else 0 for r in rows]
 
-def shortcuts(train:list, # rows to learn from
-              rows:list,  # rows of one file
-              learnt:dict|None=None # readers that have learnt from `train` already
-             ) -> dict: # category -> {"n": rows, reader: share right}
+
+def shortcuts(
+    train: list,  # rows to learn from
+    rows: list,  # rows of one file
+    learnt: dict | None = None,  # readers that have learnt from `train` already
+) -> dict:  # category -> {"n": rows, reader: share right}
     "How far readers without understanding get, by category."
     learnt = learnt or dict(boosted_tree=BoostedTree().fit(train), lookup=Lookup().fit(train))
     by, out = defaultdict(list), {}
-    for r in rows: by[r["category"]].append(r)
-    for category,rs in sorted(by.items()):
+    for r in rows:
+        by[r["category"]].append(r)
+    for category, rs in sorted(by.items()):
         right = {}
-        for name,reader in READERS.items():
+        for name, reader in READERS.items():
             said = [reader(r) for r in rs]
-            if None in said: continue
-            k = sum(s==bool(r["label"]) for s,r in zip(said, rs))
-            right[name] = max(k, len(rs)-k)
-        for name,reader in learnt.items(): right[name] = sum(s==r["label"] for s,r in zip(reader.predict(rs), rs))
-        out[category] = dict(n=len(rs), **{name: k/len(rs) for name,k in right.items()})
+            if None in said:
+                continue
+            k = sum(s == bool(r["label"]) for s, r in zip(said, rs))
+            right[name] = max(k, len(rs) - k)
+        for name, reader in learnt.items():
+            right[name] = sum(s == r["label"] for s, r in zip(reader.predict(rs), rs))
+        out[category] = dict(n=len(rs), **{name: k / len(rs) for name, k in right.items()})
     return out
 
-def check_shortcuts(corpus:dict # split -> rows, as from `generate`
-                   ) -> dict: # split -> what `shortcuts` finds
+
+def check_shortcuts(
+    corpus: dict,  # split -> rows, as from `generate`
+) -> dict:  # split -> what `shortcuts` finds
     "Raise DataError, with category, reader and share, where a reader without understanding solves a category of a file that judges."
     learnt = dict(boosted_tree=BoostedTree().fit(corpus["train"]), lookup=Lookup().fit(corpus["train"]))
-    table = {split: shortcuts(corpus["train"], rows, learnt) for split,rows in corpus.items() if split!="train"}
+    table = {
+        split: shortcuts(corpus["train"], rows, learnt) for split, rows in corpus.items() if split != "train"
+    }
     solved = []
-    for split,categories in table.items():
-        for category,found in categories.items():
+    for split, categories in table.items():
+        for category, found in categories.items():
             n = found["n"]
-            for name,share in found.items():
-                if name=="n" or share<=LIMIT: continue
-                if n>=100 or wilson(round(share*n), n)[0]>LIMIT: solved.append(f"{split}, {category}: {name} is right on {share:.3f} of {n} rows")
-    if solved: raise DataError(f"no corpus is written: readers without understanding are right on more than {LIMIT} of a category; take another seed, "
-                               "or mend the category in nbs/02_corpus.ipynb\n" + "\n".join(f"  - {s}" for s in solved))
+            for name, share in found.items():
+                if name == "n" or share <= LIMIT:
+                    continue
+                if n >= 100 or wilson(round(share * n), n)[0] > LIMIT:
+                    solved.append(f"{split}, {category}: {name} is right on {share:.3f} of {n} rows")
+    if solved:
+        raise DataError(
+            f"no corpus is written: readers without understanding are right on more than {LIMIT} of a category; take another seed, "
+            "or mend the category in nbs/02_corpus.ipynb\n" + "\n".join(f"  - {s}" for s in solved)
+        )
     return table
 
 # %% ../nbs/02_corpus.ipynb #5782ca69
-MEASURES = dict( # file -> what it measures
+MEASURES = dict(  # file -> what it measures
     train="rows to learn from",
     dev="new words; every wording is in train as premise and as hypothesis, no pair of wordings is",
     test="as dev, with words of its own",
     test_templates="new wordings, new words",
     test_pairs="quantifiers never seen in their category, new pairs of wordings, new words",
     test_depth3="premises that join three facts, new words",
-    test_direction="minimal pairs in both directions, where adding and where deleting a modifier is safe: new pairs of wordings, new words")
+    test_direction="minimal pairs in both directions, where adding and where deleting a modifier is safe: new pairs of wordings, new words",
+)
 
-def write_corpus(out, # folder
-                 size:str="tiny", seed:int=0, overwrite:bool=False, template:str="brief"
-                ) -> dict: # split -> rows written
+
+def write_corpus(
+    out,  # folder
+    size: str = "tiny",
+    seed: int = 0,
+    overwrite: bool = False,
+    template: str = "brief",
+) -> dict:  # split -> rows written
     "Write every split as `<split>.jsonl`, and `manifest.json`. Raises DataError, before anything is written, where a file exists and `overwrite` is not set, or a shortcut solves a category."
     out, corpus = Path(out), generate(size, seed, template)
-    there = [name for name in (*(f"{split}.jsonl" for split in corpus), "manifest.json") if (out/name).exists()]
-    if there and not overwrite: raise DataError(f"{out} already holds {', '.join(there)}; add --overwrite or choose another folder")
+    there = [
+        name for name in (*(f"{split}.jsonl" for split in corpus), "manifest.json") if (out / name).exists()
+    ]
+    if there and not overwrite:
+        raise DataError(f"{out} already holds {', '.join(there)}; add --overwrite or choose another folder")
     table = check_shortcuts(corpus)
     out.mkdir(parents=True, exist_ok=True)
-    written = {split: write_jsonl(out/f"{split}.jsonl", rows, overwrite=overwrite) for split,rows in corpus.items()}
-    files = {f"{s}.jsonl": dict(rows=n, sha256=data_hash(out/f"{s}.jsonl"), measures=MEASURES[s], shortcuts=_rounded(table.get(s, {})))
-             for s,n in written.items()}
-    with atomic_writer(out/"manifest.json", overwrite=overwrite) as f:
-        json.dump(dict(what="synthetic NLI from a small set of templates", generator=GENERATOR, size=size, seed=seed, template=template, files=files), f, indent=1)
+    written = {
+        split: write_jsonl(out / f"{split}.jsonl", rows, overwrite=overwrite)
+        for split, rows in corpus.items()
+    }
+    files = {
+        f"{s}.jsonl": dict(
+            rows=n,
+            sha256=data_hash(out / f"{s}.jsonl"),
+            measures=MEASURES[s],
+            shortcuts=_rounded(table.get(s, {})),
+        )
+        for s, n in written.items()
+    }
+    with atomic_writer(out / "manifest.json", overwrite=overwrite) as f:
+        json.dump(
+            dict(
+                what="synthetic NLI from a small set of templates",
+                generator=GENERATOR,
+                size=size,
+                seed=seed,
+                template=template,
+                files=files,
+            ),
+            f,
+            indent=1,
+        )
     return written
 
-def _rounded(found): return {c: {k: round(v, 3) for k,v in values.items()} for c,values in found.items()}
 
-def outdated(folder, # of a corpus
-             size:str, seed:int=0
-            ) -> str|None: # what is not as this generator would write it; None: all is
+def _rounded(found):
+    return {c: {k: round(v, 3) for k, v in values.items()} for c, values in found.items()}
+
+
+def outdated(
+    folder,  # of a corpus
+    size: str,
+    seed: int = 0,
+) -> str | None:  # what is not as this generator would write it; None: all is
     "Why a folder does not hold the corpus that this version writes."
-    try: made = json.loads((Path(folder)/"manifest.json").read_text(encoding="utf-8"))
-    except FileNotFoundError: return "it has no manifest: an older version made it"
-    except ValueError: return "its manifest.json is no JSON"
+    try:
+        made = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "it has no manifest: an older version made it"
+    except ValueError:
+        return "its manifest.json is no JSON"
     want = dict(generator=GENERATOR, size=size, seed=seed)
-    for key,value in want.items():
-        if made.get(key)!=value: return f"its {key} is {made.get(key)!r}, not {value!r}"
-    for name,facts in made["files"].items():
-        if not (Path(folder)/name).is_file(): return f"{name} is not there"
-        if data_hash(Path(folder)/name)!=facts["sha256"]: return f"{name} has been changed since it was written"
+    for key, value in want.items():
+        if made.get(key) != value:
+            return f"its {key} is {made.get(key)!r}, not {value!r}"
+    for name, facts in made["files"].items():
+        if not (Path(folder) / name).is_file():
+            return f"{name} is not there"
+        if data_hash(Path(folder) / name) != facts["sha256"]:
+            return f"{name} has been changed since it was written"
 
 # %% ../nbs/02_corpus.ipynb #8806ee42
 @command
-def corpus_cli(argv=None) -> int: # exit code
+def corpus_cli(argv=None) -> int:  # exit code
     "Command `nli_corpus`."
-    ap = argparse.ArgumentParser("nli_corpus", description="Write the synthetic NLI corpus: crossed quadruples with machine-checked labels.",
-                                 epilog="example: nli_corpus --size small --out data/corpus")
-    ap.add_argument("--size", choices=SIZES, default="tiny", help="rows of train/dev/test: tiny 640/120/240, small 3968/360/720, full 24064/2280/4560; demo: two easy categories, 640/128/240")
+    ap = argparse.ArgumentParser(
+        "nli_corpus",
+        description="Write the synthetic NLI corpus: crossed quadruples with machine-checked labels.",
+        epilog="example: nli_corpus --size small --out data/corpus",
+    )
+    ap.add_argument(
+        "--size",
+        choices=SIZES,
+        default="tiny",
+        help="rows of train/dev/test: tiny 640/120/240, small 3968/360/720, full 24064/2280/4560; demo: two easy categories, 640/128/240",
+    )
     ap.add_argument("--out", required=True, help="folder for train.jsonl, dev.jsonl, test*.jsonl")
     ap.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
     ap.add_argument("--template", choices=PROMPTS, default="brief", help="prompt wording")
     ap.add_argument("--overwrite", action="store_true", help="replace files that are there")
     ns = ap.parse_args(argv)
-    for split,n in write_corpus(ns.out, ns.size, ns.seed, ns.overwrite, ns.template).items(): print(f"{n:6d} rows  {Path(ns.out)/split}.jsonl")
+    for split, n in write_corpus(ns.out, ns.size, ns.seed, ns.overwrite, ns.template).items():
+        print(f"{n:6d} rows  {Path(ns.out) / split}.jsonl")
     return 0
 
 # %% ../nbs/02_corpus.ipynb #2e1c0062
 #| eval: false
-if __name__ == "__main__" and "__file__" in globals(): corpus_cli()
+if __name__ == "__main__" and "__file__" in globals():
+    corpus_cli()

@@ -36,217 +36,324 @@ from .config_loader import DataError, command
 
 # %% ../nbs/01_data.ipynb #6de770de
 PROMPTS = dict(
-    standard=[dict(role="user", content=
-        'Premise: {premise}\nHypothesis: {hypothesis}\n\n'
-        'Use chain of thought reasoning to determine if the hypothesis is entailed by the premise. '
-        'Provide your reasoning and the final label (0 or 1) in JSON format: '
-        '{"thought_process": "...", "predicted_label": ...}')],
-    brief=[dict(role="system", content='Does the premise entail the hypothesis? Answer in JSON.'),
-           dict(role="user", content='Premise: {premise}\nHypothesis: {hypothesis}')])
+    standard=[
+        dict(
+            role="user",
+            content="Premise: {premise}\nHypothesis: {hypothesis}\n\n"
+            "Use chain of thought reasoning to determine if the hypothesis is entailed by the premise. "
+            "Provide your reasoning and the final label (0 or 1) in JSON format: "
+            '{"thought_process": "...", "predicted_label": ...}',
+        )
+    ],
+    brief=[
+        dict(role="system", content="Does the premise entail the hypothesis? Answer in JSON."),
+        dict(role="user", content="Premise: {premise}\nHypothesis: {hypothesis}"),
+    ],
+)
 
 # %% ../nbs/01_data.ipynb #513044e9
 _slot = re.compile(r"\{(premise|hypothesis)\}")
 
-def prompt_messages(premise:str, # premise, used as it stands
-                    hypothesis:str, # hypothesis, used as it stands
-                    template:str="standard" # a name in `PROMPTS`
-                   ) -> list: # messages, each `{role, content}`
+
+def prompt_messages(
+    premise: str,  # premise, used as it stands
+    hypothesis: str,  # hypothesis, used as it stands
+    template: str = "standard",  # a name in `PROMPTS`
+) -> list:  # messages, each `{role, content}`
     "The chat messages that ask for a pair's label; the same for training and inference. Raises `DataError` on an unknown template."
-    if template not in PROMPTS: raise DataError(f"no prompt template {template!r}; there are: {', '.join(PROMPTS)}")
+    if template not in PROMPTS:
+        raise DataError(f"no prompt template {template!r}; there are: {', '.join(PROMPTS)}")
     vals = dict(premise=premise, hypothesis=hypothesis)
     # one pass: a premise that itself contains "{hypothesis}" is left alone, and the JSON braces of the wording need no escaping
-    return [dict(role=m["role"], content=_slot.sub(lambda k: vals[k[1]], m["content"])) for m in PROMPTS[template]]
+    return [
+        dict(role=m["role"], content=_slot.sub(lambda k: vals[k[1]], m["content"])) for m in PROMPTS[template]
+    ]
 
 # %% ../nbs/01_data.ipynb #fbc4330c
 STYLES = ("cot", "label_only", "label_first")
 
-def render_completion(thought:str, # the reasoning; not used by "label_only"
-                      label:int, # 0 or 1
-                      style:str="cot" # one of `STYLES`
-                     ) -> str: # one line of JSON
+
+def render_completion(
+    thought: str,  # the reasoning; not used by "label_only"
+    label: int,  # 0 or 1
+    style: str = "cot",  # one of `STYLES`
+) -> str:  # one line of JSON
     "The assistant's answer as JSON text, non-ASCII kept readable. Raises `DataError` on an unknown style."
-    if style not in STYLES: raise DataError(f"no completion style {style!r}; there are: {', '.join(STYLES)}")
-    t,l = dict(thought_process=thought), dict(predicted_label=label)
-    return json.dumps({"cot": t|l, "label_first": l|t, "label_only": l}[style], ensure_ascii=False)
+    if style not in STYLES:
+        raise DataError(f"no completion style {style!r}; there are: {', '.join(STYLES)}")
+    t, l = dict(thought_process=thought), dict(predicted_label=label)
+    return json.dumps({"cot": t | l, "label_first": l | t, "label_only": l}[style], ensure_ascii=False)
 
 # %% ../nbs/01_data.ipynb #4f5480c4
-def sft_row(id, # row id (int or str)
-            premise:str, hypothesis:str,
-            thought:str, # the reasoning to be learned
-            label:int, # 1 entailment, 0 not
-            source:str, # where the reasoning came from: "thought", "reflection", "text", ...
-            template:str="standard", # a name in `PROMPTS`
-            style:str="cot", # a name in `STYLES`
-            **extra # further keys to keep: category, relation, group_id, contract, ...
-           ) -> dict:
+def sft_row(
+    id,  # row id (int or str)
+    premise: str,
+    hypothesis: str,
+    thought: str,  # the reasoning to be learned
+    label: int,  # 1 entailment, 0 not
+    source: str,  # where the reasoning came from: "thought", "reflection", "text", ...
+    template: str = "standard",  # a name in `PROMPTS`
+    style: str = "cot",  # a name in `STYLES`
+    **extra,  # further keys to keep: category, relation, group_id, contract, ...
+) -> dict:
     "One SFT row in TRL's conversational prompt–completion form."
-    return dict(id=id, prompt=prompt_messages(premise, hypothesis, template),
-                completion=[dict(role="assistant", content=render_completion(thought, label, style))],
-                premise=premise, hypothesis=hypothesis, thought_process=thought, label=label, source=source, **extra)
+    return dict(
+        id=id,
+        prompt=prompt_messages(premise, hypothesis, template),
+        completion=[dict(role="assistant", content=render_completion(thought, label, style))],
+        premise=premise,
+        hypothesis=hypothesis,
+        thought_process=thought,
+        label=label,
+        source=source,
+        **extra,
+    )
 
 # %% ../nbs/01_data.ipynb #c18c808f
 RELATIONS = ("entailment", "neutral", "contradiction")
 CONTRACTS = dict(
-    entailment=dict(maps={"*": dict(entailment=1, neutral=0, contradiction=0)},
-        says="three-way relations: entailment is 1, neutral and contradiction are 0"),
-    binary=dict(maps={"*": {"entailment": 1, "non-entailment": 0}},
-        says="already two-way: 1 entailment, 0 not"),
-    course=dict(maps=dict(snli=dict(entailment=1, contradiction=0), multi_nli=dict(neutral=1, contradiction=0)),
-        says="the course set as measured (248 of 248 joined rows): SNLI entailment 1, contradiction 0; MNLI neutral 1, contradiction 0"))
+    entailment=dict(
+        maps={"*": dict(entailment=1, neutral=0, contradiction=0)},
+        says="three-way relations: entailment is 1, neutral and contradiction are 0",
+    ),
+    binary=dict(
+        maps={"*": {"entailment": 1, "non-entailment": 0}}, says="already two-way: 1 entailment, 0 not"
+    ),
+    course=dict(
+        maps=dict(snli=dict(entailment=1, contradiction=0), multi_nli=dict(neutral=1, contradiction=0)),
+        says="the course set as measured (248 of 248 joined rows): SNLI entailment 1, contradiction 0; MNLI neutral 1, contradiction 0",
+    ),
+)
 
 # %% ../nbs/01_data.ipynb #7cf2eb79
-def check_contract(contract:str|None # a name in `CONTRACTS`, or None for "not recorded"
-                  ) -> str|None:
+def check_contract(
+    contract: str | None,  # a name in `CONTRACTS`, or None for "not recorded"
+) -> str | None:
     "The contract unchanged. Raises `DataError` naming the known ones."
     if contract is not None and contract not in CONTRACTS:
-        raise DataError(f"no label contract {contract!r}; there are: " + "; ".join(f"{k} ({v['says']})" for k,v in CONTRACTS.items()))
+        raise DataError(
+            f"no label contract {contract!r}; there are: "
+            + "; ".join(f"{k} ({v['says']})" for k, v in CONTRACTS.items())
+        )
     return contract
 
 # %% ../nbs/01_data.ipynb #2a73f676
-def map_relation(relation:str, # "entailment", "neutral", "contradiction" or "non-entailment"
-                 contract:str, # a name in `CONTRACTS`
-                 dataset:str|None=None # "snli", "multi_nli", ...: some contracts differ by set
-                ) -> int: # 0 or 1
+def map_relation(
+    relation: str,  # "entailment", "neutral", "contradiction" or "non-entailment"
+    contract: str,  # a name in `CONTRACTS`
+    dataset: str | None = None,  # "snli", "multi_nli", ...: some contracts differ by set
+) -> int:  # 0 or 1
     "The label that a contract gives a relation. Raises `ValueError` where it gives none."
     maps = CONTRACTS[contract]["maps"]
     m = maps.get(dataset if isinstance(dataset, str) else None, maps.get("*"))
-    if m is None: raise ValueError(f"contract {contract!r} needs the data set's name ({' or '.join(maps)}), got {dataset!r}")
+    if m is None:
+        raise ValueError(
+            f"contract {contract!r} needs the data set's name ({' or '.join(maps)}), got {dataset!r}"
+        )
     if relation not in m:
         others = [c for c in contracts_of(relation) if c != contract]
-        raise ValueError(f"label {relation!r}: contract {contract!r} maps only {', '.join(m)}; "
-                         f"{' and '.join(others)} map it")
+        raise ValueError(
+            f"label {relation!r}: contract {contract!r} maps only {', '.join(m)}; "
+            f"{' and '.join(others)} map it"
+        )
     return m[relation]
 
-def contracts_of(relation:str) -> list: # names in `CONTRACTS`
+
+def contracts_of(relation: str) -> list:  # names in `CONTRACTS`
     "The contracts that say what a relation is."
     return [name for name, c in CONTRACTS.items() if any(relation in m for m in c["maps"].values())]
 
 # %% ../nbs/01_data.ipynb #ca4a61d2
 _whole = re.compile(r"(?:[+]?[0-9]{1,4}|-[1-9][0-9]{0,3})(?:\.0*)?")
 
-def class_number(value # a label as a file holds it
-                ) -> int|None: # 2 for 2, 2.0, "2" and "2.0"; None where it is no whole number
-    "The number of a class. A column with a gap in it is written as floats, which changes no class."
-    if type(value) is int: return value
-    if type(value) is float and value.is_integer(): return int(value)
-    if isinstance(value, str) and _whole.fullmatch(value.strip()): return int(float(value))
 
-def relation_name(value # a label as a file holds it
-                 ) -> str|None: # one of `RELATIONS`, "non-entailment", or None where it names none
+def class_number(
+    value,  # a label as a file holds it
+) -> int | None:  # 2 for 2, 2.0, "2" and "2.0"; None where it is no whole number
+    "The number of a class. A column with a gap in it is written as floats, which changes no class."
+    if type(value) is int:
+        return value
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and _whole.fullmatch(value.strip()):
+        return int(float(value))
+
+
+def relation_name(
+    value,  # a label as a file holds it
+) -> str | None:  # one of `RELATIONS`, "non-entailment", or None where it names none
     "The relation that a label spells, in either case and with either spelling of not-entailment."
-    if not isinstance(value, str): return None
+    if not isinstance(value, str):
+        return None
     name = value.strip().lower().replace("_", "-").replace(" ", "-")
-    if name in ("not-entailment", "non-entailment", "nonentailment", "notentailment"): return "non-entailment"
+    if name in ("not-entailment", "non-entailment", "nonentailment", "notentailment"):
+        return "non-entailment"
     return name if name in RELATIONS else None
+
 
 class NoGold(ValueError):
     "A row whose annotators agreed on no label, or whose label is withheld."
 
-def read_label(value, # what the file holds
-               contract:str|None=None, # a name in `CONTRACTS`; needed for relation names
-               dataset:str|None=None # passed to `map_relation`
-              ) -> tuple: # (label 0 or 1, relation or None)
+
+def read_label(
+    value,  # what the file holds
+    contract: str | None = None,  # a name in `CONTRACTS`; needed for relation names
+    dataset: str | None = None,  # passed to `map_relation`
+) -> tuple:  # (label 0 or 1, relation or None)
     "A label as an integer. Raises `ValueError` with what is wrong, `NoGold` for -1 and `-`."
-    if value is None or (isinstance(value, str) and not value.strip()): raise ValueError("label is empty")
-    if value != value: raise ValueError("label is NaN, a gap in a table: fill it in or take the row out")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise ValueError("label is empty")
+    if value != value:
+        raise ValueError("label is NaN, a gap in a table: fill it in or take the row out")
     number = class_number(value)
-    if number in (0, 1): return number, None
+    if number in (0, 1):
+        return number, None
     if number == -1 or (isinstance(value, str) and value.strip() == "-"):
         raise NoGold(f"label {value}: no gold label (annotators disagreed)")
     relation = relation_name(value)
-    if relation is None: raise ValueError(f"label {value!r:.80} is not 0 or 1")
+    if relation is None:
+        raise ValueError(f"label {value!r:.80} is not 0 or 1")
     if contract is None:
         fits = ", ".join(contracts_of(relation))
         raise ValueError(f"label {value!r} is a relation, not 0 or 1: name a contract ({fits})")
     return map_relation(relation, contract, dataset), relation
 
 # %% ../nbs/01_data.ipynb #82d9b99f
-_no_text = {b"PK\x03\x04": ("a zip archive, which an .xlsx workbook is too", "unpack it, or save the sheet as CSV UTF-8"),
-            b"\xd0\xcf\x11\xe0": ("an old Excel or Word file", "save the sheet as CSV UTF-8"),
-            b"\xfd7zXZ\0": ("compressed with xz", "unxz it"),
-            b"\x28\xb5\x2f\xfd": ("compressed with zstd", "unzstd it"),
-            b"BZh91AY": ("compressed with bzip2", "bunzip2 it"),
-            b"PAR1": ("a Parquet file", "nli_data download --from_file reads it"),
-            b"%PDF": ("a PDF document", "export its text"),
-            b"version https://git-lfs": ("a pointer of Git LFS, not the file itself", "git lfs pull fetches it"),
-            b"<!doctype html": ("a web page", "look at it in a browser: the download was refused"),
-            b"<html": ("a web page", "look at it in a browser: the download was refused")}
+_no_text = {
+    b"PK\x03\x04": (
+        "a zip archive, which an .xlsx workbook is too",
+        "unpack it, or save the sheet as CSV UTF-8",
+    ),
+    b"\xd0\xcf\x11\xe0": ("an old Excel or Word file", "save the sheet as CSV UTF-8"),
+    b"\xfd7zXZ\0": ("compressed with xz", "unxz it"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "unzstd it"),
+    b"BZh91AY": ("compressed with bzip2", "bunzip2 it"),
+    b"PAR1": ("a Parquet file", "nli_data download --from_file reads it"),
+    b"%PDF": ("a PDF document", "export its text"),
+    b"version https://git-lfs": ("a pointer of Git LFS, not the file itself", "git lfs pull fetches it"),
+    b"<!doctype html": ("a web page", "look at it in a browser: the download was refused"),
+    b"<html": ("a web page", "look at it in a browser: the download was refused"),
+}
 
-def wide_encoding(head:bytes # the first bytes of a file
-                 ) -> str|None: # "UTF-16", "UTF-16LE", "UTF-16BE", "UTF-32"
+
+def wide_encoding(
+    head: bytes,  # the first bytes of a file
+) -> str | None:  # "UTF-16", "UTF-16LE", "UTF-16BE", "UTF-32"
     """The encoding with two or four bytes a character that a file begins in.
 
     It is known by its mark, else by the zeros between ASCII letters."""
-    if head[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"): return "UTF-32"
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"): return "UTF-16"
+    if head[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        return "UTF-32"
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "UTF-16"
     even, odd = head[0:32:2], head[1:32:2]
-    if len(odd) < 8: return None
-    if all(even) and not any(odd): return "UTF-16LE"
-    if all(odd) and not any(even): return "UTF-16BE"
+    if len(odd) < 8:
+        return None
+    if all(even) and not any(odd):
+        return "UTF-16LE"
+    if all(odd) and not any(even):
+        return "UTF-16BE"
 
-def recode(path, encoding:str # as iconv calls it
-          ) -> str: # a command line
+
+def recode(
+    path,
+    encoding: str,  # as iconv calls it
+) -> str:  # a command line
     "The command that writes a file as UTF-8."
     name = Path(path).name
     return f"iconv -f {encoding} -t UTF-8 {shlex.quote(name)} > {shlex.quote('utf8_' + name)}"
 
-def open_data(path # a file, plain or gzip
-             ): # binary file object with `peek`
+
+def open_data(
+    path,  # a file, plain or gzip
+):  # binary file object with `peek`
     """Open a data file for reading.
 
     Raises `DataError` for a missing file, a directory, UTF-16, and files that hold no text."""
     p = Path(path)
-    if os.path.isdir(p): raise DataError(f"{path}: is a directory; name a file in it")
-    if not os.path.exists(p): raise DataError(f"{path}: no such file")
-    if not os.path.isfile(p): raise DataError(f"{path}: is no regular file; write its content to one first")
-    try: f = open(p, "rb")
-    except OSError as e: raise DataError(f"{path}: {e.strerror}") from e
-    if f.peek(2)[:2] == b"\x1f\x8b": f = gzip.open(f)
-    try: head = f.peek(64)[:64]
-    except (EOFError, zlib.error, OSError) as e: raise DataError(f"{path}: damaged gzip file: {e}") from e
+    if os.path.isdir(p):
+        raise DataError(f"{path}: is a directory; name a file in it")
+    if not os.path.exists(p):
+        raise DataError(f"{path}: no such file")
+    if not os.path.isfile(p):
+        raise DataError(f"{path}: is no regular file; write its content to one first")
+    try:
+        f = open(p, "rb")
+    except OSError as e:
+        raise DataError(f"{path}: {e.strerror}") from e
+    if f.peek(2)[:2] == b"\x1f\x8b":
+        f = gzip.open(f)
+    try:
+        head = f.peek(64)[:64]
+    except (EOFError, zlib.error, OSError) as e:
+        raise DataError(f"{path}: damaged gzip file: {e}") from e
     encoding = wide_encoding(head)
     found = next((v for k, v in _no_text.items() if head.lower().startswith(k.lower())), None)
-    if encoding or found: f.close()
-    if encoding: raise DataError(f"{path}:1: is {encoding}; convert it: {recode(path, encoding)}")
-    if found: raise DataError(f"{path}: is {found[0]}, not text: {found[1]}")
+    if encoding or found:
+        f.close()
+    if encoding:
+        raise DataError(f"{path}:1: is {encoding}; convert it: {recode(path, encoding)}")
+    if found:
+        raise DataError(f"{path}: is {found[0]}, not text: {found[1]}")
     return f
 
 # %% ../nbs/01_data.ipynb #7f5c684d
-def encoding_hint(path, limit:int=1 << 24 # bytes looked at
-                 ) -> str: # one sentence with line, guess and remedy; "" where all is UTF-8
+def encoding_hint(
+    path,
+    limit: int = 1 << 24,  # bytes looked at
+) -> str:  # one sentence with line, guess and remedy; "" where all is UTF-8
     "What the bytes of a file that is not UTF-8 look like."
     wrong, right, n = None, False, 0
     with open_data(path) as f:
         for n, raw in faults_named(path, enumerate(f, 1)):
-            try: right |= not raw.decode("utf-8").isascii()
-            except UnicodeDecodeError as e: wrong = wrong or (n, raw, raw[e.start])
+            try:
+                right |= not raw.decode("utf-8").isascii()
+            except UnicodeDecodeError as e:
+                wrong = wrong or (n, raw, raw[e.start])
             limit -= len(raw)
-            if limit < 0: break
-    if wrong is None: return ""
+            if limit < 0:
+                break
+    if wrong is None:
+        return ""
     line, raw, byte = wrong
     where = f"line {line} holds the byte 0x{byte:02X}, which is not UTF-8"
-    if right: return f"{where}, though other lines are: some rows are damaged"
-    try: raw.decode("cp1252")
-    except UnicodeDecodeError: return f"{where}, and the encoding is not known; convert the file to UTF-8 with iconv"
+    if right:
+        return f"{where}, though other lines are: some rows are damaged"
+    try:
+        raw.decode("cp1252")
+    except UnicodeDecodeError:
+        return f"{where}, and the encoding is not known; convert the file to UTF-8 with iconv"
     return f"{where}; the file looks like cp1252 or latin-1; convert it: {recode(path, 'CP1252')}"
 
 # %% ../nbs/01_data.ipynb #84cf1626
-def json_record(raw:bytes # one line
-               ) -> dict:
+def json_record(
+    raw: bytes,  # one line
+) -> dict:
     "The JSON object on a line. Raises `ValueError` with what is wrong."
-    try: row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as e: raise ValueError(f"invalid UTF-8 at byte {e.start+1} of the line") from None
-    except json.JSONDecodeError as e: raise ValueError(f"not JSON: {e.msg} at character {e.pos+1}" + (" (NUL bytes)" if b"\0" in raw else "")) from None
-    except RecursionError: raise ValueError("not usable JSON: nested too deeply") from None
-    if not isinstance(row, dict): raise ValueError(f"a JSON {type(row).__name__} where an object was expected")
+    try:
+        row = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        raise ValueError(f"invalid UTF-8 at byte {e.start + 1} of the line") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(
+            f"not JSON: {e.msg} at character {e.pos + 1}" + (" (NUL bytes)" if b"\0" in raw else "")
+        ) from None
+    except RecursionError:
+        raise ValueError("not usable JSON: nested too deeply") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON {type(row).__name__} where an object was expected")
     return row
 
 # %% ../nbs/01_data.ipynb #49fb366b
-def whole_json(path, limit:int=1 << 28 # largest size in bytes
-              ) -> list|None: # the values in it, None where it is not JSON or too large
+def whole_json(
+    path,
+    limit: int = 1 << 28,  # largest size in bytes
+) -> list | None:  # the values in it, None where it is not JSON or too large
     "The values of a JSON file that does not keep to one object a line."
-    with open_data(path) as f: text = f.read(limit + 1)
-    if len(text) > limit: return None
+    with open_data(path) as f:
+        text = f.read(limit + 1)
+    if len(text) > limit:
+        return None
     values, at, decoder = [], 0, json.JSONDecoder()
     try:
         text = text.decode("utf-8-sig").strip()
@@ -254,26 +361,34 @@ def whole_json(path, limit:int=1 << 28 # largest size in bytes
             value, at = decoder.raw_decode(text, at)
             at = len(text) - len(text[at:].lstrip())
             values.append(value)
-    except (ValueError, RecursionError): return None
+    except (ValueError, RecursionError):
+        return None
     return values[0] if len(values) == 1 and isinstance(values[0], list) else values
 
-def line_records(raw:bytes # one line, maybe of a file whose lines end in a carriage return only
-                ): # yields records or the ValueError that says why not
+
+def line_records(
+    raw: bytes,  # one line, maybe of a file whose lines end in a carriage return only
+):  # yields records or the ValueError that says why not
     "The record on a line, or the records."
-    try: records = [json_record(raw)]
+    try:
+        records = [json_record(raw)]
     except ValueError as e:
         parts, records = [p for p in raw.split(b"\r") if p.strip()], [e]
         if len(parts) > 1 and parts[0].lstrip()[:1] == b"{":
             for part in parts:
-                try: records.append(json_record(part))
-                except ValueError as fault: records.append(fault)
+                try:
+                    records.append(json_record(part))
+                except ValueError as fault:
+                    records.append(fault)
             # the old end of line of Macs, if the first part is an object; else one bad line
             records = records[1:] if isinstance(records[1], dict) else records[:1]
     yield from records
 
-def jsonl_records(path, # JSON Lines
-                  whole:bool=False # read also one array, or objects that stand over several lines?
-                 ): # yields (line number, record or the ValueError that says why not)
+
+def jsonl_records(
+    path,  # JSON Lines
+    whole: bool = False,  # read also one array, or objects that stand over several lines?
+):  # yields (line number, record or the ValueError that says why not)
     """The records of a JSON Lines file.
 
     Blank lines and a byte-order mark are skipped. Raises `DataError` where lines hold no objects of their own."""
@@ -281,71 +396,105 @@ def jsonl_records(path, # JSON Lines
         numbered = enumerate(f, 1)
         whole_lines = ((n, raw.removeprefix(b"\xef\xbb\xbf")) for n, raw in numbered)
         first = next(((n, raw) for n, raw in whole_lines if raw.strip()), None)
-        if first is None: return
+        if first is None:
+            return
         what = spread_json(path, first[1])
-        if what and not whole: raise DataError(f"{path}: {what[0]}; convert it: {what[1]}")
+        if what and not whole:
+            raise DataError(f"{path}: {what[0]}; convert it: {what[1]}")
         if what:
             yield from whole_records(path)
             return
         for n, raw in itertools.chain([first], numbered):
-            if raw.strip(): yield from ((n, record) for record in line_records(raw))
+            if raw.strip():
+                yield from ((n, record) for record in line_records(raw))
 
-def spread_json(path, first:bytes # its first line that is not blank
-               ) -> tuple|None: # (what the file holds, the command that makes lines of it)
+
+def spread_json(
+    path,
+    first: bytes,  # its first line that is not blank
+) -> tuple | None:  # (what the file holds, the command that makes lines of it)
     "Is this one JSON array, or objects that stand over several lines?"
     name = shlex.quote(Path(path).name)
     if first.lstrip()[:1] == b"[":
         return "holds one JSON array where one object a line was expected", f"jq -c '.[]' {name}"
-    if first.lstrip()[:1] != b"{": return None
-    try: json.JSONDecoder().raw_decode(first.decode("utf-8", "replace").lstrip())
+    if first.lstrip()[:1] != b"{":
+        return None
+    try:
+        json.JSONDecoder().raw_decode(first.decode("utf-8", "replace").lstrip())
     except (ValueError, RecursionError):
         if whole_json(path):
             return "holds objects over several lines where one object a line was expected", f"jq -c . {name}"
 
-def whole_records(path): # yields (number of the value, record or ValueError)
+
+def whole_records(path):  # yields (number of the value, record or ValueError)
     "The records of a JSON file that is no JSON Lines. Raises `DataError` where it cannot be read."
     values = whole_json(path)
     if values is None:
-        raise DataError(f"{path}: holds a JSON array that is damaged or too large; jq -c '.[]' "
-                        f"{shlex.quote(Path(path).name)} shows where")
+        raise DataError(
+            f"{path}: holds a JSON array that is damaged or too large; jq -c '.[]' "
+            f"{shlex.quote(Path(path).name)} shows where"
+        )
     for n, value in enumerate(values, 1):
-        yield n, value if isinstance(value, dict) else ValueError(f"a JSON {type(value).__name__} where an object "
-                                                                  f"was expected")
+        yield (
+            n,
+            value
+            if isinstance(value, dict)
+            else ValueError(f"a JSON {type(value).__name__} where an object was expected"),
+        )
 
 # %% ../nbs/01_data.ipynb #cf7675bd
-def csv_header(names:list, # cells of the first line
-               path # for the message
-              ) -> list: # names, stripped
+def csv_header(
+    names: list,  # cells of the first line
+    path,  # for the message
+) -> list:  # names, stripped
     "The column names of a table. Raises `DataError` where a name is empty, occurs twice or is not UTF-8."
     names = [c.strip() for c in names]
-    if any(re.search("[\\0-\\x08\\x0e-\\x1b]", c) for c in names): raise DataError(f"{path}: its first line is no text")
+    if any(re.search("[\\0-\\x08\\x0e-\\x1b]", c) for c in names):
+        raise DataError(f"{path}: its first line is no text")
     if any(not c.isascii() and re.search("[\ud800-\udfff]", c) for c in names):
         raise DataError(f"{path}: the names in its first line are not UTF-8; {encoding_hint(path)}")
-    twice = [c for c,k in Counter(names).items() if k > 1 or not c]
-    if not twice: return names
+    twice = [c for c, k in Counter(names).items() if k > 1 or not c]
+    if not twice:
+        return names
     cure = "name each column once"
     if names[0] == "" and names.count("") == 1:
         cure = "its first column has none, as pandas writes an index: name it id, or write the table with index=False"
-    elif names[-1] == "": cure = "its first line ends in a delimiter: remove it"
-    raise DataError(f"{path}: the header has empty or repeated column names: {twice}; {cure}; found: "
-                    f"{', '.join(names)}")
+    elif names[-1] == "":
+        cure = "its first line ends in a delimiter: remove it"
+    raise DataError(
+        f"{path}: the header has empty or repeated column names: {twice}; {cure}; found: {', '.join(names)}"
+    )
 
 # %% ../nbs/01_data.ipynb #893c5e72
-PAIR_NAMES = dict(premise=("premise", "sentence1", "sentence_A", "context"),
-                  hypothesis=("hypothesis", "sentence2", "sentence_B", "hypo", "statement"),
-                  label=("gold_label", "gold", "label", "entailment_label", "entailment_judgment"))
-_known = {n.lower() for names in PAIR_NAMES.values() for n in names} | {"id", "text", "question", "sentence", "true_label"}
+PAIR_NAMES = dict(
+    premise=("premise", "sentence1", "sentence_A", "context"),
+    hypothesis=("hypothesis", "sentence2", "sentence_B", "hypo", "statement"),
+    label=("gold_label", "gold", "label", "entailment_label", "entailment_judgment"),
+)
+_known = {n.lower() for names in PAIR_NAMES.values() for n in names} | {
+    "id",
+    "text",
+    "question",
+    "sentence",
+    "true_label",
+}
 
-def split_line(line:str, delimiter:str) -> list: # cells
+
+def split_line(line: str, delimiter: str) -> list:  # cells
     "The cells of one line, for a first look at it."
     line = re.split(r"[\r\n]", line.strip("\r\n"))[0]
-    if delimiter == "\t": return line.split("\t")
-    try: return next(csv.reader([line], delimiter=delimiter), [])
-    except csv.Error: return [line]
+    if delimiter == "\t":
+        return line.split("\t")
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error:
+        return [line]
 
-def table_dialect(line:str, # the first line that is not blank
-                  name:str # of the file
-                 ) -> tuple: # (delimiter, are cells quoted, does a blank follow the delimiter)
+
+def table_dialect(
+    line: str,  # the first line that is not blank
+    name: str,  # of the file
+) -> tuple:  # (delimiter, are cells quoted, does a blank follow the delimiter)
     """The dialect of a table, by its first line.
 
     The delimiter is the one that separates most known names, then most names, and the file's own in a tie.
@@ -362,20 +511,26 @@ def table_dialect(line:str, # the first line that is not blank
     delimiter = max(",\t;|", key=names_found)
     cells = split_line(line, delimiter)
     quotes = all(len(c) > 1 and c[0] == c[-1] == '"' for c in cells)
-    return delimiter, delimiter != "\t" or quotes or name.endswith("csv"), len(cells) > 1 and all(c[:1] == " " for c in cells[1:])
+    return (
+        delimiter,
+        delimiter != "\t" or quotes or name.endswith("csv"),
+        len(cells) > 1 and all(c[:1] == " " for c in cells[1:]),
+    )
 
 # %% ../nbs/01_data.ipynb #476b2033
-def plain_rows(lines, # (line number, line) pairs
-               newline:str, # what ends a line
-               path # for messages
-              ): # yields (line number, cells)
+def plain_rows(
+    lines,  # (line number, line) pairs
+    newline: str,  # what ends a line
+    path,  # for messages
+):  # yields (line number, cells)
     """Rows between tabs, text as it stands.
 
     Raises `DataError` at the end where every quote was one of CSV, as a table that pandas wrote has them."""
     csv_quotes = other_quotes = 0
     for n, line in lines:
         line = line.removesuffix(newline).removesuffix("\r")
-        if not line.strip(" \r\n"): continue
+        if not line.strip(" \r\n"):
+            continue
         cells = line.split("\t")
         if '"' in line:
             quoted = [c for c in cells if '"' in c]
@@ -384,20 +539,24 @@ def plain_rows(lines, # (line number, line) pairs
             csv_quotes += sum('""' in c[1:-1] for c in as_csv)
         yield n, cells
     if csv_quotes and not other_quotes:
-        raise DataError(f'{path}: has cells such as "say ""no""", which are quoted as in CSV, '
-                        "though cells between tabs are read as they stand; give the file a name that ends in .csv, and its quotes are read as quotes")
+        raise DataError(
+            f'{path}: has cells such as "say ""no""", which are quoted as in CSV, '
+            "though cells between tabs are read as they stand; give the file a name that ends in .csv, and its quotes are read as quotes"
+        )
 
 # %% ../nbs/01_data.ipynb #6cb6acb8
 _bare_label = re.compile(r"-|-?\d(?:\.0*)?|(?:not?n?.?)?entail\w*|neutral|contradict\w*", re.I)
 
-def quoted_rows(lines, # (line number, line) pairs
-                delimiter:str,
-                blank:bool=False # does a blank follow the delimiter?
-               ): # yields (line number, cells or ValueError)
+
+def quoted_rows(
+    lines,  # (line number, line) pairs
+    delimiter: str,
+    blank: bool = False,  # does a blank follow the delimiter?
+):  # yields (line number, cells or ValueError)
     """Rows with quoted cells (RFC 4180), which may hold newlines.
 
     Where an unpaired quote swallows lines, each of them is a bad row."""
-    csv.field_size_limit(1 << 24) # a premise of 100 kB is long, not broken; the default limit is 128 KiB
+    csv.field_size_limit(1 << 24)  # a premise of 100 kB is long, not broken; the default limit is 128 KiB
     taken = []
 
     def noted():
@@ -409,33 +568,45 @@ def quoted_rows(lines, # (line number, line) pairs
     header = None
     while True:
         taken.clear()
-        try: cells = next(reader)
-        except StopIteration: return
-        except csv.Error as e: cells = ValueError(f"not CSV: {e}")
-        if header is None and not isinstance(cells, ValueError): header = [c.strip().lower() for c in cells]
-        elif swallows(taken, header, delimiter): cells = ValueError("not CSV: a quote that is not closed swallows "
-                                                                    "whole rows")
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            cells = ValueError(f"not CSV: {e}")
+        if header is None and not isinstance(cells, ValueError):
+            header = [c.strip().lower() for c in cells]
+        elif swallows(taken, header, delimiter):
+            cells = ValueError("not CSV: a quote that is not closed swallows whole rows")
         if isinstance(cells, ValueError):
             for n, _ in taken:
                 note = "" if n == taken[0][0] else f" (the quote opens on line {taken[0][0]})"
                 yield n, ValueError(f"{cells}{note}")
-        elif cells: yield taken[0][0], cells
+        elif cells:
+            yield taken[0][0], cells
 
-def swallows(taken:list, # (line number, line) pairs that the reader took for one row
-             header:list|None, # names in lower case
-             delimiter:str) -> bool:
+
+def swallows(
+    taken: list,  # (line number, line) pairs that the reader took for one row
+    header: list | None,  # names in lower case
+    delimiter: str,
+) -> bool:
     "Is each of these lines a row by itself, with as many cells as the header and a label where it should be?"
     at = next((i for i, name in enumerate(header or []) if name in PAIR_NAMES["label"]), None)
-    if len(taken) < 2 or at is None: return False
+    if len(taken) < 2 or at is None:
+        return False
     cells = [line.rstrip("\r\n").split(delimiter) for _, line in taken]
     return all(len(c) == len(header) and _bare_label.fullmatch(c[at].strip()) for c in cells)
 
 # %% ../nbs/01_data.ipynb #3302395e
-def table_text(path, newline:str): # text file object
+def table_text(path, newline: str):  # text file object
     # surrogateescape: an invalid byte spoils its own row only; `clean_text` finds it there
     return io.TextIOWrapper(open_data(path), encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
-def table_start(path) -> tuple|None: # (line number of the header, its dialect, what ends a line), None for a blank file
+
+def table_start(
+    path,
+) -> tuple | None:  # (line number of the header, its dialect, what ends a line), None for a blank file
     "What the first line of a table says about the rest. Excel's own `sep=;` above the header is understood."
     with open_data(path) as f:
         head = f.peek(1 << 16)
@@ -443,27 +614,39 @@ def table_start(path) -> tuple|None: # (line number of the header, its dialect, 
         lines = ((n, line) for n, line in enumerate(text, 1) if line.strip())
         n, line = next(lines, (0, ""))
         mark = re.fullmatch(r"sep=(.)\s*", line)
-        if mark: n, line = next(lines, (0, ""))
-    if not n: return None
+        if mark:
+            n, line = next(lines, (0, ""))
+    if not n:
+        return None
     dialect = table_dialect(line, Path(path).name)
     # a carriage return ends a line only where no newline does, as on old Macs; else it belongs to the text
-    return n, (mark[1], *dialect[1:]) if mark else dialect, "\r" if b"\r" in head and b"\n" not in head else "\n"
+    return (
+        n,
+        (mark[1], *dialect[1:]) if mark else dialect,
+        "\r" if b"\r" in head and b"\n" not in head else "\n",
+    )
 
-def table_rows(path): # yields (line number, cells or the ValueError that says why not); the header comes first
+
+def table_rows(
+    path,
+):  # yields (line number, cells or the ValueError that says why not); the header comes first
     "The rows of a CSV or TSV file in its dialect. The line named is the one a row starts on."
     start = table_start(path)
-    if start is None: return
+    if start is None:
+        return
     n, (delimiter, quoted, blank), newline = start
     with table_text(path, "" if quoted else newline) as text:
-        lines = itertools.islice(enumerate(text, 1), n-1, None)
-        if quoted: yield from quoted_rows(lines, delimiter, blank)
-        else: yield from plain_rows(lines, newline, path)
+        lines = itertools.islice(enumerate(text, 1), n - 1, None)
+        if quoted:
+            yield from quoted_rows(lines, delimiter, blank)
+        else:
+            yield from plain_rows(lines, newline, path)
 
 # %% ../nbs/01_data.ipynb #a0693d10
-def width_fault(cells:list, header:list) -> str:
+def width_fault(cells: list, header: list) -> str:
     "What is wrong with a row that is wider or narrower than the header."
     fault = f"{len(cells)} fields where the header has {len(header)}"
-    surplus = cells[len(header):]
+    surplus = cells[len(header) :]
     if surplus and not any(c.strip() for c in surplus):
         return f"{fault}: the line ends in a delimiter; remove it (as sed 's/,$//' does)"
     if len(surplus) == 1 and cells[0].strip().isdigit():
@@ -472,30 +655,39 @@ def width_fault(cells:list, header:list) -> str:
         return f"{fault}: the labels of several annotators stand in it; take the set's .jsonl file"
     return fault
 
-def csv_records(path): # yields (line number, record or the ValueError that says why not)
+
+def csv_records(path):  # yields (line number, record or the ValueError that says why not)
     "The records of a CSV or TSV file with a header."
     header = None
     for n, cells in table_rows(path):
         if header is None:
-            if isinstance(cells, ValueError): raise DataError(f"{path}:{n}: the header cannot be read: {cells}")
+            if isinstance(cells, ValueError):
+                raise DataError(f"{path}:{n}: the header cannot be read: {cells}")
             header = csv_header(cells, path)
-        elif isinstance(cells, ValueError): yield n, cells
-        elif len(cells) != len(header): yield n, ValueError(width_fault(cells, header))
-        else: yield n, dict(zip(header, cells))
+        elif isinstance(cells, ValueError):
+            yield n, cells
+        elif len(cells) != len(header):
+            yield n, ValueError(width_fault(cells, header))
+        else:
+            yield n, dict(zip(header, cells))
 
 # %% ../nbs/01_data.ipynb #1568094d
-def parquet_file(path): # pyarrow.parquet.ParquetFile
+def parquet_file(path):  # pyarrow.parquet.ParquetFile
     "A Parquet file, opened. Raises `DataError`."
     import pyarrow, pyarrow.parquet
-    try: return pyarrow.parquet.ParquetFile(path)
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError, ValueError) as e:
         raise DataError(f"{path}: cannot be read as Parquet: {(str(e).splitlines() or [''])[0]}") from e
 
-def parquet_records(path): # yields (row number from 1, record)
+
+def parquet_records(path):  # yields (row number from 1, record)
     """The records of a Parquet file with the values that stand in it.
 
     What JSON has no form for (dates, bytes) becomes text."""
     import pyarrow
+
     n = 0
     try:
         for batch in parquet_file(path).iter_batches(1000):
@@ -503,314 +695,472 @@ def parquet_records(path): # yields (row number from 1, record)
                 n += 1
                 yield n, json.loads(json.dumps(record, default=str))
     except (pyarrow.ArrowException, OSError) as e:
-        raise DataError(f"{path}: cannot be read as Parquet after row {n}: {(str(e).splitlines() or [''])[0]}") from e
+        raise DataError(
+            f"{path}: cannot be read as Parquet after row {n}: {(str(e).splitlines() or [''])[0]}"
+        ) from e
 
 # %% ../nbs/01_data.ipynb #a93e3fe0
-def first_line(path) -> bytes: # b"" where there is none
+def first_line(path) -> bytes:  # b"" where there is none
     "The first line that is not blank, without a byte-order mark."
     with open_data(path) as f:
         for raw in faults_named(path, f):
             raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if raw.strip(): return raw
+            if raw.strip():
+                return raw
     return b""
 
-def file_format(path) -> str: # "json", "table" or "parquet"
+
+def file_format(path) -> str:  # "json", "table" or "parquet"
     """The format of a file: by its name, by its first line where the name leaves it open.
 
     Raises `DataError` where the two disagree."""
     name = Path(path).name.lower().removesuffix(".gz")
-    if name.endswith(".parquet"): return "parquet"
+    if name.endswith(".parquet"):
+        return "parquet"
     first = first_line(path)
-    if name.endswith((".csv", "tsv")) and not first.startswith(b'{"'): return "table"
-    if first.lstrip()[:1] in (b"{", b"["): return "json"
-    if name.endswith((".tab", ".txt")): return "table"
+    if name.endswith((".csv", "tsv")) and not first.startswith(b'{"'):
+        return "table"
+    if first.lstrip()[:1] in (b"{", b"["):
+        return "json"
+    if name.endswith((".tab", ".txt")):
+        return "table"
     text = first.decode("utf-8", "replace")
     cells = [c.strip(' "').lower() for c in split_line(text, table_dialect(text, name)[0])]
-    if len(_known.intersection(cells)) < 2: return "json"
-    if not name.endswith(("json", "jsonl")): return "table"
-    raise DataError(f"{path}: has the name of a JSON file and the first line of a table ({text.strip():.80}); rename "
-                    f"it to .csv or .tsv")
+    if len(_known.intersection(cells)) < 2:
+        return "json"
+    if not name.endswith(("json", "jsonl")):
+        return "table"
+    raise DataError(
+        f"{path}: has the name of a JSON file and the first line of a table ({text.strip():.80}); rename "
+        f"it to .csv or .tsv"
+    )
 
-def records(path, # JSON Lines, CSV, TSV or Parquet, plain or gzip
-            whole:bool=False # read also JSON that does not keep to one object a line?
-           ): # yields (line number, record or ValueError)
+
+def records(
+    path,  # JSON Lines, CSV, TSV or Parquet, plain or gzip
+    whole: bool = False,  # read also JSON that does not keep to one object a line?
+):  # yields (line number, record or ValueError)
     """The records of a data file.
 
     No value is converted: what stands between two commas is text. Raises `DataError` on a file that cannot be read."""
     yield from faults_named(path, _records(path, whole))
 
+
 def _records(path, whole):
     kind = file_format(path)
-    if kind == "json": yield from jsonl_records(path, whole)
-    else: yield from dict(table=csv_records, parquet=parquet_records)[kind](path)
+    if kind == "json":
+        yield from jsonl_records(path, whole)
+    else:
+        yield from dict(table=csv_records, parquet=parquet_records)[kind](path)
 
-def faults_named(path, rows): # yields the rows
+
+def faults_named(path, rows):  # yields the rows
     "Rows as they are read from a file. Raises `DataError` where the file is damaged or its disk is."
-    try: yield from rows
-    except (gzip.BadGzipFile, EOFError, zlib.error) as e: raise DataError(f"{path}: damaged gzip file: {e}") from e
-    except OSError as e: raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
+    try:
+        yield from rows
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise DataError(f"{path}: damaged gzip file: {e}") from e
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
 
 # %% ../nbs/01_data.ipynb #3f4031d9
-KINDS = dict(text=("text",), sft=("prompt","completion","premise","hypothesis","label"),
-             reflection=("premise","hypothesis","improved_thought_process","true_label"),
-             thought=("premise","hypothesis","thought_process","predicted_label","true_label"),
-             pair=("premise","hypothesis","label"))
+KINDS = dict(
+    text=("text",),
+    sft=("prompt", "completion", "premise", "hypothesis", "label"),
+    reflection=("premise", "hypothesis", "improved_thought_process", "true_label"),
+    thought=("premise", "hypothesis", "thought_process", "predicted_label", "true_label"),
+    pair=("premise", "hypothesis", "label"),
+)
 
-def row_kind(row:dict) -> str|None:
+
+def row_kind(row: dict) -> str | None:
     "The first kind in `KINDS` whose keys the record has all, or None."
-    return next((k for k,need in KINDS.items() if all(c in row for c in need)), None)
+    return next((k for k, need in KINDS.items() if all(c in row for c in need)), None)
 
 # %% ../nbs/01_data.ipynb #94034917
-def clean_text(row:dict, key:str, # which text
-               empty:bool=False # may it be blank?
-              ) -> str: # the text, unaltered
+def clean_text(
+    row: dict,
+    key: str,  # which text
+    empty: bool = False,  # may it be blank?
+) -> str:  # the text, unaltered
     "The text under a key. Raises `ValueError` where it is missing, blank, no text, or cannot be written as UTF-8."
     s = row.get(key)
-    if not isinstance(s, str): raise ValueError(f"missing {key}" if s is None else f"{key} is a {type(s).__name__}, not text")
-    if not empty and not s.strip(): raise ValueError(f"{key} is empty")
-    if "\0" in s: raise ValueError(f"{key} holds NUL bytes")
+    if not isinstance(s, str):
+        raise ValueError(f"missing {key}" if s is None else f"{key} is a {type(s).__name__}, not text")
+    if not empty and not s.strip():
+        raise ValueError(f"{key} is empty")
+    if "\0" in s:
+        raise ValueError(f"{key} holds NUL bytes")
     if not s.isascii():
-        try: s.encode("utf-8")
-        except UnicodeEncodeError as e: raise ValueError(f"{key} holds invalid UTF-8 at character {e.start+1}") from None
+        try:
+            s.encode("utf-8")
+        except UnicodeEncodeError as e:
+            raise ValueError(f"{key} holds invalid UTF-8 at character {e.start + 1}") from None
     return s
 
 # %% ../nbs/01_data.ipynb #2dbc0e33
-def clean_messages(msgs, key:str) -> list:
+def clean_messages(msgs, key: str) -> list:
     "A list of `{role, content}` messages. Raises `ValueError`."
-    if not (isinstance(msgs, list) and msgs and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in msgs)):
+    if not (
+        isinstance(msgs, list)
+        and msgs
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in msgs)
+    ):
         raise ValueError(f"{key} is not a list of {{role, content}} messages")
-    for m in msgs: clean_text(m, "content")
+    for m in msgs:
+        clean_text(m, "content")
     return msgs
 
 # %% ../nbs/01_data.ipynb #375dad6e
 _pair_text = re.compile(r"Premise: (.*?)\nHypothesis: (.*)", re.S)
 
-def answer_of(text:str) -> tuple: # (prompt text, answer object)
+
+def answer_of(text: str) -> tuple:  # (prompt text, answer object)
     "Split an older row at its last `[/INST]` with an answer. Raises `ValueError`."
     at = len(text)
     while (at := text.rfind("[/INST]", 0, at)) >= 0:
-        after = text[at+7:].lstrip()
-        try: obj,_ = json.JSONDecoder().raw_decode(after)
-        except (ValueError, RecursionError): continue
-        if isinstance(obj, dict) and "predicted_label" in obj: return text[:at], obj
-    raise ValueError("no [/INST]" if "[/INST]" not in text else "no complete JSON answer with predicted_label after [/INST]")
+        after = text[at + 7 :].lstrip()
+        try:
+            obj, _ = json.JSONDecoder().raw_decode(after)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(obj, dict) and "predicted_label" in obj:
+            return text[:at], obj
+    raise ValueError(
+        "no [/INST]"
+        if "[/INST]" not in text
+        else "no complete JSON answer with predicted_label after [/INST]"
+    )
 
 # %% ../nbs/01_data.ipynb #0f28ff52
-def text_to_sft(row:dict, # an older row: text, maybe id
-                id # used where the row has none
-               ) -> dict: # SFT row, source "text"
+def text_to_sft(
+    row: dict,  # an older row: text, maybe id
+    id,  # used where the row has none
+) -> dict:  # SFT row, source "text"
     "An older `text` row as an SFT row. Raises `ValueError` with what is missing."
-    prompt,obj = answer_of(clean_text(row, "text"))
+    prompt, obj = answer_of(clean_text(row, "text"))
     prompt = prompt.strip().removeprefix("<s>").lstrip().removeprefix("[INST]").strip()
     m = _pair_text.search(prompt)
-    if not m: raise ValueError("the prompt has no 'Premise: …' and 'Hypothesis: …' lines")
-    hyp = re.split(r"\n\nUse chain of thought", m[2])[0] if "\n\nUse chain of thought" in m[2] else m[2].rpartition("\n\n")[0] or m[2]
-    label,_ = read_label(obj["predicted_label"])
+    if not m:
+        raise ValueError("the prompt has no 'Premise: …' and 'Hypothesis: …' lines")
+    hyp = (
+        re.split(r"\n\nUse chain of thought", m[2])[0]
+        if "\n\nUse chain of thought" in m[2]
+        else m[2].rpartition("\n\n")[0] or m[2]
+    )
+    label, _ = read_label(obj["predicted_label"])
     parts = dict(premise=m[1], hypothesis=hyp)
-    for k in parts: clean_text(parts, k)
+    for k in parts:
+        clean_text(parts, k)
     thought = clean_text(obj, "thought_process")
     said = parts | dict(thought_process=thought, label=label)
-    if "label" in row: row = row | dict(label=read_label(row["label"])[0])
+    if "label" in row:
+        row = row | dict(label=read_label(row["label"])[0])
     for k in said:
-        if k in row and row[k] != said[k]: raise ValueError(f"{k} is {row[k]!r} where the text says {said[k]!r}")
-    return {k:v for k,v in row.items() if k != "text"} | dict(id=row.get("id", id), prompt=[dict(role="user", content=prompt)],
-                completion=[dict(role="assistant", content=render_completion(thought, label))], **said, source="text")
+        if k in row and row[k] != said[k]:
+            raise ValueError(f"{k} is {row[k]!r} where the text says {said[k]!r}")
+    return {k: v for k, v in row.items() if k != "text"} | dict(
+        id=row.get("id", id),
+        prompt=[dict(role="user", content=prompt)],
+        completion=[dict(role="assistant", content=render_completion(thought, label))],
+        **said,
+        source="text",
+    )
 
 # %% ../nbs/01_data.ipynb #4fe58635
-def clean_sft(row:dict, contract:str|None=None) -> dict:
+def clean_sft(row: dict, contract: str | None = None) -> dict:
     "Check an SFT row: messages, parts, and that the completion says the same label as the row. Raises `ValueError`."
-    for k in ("prompt", "completion"): clean_messages(row.get(k), k) # the file's kind is that of its other rows
-    try: said = json.loads(row["completion"][-1]["content"])["predicted_label"]
-    except (ValueError, KeyError, TypeError): raise ValueError("the completion is not a JSON object with predicted_label") from None
-    if said != row["label"] or type(said) is not int: raise ValueError(f"the completion says {said!r} where label is {row['label']}")
+    for k in ("prompt", "completion"):
+        clean_messages(row.get(k), k)  # the file's kind is that of its other rows
+    try:
+        said = json.loads(row["completion"][-1]["content"])["predicted_label"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("the completion is not a JSON object with predicted_label") from None
+    if said != row["label"] or type(said) is not int:
+        raise ValueError(f"the completion says {said!r} where label is {row['label']}")
     if row.get("thought_process") is not None:
         clean_text(row, "thought_process", empty=True)
-        if json.loads(row["completion"][-1]["content"]).get("thought_process", row["thought_process"]) != row["thought_process"]:
+        if (
+            json.loads(row["completion"][-1]["content"]).get("thought_process", row["thought_process"])
+            != row["thought_process"]
+        ):
             raise ValueError("the completion has another thought than thought_process")
     return row
 
 # %% ../nbs/01_data.ipynb #3fda1ad6
-def row_contract(row:dict, # a record
-                 declared:str|None # what the caller says of the file
-                ) -> str|None: # a name in `CONTRACTS`, or None where neither says
+def row_contract(
+    row: dict,  # a record
+    declared: str | None,  # what the caller says of the file
+) -> str | None:  # a name in `CONTRACTS`, or None where neither says
     "The contract of a row. Raises `ValueError` where it is unknown, or not the declared one."
     c = row.get("contract") or None
-    if c is not None and not (isinstance(c, str) and c in CONTRACTS): raise ValueError(f"unknown label contract {c!r}")
-    if c and declared and c != declared: raise ValueError(f"records the label contract {c!r} where {declared!r} was declared")
+    if c is not None and not (isinstance(c, str) and c in CONTRACTS):
+        raise ValueError(f"unknown label contract {c!r}")
+    if c and declared and c != declared:
+        raise ValueError(f"records the label contract {c!r} where {declared!r} was declared")
     return c or declared
 
-def check_relation(row:dict, contract:str|None):
+
+def check_relation(row: dict, contract: str | None):
     "Raises `ValueError` where a row's `relation` gives another label under its contract than the row has."
     rel = row.get("relation")
-    if contract is None or rel is None: return
-    if not isinstance(rel, str): raise ValueError(f"relation {rel!r} is not text")
+    if contract is None or rel is None:
+        return
+    if not isinstance(rel, str):
+        raise ValueError(f"relation {rel!r} is not text")
     if map_relation(rel, contract, row.get("dataset")) != row["label"]:
         raise ValueError(f"label {row['label']} is not what contract {contract!r} makes of {rel!r}")
 
 # %% ../nbs/01_data.ipynb #74d6136d
-def check_gold(row:dict, label:int, contract:str|None=None):
+def check_gold(row: dict, label: int, contract: str | None = None):
     "Raises `ValueError` where a row has a column of gold labels beside `label` and they do not say the same."
     for key in ("gold_label", "gold"):
         value = row.get(key)
-        if value is None or value == "" or isinstance(value, bool): continue
-        if contract is None and relation_name(value): said = int(relation_name(value) == "entailment")
-        else: said = read_label(value, contract, row.get("dataset"))[0]
+        if value is None or value == "" or isinstance(value, bool):
+            continue
+        if contract is None and relation_name(value):
+            said = int(relation_name(value) == "entailment")
+        else:
+            said = read_label(value, contract, row.get("dataset"))[0]
         if said != label:
-            raise ValueError(f"{key} is {value!r} where label is {label}: nli_data download takes the gold column "
-                             f"and says so")
+            raise ValueError(
+                f"{key} is {value!r} where label is {label}: nli_data download takes the gold column "
+                f"and says so"
+            )
 
-def check_writable(row:dict):
+
+def check_writable(row: dict):
     "Raises `ValueError` where a value could not be written again: half a surrogate pair (from an escape, or a spoilt byte in CSV), or too deep nesting."
-    for k,v in row.items():
-        try: s = k + (v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) if isinstance(v, (list, dict)) else "")
-        except RecursionError: raise ValueError(f"{k} is nested too deeply") from None
-        if not s.isascii() and re.search("[\ud800-\udfff]", s): raise ValueError(f"{k!a} holds invalid UTF-8")
+    for k, v in row.items():
+        try:
+            s = k + (
+                v
+                if isinstance(v, str)
+                else json.dumps(v, ensure_ascii=False)
+                if isinstance(v, (list, dict))
+                else ""
+            )
+        except RecursionError:
+            raise ValueError(f"{k} is nested too deeply") from None
+        if not s.isascii() and re.search("[\ud800-\udfff]", s):
+            raise ValueError(f"{k!a} holds invalid UTF-8")
 
-def clean_row(row:dict, # a record
-              kind:str, # a name in `KINDS`
-              contract:str|None=None, # what the labels mean, where the row does not say
-              id=None # used where the row has none
-             ) -> dict: # new row: id first, label an int, other keys kept
+
+def clean_row(
+    row: dict,  # a record
+    kind: str,  # a name in `KINDS`
+    contract: str | None = None,  # what the labels mean, where the row does not say
+    id=None,  # used where the row has none
+) -> dict:  # new row: id first, label an int, other keys kept
     "A record as a checked row of its kind. Raises `ValueError` with what is wrong with it."
-    if kind == "text": row = text_to_sft(row, id)
+    if kind == "text":
+        row = text_to_sft(row, id)
     contract = row_contract(row, contract)
-    texts = ("premise", "hypothesis", *dict(thought=("thought_process",), reflection=("improved_thought_process",)).get(kind, ()))
-    for k in texts: clean_text(row, k)
+    texts = (
+        "premise",
+        "hypothesis",
+        *dict(thought=("thought_process",), reflection=("improved_thought_process",)).get(kind, ()),
+    )
+    for k in texts:
+        clean_text(row, k)
     gold = row["true_label"] if "true_label" in row else row.get("label")
-    label,relation = read_label(gold, contract, row.get("dataset"))
+    label, relation = read_label(gold, contract, row.get("dataset"))
     rid = row.get("id", id)
-    if type(rid) not in (int, str) or rid == "": raise ValueError(f"id {rid!r} is not a number or text")
+    if type(rid) not in (int, str) or rid == "":
+        raise ValueError(f"id {rid!r} is not a number or text")
     out = {"id": rid} | row | {"label": label}
-    if kind in ("thought", "reflection"): out["true_label"] = label
+    if kind in ("thought", "reflection"):
+        out["true_label"] = label
     if kind == "thought" or (kind == "reflection" and row.get("predicted_label") is not None):
         out["predicted_label"] = read_label(row.get("predicted_label"))[0]
-    if kind == "thought": out["correct"] = out["predicted_label"] == label
-    if relation: out.setdefault("relation", relation)
+    if kind == "thought":
+        out["correct"] = out["predicted_label"] == label
+    if relation:
+        out.setdefault("relation", relation)
     check_relation(out, contract)
     check_gold(out, label, contract)
-    if contract: out["contract"] = contract
+    if contract:
+        out["contract"] = contract
     check_writable(out)
     return clean_sft(out) if kind in ("sft", "text") else out
 
 # %% ../nbs/01_data.ipynb #20eed94f
-def hash64(text:str) -> int: # 1 … 2**64-1
+def hash64(text: str) -> int:  # 1 … 2**64-1
     "A 64-bit hash that is the same in every process and on every machine (BLAKE2b)."
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") or 1
+    return (
+        int.from_bytes(
+            hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+        )
+        or 1
+    )
 
 # %% ../nbs/01_data.ipynb #934c13b0
 class Seen:
     "A map from 64-bit hashes to small integers in flat arrays (open addressing, linear probing)."
-    def __init__(self, note:str="I", # array type of the notes: "I" up to 2**32-1, "B" up to 255
-                 bits:int=10 # 2**bits slots to begin with
-                ):
-        self.n,self.note = 0,note
+
+    def __init__(
+        self,
+        note: str = "I",  # array type of the notes: "I" up to 2**32-1, "B" up to 255
+        bits: int = 10,  # 2**bits slots to begin with
+    ):
+        self.n, self.note = 0, note
         self._alloc(1 << bits)
 
     def _alloc(self, slots):
-        self.mask = slots-1
-        self.keys,self.notes = array.array("Q", [0])*slots,array.array(self.note, [0])*slots
+        self.mask = slots - 1
+        self.keys, self.notes = array.array("Q", [0]) * slots, array.array(self.note, [0]) * slots
 
-    def __len__(self): return self.n
-    def nbytes(self) -> int: return sum(a.itemsize*len(a) for a in (self.keys, self.notes))
+    def __len__(self):
+        return self.n
+
+    def nbytes(self) -> int:
+        return sum(a.itemsize * len(a) for a in (self.keys, self.notes))
 
     def _slot(self, h):
-        i,keys,mask = h & self.mask,self.keys,self.mask
-        while keys[i] and keys[i] != h: i = (i+1) & mask
+        i, keys, mask = h & self.mask, self.keys, self.mask
+        while keys[i] and keys[i] != h:
+            i = (i + 1) & mask
         return i
 
-    def add(self, text:str, # the key
-            note:int=0 # kept the first time only
-           ) -> int|None: # the first note where the key was there already
+    def add(
+        self,
+        text: str,  # the key
+        note: int = 0,  # kept the first time only
+    ) -> int | None:  # the first note where the key was there already
         "Add a key, or say what was noted when it was first seen."
         h = hash64(text)
         i = self._slot(h)
-        if self.keys[i]: return self.notes[i]
-        self.keys[i],self.notes[i] = h,note
+        if self.keys[i]:
+            return self.notes[i]
+        self.keys[i], self.notes[i] = h, note
         self.n += 1
-        if 4*self.n > 3*self.mask: self._grow()
+        if 4 * self.n > 3 * self.mask:
+            self._grow()
 
-    def get(self, text:str) -> int|None: # the key's note, or None
+    def get(self, text: str) -> int | None:  # the key's note, or None
         "What was noted for a key."
         i = self._slot(hash64(text))
         return self.notes[i] if self.keys[i] else None
 
     def _grow(self):
-        keys,notes = self.keys,self.notes
-        self._alloc(2*len(keys))
-        for h,note in zip(keys, notes):
+        keys, notes = self.keys, self.notes
+        self._alloc(2 * len(keys))
+        for h, note in zip(keys, notes):
             if h:
                 i = self._slot(h)
-                self.keys[i],self.notes[i] = h,note
+                self.keys[i], self.notes[i] = h, note
 
 # %% ../nbs/01_data.ipynb #4cdabda0
 class BadRows(list):
     "The first 1,000 `(line, what is wrong)` of a file, and in `total` how many there were."
+
     total = 0
+
     def add(self, line, why):
         self.total += 1
-        if len(self) < 1000: self.append((line, str(why)))
+        if len(self) < 1000:
+            self.append((line, str(why)))
 
 # %% ../nbs/01_data.ipynb #3d59c999
-def refuse(path, bad:BadRows, good:int, max_bad:float=0.0 # share of unusable rows that is tolerated
-          ):
+def refuse(
+    path,
+    bad: BadRows,
+    good: int,
+    max_bad: float = 0.0,  # share of unusable rows that is tolerated
+):
     "Raise `DataError`, listing the first few bad rows, where a file has no usable row or too many bad ones."
     n = good + bad.total
-    if n == 0: raise DataError(f"{path}: holds no rows (the file is empty or blank, or has a header only)")
-    if good and bad.total <= max_bad*n: return
-    first = "".join(f"\n  {path}:{line}: {why}" for line,why in bad[:5]) + ("\n  …" if bad.total > 5 else "")
+    if n == 0:
+        raise DataError(f"{path}: holds no rows (the file is empty or blank, or has a header only)")
+    if good and bad.total <= max_bad * n:
+        return
+    first = "".join(f"\n  {path}:{line}: {why}" for line, why in bad[:5]) + ("\n  …" if bad.total > 5 else "")
     spoilt = any("invalid UTF-8" in why for _, why in bad) and os.path.isfile(path)
     hint = encoding_hint(path) if spoilt else ""
-    if hint: first += f"\n{hint}"
-    raise DataError(f"{path}: {bad.total:,} of {n:,} rows unusable ({bad.total/n:.1%}; tolerated: {max_bad:.1%}):{first}")
+    if hint:
+        first += f"\n{hint}"
+    raise DataError(
+        f"{path}: {bad.total:,} of {n:,} rows unusable ({bad.total / n:.1%}; tolerated: {max_bad:.1%}):{first}"
+    )
 
 # %% ../nbs/01_data.ipynb #bacc5eec
-def find_column(found, # names of a file's columns
-                wanted, # names to look for, the best first
-                path="the file" # for the message
-               ) -> str|None: # the column's own name
+def find_column(
+    found,  # names of a file's columns
+    wanted,  # names to look for, the best first
+    path="the file",  # for the message
+) -> str | None:  # the column's own name
     """The column that has one of the names, else one that differs in case and blanks only.
 
     Raises `DataError` where two such do."""
     for name in wanted:
-        if name in found: return name
+        if name in found:
+            return name
         alike = [c for c in found if isinstance(c, str) and c.strip().lower() == name.lower()]
         if len(alike) > 1:
-            raise DataError(f"{path}: the columns {' and '.join(map(repr, alike))} both read as {name}; rename one "
-                            f"of them")
-        if alike: return alike[0]
+            raise DataError(
+                f"{path}: the columns {' and '.join(map(repr, alike))} both read as {name}; rename one "
+                f"of them"
+            )
+        if alike:
+            return alike[0]
 
-def file_kind(path, recs:list # the first (line, record) of the file
-             ) -> str: # a name in `KINDS`
+
+def file_kind(
+    path,
+    recs: list,  # the first (line, record) of the file
+) -> str:  # a name in `KINDS`
     "The kind most of the records have. Raises `DataError` naming the columns that are missing and those that were found."
-    rows = [r for _,r in recs if isinstance(r, dict)]
+    rows = [r for _, r in recs if isinstance(r, dict)]
     kinds = Counter(k for k in map(row_kind, rows) if k)
-    if kinds: return kinds.most_common(1)[0][0]
-    if not rows: return "pair" # every line is bad, and will be named as such
+    if kinds:
+        return kinds.most_common(1)[0][0]
+    if not rows:
+        return "pair"  # every line is bad, and will be named as such
     found = list(dict.fromkeys(k for r in rows for k in r))
     lacks = {k: [c for c in need if c not in found] for k, need in KINDS.items()}
     # the kind that lacks least is what was probably meant; a file that has nothing of any kind holds pairs in other words
     some = [k for k in KINDS if len(lacks[k]) < len(KINDS[k])]
     kind = min(some or ["pair"], key=lambda k: (len(lacks[k]), -len(KINDS[k])))
-    raise DataError(f"{path}: missing column {', '.join(lacks[kind])} (for {kind} rows); found: "
-                    f"{', '.join(map(str, found)) or 'none'}"
-                    + columns_hint(found, kind))
+    raise DataError(
+        f"{path}: missing column {', '.join(lacks[kind])} (for {kind} rows); found: "
+        f"{', '.join(map(str, found)) or 'none'}" + columns_hint(found, kind)
+    )
 
-def columns_hint(found:list, kind:str) -> str: # the end of a sentence
+
+def columns_hint(found: list, kind: str) -> str:  # the end of a sentence
     "How a file of pairs in other columns becomes a file of pairs."
-    if kind != "pair": return ""
+    if kind != "pair":
+        return ""
     cols = {want: find_column(found, names) for want, names in PAIR_NAMES.items()}
-    if None in (cols["premise"], cols["hypothesis"]): cols = dict(premise="…", hypothesis="…", label="…")
-    elif cols["label"] is None: return ". Without labels nli_predict --csv can read it"
+    if None in (cols["premise"], cols["hypothesis"]):
+        cols = dict(premise="…", hypothesis="…", label="…")
+    elif cols["label"] is None:
+        return ". Without labels nli_predict --csv can read it"
     said = ",".join(f"{want}={name}" for want, name in cols.items())
-    return (f". nli_data download --from_file FILE --columns {shlex.quote(said)} --contract NAME makes pair rows of it; "
-            "for the sets it knows, --dataset NAME is enough")
+    return (
+        f". nli_data download --from_file FILE --columns {shlex.quote(said)} --contract NAME makes pair rows of it; "
+        "for the sets it knows, --dataset NAME is enough"
+    )
 
 # %% ../nbs/01_data.ipynb #9f82c171
-_renamed = ("id", "contract", "relation", "premise", "hypothesis", "label", "true_label", "predicted_label",
-            "thought_process", "improved_thought_process")
+_renamed = (
+    "id",
+    "contract",
+    "relation",
+    "premise",
+    "hypothesis",
+    "label",
+    "true_label",
+    "predicted_label",
+    "thought_process",
+    "improved_thought_process",
+)
 
-def other_spellings(recs:list, # the first (line, record) of a file
-                    path) -> dict: # name in the file -> name here
+
+def other_spellings(
+    recs: list,  # the first (line, record) of a file
+    path,
+) -> dict:  # name in the file -> name here
     """The columns whose names differ from ours in case and blanks only, such as Excel's `Premise`.
 
     Raises `DataError` where that is ambiguous."""
@@ -818,9 +1168,12 @@ def other_spellings(recs:list, # the first (line, record) of a file
     columns = {name: find_column(found, [name], path) for name in _renamed}
     return {column: name for name, column in columns.items() if column and column != name}
 
-def one_spelling(label, # as the file has it
-                 line:int, seen:dict # how labels are written -> the first line that has it so
-                ):
+
+def one_spelling(
+    label,  # as the file has it
+    line: int,
+    seen: dict,  # how labels are written -> the first line that has it so
+):
     """Raises `ValueError` where numbers and relations stand in one column.
 
     Those numbers are hardly 0 and 1 of this package."""
@@ -828,128 +1181,168 @@ def one_spelling(label, # as the file has it
     seen.setdefault(written, line)
     other = [n for how, n in seen.items() if how != written]
     if other:
-        raise ValueError(f"label {label!r} is {written}, unlike that of line {other[0]}: nothing says what the "
-                         f"numbers mean; nli_data download --names does")
+        raise ValueError(
+            f"label {label!r} is {written}, unlike that of line {other[0]}: nothing says what the "
+            f"numbers mean; nli_data download --names does"
+        )
 
-def rename(rec, names:dict): # the record under our names
+
+def rename(rec, names: dict):  # the record under our names
     return rec if isinstance(rec, ValueError) else {names.get(k, k): v for k, v in rec.items()}
 
 # %% ../nbs/01_data.ipynb #c7c681ed
-def check_records(recs, # (line, record or ValueError) pairs, as from `records`
-                  path, # for messages
-                  kind:str|None=None, # a name in `KINDS`; None: by the keys of the first 50 records
-                  max_bad:float=0.0, # share of unusable rows that is tolerated
-                  contract:str|None=None, # what the labels mean, for rows that do not say
-                  bad:BadRows|None=None, # is filled with the bad rows
-                  meta:dict|None=None # gets `kind` before the first row
-                 ): # yields rows; `text` rows arrive as SFT rows
+def check_records(
+    recs,  # (line, record or ValueError) pairs, as from `records`
+    path,  # for messages
+    kind: str | None = None,  # a name in `KINDS`; None: by the keys of the first 50 records
+    max_bad: float = 0.0,  # share of unusable rows that is tolerated
+    contract: str | None = None,  # what the labels mean, for rows that do not say
+    bad: BadRows | None = None,  # is filled with the bad rows
+    meta: dict | None = None,  # gets `kind` before the first row
+):  # yields rows; `text` rows arrive as SFT rows
     "Check records one by one. Raises `DataError` at once for a hopeless file, at the end for too many bad rows."
-    recs,bad,ids,good,spellings = iter(recs),BadRows() if bad is None else bad,Seen(),0,{}
+    recs, bad, ids, good, spellings = iter(recs), BadRows() if bad is None else bad, Seen(), 0, {}
     head = list(itertools.islice(recs, 50))
     renamed = other_spellings(head, path)
-    if renamed: head = [(line, rename(rec, renamed)) for line, rec in head]
+    if renamed:
+        head = [(line, rename(rec, renamed)) for line, rec in head]
     kind = kind or file_kind(path, head)
-    if meta is not None: meta["kind"] = kind
-    for i,(line,rec) in enumerate(itertools.chain(head, recs)):
+    if meta is not None:
+        meta["kind"] = kind
+    for i, (line, rec) in enumerate(itertools.chain(head, recs)):
         try:
-            if isinstance(rec, ValueError): raise rec
-            if renamed: rec = rename(rec, renamed)
+            if isinstance(rec, ValueError):
+                raise rec
+            if renamed:
+                rec = rename(rec, renamed)
             row = clean_row(rec, kind, contract, i)
-            if kind == "pair": one_spelling(rec["label"], line, spellings)
+            if kind == "pair":
+                one_spelling(rec["label"], line, spellings)
             before = ids.add(repr(row["id"]), line)
-            if before is not None: raise ValueError(f"id {row['id']!r} was used on line {before} already")
-        except ValueError as e: bad.add(line, e)
+            if before is not None:
+                raise ValueError(f"id {row['id']!r} was used on line {before} already")
+        except ValueError as e:
+            bad.add(line, e)
         else:
             good += 1
             yield row
     refuse(path, bad, good, max_bad)
 
 # %% ../nbs/01_data.ipynb #d272b178
-def iter_rows(path, # JSON Lines or CSV, plain or gzip
-              kind:str|None=None, # a name in `KINDS`; None: by the keys of the first 50 records
-              max_bad:float=0.0, # share of unusable rows that is tolerated
-              contract:str|None=None, # what the labels mean, for rows that do not say
-              bad:BadRows|None=None, # is filled with the bad rows
-              meta:dict|None=None # gets `kind` before the first row
-             ): # yields rows; `text` rows arrive as SFT rows
+def iter_rows(
+    path,  # JSON Lines or CSV, plain or gzip
+    kind: str | None = None,  # a name in `KINDS`; None: by the keys of the first 50 records
+    max_bad: float = 0.0,  # share of unusable rows that is tolerated
+    contract: str | None = None,  # what the labels mean, for rows that do not say
+    bad: BadRows | None = None,  # is filled with the bad rows
+    meta: dict | None = None,  # gets `kind` before the first row
+):  # yields rows; `text` rows arrive as SFT rows
     "Stream a file's rows, checked; see `check_records` for what is refused and when."
-    if kind is not None and kind not in KINDS: raise DataError(f"no row kind {kind!r}; there are: {', '.join(KINDS)}")
+    if kind is not None and kind not in KINDS:
+        raise DataError(f"no row kind {kind!r}; there are: {', '.join(KINDS)}")
     check_contract(contract)
     yield from check_records(records(path), path, kind, max_bad, contract, bad, meta)
 
 # %% ../nbs/01_data.ipynb #f9278c77
 class Rows(list):
     "A list of rows that knows its file: `.path`, `.kind`, `.bad` (line, what is wrong) and `.sha256` of the bytes."
+
     def __init__(self, rows=(), path=None, kind=None, bad=(), sha256=None):
         super().__init__(rows)
-        self.path,self.kind,self.bad,self.sha256 = path,kind,bad,sha256
+        self.path, self.kind, self.bad, self.sha256 = path, kind, bad, sha256
 
-def data_hash(path) -> str: # hex SHA-256
+
+def data_hash(path) -> str:  # hex SHA-256
     "SHA-256 of a file's bytes as they lie on disk."
-    if not Path(path).is_file(): raise DataError(f"{path}: no such file")
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file")
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/01_data.ipynb #6fc511f6
-def read_rows(path, # JSON Lines or CSV, plain or gzip
-              kind:str|None=None, # a name in `KINDS`; None: by the keys
-              max_bad:float=0.0, # share of unusable rows that is tolerated
-              contract:str|None=None # what the labels mean, for rows that do not say
-             ) -> Rows: # all rows; `text` rows as SFT rows
+def read_rows(
+    path,  # JSON Lines or CSV, plain or gzip
+    kind: str | None = None,  # a name in `KINDS`; None: by the keys
+    max_bad: float = 0.0,  # share of unusable rows that is tolerated
+    contract: str | None = None,  # what the labels mean, for rows that do not say
+) -> Rows:  # all rows; `text` rows as SFT rows
     "Read a whole file through `iter_rows`."
-    bad,meta = BadRows(),{}
+    bad, meta = BadRows(), {}
     rows = list(iter_rows(path, kind, max_bad, contract, bad, meta))
     return Rows(rows, str(path), meta["kind"], bad, data_hash(path))
 
 # %% ../nbs/01_data.ipynb #914d26ee
-def spread(rows:list, # any rows
-           n:int|None, # how many; None: all
-           block:int=4 # neighbours that stay together
-          ) -> list: # `n` rows at most, in order
+def spread(
+    rows: list,  # any rows
+    n: int | None,  # how many; None: all
+    block: int = 4,  # neighbours that stay together
+) -> list:  # `n` rows at most, in order
     "Evenly spaced blocks of rows."
-    if n is None or n >= len(rows): return list(rows)
-    wanted, there = -(-n//block), -(-len(rows)//block)
-    starts = (i*there//wanted*block for i in range(wanted))
-    return [r for at in starts for r in rows[at:at+block]][:n]
+    if n is None or n >= len(rows):
+        return list(rows)
+    wanted, there = -(-n // block), -(-len(rows) // block)
+    starts = (i * there // wanted * block for i in range(wanted))
+    return [r for at in starts for r in rows[at : at + block]][:n]
 
 # %% ../nbs/01_data.ipynb #a227d3da
-def template_of(rows:list # SFT rows
-               ) -> str|None:
+def template_of(
+    rows: list,  # SFT rows
+) -> str | None:
     "The name in `PROMPTS` whose wording every row's prompt has, or None."
     rows = list(rows)
-    return next((t for t in PROMPTS if rows and all(r["prompt"] == prompt_messages(r["premise"], r["hypothesis"], t) for r in rows)), None)
+    return next(
+        (
+            t
+            for t in PROMPTS
+            if rows and all(r["prompt"] == prompt_messages(r["premise"], r["hypothesis"], t) for r in rows)
+        ),
+        None,
+    )
 
 # %% ../nbs/01_data.ipynb #d7327ea1
 @contextlib.contextmanager
-def atomic_writer(path, # final name; `.gz` is compressed
-                  overwrite:bool=False # replace an existing file?
-                 ): # text file to write to
+def atomic_writer(
+    path,  # final name; `.gz` is compressed
+    overwrite: bool = False,  # replace an existing file?
+):  # text file to write to
     "Write a file whole or not at all. Raises `DataError` where it exists already or its folder cannot be written."
     p = Path(path)
-    if os.path.isdir(p): raise DataError(f"{path}: is a directory")
-    if os.path.exists(p) and not overwrite: raise DataError(f"{path}: exists already; say --overwrite (overwrite=True) to replace it")
+    if os.path.isdir(p):
+        raise DataError(f"{path}: is a directory")
+    if os.path.exists(p) and not overwrite:
+        raise DataError(f"{path}: exists already; say --overwrite (overwrite=True) to replace it")
     part = p.with_name(f"{p.name}.{os.getpid()}.part")
     try:
         p.parent.mkdir(parents=True, exist_ok=True)
         raw = open(part, "wb")
-    except (OSError, ValueError) as e: raise DataError(f"{path}: cannot be written: {getattr(e, 'strerror', None) or e}") from e
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path}: cannot be written: {getattr(e, 'strerror', None) or e}") from e
     try:
         with raw:
-            with io.TextIOWrapper(gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if p.suffix == ".gz" else raw, encoding="utf-8", newline="\n") as f:
+            with io.TextIOWrapper(
+                gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if p.suffix == ".gz" else raw,
+                encoding="utf-8",
+                newline="\n",
+            ) as f:
                 yield f
                 f.flush()
-                if p.suffix != ".gz": os.fsync(raw.fileno())
+                if p.suffix != ".gz":
+                    os.fsync(raw.fileno())
         os.replace(part, p)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../nbs/01_data.ipynb #741ee2dc
-def json_line(row:dict) -> str:
+def json_line(row: dict) -> str:
     "A row as one line of JSON Lines, non-ASCII kept readable."
     return json.dumps(row, ensure_ascii=False) + "\n"
 
-def write_jsonl(path, # final name; `.gz` is compressed
-                rows, # any iterable of rows: a generator is streamed
-                overwrite:bool=False # replace an existing file?
-               ) -> int: # rows written
+
+def write_jsonl(
+    path,  # final name; `.gz` is compressed
+    rows,  # any iterable of rows: a generator is streamed
+    overwrite: bool = False,  # replace an existing file?
+) -> int:  # rows written
     "Write rows as JSON Lines, whole or not at all. Raises `DataError` where the file exists."
     n = 0
     with atomic_writer(path, overwrite) as f:
@@ -961,33 +1354,51 @@ def write_jsonl(path, # final name; `.gz` is compressed
 # %% ../nbs/01_data.ipynb #c717e29e
 MANIFEST = "sha256.json"
 
-def seal(folder) -> dict: # relative name -> SHA-256
+
+def seal(folder) -> dict:  # relative name -> SHA-256
     "Write the hashes of all files below `folder` into its `sha256.json`: the last act of a save."
     folder = Path(folder)
-    files = {p.relative_to(folder).as_posix(): data_hash(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST}
-    with atomic_writer(folder/MANIFEST, overwrite=True) as f: json.dump(files, f, indent=1)
+    files = {
+        p.relative_to(folder).as_posix(): data_hash(p)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != MANIFEST
+    }
+    with atomic_writer(folder / MANIFEST, overwrite=True) as f:
+        json.dump(files, f, indent=1)
     return files
 
-def damage(folder) -> str|None: # None: every file is as it was written
+
+def damage(folder) -> str | None:  # None: every file is as it was written
     "What is wrong with a folder that `seal` should have sealed."
     folder = Path(folder)
-    try: files = json.loads((folder/MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError: return f"it was not saved to its end (no {MANIFEST})"
-    except (OSError, ValueError) as e: return f"its {MANIFEST} cannot be read ({e})"
-    if lost := [n for n in files if not (folder/n).is_file()]: return f"{lost[0]} is missing"
-    if odd := [n for n, h in files.items() if data_hash(folder/n) != h]: return f"{odd[0]} has changed since it was written (another SHA-256)"
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"it was not saved to its end (no {MANIFEST})"
+    except (OSError, ValueError) as e:
+        return f"its {MANIFEST} cannot be read ({e})"
+    if lost := [n for n in files if not (folder / n).is_file()]:
+        return f"{lost[0]} is missing"
+    if odd := [n for n, h in files.items() if data_hash(folder / n) != h]:
+        return f"{odd[0]} has changed since it was written (another SHA-256)"
 
 # %% ../nbs/01_data.ipynb #125f89fd
 _DASHES = re.compile("[\u2010-\u2015\u2212]")
 # Kept are letters, digits, and the marks that change a number or a sum: 3.5, 1/2, 10:30, -5, 2,3 (not 1,000), 5 %, $
 _GLUE = re.compile(r"[.,:/-](?!\d)|(?<=[^\W\d])[.,:/-]|,(?=\d{3}(?!\d))|[\s!\"#&'()*;?@\[\\\]^_`{|}~]")
 
+
 def _drop_marks(text):
     "The same text without punctuation, invisible characters and stray marks, by their Unicode category."
     kept = ".,:/-%"
-    return "".join(c for c in text if c in kept or unicodedata.category(c)[0] not in "PZC" and unicodedata.category(c) != "Sk")
+    return "".join(
+        c
+        for c in text
+        if c in kept or unicodedata.category(c)[0] not in "PZC" and unicodedata.category(c) != "Sk"
+    )
 
-def norm_text(text:str) -> str:
+
+def norm_text(text: str) -> str:
     """A text's key for comparing: two spellings of one sentence have one key, whatever their case, blanks and punctuation.
 
     NFKC, case folded, then without blanks and punctuation. Treebank spelling is undone: `a dog 's tail .` has the key of `A dog's tail.`
@@ -996,216 +1407,300 @@ def norm_text(text:str) -> str:
         text = _DASHES.sub("-", text)
         text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     text = text.casefold()
-    if "-rb-" in text or "-lrb-" in text: text = re.sub("-[lr]rb-", " ", text)
+    if "-rb-" in text or "-lrb-" in text:
+        text = re.sub("-[lr]rb-", " ", text)
     key = _GLUE.sub("", text if "\\" not in text else text.replace("\\", ""))
-    if not key.isascii(): key = _drop_marks(key)
+    if not key.isascii():
+        key = _drop_marks(key)
     return key or " ".join(text.split())
 
-def pair_key(row:dict) -> str:
+
+def pair_key(row: dict) -> str:
     "The keys of premise and hypothesis as one key."
     return norm_text(row["premise"]) + "\n" + norm_text(row["hypothesis"])
 
 # %% ../nbs/01_data.ipynb #3557bcde
 SPLITS = ("train", "dev", "test")
 
-def parse_splits(text:str # "0.8,0.1,0.1" (train, dev, test) or "0.9,0.1" (train, dev)
-                ) -> list: # shares, which sum to 1
+
+def parse_splits(
+    text: str,  # "0.8,0.1,0.1" (train, dev, test) or "0.9,0.1" (train, dev)
+) -> list:  # shares, which sum to 1
     "The shares of the splits. Raises `DataError`."
-    try: shares = [float(o) for o in text.split(",")]
-    except ValueError: shares = []
-    if len(shares) not in (2,3) or not min(shares) > 0 or not abs(sum(shares)-1) <= 1e-6: # so that nan is refused too
-        raise DataError(f"splits {text!r}: give two or three shares above 0 that sum to 1, as in 0.8,0.1,0.1 (train, dev, test)")
+    try:
+        shares = [float(o) for o in text.split(",")]
+    except ValueError:
+        shares = []
+    if (
+        len(shares) not in (2, 3) or not min(shares) > 0 or not abs(sum(shares) - 1) <= 1e-6
+    ):  # so that nan is refused too
+        raise DataError(
+            f"splits {text!r}: give two or three shares above 0 that sum to 1, as in 0.8,0.1,0.1 (train, dev, test)"
+        )
     return shares
 
-def split_of(premise:str, # as in the row
-             shares:list, # from `parse_splits`
-             seed:int=42
-            ) -> str: # a name in `SPLITS`
+
+def split_of(
+    premise: str,  # as in the row
+    shares: list,  # from `parse_splits`
+    seed: int = 42,
+) -> str:  # a name in `SPLITS`
     "The split a premise belongs to, by the hash of its key (`norm_text`)."
-    at = hash64(f"{seed}\n{norm_text(premise)}")/2**64
-    for name,share in zip(SPLITS, shares):
-        if (at := at-share) < 0: return name
-    return SPLITS[len(shares)-1]
+    at = hash64(f"{seed}\n{norm_text(premise)}") / 2**64
+    for name, share in zip(SPLITS, shares):
+        if (at := at - share) < 0:
+            return name
+    return SPLITS[len(shares) - 1]
 
 # %% ../nbs/01_data.ipynb #9e250632
-def split_paths(output, # the file named for the training rows
-                names # the splits wanted
-               ) -> dict: # split -> path
+def split_paths(
+    output,  # the file named for the training rows
+    names,  # the splits wanted
+) -> dict:  # split -> path
     "One path per split: `train` in the file's name is replaced, else `_train`, `_dev`, `_test` are put before the suffix."
     p = Path(output)
-    if "train" in p.name: return {s: p.with_name(p.name.replace("train", s)) for s in names}
-    stem,dot,ext = p.name.partition(".")
+    if "train" in p.name:
+        return {s: p.with_name(p.name.replace("train", s)) for s in names}
+    stem, dot, ext = p.name.partition(".")
     return {s: p.with_name(f"{stem}_{s}{dot}{ext}") for s in names}
 
 # %% ../nbs/01_data.ipynb #afb8a2c6
-STRATEGIES = dict(reflected="right thoughts, and reflections in place of the wrong ones",
-                  correct_only="right thoughts only",
-                  label_only="rows of 'reflected', completions without a thought",
-                  label_first="rows of 'reflected', the label before the thought",
-                  shuffled="rows of 'reflected', thoughts exchanged between rows of the same label")
+STRATEGIES = dict(
+    reflected="right thoughts, and reflections in place of the wrong ones",
+    correct_only="right thoughts only",
+    label_only="rows of 'reflected', completions without a thought",
+    label_first="rows of 'reflected', the label before the thought",
+    shuffled="rows of 'reflected', thoughts exchanged between rows of the same label",
+)
 CARRY = ("category", "relation", "group_id", "dataset", "split", "contract", "model")
 
 # %% ../nbs/01_data.ipynb #cbcef184
-def thought_key(row:dict) -> str:
+def thought_key(row: dict) -> str:
     "What a thought and its reflection must agree on."
     return json.dumps([row["id"], row["premise"], row["hypothesis"], row["label"]])
 
 # %% ../nbs/01_data.ipynb #5e73946c
-def one_contract(rows, # any iterable of rows
-                 seen:set, # contracts met so far, shared between files
-                 path, # for the message
-                 mix:bool=False # allow several?
-                ): # yields the rows
+def one_contract(
+    rows,  # any iterable of rows
+    seen: set,  # contracts met so far, shared between files
+    path,  # for the message
+    mix: bool = False,  # allow several?
+):  # yields the rows
     "Pass rows on while they have one label contract. Raises `DataError` at the first row of a second one."
     for row in rows:
         c = row.get("contract")
         if c not in seen:
             seen.add(c)
             if len(seen) > 1 and not mix:
-                raise DataError(f"{path}: label contracts {' and '.join(sorted(str(o or 'not recorded') for o in seen))} meet; "
-                                "their integers may not mean the same: map them first, declare --contract, or say --mix_contracts")
+                raise DataError(
+                    f"{path}: label contracts {' and '.join(sorted(str(o or 'not recorded') for o in seen))} meet; "
+                    "their integers may not mean the same: map them first, declare --contract, or say --mix_contracts"
+                )
         yield row
 
 # %% ../nbs/01_data.ipynb #e0e3562e
-def use_thoughts(rows, # thought rows
-                 known:Seen, # gets a note per row: 1 right, 0 wrong
-                 counts:Counter # counted into
-                ): # yields (row, thought, source)
+def use_thoughts(
+    rows,  # thought rows
+    known: Seen,  # gets a note per row: 1 right, 0 wrong
+    counts: Counter,  # counted into
+):  # yields (row, thought, source)
     "The right thoughts; the wrong ones are only noted."
     for row in rows:
         known.add(thought_key(row), int(row["correct"]))
         counts["thoughts right" if row["correct"] else "thoughts wrong"] += 1
-        if row["correct"]: yield row, row["thought_process"], "thought"
+        if row["correct"]:
+            yield row, row["thought_process"], "thought"
 
 # %% ../nbs/01_data.ipynb #d29ac2b0
 def suspect_path(reflections) -> Path:
     "Where `nli_reflect` sets apart the reflections on rows whose gold label it doubts."
     return Path(f"{reflections}.suspects.jsonl")
 
-def use_reflections(rows, path, known:Seen, counts:Counter, drop_wrong:bool=False, max_bad:float=0.0): # yields (row, thought, source)
+
+def use_reflections(
+    rows, path, known: Seen, counts: Counter, drop_wrong: bool = False, max_bad: float = 0.0
+):  # yields (row, thought, source)
     "The reflections that stand for a wrong thought. Raises `DataError` where more than `max_bad` belong to no wrong thought."
-    strays,good = BadRows(),0
+    strays, good = BadRows(), 0
     for row in rows:
         right = known.get(thought_key(row))
-        if right is None: strays.add(f"id {row['id']}", "no thought has this id, premise, hypothesis and gold label")
-        elif right: strays.add(f"id {row['id']}", "its thought was right already")
+        if right is None:
+            strays.add(f"id {row['id']}", "no thought has this id, premise, hypothesis and gold label")
+        elif right:
+            strays.add(f"id {row['id']}", "its thought was right already")
         else:
             good += 1
             if row.get("predicted_label", row["label"]) != row["label"]:
                 counts["reflections whose own label is not gold"] += 1
-                if drop_wrong: continue
+                if drop_wrong:
+                    continue
             counts["reflections used"] += 1
             yield row, row["improved_thought_process"], "reflection"
-    if good or strays.total: refuse(path, strays, good, max_bad)
+    if good or strays.total:
+        refuse(path, strays, good, max_bad)
     counts["reflections that belong to no wrong thought"] = strays.total
     counts["wrong thoughts without a reflection (left out)"] = counts["thoughts wrong"] - good
     if suspect_path(path).is_file():
-        with open(suspect_path(path), "rb") as f: counts["of these, rows whose gold label was doubted (set apart)"] = sum(1 for _ in f)
-
+        with open(suspect_path(path), "rb") as f:
+            counts["of these, rows whose gold label was doubted (set apart)"] = sum(1 for _ in f)
 
 # %% ../nbs/01_data.ipynb #e93fca3f
-def shuffle_thoughts(rows:list, # SFT rows
-                     seed:int=42
-                    ) -> list: # new rows in the same order, with `thought_of` naming the row each thought came from
+def shuffle_thoughts(
+    rows: list,  # SFT rows
+    seed: int = 42,
+) -> list:  # new rows in the same order, with `thought_of` naming the row each thought came from
     "Exchange thoughts between rows of the same label; no row keeps its own. Raises `DataError` where a label has one row only."
-    rng,order = random.Random(seed),list(range(len(rows)))
-    for label in (0,1):
-        at = [i for i,r in enumerate(rows) if r["label"] == label]
-        if len(at) == 1: raise DataError(f"thoughts cannot be exchanged: only one row has label {label}")
-        for k in range(len(at)-1, 0, -1):
+    rng, order = random.Random(seed), list(range(len(rows)))
+    for label in (0, 1):
+        at = [i for i, r in enumerate(rows) if r["label"] == label]
+        if len(at) == 1:
+            raise DataError(f"thoughts cannot be exchanged: only one row has label {label}")
+        for k in range(len(at) - 1, 0, -1):
             j = rng.randrange(k)
-            order[at[k]],order[at[j]] = order[at[j]],order[at[k]]
-    return [with_thought(r, rows[j]) for r,j in zip(rows, order)]
+            order[at[k]], order[at[j]] = order[at[j]], order[at[k]]
+    return [with_thought(r, rows[j]) for r, j in zip(rows, order)]
 
-def with_thought(row:dict, donor:dict) -> dict:
+
+def with_thought(row: dict, donor: dict) -> dict:
     "A row with another row's thought, in its completion too."
     content = render_completion(donor["thought_process"], row["label"])
-    return row | dict(thought_process=donor["thought_process"], completion=[dict(role="assistant", content=content)], thought_of=donor["id"])
+    return row | dict(
+        thought_process=donor["thought_process"],
+        completion=[dict(role="assistant", content=content)],
+        thought_of=donor["id"],
+    )
 
 # %% ../nbs/01_data.ipynb #dbd972fa
 class Shuffler:
     "Exchange thoughts in a stream: within blocks of `block` rows, so that memory is bounded."
-    def __init__(self, seed:int=42, block:int=10_000): self.seed,self.block,self.held,self.done = seed,block,[],0
 
-    def push(self, row:dict) -> list: # rows that are ready
+    def __init__(self, seed: int = 42, block: int = 10_000):
+        self.seed, self.block, self.held, self.done = seed, block, [], 0
+
+    def push(self, row: dict) -> list:  # rows that are ready
         "Take a row; give back a block of exchanged rows when enough are held."
         self.held.append(row)
         # two blocks are held before one leaves, so that the last block is never a handful of rows
-        return self._leave(self.block) if len(self.held) == 2*self.block else []
+        return self._leave(self.block) if len(self.held) == 2 * self.block else []
 
-    def flush(self) -> list: return self._leave(len(self.held))
+    def flush(self) -> list:
+        return self._leave(len(self.held))
 
     def _leave(self, n):
-        out,self.held = shuffle_thoughts(self.held[:n], self.seed+self.done),self.held[n:]
+        out, self.held = shuffle_thoughts(self.held[:n], self.seed + self.done), self.held[n:]
         self.done += 1
         return out
 
 # %% ../nbs/01_data.ipynb #6550e262
-def chosen_rows(thoughts, reflections, known, counts, mix=False, drop_wrong=False, max_bad=0.0, contract=None): # yields (row, thought, source)
+def chosen_rows(
+    thoughts, reflections, known, counts, mix=False, drop_wrong=False, max_bad=0.0, contract=None
+):  # yields (row, thought, source)
     "The rows a strategy is made of: right thoughts, then (where a reflections file is given) reflections on the wrong ones."
     seen = set()
-    yield from use_thoughts(one_contract(iter_rows(thoughts, "thought", max_bad, contract), seen, thoughts, mix), known, counts)
-    if reflections is None: counts["wrong thoughts (left out)"] = counts["thoughts wrong"]
+    yield from use_thoughts(
+        one_contract(iter_rows(thoughts, "thought", max_bad, contract), seen, thoughts, mix), known, counts
+    )
+    if reflections is None:
+        counts["wrong thoughts (left out)"] = counts["thoughts wrong"]
     else:
         rows = one_contract(iter_rows(reflections, "reflection", max_bad, contract), seen, reflections, mix)
         yield from use_reflections(rows, reflections, known, counts, drop_wrong, max_bad)
 
 # %% ../nbs/01_data.ipynb #4fd9a79f
-def prepare(thoughts, # file of thought rows
-            reflections=None, # file of reflection rows; not read by "correct_only"
-            output="train_ft.jsonl", # file to write; with `splits`, the name the others are made from
-            strategy:str="reflected", # a name in `STRATEGIES`
-            splits:list|None=None, # shares of train, dev(, test)
-            template:str="standard", # a name in `PROMPTS`
-            overwrite:bool=False, # replace existing files?
-            seed:int=42, # of the split and of "shuffled"
-            max_bad:float=0.0, # share of unusable rows that is tolerated
-            contract:str|None=None, # what the labels mean, for rows that do not say
-            mix:bool=False, # allow rows of different contracts in one file?
-            drop_wrong:bool=False # leave out reflections whose own label is not gold?
-           ) -> dict: # counts, by what was counted; `written`: rows by file
+def prepare(
+    thoughts,  # file of thought rows
+    reflections=None,  # file of reflection rows; not read by "correct_only"
+    output="train_ft.jsonl",  # file to write; with `splits`, the name the others are made from
+    strategy: str = "reflected",  # a name in `STRATEGIES`
+    splits: list | None = None,  # shares of train, dev(, test)
+    template: str = "standard",  # a name in `PROMPTS`
+    overwrite: bool = False,  # replace existing files?
+    seed: int = 42,  # of the split and of "shuffled"
+    max_bad: float = 0.0,  # share of unusable rows that is tolerated
+    contract: str | None = None,  # what the labels mean, for rows that do not say
+    mix: bool = False,  # allow rows of different contracts in one file?
+    drop_wrong: bool = False,  # leave out reflections whose own label is not gold?
+) -> dict:  # counts, by what was counted; `written`: rows by file
     "Thoughts and reflections to SFT rows, streaming. Raises `DataError`; then nothing is left behind."
-    if strategy not in STRATEGIES: raise DataError(f"no strategy {strategy!r}; there are: {', '.join(STRATEGIES)}")
-    if strategy == "correct_only": reflections = None
-    elif reflections is None: raise DataError(f"strategy {strategy!r} needs a reflections file (--reflections); without one there is --strategy correct_only")
+    if strategy not in STRATEGIES:
+        raise DataError(f"no strategy {strategy!r}; there are: {', '.join(STRATEGIES)}")
+    if strategy == "correct_only":
+        reflections = None
+    elif reflections is None:
+        raise DataError(
+            f"strategy {strategy!r} needs a reflections file (--reflections); without one there is --strategy correct_only"
+        )
     prompt_messages("", "", template)
-    known,counts,written = Seen("B"),Counter(),Counter()
+    known, counts, written = Seen("B"), Counter(), Counter()
     style = strategy if strategy in STYLES else "cot"
-    paths = split_paths(output, SPLITS[:len(splits)]) if splits else {"": Path(output)}
+    paths = split_paths(output, SPLITS[: len(splits)]) if splits else {"": Path(output)}
     with contextlib.ExitStack() as files:
-        out = {s: files.enter_context(atomic_writer(p, overwrite)) for s,p in paths.items()}
+        out = {s: files.enter_context(atomic_writer(p, overwrite)) for s, p in paths.items()}
         mixers = {s: Shuffler(seed) for s in paths} if strategy == "shuffled" else None
+
         def write(s, rows):
-            for row in rows: out[s].write(json_line(row))
+            for row in rows:
+                out[s].write(json_line(row))
             written[str(paths[s])] += len(rows)
-        for row,thought,source in chosen_rows(thoughts, reflections, known, counts, mix, drop_wrong, max_bad, contract):
+
+        for row, thought, source in chosen_rows(
+            thoughts, reflections, known, counts, mix, drop_wrong, max_bad, contract
+        ):
             s = split_of(row["premise"], splits, seed) if splits else ""
             extra = {k: row[k] for k in CARRY if k in row}
-            new = sft_row(row["id"], row["premise"], row["hypothesis"], thought, row["label"], source, template, style, **extra)
+            new = sft_row(
+                row["id"],
+                row["premise"],
+                row["hypothesis"],
+                thought,
+                row["label"],
+                source,
+                template,
+                style,
+                **extra,
+            )
             write(s, mixers[s].push(new) if mixers else [new])
-        for s in mixers or (): write(s, mixers[s].flush())
+        for s in mixers or ():
+            write(s, mixers[s].flush())
         empty = [str(p) for p in paths.values() if not written[str(p)]]
-        if empty: raise DataError(f"no rows for {', '.join(empty)}; nothing was written")
+        if empty:
+            raise DataError(f"no rows for {', '.join(empty)}; nothing was written")
     return dict(counts) | dict(written=dict(written))
 
 # %% ../nbs/01_data.ipynb #95c524c6
-_verdict = re.compile(r"\b(?P<aux>cannot|can(?:'t| not)?|could(?: not|n't)?|(?:is|are|does|do|may|might|would|should)(?: not|n't)?|it's|not|impossible)\s+"
-                      r"(?P<mid>(?:[\w'-]+\s+){0,5}?)(?P<verb>infer(?:red)?|entail(?:ed|s)?|conclude[ds]?|follows?(?=\s*[.,;]|\s*$|\s+(?:from|that|logically|necessarily|directly)\b)|deduced?|derived?|supported|supports?)\b", re.I) # "did not follow Nancy" is no verdict
-_plain = re.compile(r"\b(?P<verb>(?:premise|it|this|which|that|and) (?:\w+ly )?(?:entails|supports|contradicts)|hypothesis (?:\w+ly )?(?:follows|contradicts)|it (?:must hold|may fail|must fail))\b", re.I)
+_verdict = re.compile(
+    r"\b(?P<aux>cannot|can(?:'t| not)?|could(?: not|n't)?|(?:is|are|does|do|may|might|would|should)(?: not|n't)?|it's|not|impossible)\s+"
+    r"(?P<mid>(?:[\w'-]+\s+){0,5}?)(?P<verb>infer(?:red)?|entail(?:ed|s)?|conclude[ds]?|follows?(?=\s*[.,;]|\s*$|\s+(?:from|that|logically|necessarily|directly)\b)|deduced?|derived?|supported|supports?)\b",
+    re.I,
+)  # "did not follow Nancy" is no verdict
+_plain = re.compile(
+    r"\b(?P<verb>(?:premise|it|this|which|that|and) (?:\w+ly )?(?:entails|supports|contradicts)|hypothesis (?:\w+ly )?(?:follows|contradicts)|it (?:must hold|may fail|must fail))\b",
+    re.I,
+)
 _no = re.compile(r"\b(?:not|cannot|impossible|unreasonable|insufficient|unable|incorrect|no)\b|n't\b", re.I)
 
-def concludes(thought:str) -> int|None: # 1 entailed, 0 not entailed, None: no verdict recognised
+
+def concludes(thought: str) -> int | None:  # 1 entailed, 0 not entailed, None: no verdict recognised
     "What the last sentence of a thought says about entailment."
     s = re.split(r"(?<=[.!?])\s+(?=\S)", thought.strip())[-1]
-    found = [(m.start("verb"), 0 if _no.search(m["aux"]+" "+m["mid"]) else 1) for m in _verdict.finditer(s)]
-    found += [(m.start("verb"), 0 if re.search("contradict|fail", m["verb"], re.I) else 1) for m in _plain.finditer(s)]
+    found = [
+        (m.start("verb"), 0 if _no.search(m["aux"] + " " + m["mid"]) else 1) for m in _verdict.finditer(s)
+    ]
+    found += [
+        (m.start("verb"), 0 if re.search("contradict|fail", m["verb"], re.I) else 1)
+        for m in _plain.finditer(s)
+    ]
     return max(found)[1] if found else None
 
 # %% ../nbs/01_data.ipynb #e41b21c2
-_leak = re.compile(r"\b(?:true|correct|gold|given|actual|provided|expected|target)[ -](?:standard )?(?:label|answer)s?\b|\bground[ -]truth\b|\blabel(?:led|ed)? (?:as )?(?:is|was|given as|of)? ?[01]\b"
-                   r"|\b(?:initial|original|previous|earlier|first) (?:reasoning|thought(?: process)?|prediction|analysis|answer|response|conclusion)\b", re.I)
+_leak = re.compile(
+    r"\b(?:true|correct|gold|given|actual|provided|expected|target)[ -](?:standard )?(?:label|answer)s?\b|\bground[ -]truth\b|\blabel(?:led|ed)? (?:as )?(?:is|was|given as|of)? ?[01]\b"
+    r"|\b(?:initial|original|previous|earlier|first) (?:reasoning|thought(?: process)?|prediction|analysis|answer|response|conclusion)\b",
+    re.I,
+)
 
-def leaks_gold(thought:str) -> str|None: # the telling words
+
+def leaks_gold(thought: str) -> str | None:  # the telling words
     "The words by which a thought shows that its writer was shown the label or an earlier attempt."
     m = _leak.search(thought)
     return m[0] if m else None
@@ -1213,139 +1708,210 @@ def leaks_gold(thought:str) -> str|None: # the telling words
 # %% ../nbs/01_data.ipynb #7a516115
 _lost = re.compile(r"\w\?\?+\w|\ufffd")
 
-def is_mojibake(text:str) -> bool:
+
+def is_mojibake(text: str) -> bool:
     "Does the text look wrongly decoded? ASCII text without `??` costs next to nothing."
-    if ("??" in text or "\ufffd" in text) and _lost.search(text): return True
-    if text.isascii(): return False
+    if ("??" in text or "\ufffd" in text) and _lost.search(text):
+        return True
+    if text.isascii():
+        return False
     from ftfy.badness import is_bad
+
     return bool(is_bad(text))
 
 # %% ../nbs/01_data.ipynb #ab029d06
-def bigrams(text:str) -> list: # of hashes
+def bigrams(text: str) -> list:  # of hashes
     "32-bit hashes (CRC-32) of a text's word bigrams, with its ends marked, case and punctuation aside."
     w = ["<", *re.findall(r"\w+", text.casefold()), ">"]
-    return [zlib.crc32(f"{a} {b}".encode("utf-8", "surrogatepass")) for a,b in zip(w, w[1:])]
+    return [zlib.crc32(f"{a} {b}".encode("utf-8", "surrogatepass")) for a, b in zip(w, w[1:])]
 
-def jaccard(a:set, b:set) -> float: return len(a & b)/(len(a | b) or 1)
+
+def jaccard(a: set, b: set) -> float:
+    return len(a & b) / (len(a | b) or 1)
 
 # %% ../nbs/01_data.ipynb #e0c4e6f6
 class NearSample:
     "A sample of rows, drawn by content, of at most `limit` rows."
-    def __init__(self, limit:int=20_000): self.limit,self.k,self.n,self.rows = limit,0,0,[]
 
-    def add(self, row:dict, file:int):
+    def __init__(self, limit: int = 20_000):
+        self.limit, self.k, self.n, self.rows = limit, 0, 0, []
+
+    def add(self, row: dict, file: int):
         "Offer a row."
         self.n += 1
-        p,h = bigrams(row["premise"]),bigrams(row["hypothesis"])
+        p, h = bigrams(row["premise"]), bigrams(row["hypothesis"])
         # a smallest hash is a small number: mix it, so that its last bits are as random as its first
-        key = (min(min(p), min(h)) * 0x9E3779B97F4A7C15 & (1 << 64)-1) >> 20
-        if key & ((1 << self.k)-1): return
-        self.rows.append((key, file, row["id"], row["label"], array.array("I", p), array.array("I", h), hash64(pair_key(row))))
+        key = (min(min(p), min(h)) * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 20
+        if key & ((1 << self.k) - 1):
+            return
+        self.rows.append(
+            (
+                key,
+                file,
+                row["id"],
+                row["label"],
+                array.array("I", p),
+                array.array("I", h),
+                hash64(pair_key(row)),
+            )
+        )
         while len(self.rows) > self.limit:
             self.k += 1
-            self.rows = [r for r in self.rows if not r[0] & ((1 << self.k)-1)]
+            self.rows = [r for r in self.rows if not r[0] & ((1 << self.k) - 1)]
 
 # %% ../nbs/01_data.ipynb #bc544fc8
 def _near(one, other, threshold):
     "Do two rows of a sample share at least `threshold` of the bigrams of both texts, without being the same pair?"
-    (p,h,key),(p2,h2,key2) = one[4:],other[4:]
+    (p, h, key), (p2, h2, key2) = one[4:], other[4:]
     return key != key2 and jaccard(set(p), set(p2)) >= threshold and jaccard(set(h), set(h2)) >= threshold
 
-def near_duplicates(sample:NearSample, threshold:float=.8, # Jaccard of both premise and hypothesis
-                    across:bool=False # only rows of two files
-                   ): # yields (file, id, file, id, same label?) of a later row and an earlier one
+
+def near_duplicates(
+    sample: NearSample,
+    threshold: float = 0.8,  # Jaccard of both premise and hypothesis
+    across: bool = False,  # only rows of two files
+):  # yields (file, id, file, id, same label?) of a later row and an earlier one
     """Near-duplicates in a sample: candidates by MinHash LSH (`datasketch`; Broder 1997), each checked exactly. Equal pairs are not among them.
 
     A row is given at most once with its own label and once with the other one, beside a row of an earlier file where there is one."""
     from datasketch import MinHash, MinHashLSH
-    lsh = MinHashLSH(threshold=threshold-.15, num_perm=64) # lower than asked: LSH misses some near its threshold, and candidates are checked
+
+    lsh = MinHashLSH(
+        threshold=threshold - 0.15, num_perm=64
+    )  # lower than asked: LSH misses some near its threshold, and candidates are checked
     last = max((r[1] for r in sample.rows), default=0)
-    for i,row in enumerate(sample.rows):
-        file,rid,label,p,h = row[1:6]
+    for i, row in enumerate(sample.rows):
+        file, rid, label, p, h = row[1:6]
         m = MinHash(num_perm=64, hashfunc=int)
-        m.update_batch([*p, *((o+1) % 2**32 for o in h)]) # the same bigram in premise and in hypothesis is two features
+        m.update_batch(
+            [*p, *((o + 1) % 2**32 for o in h)]
+        )  # the same bigram in premise and in hypothesis is two features
         found = {}
         for j in sorted(lsh.query(m) if file or not across else [], key=lambda j: sample.rows[j][1])[:200]:
             other = sample.rows[j]
             same = other[3] == label
-            if same in found or (across and other[1] == file): continue
-            if _near(row, other, threshold): found[same] = other
-            if len(found) == 2: break
-        for same,other in found.items(): yield file, rid, other[1], other[2], same
-        if not across or file < last: lsh.insert(i, m)
+            if same in found or (across and other[1] == file):
+                continue
+            if _near(row, other, threshold):
+                found[same] = other
+            if len(found) == 2:
+                break
+        for same, other in found.items():
+            yield file, rid, other[1], other[2], same
+        if not across or file < last:
+            lsh.insert(i, m)
 
 # %% ../nbs/01_data.ipynb #0e0473cf
-def wilson(right:int, n:int, # successes; trials
-           alpha:float=0.05, # 1 - confidence
-           deff:float=1., # design effect of trials that come in clusters, from `design_effect`
-           clusters:float|None=None, # equal clusters the trials are worth, from `design_effect`; None: trials of their own
-           ) -> list: # [low, high]
+def wilson(
+    right: int,
+    n: int,  # successes; trials
+    alpha: float = 0.05,  # 1 - confidence
+    deff: float = 1.0,  # design effect of trials that come in clusters, from `design_effect`
+    clusters: float
+    | None = None,  # equal clusters the trials are worth, from `design_effect`; None: trials of their own
+) -> list:  # [low, high]
     """Wilson score interval of a proportion (Wilson 1927; `statsmodels.stats.proportion.proportion_confint`).
 
     With clusters it is the interval of `n / deff` trials, fewer where the design effect itself is known from few clusters:
     the degrees-of-freedom adjusted effective sample size of Korn and Graubard (1998), Survey Methodology 24:193-201."""
     from statsmodels.stats.proportion import proportion_confint
-    if not n: return [0., 1.]
+
+    if not n:
+        return [0.0, 1.0]
     if deff == 1 and (clusters is None or clusters >= n):
         return [float(x) for x in proportion_confint(right, n, alpha=alpha, method="wilson")]
-    worth = max(1., n / deff * _few_clusters(n, clusters, alpha))
-    return [float(x) for x in proportion_confint(right/n * worth, worth, alpha=alpha, method="wilson")]
+    worth = max(1.0, n / deff * _few_clusters(n, clusters, alpha))
+    return [float(x) for x in proportion_confint(right / n * worth, worth, alpha=alpha, method="wilson")]
+
 
 def _few_clusters(n, clusters, alpha):
     "Squared ratio of the t quantiles of n trials and of so many clusters; 1 for trials of their own."
     from scipy.stats import t
-    if clusters is None or clusters >= n: return 1.
-    if clusters <= 1: return 0.
-    return float((t.ppf(alpha/2, n - 1) / t.ppf(alpha/2, clusters - 1))**2)
+
+    if clusters is None or clusters >= n:
+        return 1.0
+    if clusters <= 1:
+        return 0.0
+    return float((t.ppf(alpha / 2, n - 1) / t.ppf(alpha / 2, clusters - 1)) ** 2)
 
 # %% ../nbs/01_data.ipynb #cfb7243c
-def cluster_codes(groups # a name per row, of any hashable kind
-                 ): # int array: 0, 1, … in the order of first appearance
+def cluster_codes(
+    groups,  # a name per row, of any hashable kind
+):  # int array: 0, 1, … in the order of first appearance
     "Number the clusters."
     import numpy as np
+
     codes = {}
     return np.array([codes.setdefault(g, len(codes)) for g in groups], int)
 
-def design_effect(right, groups, # 1/0 per row; its cluster
-                 ) -> tuple: # (design effect, clusters, equal clusters that they are worth)
+
+def design_effect(
+    right,
+    groups,  # 1/0 per row; its cluster
+) -> tuple:  # (design effect, clusters, equal clusters that they are worth)
     "By what factor clustering raises the variance of a share."
     import numpy as np
+
     right = np.asarray(right, float)
     size = np.bincount(codes := cluster_codes(groups))
     n, count = len(right), len(size)
-    if count == n: return 1., count, float(count)
+    if count == n:
+        return 1.0, count, float(count)
     worth = n**2 / float(size @ size)
     binomial = right.mean() * (1 - right.mean()) / (n - 1)
-    if count < 2 or not binomial: return n / worth, count, worth
-    left_out = np.bincount(codes, right - right.mean()) / (n - size)   # change of the share without one cluster
-    return max(1., (count - 1) / count * float(left_out @ left_out) / binomial), count, worth
+    if count < 2 or not binomial:
+        return n / worth, count, worth
+    left_out = np.bincount(codes, right - right.mean()) / (
+        n - size
+    )  # change of the share without one cluster
+    return max(1.0, (count - 1) / count * float(left_out @ left_out) / binomial), count, worth
 
-def share_right(right, groups, # 1/0 per row; its cluster
-                alpha:float=0.05, # 1 - confidence
-               ) -> dict: # n, right, accuracy, accuracy_ci, deff, n_clusters
+
+def share_right(
+    right,
+    groups,  # 1/0 per row; its cluster
+    alpha: float = 0.05,  # 1 - confidence
+) -> dict:  # n, right, accuracy, accuracy_ci, deff, n_clusters
     "A share with the one interval that this package prints for shares: Wilson's at the effective number of rows."
     k, n = int(sum(right)), len(right)
     deff, count, worth = design_effect(right, groups)
-    return dict(n=n, right=k, accuracy=k/n, accuracy_ci=wilson(k, n, alpha, deff, worth), deff=deff, n_clusters=count)
+    return dict(
+        n=n,
+        right=k,
+        accuracy=k / n,
+        accuracy_ci=wilson(k, n, alpha, deff, worth),
+        deff=deff,
+        n_clusters=count,
+    )
 
 # %% ../nbs/01_data.ipynb #f1f3a0a0
 NEGATIONS = frozenset("not no never nobody nothing none neither nor t without cannot".split())
 
-def overlap_features(row:dict) -> list: # 6 numbers
+
+def overlap_features(row: dict) -> list:  # 6 numbers
     "What a pair looks like without its words: shared words, lengths, negation."
-    p,h = (re.findall(r"\w+", row[k].casefold()) for k in ("premise", "hypothesis"))
-    ps,hs = set(p),set(h)
-    return [len(hs & ps)/(len(hs) or 1), jaccard(hs, ps), len(h)/10, len(h)/(len(p) or 1),
-            float(bool(hs & NEGATIONS)), float(bool(ps & NEGATIONS))]
+    p, h = (re.findall(r"\w+", row[k].casefold()) for k in ("premise", "hypothesis"))
+    ps, hs = set(p), set(h)
+    return [
+        len(hs & ps) / (len(hs) or 1),
+        jaccard(hs, ps),
+        len(h) / 10,
+        len(h) / (len(p) or 1),
+        float(bool(hs & NEGATIONS)),
+        float(bool(ps & NEGATIONS)),
+    ]
 
 # %% ../nbs/01_data.ipynb #65a053fd
-def negations(words: list, # lower-case words
-             ) -> int: # how many of them negate
+def negations(
+    words: list,  # lower-case words
+) -> int:  # how many of them negate
     "Negation words, counted; *n't* arrives as the word *t*."
     return sum(w in NEGATIONS for w in words)
 
-def order_features(row: dict, # with premise and hypothesis
-                  ) -> list: # 11 numbers
+
+def order_features(
+    row: dict,  # with premise and hypothesis
+) -> list:  # 11 numbers
     "Word order and negation parity of a pair: what a reader sees who knows which words are shared, and where, but not what they mean."
     p, h = (re.findall(r"\w+", row[k].casefold()) for k in ("premise", "hypothesis"))
     first = {w: i for i, w in reversed(list(enumerate(p)))}
@@ -1354,407 +1920,684 @@ def order_features(row: dict, # with premise and hypothesis
     only_p = [i for i, w in enumerate(p) if w not in h]
     only_h = [i for i, w in enumerate(h) if w not in first]
     np, nh = negations(p), negations(h)
-    return [rising/(len(at)-1 or 1) if at else -1, float(p[:1] == h[:1]), float(p[-1:] == h[-1:]), len(h)-len(p),
-            at[0]/len(p) if at else -1, at[-1]/len(p) if at else -1,
-            only_p[0]/len(p) if only_p else -1, only_h[0]/len(h) if only_h else -1,
-            np, nh, (np+nh) % 2]
+    return [
+        rising / (len(at) - 1 or 1) if at else -1,
+        float(p[:1] == h[:1]),
+        float(p[-1:] == h[-1:]),
+        len(h) - len(p),
+        at[0] / len(p) if at else -1,
+        at[-1] / len(p) if at else -1,
+        only_p[0] / len(p) if only_p else -1,
+        only_h[0] / len(h) if only_h else -1,
+        np,
+        nh,
+        (np + nh) % 2,
+    ]
 
 # %% ../nbs/01_data.ipynb #28ab64a2
 class BoostedTree:
     "A boosted tree on surface features of the pair. `fit` and `predict` take rows; the same rows give the same answers."
-    def __init__(self, seed: int=42,
-                 limit: int=5000, # rows to learn from at most, evenly spread over those given
-                 grams: int=200, # most frequent words and word pairs of each sentence that become features
-                 ):
+
+    def __init__(
+        self,
+        seed: int = 42,
+        limit: int = 5000,  # rows to learn from at most, evenly spread over those given
+        grams: int = 200,  # most frequent words and word pairs of each sentence that become features
+    ):
         self.seed, self.limit, self.grams = seed, limit, grams
 
-    def features(self, rows: list, # with premise and hypothesis
-                 ): # array (rows, features)
+    def features(
+        self,
+        rows: list,  # with premise and hypothesis
+    ):  # array (rows, features)
         "N-grams present in each sentence, then overlap, order and negation parity."
         import numpy as np
+
         seen = [v.transform(r[k] for r in rows).toarray() for k, v in self.bags.items()]
         told = np.array([overlap_features(r) + order_features(r) for r in rows], dtype=float)
         return np.hstack([*seen, told])
 
-    def fit(self, rows: list, # with premise, hypothesis, label; both labels must occur
-            ):
+    def fit(
+        self,
+        rows: list,  # with premise, hypothesis, label; both labels must occur
+    ):
         "Learn from `rows`."
         from sklearn.ensemble import HistGradientBoostingClassifier
         from sklearn.feature_extraction.text import CountVectorizer
+
         rows = spread(rows, self.limit)
+
         def bag(key):
-            counter = CountVectorizer(ngram_range=(1, 2), binary=True, max_features=self.grams, token_pattern=r"\w+", dtype="uint8")
+            counter = CountVectorizer(
+                ngram_range=(1, 2), binary=True, max_features=self.grams, token_pattern=r"\w+", dtype="uint8"
+            )
             return counter.fit(r[key] for r in rows)
+
         self.bags = {key: bag(key) for key in ("premise", "hypothesis")}
-        self.model = HistGradientBoostingClassifier(max_iter=100, max_leaf_nodes=15, learning_rate=.15, max_bins=32, early_stopping=False,
-                                                    random_state=self.seed)
+        self.model = HistGradientBoostingClassifier(
+            max_iter=100,
+            max_leaf_nodes=15,
+            learning_rate=0.15,
+            max_bins=32,
+            early_stopping=False,
+            random_state=self.seed,
+        )
         self.model.fit(self.features(rows), [r["label"] for r in rows])
         return self
 
-    def predict(self, rows: list) -> list: # labels, 0 or 1
+    def predict(self, rows: list) -> list:  # labels, 0 or 1
         "The label of each row."
         return [int(x) for x in self.model.predict(self.features(rows))] if rows else []
 
 # %% ../nbs/01_data.ipynb #7e33d2d5
-def baselines(rows:list, # rows with premise, hypothesis, label, maybe group_id
-              seed:int=42
-             ) -> dict: # name -> dict(accuracy, n, low, high); {} where there are fewer than 50 rows or 10 of a label
+def baselines(
+    rows: list,  # rows with premise, hypothesis, label, maybe group_id
+    seed: int = 42,
+) -> dict:  # name -> dict(accuracy, n, low, high); {} where there are fewer than 50 rows or 10 of a label
     "Cross-validated accuracy of guessing the label without the task, with 95 % Wilson intervals, beside the majority share."
     y = [r["label"] for r in rows]
-    if len(y) < 50 or min(y.count(0), y.count(1)) < 10: return {}
+    if len(y) < 50 or min(y.count(0), y.count(1)) < 10:
+        return {}
     from sklearn.feature_extraction.text import HashingVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+
     groups = [str(r.get("group_id", norm_text(r["premise"]))) for r in rows]
-    if len(set(groups)) < 5: return {}
-    tries = dict(hypothesis_only=(make_pipeline(HashingVectorizer(n_features=2**16, ngram_range=(1,2), binary=True), LogisticRegression(solver="liblinear")), [r["hypothesis"] for r in rows]),
-                 overlap=(make_pipeline(StandardScaler(), LogisticRegression()), [overlap_features(r) for r in rows]))
+    if len(set(groups)) < 5:
+        return {}
+    tries = dict(
+        hypothesis_only=(
+            make_pipeline(
+                HashingVectorizer(n_features=2**16, ngram_range=(1, 2), binary=True),
+                LogisticRegression(solver="liblinear"),
+            ),
+            [r["hypothesis"] for r in rows],
+        ),
+        overlap=(make_pipeline(StandardScaler(), LogisticRegression()), [overlap_features(r) for r in rows]),
+    )
     folds = GroupKFold(5, shuffle=True, random_state=seed)
-    answers = {name: cross_val_predict(model, x, y, groups=groups, cv=folds) for name,(model,x) in tries.items()}
-    answers["boosted_tree"] = [None]*len(y)
-    for fit,new in folds.split(rows, y, groups):
+    answers = {
+        name: cross_val_predict(model, x, y, groups=groups, cv=folds) for name, (model, x) in tries.items()
+    }
+    answers["boosted_tree"] = [None] * len(y)
+    for fit, new in folds.split(rows, y, groups):
         tree = BoostedTree(seed).fit([rows[i] for i in fit])
-        for i,label in zip(new, tree.predict([rows[i] for i in new])): answers["boosted_tree"][i] = label
-    out = dict(majority=dict(accuracy=max(y.count(0), y.count(1))/len(y), n=len(y)))
-    for name,found in answers.items():
-        share = share_right([a == b for a,b in zip(found, y)], groups)
-        out[name] = dict(accuracy=share["accuracy"], n=len(y), **dict(zip(("low","high"), share["accuracy_ci"])))
+        for i, label in zip(new, tree.predict([rows[i] for i in new])):
+            answers["boosted_tree"][i] = label
+    out = dict(majority=dict(accuracy=max(y.count(0), y.count(1)) / len(y), n=len(y)))
+    for name, found in answers.items():
+        share = share_right([a == b for a, b in zip(found, y)], groups)
+        out[name] = dict(
+            accuracy=share["accuracy"], n=len(y), **dict(zip(("low", "high"), share["accuracy_ci"]))
+        )
     return out
 
 # %% ../nbs/01_data.ipynb #2a9dea5d
-LIMITS = { # finding -> (warn above, fail above, what it means); shares of the file's rows
+LIMITS = {  # finding -> (warn above, fail above, what it means); shares of the file's rows
     "bad rows": (0, 0, "cannot be used; see the lines named"),
-    "repeated pairs": (0, .10, "the same premise and hypothesis again, up to case, blanks and punctuation"),
-    "pairs with both labels": (0, .01, "the same pair again, with the other label"),
+    "repeated pairs": (0, 0.10, "the same premise and hypothesis again, up to case, blanks and punctuation"),
+    "pairs with both labels": (0, 0.01, "the same pair again, with the other label"),
     "pairs in an earlier file": (0, 0, "the same pair is in a file named before: leakage"),
-    "premises in an earlier file": (0, .01, "the premise is in a file named before: leakage"),
-    "near-duplicates": (.01, 1, "80 % of the word bigrams of both texts shared with another row of that label"),
-    "near-duplicates of an earlier file": (0, .05, "as above, with a file named before: leakage"),
-    "near-copies with the other label": (.05, 1, "as near to another row, of this file or one named before, that has the other label: minimal pairs, or errors"),
-    "minority label": (-.35, -.05, "share of the rarer label (a warning below 35 %, a failure below 5 %)"),
-    "rows over the token limit": (0, .20, "would be dropped or refused in training"),
-    "thoughts against their label": (0, .10, "the last sentence concludes the other label (heuristic, of those it can judge)"),
-    "thoughts that show gold was given": (0, .05, "'the true label', 'the initial reasoning', …"),
-    "mojibake": (0, .20, "wrongly decoded text"),
-    "no label contract recorded": (0, 1, "nothing says what 0 and 1 mean: give --contract to prepare or download"),
+    "premises in an earlier file": (0, 0.01, "the premise is in a file named before: leakage"),
+    "near-duplicates": (
+        0.01,
+        1,
+        "80 % of the word bigrams of both texts shared with another row of that label",
+    ),
+    "near-duplicates of an earlier file": (0, 0.05, "as above, with a file named before: leakage"),
+    "near-copies with the other label": (
+        0.05,
+        1,
+        "as near to another row, of this file or one named before, that has the other label: minimal pairs, or errors",
+    ),
+    "minority label": (-0.35, -0.05, "share of the rarer label (a warning below 35 %, a failure below 5 %)"),
+    "rows over the token limit": (0, 0.20, "would be dropped or refused in training"),
+    "thoughts against their label": (
+        0,
+        0.10,
+        "the last sentence concludes the other label (heuristic, of those it can judge)",
+    ),
+    "thoughts that show gold was given": (0, 0.05, "'the true label', 'the initial reasoning', …"),
+    "mojibake": (0, 0.20, "wrongly decoded text"),
+    "no label contract recorded": (
+        0,
+        1,
+        "nothing says what 0 and 1 mean: give --contract to prepare or download",
+    ),
     "other label contract": (0, 0, "not the contract of an earlier file: the integers do not mean the same"),
-    "hypothesis-only baseline": (.05, 1, "lower end of its interval above the majority share: a shortcut"),
-    "overlap baseline": (.05, 1, "lower end of its interval above the majority share: a shortcut"),
-    "boosted-tree baseline": (.05, 1, "lower end of its interval above the majority share: a shortcut")}
+    "hypothesis-only baseline": (0.05, 1, "lower end of its interval above the majority share: a shortcut"),
+    "overlap baseline": (0.05, 1, "lower end of its interval above the majority share: a shortcut"),
+    "boosted-tree baseline": (0.05, 1, "lower end of its interval above the majority share: a shortcut"),
+}
 
-def level(name:str, share:float) -> str:
+
+def level(name: str, share: float) -> str:
     "OK, WARN or FAIL, by `LIMITS`; a limit below 0 is a floor."
-    warn,fail,_ = LIMITS[name]
+    warn, fail, _ = LIMITS[name]
     worse = (lambda lim: share < -lim) if warn < 0 else (lambda lim: share > lim)
     return "FAIL" if worse(fail) else "WARN" if worse(warn) else "OK"
 
 # %% ../nbs/01_data.ipynb #9ca5484c
 class Tally:
     "Counts of one file's findings, each with its first few examples."
-    def __init__(self, path): self.path,self.n,self.counts,self.of,self.examples = str(path),0,Counter(),{},{}
 
-    def hit(self, name:str, example=None):
+    def __init__(self, path):
+        self.path, self.n, self.counts, self.of, self.examples = str(path), 0, Counter(), {}, {}
+
+    def hit(self, name: str, example=None):
         self.counts[name] += 1
-        if example is not None and len(ex := self.examples.setdefault(name, [])) < 5: ex.append(str(example))
+        if example is not None and len(ex := self.examples.setdefault(name, [])) < 5:
+            ex.append(str(example))
 
-    def findings(self) -> list: # of dicts: check, level, n, of, share, says, examples
+    def findings(self) -> list:  # of dicts: check, level, n, of, share, says, examples
         out = []
-        for name,(_,_,says) in LIMITS.items():
+        for name, (_, _, says) in LIMITS.items():
             of = self.of.get(name, self.n)
-            if not of: continue
-            share = self.counts[name]/of
-            out.append(dict(check=name, level=level(name, share), n=self.counts[name], of=of, share=share, says=says, examples=self.examples.get(name, [])))
+            if not of:
+                continue
+            share = self.counts[name] / of
+            out.append(
+                dict(
+                    check=name,
+                    level=level(name, share),
+                    n=self.counts[name],
+                    of=of,
+                    share=share,
+                    says=says,
+                    examples=self.examples.get(name, []),
+                )
+            )
         return out
 
 # %% ../nbs/01_data.ipynb #11ee0ae5
-def row_text(row:dict) -> str:
+def row_text(row: dict) -> str:
     "All that a model would read of a row: prompt and completion, or the pair with its thought."
-    if "prompt" in row: return "\n".join(m["content"] for k in ("prompt", "completion") for m in row[k])
+    if "prompt" in row:
+        return "\n".join(m["content"] for k in ("prompt", "completion") for m in row[k])
     return "\n".join(row.get(k) or "" for k in ("premise", "hypothesis", "thought_process"))
 
-def row_thought(row:dict) -> tuple: # (thought or None, the label it was written for)
+
+def row_thought(row: dict) -> tuple:  # (thought or None, the label it was written for)
     "A row's reasoning: a reflection's improved thought, a thought with the label it predicted."
-    if "improved_thought_process" in row: return row["improved_thought_process"], row["label"]
-    if "predicted_label" in row and "thought_process" in row: return row["thought_process"], row["predicted_label"]
+    if "improved_thought_process" in row:
+        return row["improved_thought_process"], row["label"]
+    if "predicted_label" in row and "thought_process" in row:
+        return row["thought_process"], row["predicted_label"]
     return row.get("thought_process") or None, row["label"]
 
 # %% ../nbs/01_data.ipynb #e48a7c43
-def estimate_tokens(texts:list) -> list:
+def estimate_tokens(texts: list) -> list:
     "A quarter of the characters: a rough estimate for English, for use without a tokenizer."
-    return [len(t)//4+1 for t in texts]
+    return [len(t) // 4 + 1 for t in texts]
 
-def hub_tokenizer(name:str # a folder or hub id that `transformers.AutoTokenizer` reads
-                 ): # function: list of texts -> list of token counts
+
+def hub_tokenizer(
+    name: str,  # a folder or hub id that `transformers.AutoTokenizer` reads
+):  # function: list of texts -> list of token counts
     "Token counts of texts under a tokenizer. Raises `DataError` where it cannot be loaded."
     from transformers import AutoTokenizer
-    try: tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False) # unsaid, transformers asks on the terminal
-    except (OSError, ValueError) as e: raise DataError(f"tokenizer {name!r} cannot be loaded: {str(e).splitlines()[0]}; name a folder that holds one, or leave --tokenizer out for an estimate") from e
+
+    try:
+        tok = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False
+        )  # unsaid, transformers asks on the terminal
+    except (OSError, ValueError) as e:
+        raise DataError(
+            f"tokenizer {name!r} cannot be loaded: {str(e).splitlines()[0]}; name a folder that holds one, or leave --tokenizer out for an estimate"
+        ) from e
     return lambda texts: [len(o) for o in tok(texts, add_special_tokens=True)["input_ids"]]
 
 # %% ../nbs/01_data.ipynb #4a59f51c
-def count_row(row:dict, file:int, tally:Tally, pairs:Seen, premises:Seen):
+def count_row(row: dict, file: int, tally: Tally, pairs: Seen, premises: Seen):
     "The findings that one row shows by itself or against the hashes of the rows before it."
     tally.n += 1
     rid = f"id {row['id']}"
-    before = pairs.add(pair_key(row), 2*file+row["label"])
+    before = pairs.add(pair_key(row), 2 * file + row["label"])
     if before is not None:
-        tally.hit("pairs in an earlier file" if before//2 < file else "repeated pairs", rid)
-        if before % 2 != row["label"]: tally.hit("pairs with both labels", rid)
+        tally.hit("pairs in an earlier file" if before // 2 < file else "repeated pairs", rid)
+        if before % 2 != row["label"]:
+            tally.hit("pairs with both labels", rid)
     first = premises.add(norm_text(row["premise"]), file)
-    if first is not None and first < file: tally.hit("premises in an earlier file", rid)
-    thought,label = row_thought(row)
+    if first is not None and first < file:
+        tally.hit("premises in an earlier file", rid)
+    thought, label = row_thought(row)
     if thought:
         said = concludes(thought)
-        tally.of["thoughts against their label"] = tally.of.get("thoughts against their label", 0) + (said is not None)
-        if said is not None and said != label: tally.hit("thoughts against their label", rid)
-        if (words := leaks_gold(thought)): tally.hit("thoughts that show gold was given", f"{rid} ({words!r})")
-    if any(map(is_mojibake, (row["premise"], row["hypothesis"], thought or ""))): tally.hit("mojibake", rid)
+        tally.of["thoughts against their label"] = tally.of.get("thoughts against their label", 0) + (
+            said is not None
+        )
+        if said is not None and said != label:
+            tally.hit("thoughts against their label", rid)
+        if words := leaks_gold(thought):
+            tally.hit("thoughts that show gold was given", f"{rid} ({words!r})")
+    if any(map(is_mojibake, (row["premise"], row["hypothesis"], thought or ""))):
+        tally.hit("mojibake", rid)
 
 # %% ../nbs/01_data.ipynb #2dbf743b
-def batches(rows, n:int=1000): # yields lists of up to n rows
+def batches(rows, n: int = 1000):  # yields lists of up to n rows
     "Rows in lists."
     rows = iter(rows)
-    while (b := list(itertools.islice(rows, n))): yield b
+    while b := list(itertools.islice(rows, n)):
+        yield b
 
-def keep_sample(sample:list, row:dict, seen:int, # rows offered before this one
-                limit:int, rng:random.Random):
+
+def keep_sample(
+    sample: list,
+    row: dict,
+    seen: int,  # rows offered before this one
+    limit: int,
+    rng: random.Random,
+):
     "Reservoir sampling (Vitter's algorithm R): every row is in the sample with the same probability."
-    if len(sample) < limit: sample.append(row)
-    elif (j := rng.randrange(seen+1)) < limit: sample[j] = row
+    if len(sample) < limit:
+        sample.append(row)
+    elif (j := rng.randrange(seen + 1)) < limit:
+        sample[j] = row
 
 # %% ../nbs/01_data.ipynb #574a02c4
-def quantile(hist:Counter, q:float) -> int|None:
+def quantile(hist: Counter, q: float) -> int | None:
     "A quantile of a histogram of whole numbers."
-    need,total = q*sum(hist.values()),0
+    need, total = q * sum(hist.values()), 0
     for v in sorted(hist):
-        if (total := total+hist[v]) >= need: return v
+        if (total := total + hist[v]) >= need:
+            return v
 
 # %% ../nbs/01_data.ipynb #ed088cad
-def check_file(path, file:int, # its number
-               pairs:Seen, premises:Seen, near:NearSample, # shared by all files
-               contracts:set, # of the files before
-               tokens, max_tokens:int, kind=None, contract=None, baseline_rows:int=5000, seed:int=42) -> tuple: # (Tally, facts)
+def check_file(
+    path,
+    file: int,  # its number
+    pairs: Seen,
+    premises: Seen,
+    near: NearSample,  # shared by all files
+    contracts: set,  # of the files before
+    tokens,
+    max_tokens: int,
+    kind=None,
+    contract=None,
+    baseline_rows: int = 5000,
+    seed: int = 42,
+) -> tuple:  # (Tally, facts)
     "One streaming pass over a file."
-    tally,bad,meta,lengths,labels,own = Tally(path),BadRows(),{},Counter(),Counter(),set()
-    sample,rng = [],random.Random(seed)
+    tally, bad, meta, lengths, labels, own = Tally(path), BadRows(), {}, Counter(), Counter(), set()
+    sample, rng = [], random.Random(seed)
     try:
         for rows in batches(iter_rows(path, kind, 1.0, contract, bad, meta)):
-            for row,n in zip(rows, tokens([row_text(r) for r in rows])):
-                keep_sample(sample, {k: row[k] for k in ("premise","hypothesis","label","group_id") if k in row}, tally.n, baseline_rows, rng)
+            for row, n in zip(rows, tokens([row_text(r) for r in rows])):
+                keep_sample(
+                    sample,
+                    {k: row[k] for k in ("premise", "hypothesis", "label", "group_id") if k in row},
+                    tally.n,
+                    baseline_rows,
+                    rng,
+                )
                 count_row(row, file, tally, pairs, premises)
                 near.add(row, file)
                 lengths[n] += 1
                 labels[row["label"]] += 1
                 c = row.get("contract")
                 own.add(c)
-                if c is None: tally.hit("no label contract recorded")
-                elif contracts-{None, c}: tally.hit("other label contract", f"id {row['id']}: {c}")
-                if n > max_tokens: tally.hit("rows over the token limit", f"id {row['id']}: {n}")
-    except DataError as e: # no usable row, or no such file: for a report that is a finding like others
-        if not bad.total: tally.hit("bad rows", e)
-    for line,why in bad[:5]: tally.examples.setdefault("bad rows", []).append(f"line {line}: {why}")
+                if c is None:
+                    tally.hit("no label contract recorded")
+                elif contracts - {None, c}:
+                    tally.hit("other label contract", f"id {row['id']}: {c}")
+                if n > max_tokens:
+                    tally.hit("rows over the token limit", f"id {row['id']}: {n}")
+    except DataError as e:  # no usable row, or no such file: for a report that is a finding like others
+        if not bad.total:
+            tally.hit("bad rows", e)
+    for line, why in bad[:5]:
+        tally.examples.setdefault("bad rows", []).append(f"line {line}: {why}")
     tally.counts["bad rows"] += bad.total
     tally.of["bad rows"] = tally.n + tally.counts["bad rows"]
     tally.counts["minority label"] = min(labels[0], labels[1])
     contracts |= own
-    return tally, dict(kind=meta.get("kind"), rows=tally.n, labels=dict(sorted(labels.items())), contracts=sorted(map(str, own)),
-                       tokens={f"p{int(100*q)}": quantile(lengths, q) for q in (.5,.99,1)}, baselines=baselines(sample, seed))
+    return tally, dict(
+        kind=meta.get("kind"),
+        rows=tally.n,
+        labels=dict(sorted(labels.items())),
+        contracts=sorted(map(str, own)),
+        tokens={f"p{int(100 * q)}": quantile(lengths, q) for q in (0.5, 0.99, 1)},
+        baselines=baselines(sample, seed),
+    )
 
 # %% ../nbs/01_data.ipynb #5ecd0550
-def judge_baselines(facts:dict, tally:Tally) -> list:
+def judge_baselines(facts: dict, tally: Tally) -> list:
     "Findings for the baselines: how far the lower end of the interval lies above the majority share."
-    out,b = [],facts["baselines"]
-    for name,key in (("hypothesis-only baseline","hypothesis_only"), ("overlap baseline","overlap"), ("boosted-tree baseline","boosted_tree")):
-        if key not in b: continue
-        over = max(0.0, b[key]["low"]-b["majority"]["accuracy"])
-        out.append(dict(check=name, level=level(name, over), n=round(b[key]["accuracy"]*b[key]["n"]), of=b[key]["n"], share=b[key]["accuracy"], says=LIMITS[name][2],
-                        examples=[f"{b[key]['low']:.1%} to {b[key]['high']:.1%}; majority {b['majority']['accuracy']:.1%}"]))
+    out, b = [], facts["baselines"]
+    for name, key in (
+        ("hypothesis-only baseline", "hypothesis_only"),
+        ("overlap baseline", "overlap"),
+        ("boosted-tree baseline", "boosted_tree"),
+    ):
+        if key not in b:
+            continue
+        over = max(0.0, b[key]["low"] - b["majority"]["accuracy"])
+        out.append(
+            dict(
+                check=name,
+                level=level(name, over),
+                n=round(b[key]["accuracy"] * b[key]["n"]),
+                of=b[key]["n"],
+                share=b[key]["accuracy"],
+                says=LIMITS[name][2],
+                examples=[
+                    f"{b[key]['low']:.1%} to {b[key]['high']:.1%}; majority {b['majority']['accuracy']:.1%}"
+                ],
+            )
+        )
     return out
 
 # %% ../nbs/01_data.ipynb #98f69f67
-def check_files(paths:list, # data files, the training file first
-                tokens=None, # function: list of texts -> list of token counts; None: `estimate_tokens`
-                max_tokens:int=512, # token limit of a row
-                kind:str|None=None, # force a kind
-                contract:str|None=None, # what the labels mean, for rows that do not say
-                near_rows:int=20_000, # rows held for near-duplicates
-                baseline_rows:int=5000, # rows per file for the baselines
-                seed:int=42
-               ) -> dict: # verdict, files: each with its facts and findings
+def check_files(
+    paths: list,  # data files, the training file first
+    tokens=None,  # function: list of texts -> list of token counts; None: `estimate_tokens`
+    max_tokens: int = 512,  # token limit of a row
+    kind: str | None = None,  # force a kind
+    contract: str | None = None,  # what the labels mean, for rows that do not say
+    near_rows: int = 20_000,  # rows held for near-duplicates
+    baseline_rows: int = 5000,  # rows per file for the baselines
+    seed: int = 42,
+) -> dict:  # verdict, files: each with its facts and findings
     "Check data files, each by itself and against the ones before it; see `LIMITS`."
-    if len(paths) > 127: raise DataError("at most 127 files at a time")
-    pairs,premises,near,contracts = Seen("B"),Seen("B"),NearSample(near_rows),set()
-    done = [check_file(p, i, pairs, premises, near, contracts, tokens or estimate_tokens, max_tokens, kind, contract, baseline_rows, seed)
-            for i,p in enumerate(paths)]
+    if len(paths) > 127:
+        raise DataError("at most 127 files at a time")
+    pairs, premises, near, contracts = Seen("B"), Seen("B"), NearSample(near_rows), set()
+    done = [
+        check_file(
+            p,
+            i,
+            pairs,
+            premises,
+            near,
+            contracts,
+            tokens or estimate_tokens,
+            max_tokens,
+            kind,
+            contract,
+            baseline_rows,
+            seed,
+        )
+        for i, p in enumerate(paths)
+    ]
     sampled = Counter(r[1] for r in near.rows)
-    for i,(tally,_) in enumerate(done):
-        for name in ("near-duplicates", "near-duplicates of an earlier file", "near-copies with the other label"): tally.of[name] = sampled[i]
-    for file,rid,file2,rid2,same in near_duplicates(near):
+    for i, (tally, _) in enumerate(done):
+        for name in (
+            "near-duplicates",
+            "near-duplicates of an earlier file",
+            "near-copies with the other label",
+        ):
+            tally.of[name] = sampled[i]
+    for file, rid, file2, rid2, same in near_duplicates(near):
         name = "near-duplicates of an earlier file" if file2 < file else "near-duplicates"
-        done[file][0].hit(name if same else "near-copies with the other label", f"id {rid} ~ {done[file2][0].path} id {rid2}")
+        done[file][0].hit(
+            name if same else "near-copies with the other label",
+            f"id {rid} ~ {done[file2][0].path} id {rid2}",
+        )
     files = []
-    for tally,facts in done:
+    for tally, facts in done:
         found = [f for f in tally.findings() if "baseline" not in f["check"]] + judge_baselines(facts, tally)
         files.append(dict(path=tally.path, **facts, findings=found))
     levels = {f["level"] for o in files for f in o["findings"]}
-    return dict(verdict=next((l for l in ("FAIL","WARN") if l in levels), "OK"), files=files, tokens="counted" if tokens else "estimated (a quarter of the characters)",
-                max_tokens=max_tokens, near_rows=f"{len(near.rows):,} of {near.n:,} rows, chosen by content")
+    return dict(
+        verdict=next((l for l in ("FAIL", "WARN") if l in levels), "OK"),
+        files=files,
+        tokens="counted" if tokens else "estimated (a quarter of the characters)",
+        max_tokens=max_tokens,
+        near_rows=f"{len(near.rows):,} of {near.n:,} rows, chosen by content",
+    )
 
 # %% ../nbs/01_data.ipynb #f99d5e73
-def render_report(rep:dict # from `check_files`
-                 ) -> str:
+def render_report(
+    rep: dict,  # from `check_files`
+) -> str:
     "A check report as text."
     out = []
     for f in rep["files"]:
         t = f["tokens"]
-        out += [f"{f['path']}: {f['rows']:,} {f['kind'] or ''} rows; labels {f['labels']}; contract {', '.join(f['contracts']) or '-'}",
-                f"  tokens {rep['tokens']}: median {t['p50']}, p99 {t['p99']}, longest {t['p100']}; limit {rep['max_tokens']}"]
+        out += [
+            f"{f['path']}: {f['rows']:,} {f['kind'] or ''} rows; labels {f['labels']}; contract {', '.join(f['contracts']) or '-'}",
+            f"  tokens {rep['tokens']}: median {t['p50']}, p99 {t['p99']}, longest {t['p100']}; limit {rep['max_tokens']}",
+        ]
         for o in f["findings"]:
             out.append(f"  {o['level']:4} {o['check']:36} {o['n']:>9,} of {o['of']:,} ({o['share']:.1%})")
             if o["level"] != "OK" or "baseline" in o["check"]:
                 out[-1] += f"  {o['says']}" if o["level"] != "OK" else ""
                 out += [f"         {e}" for e in o["examples"][:5]]
-        if not f["baselines"]: out.append("  --   baselines not computed (fewer than 50 rows, or 10 of a label, or 5 premises)")
+        if not f["baselines"]:
+            out.append("  --   baselines not computed (fewer than 50 rows, or 10 of a label, or 5 premises)")
     return "\n".join(out + [f"near-duplicates sought among {rep['near_rows']}", f"verdict: {rep['verdict']}"])
 
 # %% ../nbs/01_data.ipynb #062bf55c
-def _contracts(rows): return sorted({str(r.get("contract") or "not recorded") for r in rows})
+def _contracts(rows):
+    return sorted({str(r.get("contract") or "not recorded") for r in rows})
 
-def _candidates(train, judged, threshold=.8):
+
+def _candidates(train, judged, threshold=0.8):
     "Training rows that can be a near-copy of a judged row: of both texts at least `threshold` of the bigrams occur in judged rows."
     known = {k: {b for r in judged for b in bigrams(r[k])} for k in ("hypothesis", "premise")}
+
     def covered(row, key):
         mine = bigrams(row[key])
-        return sum(b in known[key] for b in mine) >= threshold*len(mine)
+        return sum(b in known[key] for b in mine) >= threshold * len(mine)
+
     return [r for r in train if covered(r, "hypothesis") and covered(r, "premise")]
 
-def leakage(train:list, # rows that are trained on
-            judged:list, # rows that are scored
-            near_rows:int=20_000 # rows of both that are held for near-copies
-           ) -> dict: # counts of judged rows, ready for JSON; `sample` says among how many rows near-copies were sought
+
+def leakage(
+    train: list,  # rows that are trained on
+    judged: list,  # rows that are scored
+    near_rows: int = 20_000,  # rows of both that are held for near-copies
+) -> dict:  # counts of judged rows, ready for JSON; `sample` says among how many rows near-copies were sought
     """What training rows and evaluation rows share: pairs (with the same and with the other label), premises, near-copies, label contracts.
 
     Pairs and premises count as equal by their keys (`norm_text`). Near-copies are sought among the judged rows and the training rows that come
     into question, and in a sample of these (`NearSample`) where they are more than `near_rows`."""
-    asked,labels,trained = {norm_text(r["premise"]) for r in judged},{pair_key(r): set() for r in judged},set()
+    asked, labels, trained = (
+        {norm_text(r["premise"]) for r in judged},
+        {pair_key(r): set() for r in judged},
+        set(),
+    )
     for r in train:
-        if (p := norm_text(r["premise"])) not in asked: continue
+        if (p := norm_text(r["premise"])) not in asked:
+            continue
         trained.add(p)
-        if (key := pair_key(r)) in labels: labels[key].add(r["label"])
+        if (key := pair_key(r)) in labels:
+            labels[key].add(r["label"])
     known = [r for r in judged if norm_text(r["premise"]) in trained]
     shared = [(r, ys) for r in known if (ys := labels[pair_key(r)])]
     sample = NearSample(near_rows)
-    for file,rows in enumerate((_candidates(train, judged), judged)):
-        for i,r in enumerate(rows): sample.add(dict(r, id=i), file)
-    near = Counter(same for *_,same in near_duplicates(sample, across=True))
-    return dict(judged=len(judged), pairs=len(shared), pairs_other_label=sum(ys != {r["label"]} for r,ys in shared),
-                premises=len(trained), premise_rows=len(known), near=near[True], near_other_label=near[False],
-                sample=dict(rows=len(sample.rows), of=sample.n, judged=sum(r[1] for r in sample.rows)),
-                contracts=dict(train=_contracts(train), eval=_contracts(judged)))
+    for file, rows in enumerate((_candidates(train, judged), judged)):
+        for i, r in enumerate(rows):
+            sample.add(dict(r, id=i), file)
+    near = Counter(same for *_, same in near_duplicates(sample, across=True))
+    return dict(
+        judged=len(judged),
+        pairs=len(shared),
+        pairs_other_label=sum(ys != {r["label"]} for r, ys in shared),
+        premises=len(trained),
+        premise_rows=len(known),
+        near=near[True],
+        near_other_label=near[False],
+        sample=dict(rows=len(sample.rows), of=sample.n, judged=sum(r[1] for r in sample.rows)),
+        contracts=dict(train=_contracts(train), eval=_contracts(judged)),
+    )
 
 # %% ../nbs/01_data.ipynb #50266170
-def leakage_text(leaks:dict|None # from `leakage`; None: of a record that is older
-                ) -> list: # sentences; none where nothing is shared
+def leakage_text(
+    leaks: dict | None,  # from `leakage`; None: of a record that is older
+) -> list:  # sentences; none where nothing is shared
     "What a reader must know about `leakage`."
-    if not leaks: return ["Whether training and evaluation rows share pairs or premises was not looked for."]
-    n,s = leaks["judged"],leaks["sample"]
+    if not leaks:
+        return ["Whether training and evaluation rows share pairs or premises was not looked for."]
+    n, s = leaks["judged"], leaks["sample"]
     where = "" if s["rows"] == s["of"] else f" (sought in a sample: {s['judged']:,} of {n:,} evaluation rows)"
     said = []
     if leaks["pairs"]:
-        other = f", {leaks['pairs_other_label']:,} of them with the other label" if leaks["pairs_other_label"] else ""
-        said.append(f"{leaks['pairs']:,} of {n:,} evaluation pairs are among the training rows{other}: the score flatters the model.")
-    if leaks["premise_rows"]: said.append(f"{leaks['premise_rows']:,} of {n:,} evaluation rows have a premise that was trained on ({leaks['premises']:,} premises).")
-    if leaks["near"]: said.append(f"{leaks['near']:,} evaluation rows are near-copies of a training row{where}.")
-    if leaks["near_other_label"]: said.append(f"{leaks['near_other_label']:,} evaluation rows are near-copies of a training row that has the other label{where}.")
-    train,judged = leaks["contracts"]["train"],leaks["contracts"]["eval"]
-    if train != judged: said.append(f"Label contracts differ: {', '.join(train)} in training, {', '.join(judged)} in evaluation. A 1 may not mean the same.")
-    if where and not (leaks["near"] or leaks["near_other_label"]): said.append(f"No near-copies were found{where}.")
+        other = (
+            f", {leaks['pairs_other_label']:,} of them with the other label"
+            if leaks["pairs_other_label"]
+            else ""
+        )
+        said.append(
+            f"{leaks['pairs']:,} of {n:,} evaluation pairs are among the training rows{other}: the score flatters the model."
+        )
+    if leaks["premise_rows"]:
+        said.append(
+            f"{leaks['premise_rows']:,} of {n:,} evaluation rows have a premise that was trained on ({leaks['premises']:,} premises)."
+        )
+    if leaks["near"]:
+        said.append(f"{leaks['near']:,} evaluation rows are near-copies of a training row{where}.")
+    if leaks["near_other_label"]:
+        said.append(
+            f"{leaks['near_other_label']:,} evaluation rows are near-copies of a training row that has the other label{where}."
+        )
+    train, judged = leaks["contracts"]["train"], leaks["contracts"]["eval"]
+    if train != judged:
+        said.append(
+            f"Label contracts differ: {', '.join(train)} in training, {', '.join(judged)} in evaluation. A 1 may not mean the same."
+        )
+    if where and not (leaks["near"] or leaks["near_other_label"]):
+        said.append(f"No near-copies were found{where}.")
     return said
 
-def refuse_leaked(leaks:dict, # from `leakage`
-                  train, judged # how messages call the two files
-                 ):
+
+def refuse_leaked(
+    leaks: dict,  # from `leakage`
+    train,
+    judged,  # how messages call the two files
+):
     "Raise `DataError` where every evaluation pair was trained on: such a score measures memory and nothing else."
     if leaks["judged"] and leaks["pairs"] == leaks["judged"]:
-        raise DataError(f"all {leaks['judged']:,} evaluation pairs of {judged} are among the training rows of {train}: the score would measure memory. Evaluate on rows that are not trained on")
+        raise DataError(
+            f"all {leaks['judged']:,} evaluation pairs of {judged} are among the training rows of {train}: the score would measure memory. Evaluate on rows that are not trained on"
+        )
 
-def refuse_equal_files(train, judged # paths of training and evaluation rows
-                      ):
+
+def refuse_equal_files(
+    train,
+    judged,  # paths of training and evaluation rows
+):
     "Raise `DataError` where the two are one file, or have the same bytes. Files that are not there are for others to refuse."
-    train,judged = Path(train),Path(judged)
-    if not (train.is_file() and judged.is_file()): return
-    same = "the same file" if train.samefile(judged) else "files of the same bytes" if data_hash(train) == data_hash(judged) else None
-    if same: raise DataError(f"train_data {train} and eval_data {judged} are {same}: the score would measure memory. Give evaluation rows that are not trained on")
+    train, judged = Path(train), Path(judged)
+    if not (train.is_file() and judged.is_file()):
+        return
+    same = (
+        "the same file"
+        if train.samefile(judged)
+        else "files of the same bytes"
+        if data_hash(train) == data_hash(judged)
+        else None
+    )
+    if same:
+        raise DataError(
+            f"train_data {train} and eval_data {judged} are {same}: the score would measure memory. Give evaluation rows that are not trained on"
+        )
 
 # %% ../nbs/01_data.ipynb #df679464
-def gather_stats(rows # any iterable of rows: a generator is streamed
-                ) -> dict: # counts by label and by source, histograms of word counts by label
+def gather_stats(
+    rows,  # any iterable of rows: a generator is streamed
+) -> dict:  # counts by label and by source, histograms of word counts by label
     "Counts for plots, in memory that does not grow with the rows."
-    labels,sources,words = Counter(),Counter(),{}
+    labels, sources, words = Counter(), Counter(), {}
     for row in rows:
         labels[row["label"]] += 1
         sources[str(row.get("source") or row.get("dataset") or "pair"), row["label"]] += 1
-        thought,_ = row_thought(row)
-        for part,text in (("premise", row["premise"]), ("hypothesis", row["hypothesis"]), ("thought", thought)):
-            if text: words.setdefault((part, row["label"]), Counter())[min(text.count(" ")+1, 1000)] += 1
+        thought, _ = row_thought(row)
+        for part, text in (
+            ("premise", row["premise"]),
+            ("hypothesis", row["hypothesis"]),
+            ("thought", thought),
+        ):
+            if text:
+                words.setdefault((part, row["label"]), Counter())[min(text.count(" ") + 1, 1000)] += 1
     return dict(labels=labels, sources=sources, words=words)
 
 # %% ../nbs/01_data.ipynb #47ae2aa6
-def plot_stats(rows, # rows, or what `gather_stats` made of them
-               title:str=""
-              ): # matplotlib Figure
+def plot_stats(
+    rows,  # rows, or what `gather_stats` made of them
+    title: str = "",
+):  # matplotlib Figure
     "Lengths by label, sources by label, and label balance, side by side."
     from matplotlib.figure import Figure
+
     st = rows if isinstance(rows, dict) else gather_stats(rows)
-    parts = [p for p in ("premise","hypothesis","thought") if any(k[0] == p for k in st["words"])]
-    fig = Figure(figsize=(3.2*(len(parts)+2), 2.8), layout="constrained")
-    axs,colours = fig.subplots(1, len(parts)+2),("tab:orange","tab:blue")
-    for ax,part in zip(axs, parts):
-        top = max(quantile(h, .99) for k,h in st["words"].items() if k[0] == part)
-        for label in (0,1):
+    parts = [p for p in ("premise", "hypothesis", "thought") if any(k[0] == p for k in st["words"])]
+    fig = Figure(figsize=(3.2 * (len(parts) + 2), 2.8), layout="constrained")
+    axs, colours = fig.subplots(1, len(parts) + 2), ("tab:orange", "tab:blue")
+    for ax, part in zip(axs, parts):
+        top = max(quantile(h, 0.99) for k, h in st["words"].items() if k[0] == part)
+        for label in (0, 1):
             h = st["words"].get((part, label), {})
-            ax.hist(list(h), bins=25, range=(0, top+1), weights=list(h.values()), alpha=.6, color=colours[label], label=f"label {label}")
+            ax.hist(
+                list(h),
+                bins=25,
+                range=(0, top + 1),
+                weights=list(h.values()),
+                alpha=0.6,
+                color=colours[label],
+                label=f"label {label}",
+            )
         ax.set(title=f"{part} length", xlabel="words", ylabel="rows")
         ax.legend(fontsize="small")
-    names = sorted({s for s,_ in st["sources"]})
-    for label in (0,1):
-        left = [st["sources"][s,0] if label else 0 for s in names]
-        axs[-2].barh([s.replace("$", r"\$") for s in names], [st["sources"][s,label] for s in names], left=left, color=colours[label]) # no mathtext
+    names = sorted({s for s, _ in st["sources"]})
+    for label in (0, 1):
+        left = [st["sources"][s, 0] if label else 0 for s in names]
+        axs[-2].barh(
+            [s.replace("$", r"\$") for s in names],
+            [st["sources"][s, label] for s in names],
+            left=left,
+            color=colours[label],
+        )  # no mathtext
         axs[-1].bar(str(label), st["labels"][label], color=colours[label])
     axs[-2].set(title="source", xlabel="rows")
     axs[-1].set(title="label balance", xlabel="label", ylabel="rows")
-    if title: fig.suptitle(title.replace("$", r"\$"))
+    if title:
+        fig.suptitle(title.replace("$", r"\$"))
     return fig
 
 # %% ../nbs/01_data.ipynb #2a211927
-def write_stats(paths:list, out, # .png or .html
-                max_bad:float=0.0, contract:str|None=None, overwrite:bool=False) -> list: # of `gather_stats` dicts
+def write_stats(
+    paths: list,
+    out,  # .png or .html
+    max_bad: float = 0.0,
+    contract: str | None = None,
+    overwrite: bool = False,
+) -> list:  # of `gather_stats` dicts
     "Plots of data files, one row of panels per file, as PNG or as one HTML page."
     out = Path(out)
-    if out.suffix not in (".png", ".html"): raise DataError(f"{out}: write plots to a .png or .html file")
-    if out.exists() and not overwrite: raise DataError(f"{out}: exists already; say --overwrite to replace it")
+    if out.suffix not in (".png", ".html"):
+        raise DataError(f"{out}: write plots to a .png or .html file")
+    if out.exists() and not overwrite:
+        raise DataError(f"{out}: exists already; say --overwrite to replace it")
     stats = [gather_stats(iter_rows(p, None, max_bad, contract)) for p in paths]
     images = []
-    for p,st in zip(paths, stats):
+    for p, st in zip(paths, stats):
         buf = io.BytesIO()
         plot_stats(st, Path(p).name).savefig(buf, format="png", dpi=110)
         images.append(buf.getvalue())
     write_images(images, [Path(p).name for p in paths], out)
     return stats
 
-def write_images(images:list, names:list, out:Path):
+
+def write_images(images: list, names: list, out: Path):
     "PNG images as one file: stacked (.png) or in a page (.html)."
     if out.suffix == ".html":
         import base64, html
-        body = "".join(f'<h2>{html.escape(n)}</h2><img alt="{html.escape(n)}" src="data:image/png;base64,{base64.b64encode(i).decode()}">' for n,i in zip(names, images))
+
+        body = "".join(
+            f'<h2>{html.escape(n)}</h2><img alt="{html.escape(n)}" src="data:image/png;base64,{base64.b64encode(i).decode()}">'
+            for n, i in zip(names, images)
+        )
         data = f'<!doctype html><meta charset="utf-8"><title>NLI data</title>{body}'.encode()
     else:
         from PIL import Image
+
         ims = [Image.open(io.BytesIO(i)) for i in images]
         page = Image.new("RGB", (max(i.width for i in ims), sum(i.height for i in ims)), "white")
-        for k,i in enumerate(ims): page.paste(i, (0, sum(o.height for o in ims[:k])))
+        for k, i in enumerate(ims):
+            page.paste(i, (0, sum(o.height for o in ims[:k])))
         buf = io.BytesIO()
         page.save(buf, "PNG")
         data = buf.getvalue()
@@ -1762,151 +2605,241 @@ def write_images(images:list, names:list, out:Path):
     out.write_bytes(data)
 
 # %% ../nbs/01_data.ipynb #f590b501
-_three = dict(premise=("premise", "sentence1"), hypothesis=("hypothesis", "sentence2"), label=("gold_label", "gold", "label"),
-              id=("id", "pairID", "pair_ID", "uid"), keep=(), words={}, names=RELATIONS, contract="entailment")
+_three = dict(
+    premise=("premise", "sentence1"),
+    hypothesis=("hypothesis", "sentence2"),
+    label=("gold_label", "gold", "label"),
+    id=("id", "pairID", "pair_ID", "uid"),
+    keep=(),
+    words={},
+    names=RELATIONS,
+    contract="entailment",
+)
 _two = _three | dict(names=("entailment", "non-entailment"), contract="binary")
 _glue = _two | dict(hub="nyu-mll/glue", id=("index", "idx"))
 SOURCES = dict(
     snli=_three | dict(hub="stanfordnlp/snli"),
     multi_nli=_three | dict(hub="nyu-mll/multi_nli", keep=("genre",)),
     # loading scripts are no longer run by `datasets`; the hub keeps a parquet copy of such sets on this branch
-    esnli=_three | dict(hub="esnli/esnli", revision="refs/convert/parquet",
-                        keep=("explanation", "explanation_1", "explanation_2", "explanation_3")),
-    anli=_three | dict(hub="facebook/anli", premise=("premise", "context"), hypothesis=("hypothesis", "statement"),
-                       id=("uid",), keep=("reason", "tag", "tags"), words=dict(e="entailment", n="neutral", c="contradiction")),
-    hans=_two | dict(hub="jhu-cogsci/hans", revision="refs/convert/parquet", keep=("heuristic", "subcase", "template")),
+    esnli=_three
+    | dict(
+        hub="esnli/esnli",
+        revision="refs/convert/parquet",
+        keep=("explanation", "explanation_1", "explanation_2", "explanation_3"),
+    ),
+    anli=_three
+    | dict(
+        hub="facebook/anli",
+        premise=("premise", "context"),
+        hypothesis=("hypothesis", "statement"),
+        id=("uid",),
+        keep=("reason", "tag", "tags"),
+        words=dict(e="entailment", n="neutral", c="contradiction"),
+    ),
+    hans=_two
+    | dict(hub="jhu-cogsci/hans", revision="refs/convert/parquet", keep=("heuristic", "subcase", "template")),
     # `gold` is the set's label; in its file of annotations `label` is what one worker said
     wanli=_three | dict(hub="alisawuffles/WANLI", id=("id",), keep=("genre",), names=None),
-    lingnli=_three | dict(id=(("protocol", "pairID"), "pairID"), keep=("protocol", "round", "group"), names=None),
-    sick=_three | dict(premise=("sentence_A",), hypothesis=("sentence_B",), label=("entailment_label", "entailment_judgment"),
-                       keep=("SemEval_set",), names=None),
-    scitail=_three | dict(words=dict(entails="entailment"), bare=("premise", "hypothesis", "label"), names=None),
-    xnli=_three | dict(hub="facebook/xnli", hypothesis=("hypothesis", "hypo", "sentence2"), id=(("language", "pairID"),),
-                       keep=("language", "genre"), words=dict(contradictory="contradiction")),
+    lingnli=_three
+    | dict(id=(("protocol", "pairID"), "pairID"), keep=("protocol", "round", "group"), names=None),
+    sick=_three
+    | dict(
+        premise=("sentence_A",),
+        hypothesis=("sentence_B",),
+        label=("entailment_label", "entailment_judgment"),
+        keep=("SemEval_set",),
+        names=None,
+    ),
+    scitail=_three
+    | dict(words=dict(entails="entailment"), bare=("premise", "hypothesis", "label"), names=None),
+    xnli=_three
+    | dict(
+        hub="facebook/xnli",
+        hypothesis=("hypothesis", "hypo", "sentence2"),
+        id=(("language", "pairID"),),
+        keep=("language", "genre"),
+        words=dict(contradictory="contradiction"),
+    ),
     med=_three | dict(keep=("genre",), names=None),
     rte=_glue | dict(subset="rte"),
     # the sentence is what is known, the question is what it is asked to answer
     qnli=_glue | dict(subset="qnli", premise=("sentence",), hypothesis=("question",)),
-    wnli=_glue | dict(subset="wnli", names=("non-entailment", "entailment")))
+    wnli=_glue | dict(subset="wnli", names=("non-entailment", "entailment")),
+)
 PUBLISHED = dict(hub="jd0g/Mistral-NLI-Thoughts", contract="course")
 
 # %% ../nbs/01_data.ipynb #6042c2ba
-def read_names(names, # class names in the order of their numbers, or None
-               words:dict|None=None # spelling -> relation
-              ) -> tuple|None: # the same as relations
+def read_names(
+    names,  # class names in the order of their numbers, or None
+    words: dict | None = None,  # spelling -> relation
+) -> tuple | None:  # the same as relations
     "Class names as relations. Raises `DataError` naming the one that is none."
-    if names is None: return None
+    if names is None:
+        return None
     known = {n: (words or {}).get(str(n).strip().lower()) or relation_name(n) for n in names}
     odd = [n for n, relation in known.items() if relation is None]
     if odd:
-        raise DataError(f"class name {odd[0]!r} is no relation ({', '.join(RELATIONS)}, non-entailment); say which "
-                        f"with --map {odd[0]}=…")
+        raise DataError(
+            f"class name {odd[0]!r} is no relation ({', '.join(RELATIONS)}, non-entailment); say which "
+            f"with --map {odd[0]}=…"
+        )
     return tuple(known[n] for n in names)
 
-def read_words(words:dict|None # spelling -> relation, as a user writes them
-              ) -> dict: # spelling in lower case -> relation, or "-" for no gold label
+
+def read_words(
+    words: dict | None,  # spelling -> relation, as a user writes them
+) -> dict:  # spelling in lower case -> relation, or "-" for no gold label
     "What a file's own label words mean. Raises `DataError`."
     read = {str(k).strip().lower(): "-" if v == "-" else relation_name(v) for k, v in (words or {}).items()}
     odd = [v for k, v in (words or {}).items() if read[str(k).strip().lower()] is None]
     if odd:
-        raise DataError(f"{odd[0]!r} is no relation; map a label to one of {', '.join(RELATIONS)}, non-entailment, "
-                        f"or to - for no gold label")
+        raise DataError(
+            f"{odd[0]!r} is no relation; map a label to one of {', '.join(RELATIONS)}, non-entailment, "
+            f"or to - for no gold label"
+        )
     return read
 
-def source_of(dataset:str, # a name in `SOURCES`, a hub id, or what a local file shall be called
-              contract:str|None=None, # needed where the set is not in `SOURCES`
-              names:tuple|None=None, # class names of integer labels; they replace those of the set
-              columns:dict|None=None, # premise, hypothesis, label, id -> the file's own name
-              words:dict|None=None, # the file's own label words -> relations
-              local:bool=False # is it a file of no public set?
-             ) -> dict:
+
+def source_of(
+    dataset: str,  # a name in `SOURCES`, a hub id, or what a local file shall be called
+    contract: str | None = None,  # needed where the set is not in `SOURCES`
+    names: tuple | None = None,  # class names of integer labels; they replace those of the set
+    columns: dict | None = None,  # premise, hypothesis, label, id -> the file's own name
+    words: dict | None = None,  # the file's own label words -> relations
+    local: bool = False,  # is it a file of no public set?
+) -> dict:
     "The layout of a set. Raises `DataError` where an unknown set comes without a contract."
     unknown = _three | dict(hub=dataset, names=None)
     src = unknown if local else SOURCES.get(dataset, unknown)
     if dataset not in SOURCES and "/" not in dataset and not local:
         raise DataError(f"no data set {dataset!r}; there are: {', '.join(SOURCES)}, or a hub id (owner/name)")
     if (local or dataset not in SOURCES) and contract is None:
-        raise DataError(f"{dataset}: nothing says what its labels mean: name a contract with --contract "
-                        f"({', '.join(CONTRACTS)})")
+        raise DataError(
+            f"{dataset}: nothing says what its labels mean: name a contract with --contract "
+            f"({', '.join(CONTRACTS)})"
+        )
     odd = [k for k in columns or {} if k not in ("premise", "hypothesis", "label", "id")]
-    if odd: raise DataError(f"--columns maps premise, hypothesis, label and id, not {odd[0]!r}")
-    given = dict(names=names, columns=columns or {}, words=read_words(words)) # what the user says has to be used
+    if odd:
+        raise DataError(f"--columns maps premise, hypothesis, label and id, not {odd[0]!r}")
+    given = dict(
+        names=names, columns=columns or {}, words=read_words(words)
+    )  # what the user says has to be used
     words = src["words"] | given["words"]
     own = {k: (v,) for k, v in given["columns"].items()}
-    if names: own["names"] = read_names(names, words)
+    if names:
+        own["names"] = read_names(names, words)
     return src | dict(words=words, contract=check_contract(contract or src["contract"]), given=given) | own
 
 # %% ../nbs/01_data.ipynb #6eb582cc
-def source_label(value, # a label as the set has it: class number or name
-                 src:dict, # from `source_of`
-                 dataset:str # name, for contracts that differ by set
-                ) -> tuple: # (label, relation or None)
+def source_label(
+    value,  # a label as the set has it: class number or name
+    src: dict,  # from `source_of`
+    dataset: str,  # name, for contracts that differ by set
+) -> tuple:  # (label, relation or None)
     "A label of a public set under its contract. Raises `ValueError`."
     number, names = class_number(value), src["names"]
     spelt = str(value if number is None else number).strip().lower()
-    if spelt in src["words"]: value = src["words"][spelt]
+    if spelt in src["words"]:
+        value = src["words"][spelt]
     elif number is not None and number >= 0:
         if not names:
             order = ",".join(CONTRACTS[src["contract"]]["maps"].get("*", RELATIONS))
-            raise ValueError(f"label {value}: nothing says which relation this number is; give --names, class 0 "
-                             f"first, as in --names {order}")
+            raise ValueError(
+                f"label {value}: nothing says which relation this number is; give --names, class 0 "
+                f"first, as in --names {order}"
+            )
         if number >= len(names):
-            raise ValueError(f"label {value}: there are class names for 0 to {len(names)-1} only ({', '.join(names)})")
+            raise ValueError(
+                f"label {value}: there are class names for 0 to {len(names) - 1} only ({', '.join(names)})"
+            )
         value = names[number]
-    elif isinstance(value, str) and value.strip() not in ("", "-") and number is None and relation_name(value) is None:
-        raise ValueError(f"label {value!r:.80} is no relation ({', '.join(RELATIONS)}, non-entailment); say which "
-                         f"with --map {value.strip():.40}=…")
+    elif (
+        isinstance(value, str)
+        and value.strip() not in ("", "-")
+        and number is None
+        and relation_name(value) is None
+    ):
+        raise ValueError(
+            f"label {value!r:.80} is no relation ({', '.join(RELATIONS)}, non-entailment); say which "
+            f"with --map {value.strip():.40}=…"
+        )
     return read_label(value, src["contract"], dataset)
 
 # %% ../nbs/01_data.ipynb #84a7650a
-def source_columns(found:list, # the names of the file's columns
-                   src:dict, # from `source_of`
-                   path) -> dict: # premise, hypothesis, label, id, keep -> the file's own names
+def source_columns(
+    found: list,  # the names of the file's columns
+    src: dict,  # from `source_of`
+    path,
+) -> dict:  # premise, hypothesis, label, id, keep -> the file's own names
     "Which columns are read. Raises `DataError` naming those that were looked for and those that are there."
     cols = {want: find_column(found, src[want], path) for want in ("premise", "hypothesis", "label")}
     cols["id"] = id_columns(found, src["id"], path)
-    needed = {"premise", "hypothesis", *src["given"]["columns"]} # a set without labels is judged by its rows
+    needed = {"premise", "hypothesis", *src["given"]["columns"]}  # a set without labels is judged by its rows
     lost = [want for want in cols if want in needed and not cols[want]]
     if lost:
-        raise DataError(f"{path}: missing column {' or '.join(src[lost[0]])}; found: "
-                        f"{', '.join(map(str, found)) or 'none'}"
-                        "; say which are which with --columns premise=…,hypothesis=…,label=…")
+        raise DataError(
+            f"{path}: missing column {' or '.join(src[lost[0]])}; found: "
+            f"{', '.join(map(str, found)) or 'none'}"
+            "; say which are which with --columns premise=…,hypothesis=…,label=…"
+        )
     kept = {name: find_column(found, [name], path) for name in src["keep"]}
     return cols | dict(keep={k: c for k, c in kept.items() if c})
 
-def id_columns(found:list, wanted, # names, or tuples of names that make an id together
-               path) -> list: # the file's own names; [] where it has no id
+
+def id_columns(
+    found: list,
+    wanted,  # names, or tuples of names that make an id together
+    path,
+) -> list:  # the file's own names; [] where it has no id
     "The columns of the first id that the file has."
     for names in wanted:
         names = (names,) if isinstance(names, str) else names
         columns = [find_column(found, [name], path) for name in names]
-        if None not in columns: return columns
+        if None not in columns:
+            return columns
     return []
 
-def source_id(rec:dict, names:list # columns whose values make the id
-             ) -> int|str|None: # None where the record has no usable id
+
+def source_id(
+    rec: dict,
+    names: list,  # columns whose values make the id
+) -> int | str | None:  # None where the record has no usable id
     "A record's own id."
     parts = [rec.get(c) for c in names]
-    if not parts or any(type(p) not in (int, str) or p == "" for p in parts): return None
+    if not parts or any(type(p) not in (int, str) or p == "" for p in parts):
+        return None
     return parts[0] if len(parts) == 1 else "-".join(map(str, parts))
 
-def source_row(rec:dict, cols:dict, # from `source_columns`
-               src:dict, dataset:str, split:str|None) -> dict: # pair row, its id maybe None
+
+def source_row(
+    rec: dict,
+    cols: dict,  # from `source_columns`
+    src: dict,
+    dataset: str,
+    split: str | None,
+) -> dict:  # pair row, its id maybe None
     "A record of a public set as a pair row. Raises `ValueError`."
     texts = {k: clean_text(rec, cols[k]) for k in ("premise", "hypothesis")}
-    if cols["label"] is None: raise NoGold("no column of labels")
-    if cols["label"] not in rec: raise ValueError(f"missing {cols['label']}")
+    if cols["label"] is None:
+        raise NoGold("no column of labels")
+    if cols["label"] not in rec:
+        raise ValueError(f"missing {cols['label']}")
     value, contract = rec[cols["label"]], src["contract"]
     ours = rec.get("contract") in CONTRACTS and class_number(value) is not None
-    if ours: # a pair row of this package, whose number is a label and no class
+    if ours:  # a pair row of this package, whose number is a label and no class
         if rec["contract"] != contract:
-            raise ValueError(f"records the label contract {rec['contract']!r} where {contract!r} holds for {dataset}")
+            raise ValueError(
+                f"records the label contract {rec['contract']!r} where {contract!r} holds for {dataset}"
+            )
         label, relation = read_label(value)
-    else: label, relation = source_label(value, src, dataset)
+    else:
+        label, relation = source_label(value, src, dataset)
     row = dict(id=source_id(rec, cols["id"]), **texts, label=label)
-    if relation: row["relation"] = relation
+    if relation:
+        row["relation"] = relation
     row |= dict(contract=contract, dataset=dataset)
-    if split: row["split"] = split
+    if split:
+        row["split"] = split
     row |= {k: rec[c] for k, c in cols["keep"].items() if rec.get(c)}
     check_writable(row)
     return row
@@ -1917,45 +2850,65 @@ def hub_reachable() -> bool:
     import socket
     from urllib.parse import urlparse
     from urllib.request import getproxies
+
     host = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
-    try: return bool(getproxies() or socket.getaddrinfo(host, 443))
-    except OSError: return False
+    try:
+        return bool(getproxies() or socket.getaddrinfo(host, 443))
+    except OSError:
+        return False
 
 # %% ../nbs/01_data.ipynb #5853bd6a
-def load_records(hub:str, split:str, revision:str|None=None, config:str|None=None): # iterable of records
+def load_records(
+    hub: str, split: str, revision: str | None = None, config: str | None = None
+):  # iterable of records
     "Records of a hub set, streamed through `datasets`. Raises `DataError` saying what was needed."
-    needs = (f"{hub} (split {split}) could not be loaded: {{}}"
-             "\n  it needs a network that reaches huggingface.co; where there is one, run the same nli_data download command "
-             "and copy the file it writes (or give --from_file a local copy of the set)")
-    if not hub_reachable(): raise DataError(needs.format("no network"))
+    needs = (
+        f"{hub} (split {split}) could not be loaded: {{}}"
+        "\n  it needs a network that reaches huggingface.co; where there is one, run the same nli_data download command "
+        "and copy the file it writes (or give --from_file a local copy of the set)"
+    )
+    if not hub_reachable():
+        raise DataError(needs.format("no network"))
     import datasets
-    try: return datasets.load_dataset(hub, *([config] if config else []), streaming=True, split=split, revision=revision)
-    except Exception as e: # offline, unknown set, unknown split, gated: `datasets` raises many kinds, all mean "not to be had"
+
+    try:
+        return datasets.load_dataset(
+            hub, *([config] if config else []), streaming=True, split=split, revision=revision
+        )
+    except Exception as e:  # offline, unknown set, unknown split, gated: `datasets` raises many kinds, all mean "not to be had"
         raise DataError(needs.format(f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}")) from e
 
 # %% ../nbs/01_data.ipynb #09198db4
-def class_names(records, # a hub set, or the path of a Parquet file that `datasets` wrote
-                label:str="label" # the label column
-               ) -> tuple|None:
+def class_names(
+    records,  # a hub set, or the path of a Parquet file that `datasets` wrote
+    label: str = "label",  # the label column
+) -> tuple | None:
     "The class names that a set declares for its label column."
     if isinstance(records, (str, Path)):
-        if file_format(records) != "parquet": return None
+        if file_format(records) != "parquet":
+            return None
         said = (parquet_file(records).schema_arrow.metadata or {}).get(b"huggingface", b"{}")
-        try: names = json.loads(said)["info"]["features"][label]["names"]
-        except (ValueError, KeyError, TypeError): names = None
-    else: names = getattr((getattr(records, "features", None) or {}).get(label), "names", None)
+        try:
+            names = json.loads(said)["info"]["features"][label]["names"]
+        except (ValueError, KeyError, TypeError):
+            names = None
+    else:
+        names = getattr((getattr(records, "features", None) or {}).get(label), "names", None)
     return tuple(names) if names else None
 
 # %% ../nbs/01_data.ipynb #9668d0e5
-def with_header(records, # (line, record or ValueError) pairs
-                src:dict # from `source_of`
-               ): # the same, with a first row that was taken for the header put back
+def with_header(
+    records,  # (line, record or ValueError) pairs
+    src: dict,  # from `source_of`
+):  # the same, with a first row that was taken for the header put back
     "Records of a table that may have no header, as SciTail's .tsv files have none."
     records = iter(records)
     first = next(records, None)
-    if first is None: return
+    if first is None:
+        return
     columns, bare = [], src.get("bare", ())
-    if isinstance(first[1], dict): columns = list(first[1])
+    if isinstance(first[1], dict):
+        columns = list(first[1])
     at = bare.index("label") if bare else 0
     spelt = columns[at].lower() if bare and len(columns) > at else ""
     records = itertools.chain([first], records)
@@ -1966,38 +2919,57 @@ def with_header(records, # (line, record or ValueError) pairs
     for n, rec in records:
         yield n, rec if isinstance(rec, ValueError) else dict(zip(bare, rec.values()))
 
+
 def label_spelling(value) -> str:
     "A label as `--map` and `--names` know it: 1 for 1.0, lower case."
     number = class_number(value)
     return str(value if number is None else number).strip().lower()
 
-def check_used(path, given:dict, # names and words of the command line
-               used:set # spellings of the labels that were met
-              ):
+
+def check_used(
+    path,
+    given: dict,  # names and words of the command line
+    used: set,  # spellings of the labels that were met
+):
     """Raises `DataError` where the user explains labels that the file does not have.
 
     It is another file, or another column, than the user thinks."""
     met = ", ".join(sorted(used)[:8]) or "none"
     if given["names"] and not any(re.fullmatch("[0-9]+", o) for o in used):
-        raise DataError(f"{path}: --names says what class numbers mean, and no label here is a number; leave it out; "
-                        f"labels: {met}")
+        raise DataError(
+            f"{path}: --names says what class numbers mean, and no label here is a number; leave it out; "
+            f"labels: {met}"
+        )
     if given["words"] and not used.intersection(given["words"]):
-        raise DataError(f"{path}: --map explains labels that do not occur ({', '.join(given['words'])}); labels: {met}")
+        raise DataError(
+            f"{path}: --map explains labels that do not occur ({', '.join(given['words'])}); labels: {met}"
+        )
 
-def other_gold(found:list, label:str|None) -> str|None: # a column
+
+def other_gold(found: list, label: str | None) -> str | None:  # a column
     "The column that might be taken for the label too: a gold column beats `label`, unless --columns says otherwise."
     names = [find_column(found, [name]) for name in ("gold_label", "gold", "label")]
     return next((c for c in names if c and c != label), None)
 
-def says_other(value, row:dict, src:dict, dataset:str) -> bool:
-    "Does a second column of labels disagree with a row?"
-    try: return source_label(value, src, dataset) != (row["label"], row.get("relation"))
-    except ValueError: return True
 
-def source_rows(records, # (line, record or ValueError) pairs
-                src:dict, dataset:str, split:str|None, bad:BadRows, counts:Counter, max_bad:float=0.0,
-                path=None # for messages; None: the set's name
-               ): # yields pair rows
+def says_other(value, row: dict, src: dict, dataset: str) -> bool:
+    "Does a second column of labels disagree with a row?"
+    try:
+        return source_label(value, src, dataset) != (row["label"], row.get("relation"))
+    except ValueError:
+        return True
+
+
+def source_rows(
+    records,  # (line, record or ValueError) pairs
+    src: dict,
+    dataset: str,
+    split: str | None,
+    bad: BadRows,
+    counts: Counter,
+    max_bad: float = 0.0,
+    path=None,  # for messages; None: the set's name
+):  # yields pair rows
     """Records as pair rows.
 
     Rows without gold label are counted apart: they are no fault of the file. Raises `DataError`."""
@@ -2010,18 +2982,26 @@ def source_rows(records, # (line, record or ValueError) pairs
     ids, used, good = Seen(), set(), 0
     for i, (line, rec) in enumerate(itertools.chain(head, records)):
         try:
-            if isinstance(rec, ValueError): raise rec
-            if not cols: raise ValueError("no columns in the first 50 records")
+            if isinstance(rec, ValueError):
+                raise rec
+            if not cols:
+                raise ValueError("no columns in the first 50 records")
             late = [c for c in ("gold_label", "gold") if c in rec and c not in found]
-            if late: raise ValueError(f"has a column {late[0]} that none of the first records has")
-            if len(used) < 1000: used.add(label_spelling(rec.get(cols["label"])))
+            if late:
+                raise ValueError(f"has a column {late[0]} that none of the first records has")
+            if len(used) < 1000:
+                used.add(label_spelling(rec.get(cols["label"])))
             row = source_row(rec, cols, src, dataset, split)
-        except NoGold: counts["no gold label (left out)"] += 1
-        except ValueError as e: bad.add(line, e)
+        except NoGold:
+            counts["no gold label (left out)"] += 1
+        except ValueError as e:
+            bad.add(line, e)
         else:
             good += 1
-            if other: counts[f"gold taken from {cols['label']}, not from {other}"] += 1
-            if other and says_other(rec.get(other), row, src, dataset): counts[f"of these, {other} says otherwise"] += 1
+            if other:
+                counts[f"gold taken from {cols['label']}, not from {other}"] += 1
+            if other and says_other(rec.get(other), row, src, dataset):
+                counts[f"of these, {other} says otherwise"] += 1
             number_row(row, [dataset, split, i], ids, line, counts)
             yield row
     left_out = counts["no gold label (left out)"]
@@ -2030,47 +3010,76 @@ def source_rows(records, # (line, record or ValueError) pairs
     refuse(path, bad, good, max_bad)
     check_used(path, src["given"], used)
 
-def number_row(row:dict, place:list, # set, split or None, number of the record
-               ids:Seen, line:int, counts:Counter):
-    "Give a row its place as id where it has none of its own, or one that was used before."
-    if row["id"] is not None and ids.add(repr(row["id"]), line) is None: return
-    if row["id"] is not None: counts["own id used before (numbered instead)"] += 1
-    row["id"] = "-".join(str(o) for o in place if o is not None)
-    while ids.add(repr(row["id"]), line) is not None: row["id"] += "+"
 
-def no_gold_hint(cols:dict, found:list) -> str: # the end of a sentence
-    said = f"{cols['label']} is -1 or - in each" if cols["label"] else f"there is no column of labels; found: {', '.join(found)}"
+def number_row(
+    row: dict,
+    place: list,  # set, split or None, number of the record
+    ids: Seen,
+    line: int,
+    counts: Counter,
+):
+    "Give a row its place as id where it has none of its own, or one that was used before."
+    if row["id"] is not None and ids.add(repr(row["id"]), line) is None:
+        return
+    if row["id"] is not None:
+        counts["own id used before (numbered instead)"] += 1
+    row["id"] = "-".join(str(o) for o in place if o is not None)
+    while ids.add(repr(row["id"]), line) is not None:
+        row["id"] += "+"
+
+
+def no_gold_hint(cols: dict, found: list) -> str:  # the end of a sentence
+    said = (
+        f"{cols['label']} is -1 or - in each"
+        if cols["label"]
+        else f"there is no column of labels; found: {', '.join(found)}"
+    )
     return f" ({said}). The labels of test sets are often withheld: take another split, or let nli_predict --csv answer them"
 
 # %% ../nbs/01_data.ipynb #78a9b2e0
 _split_words = ("train", "dev", "devel", "validation", "valid", "val", "test")
 
-def split_in_name(path) -> str|None: # "train", "dev", "test", …
+
+def split_in_name(path) -> str | None:  # "train", "dev", "test", …
     "The split that a file's name says, None where it says none or two."
     said = set(re.split(r"[^a-z]+", Path(path).name.lower())).intersection(_split_words)
     return said.pop() if len(said) == 1 else None
 
-def source_records(src:dict, dataset:str, split:str|None=None, from_file=None, config:str|None=None
-                  ) -> tuple: # ((line, record) pairs, layout)
+
+def source_records(
+    src: dict, dataset: str, split: str | None = None, from_file=None, config: str | None = None
+) -> tuple:  # ((line, record) pairs, layout)
     "The records of a set, and its layout with the class names that the data themselves declare. Raises `DataError`."
     if from_file is None:
         if "hub" not in src:
             raise DataError(f"{dataset}: is read from its own files; get them and give one with --from_file")
         loaded = load_records(src["hub"], split or "train", src.get("revision"), config or src.get("subset"))
         found, declared = enumerate(loaded, 1), class_names(loaded)
-    else: found, declared = records(from_file, whole=True), class_names(from_file)
-    if not declared: return found, src
+    else:
+        found, declared = records(from_file, whole=True), class_names(from_file)
+    if not declared:
+        return found, src
     declared = read_names(declared, src["words"])
     if src["given"]["names"] and declared != src["names"]:
-        raise DataError(f"{from_file or dataset}: declares the classes {', '.join(declared)}, and --names says "
-                        f"{', '.join(src['names'])}")
+        raise DataError(
+            f"{from_file or dataset}: declares the classes {', '.join(declared)}, and --names says "
+            f"{', '.join(src['names'])}"
+        )
     return found, src | dict(names=declared)
 
-def source_pairs(path, # a file in a set's own columns
-                 dataset:str|None=None, # a name in `SOURCES`; None: any other file
-                 contract:str|None=None, names=None, columns:dict|None=None, words:dict|None=None, # as in `source_of`
-                 max_bad:float=0.0, counts:Counter|None=None, bad:BadRows|None=None,
-                 split:str|None=None): # yields pair rows
+
+def source_pairs(
+    path,  # a file in a set's own columns
+    dataset: str | None = None,  # a name in `SOURCES`; None: any other file
+    contract: str | None = None,
+    names=None,
+    columns: dict | None = None,
+    words: dict | None = None,  # as in `source_of`
+    max_bad: float = 0.0,
+    counts: Counter | None = None,
+    bad: BadRows | None = None,
+    split: str | None = None,
+):  # yields pair rows
     "The pairs of a file in its own columns. Raises `DataError`."
     name = dataset or Path(path).name.partition(".")[0]
     src = source_of(name, contract, names, columns, words, local=dataset is None)
@@ -2078,36 +3087,49 @@ def source_pairs(path, # a file in a set's own columns
     counts, bad = (Counter() if counts is None else counts), (BadRows() if bad is None else bad)
     yield from source_rows(found, src, name, split or split_in_name(path), bad, counts, max_bad, path)
 
-def download(output, # file to write
-             dataset:str|None=None, # a name in `SOURCES`, a hub id; None: a local file of no public set
-             split:str|None=None, # the set's own name for it; None: train of a hub set, what the name of a local file says
-             from_file=None, # a local file in the set's columns, in place of the hub
-             published:bool=False, # fetch the SFT rows published for this task instead
-             contract:str|None=None, # needed where the set is not in `SOURCES`
-             names:tuple|None=None, # class names of integer labels, class 0 first
-             config:str|None=None, # configuration of a hub set
-             overwrite:bool=False, max_bad:float=0.0,
-             columns:dict|None=None, # premise, hypothesis, label, id -> the file's own name
-             words:dict|None=None # the file's own label words -> relations
-            ) -> dict: # counts
+
+def download(
+    output,  # file to write
+    dataset: str | None = None,  # a name in `SOURCES`, a hub id; None: a local file of no public set
+    split: str
+    | None = None,  # the set's own name for it; None: train of a hub set, what the name of a local file says
+    from_file=None,  # a local file in the set's columns, in place of the hub
+    published: bool = False,  # fetch the SFT rows published for this task instead
+    contract: str | None = None,  # needed where the set is not in `SOURCES`
+    names: tuple | None = None,  # class names of integer labels, class 0 first
+    config: str | None = None,  # configuration of a hub set
+    overwrite: bool = False,
+    max_bad: float = 0.0,
+    columns: dict | None = None,  # premise, hypothesis, label, id -> the file's own name
+    words: dict | None = None,  # the file's own label words -> relations
+) -> dict:  # counts
     "A public set as pair rows (or the published SFT rows), with the label contract in every row."
     if published and (dataset or names or columns or words):
         raise DataError("--published goes without --dataset, --names, --columns and --map")
     if not published and dataset is None and from_file is None:
         raise DataError("name a data set (--dataset), a file (--from_file) or --published")
-    if from_file is not None and config: raise DataError("--subset is a part of a hub set; a file has none")
+    if from_file is not None and config:
+        raise DataError("--subset is a part of a hub set; a file has none")
     bad, counts = BadRows(), Counter()
-    with atomic_writer(output, overwrite) as f: # opened first: a file that exists is refused before anything is fetched
+    with atomic_writer(
+        output, overwrite
+    ) as f:  # opened first: a file that exists is refused before anything is fetched
         if published:
             name, contract = from_file or PUBLISHED["hub"], contract or PUBLISHED["contract"]
-            if from_file is not None: found = records(from_file, whole=True)
-            else: found = enumerate(load_records(name, split or "train"), 1)
+            if from_file is not None:
+                found = records(from_file, whole=True)
+            else:
+                found = enumerate(load_records(name, split or "train"), 1)
             rows = check_records(found, name, None, max_bad, contract, bad)
         elif from_file is not None:
-            rows = source_pairs(from_file, dataset, contract, names, columns, words, max_bad, counts, bad, split)
+            rows = source_pairs(
+                from_file, dataset, contract, names, columns, words, max_bad, counts, bad, split
+            )
         else:
             split = split or "train"
-            found, src = source_records(source_of(dataset, contract, names, columns, words), dataset, split, None, config)
+            found, src = source_records(
+                source_of(dataset, contract, names, columns, words), dataset, split, None, config
+            )
             rows = source_rows(found, src, dataset, split, bad, counts, max_bad)
         for row in rows:
             f.write(json_line(row))
@@ -2119,50 +3141,95 @@ def download(output, # file to write
 def _parser() -> argparse.ArgumentParser:
     "The command line of `nli_data`."
     fmt = argparse.RawDescriptionHelpFormatter
-    ap = argparse.ArgumentParser("nli_data", formatter_class=fmt, description="NLI data: SFT rows from thoughts, checks, plots, public sets.", epilog="""examples:
+    ap = argparse.ArgumentParser(
+        "nli_data",
+        formatter_class=fmt,
+        description="NLI data: SFT rows from thoughts, checks, plots, public sets.",
+        epilog="""examples:
   nli_data prepare --thoughts thoughts.jsonl --reflections reflections.jsonl --output data/finetune/train_ft.jsonl --splits 0.8,0.1,0.1
   nli_data check data/finetune/train_ft.jsonl data/finetune/dev_ft.jsonl --tokenizer PATH_OR_HUB_ID
   nli_data stats data/finetune/train_ft.jsonl --out stats.png
   nli_data download --dataset snli --split validation --output data/snli_dev.jsonl
-exit codes: 0 done (check: OK or warnings), 1 failed while running, 2 bad arguments or data (check: FAIL)""")
+exit codes: 0 done (check: OK or warnings), 1 failed while running, 2 bad arguments or data (check: FAIL)""",
+    )
     sub = ap.add_subparsers(dest="cmd", required=True, metavar="prepare|check|stats|download")
+
     def add(name, help):
         examples = [line for line in ap.epilog.splitlines() if line.startswith(f"  nli_data {name}")]
-        return sub.add_parser(name, help=help, description=help, formatter_class=fmt, epilog="\n".join(["example:", *examples]))
+        return sub.add_parser(
+            name, help=help, description=help, formatter_class=fmt, epilog="\n".join(["example:", *examples])
+        )
+
     _prepare_args(add("prepare", "thoughts and reflections to SFT rows"))
-    _check_args(add("check", "faults, duplicates, leakage, balance, lengths, contradictions, shortcuts; ends with a verdict"))
+    _check_args(
+        add(
+            "check",
+            "faults, duplicates, leakage, balance, lengths, contradictions, shortcuts; ends with a verdict",
+        )
+    )
     _stats_args(add("stats", "plots of lengths, sources and label balance"))
-    _download_args(add("download", "a public set as pairs with its label contract, or the published SFT rows"))
+    _download_args(
+        add("download", "a public set as pairs with its label contract, or the published SFT rows")
+    )
     return ap
 
 # %% ../nbs/01_data.ipynb #b095907a
 def _prepare_args(p):
     p.add_argument("--thoughts", required=True, help="file of thought rows")
     p.add_argument("--reflections", help="file of reflection rows (not for correct_only)")
-    p.add_argument("--output", required=True, help="file to write; with --splits, train in its name becomes dev and test")
-    p.add_argument("--strategy", default="reflected", choices=STRATEGIES, help="; ".join(f"{k}: {v}" for k,v in STRATEGIES.items()))
-    p.add_argument("--splits", help="shares of train,dev(,test), as in 0.8,0.1,0.1; no premise is shared between them")
+    p.add_argument(
+        "--output", required=True, help="file to write; with --splits, train in its name becomes dev and test"
+    )
+    p.add_argument(
+        "--strategy",
+        default="reflected",
+        choices=STRATEGIES,
+        help="; ".join(f"{k}: {v}" for k, v in STRATEGIES.items()),
+    )
+    p.add_argument(
+        "--splits", help="shares of train,dev(,test), as in 0.8,0.1,0.1; no premise is shared between them"
+    )
     p.add_argument("--template", default="standard", choices=PROMPTS, help="wording of the prompt (standard)")
     p.add_argument("--contract", choices=CONTRACTS, help="what 0 and 1 mean, for rows that do not say")
     p.add_argument("--mix_contracts", action="store_true", help="allow rows of different label contracts")
-    p.add_argument("--drop_wrong", action="store_true", help="leave out reflections whose own label is not gold")
+    p.add_argument(
+        "--drop_wrong", action="store_true", help="leave out reflections whose own label is not gold"
+    )
     p.add_argument("--max_bad", type=float, default=0.0, help="share of unusable rows that is tolerated (0)")
     p.add_argument("--seed", type=int, default=42, help="of the splits and of the shuffled strategy (42)")
     p.add_argument("--overwrite", action="store_true", help="replace existing files")
     p.set_defaults(fn=_prepare)
 
+
 def _prepare(ns) -> int:
-    counts = prepare(ns.thoughts, ns.reflections, ns.output, ns.strategy, parse_splits(ns.splits) if ns.splits else None, ns.template,
-                     ns.overwrite, ns.seed, ns.max_bad, ns.contract, ns.mix_contracts, ns.drop_wrong)
+    counts = prepare(
+        ns.thoughts,
+        ns.reflections,
+        ns.output,
+        ns.strategy,
+        parse_splits(ns.splits) if ns.splits else None,
+        ns.template,
+        ns.overwrite,
+        ns.seed,
+        ns.max_bad,
+        ns.contract,
+        ns.mix_contracts,
+        ns.drop_wrong,
+    )
     written = counts.pop("written")
-    for k,v in counts.items(): print(f"{v:>9,} {k}")
-    for k,v in written.items(): print(f"{v:>9,} rows written to {k}")
+    for k, v in counts.items():
+        print(f"{v:>9,} {k}")
+    for k, v in written.items():
+        print(f"{v:>9,} rows written to {k}")
     return 0
 
 # %% ../nbs/01_data.ipynb #47fb5e37
 def _check_args(p):
     p.add_argument("files", nargs="+", metavar="FILE", help="data files, the training file first")
-    p.add_argument("--tokenizer", help="folder or hub id; without it token counts are estimated as a quarter of the characters")
+    p.add_argument(
+        "--tokenizer",
+        help="folder or hub id; without it token counts are estimated as a quarter of the characters",
+    )
     p.add_argument("--max_tokens", type=int, default=512, help="token limit of a row (512)")
     p.add_argument("--kind", choices=KINDS, help="force the kind of the rows")
     p.add_argument("--contract", choices=CONTRACTS, help="what the labels mean, for rows that do not say")
@@ -2172,9 +3239,12 @@ def _check_args(p):
     p.add_argument("--json", action="store_true", help="print the report as JSON")
     p.set_defaults(fn=_check)
 
+
 def _check(ns) -> int:
     tokens = hub_tokenizer(ns.tokenizer) if ns.tokenizer else None
-    rep = check_files(ns.files, tokens, ns.max_tokens, ns.kind, ns.contract, ns.near_rows, ns.baseline_rows, ns.seed)
+    rep = check_files(
+        ns.files, tokens, ns.max_tokens, ns.kind, ns.contract, ns.near_rows, ns.baseline_rows, ns.seed
+    )
     print(json.dumps(rep, ensure_ascii=False, indent=1) if ns.json else render_report(rep))
     return 2 if rep["verdict"] == "FAIL" else 0
 
@@ -2187,74 +3257,125 @@ def _stats_args(p):
     p.add_argument("--overwrite", action="store_true", help="replace an existing file")
     p.set_defaults(fn=_stats)
 
+
 def _stats(ns) -> int:
-    for path,st in zip(ns.files, write_stats(ns.files, ns.out, ns.max_bad, ns.contract, ns.overwrite)):
-        mid = "; ".join(f"{part} ({label}) {quantile(h, .5)}" for (part,label),h in sorted(st["words"].items()))
-        print(f"{path}: {sum(st['labels'].values()):,} rows, labels {dict(sorted(st['labels'].items()))}; median words by label: {mid}")
+    for path, st in zip(ns.files, write_stats(ns.files, ns.out, ns.max_bad, ns.contract, ns.overwrite)):
+        mid = "; ".join(
+            f"{part} ({label}) {quantile(h, 0.5)}" for (part, label), h in sorted(st["words"].items())
+        )
+        print(
+            f"{path}: {sum(st['labels'].values()):,} rows, labels {dict(sorted(st['labels'].items()))}; median words by label: {mid}"
+        )
     print(f"plots written to {ns.out}")
     return 0
 
 # %% ../nbs/01_data.ipynb #7e4b5a27
-def column_option(text:str # "premise=sentence1,label=gold_label"
-                 ) -> dict:
+def column_option(
+    text: str,  # "premise=sentence1,label=gold_label"
+) -> dict:
     "The value of --columns. A name of a column may hold commas."
     parts = [part.partition("=") for part in re.split(r",(?=\s*(?:premise|hypothesis|label|id)=)", text)]
     if not all(k.strip() and v.strip() for k, _, v in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not like premise=sentence1,hypothesis=sentence2,label=gold")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not like premise=sentence1,hypothesis=sentence2,label=gold"
+        )
     return {k.strip(): v.strip() for k, _, v in parts}
 
-def word_option(text:str # "entails=entailment,neutral=neutral"
-               ) -> dict:
+
+def word_option(
+    text: str,  # "entails=entailment,neutral=neutral"
+) -> dict:
     "The value of --map."
     parts = [part.rpartition("=") for part in text.split(",")]
     if not all(k.strip() and v.strip() for k, _, v in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not like entails=entailment,contradicts=contradiction")
     return {k.strip(): v.strip() for k, _, v in parts}
 
-def name_option(text:str # "entailment,neutral,contradiction"
-               ) -> tuple:
+
+def name_option(
+    text: str,  # "entailment,neutral,contradiction"
+) -> tuple:
     "The value of --names."
     return tuple(n.strip() for n in text.split(","))
 
+
 def layout_args(p):
     "Options that say how a file in its own columns is read; `nli_evaluate` has them too."
-    p.add_argument("--columns", type=column_option, metavar="premise=A,hypothesis=B,label=C",
-                   help="the file's own names of its columns; id=D too")
-    p.add_argument("--map", type=word_option, dest="words", metavar="WORD=RELATION,…",
-                   help="what the file's own label words mean, as in entails=entailment")
-    p.add_argument("--names", type=name_option, metavar="NAME,NAME,…",
-                   help="class names of integer labels, class 0 first; they replace the set's own")
+    p.add_argument(
+        "--columns",
+        type=column_option,
+        metavar="premise=A,hypothesis=B,label=C",
+        help="the file's own names of its columns; id=D too",
+    )
+    p.add_argument(
+        "--map",
+        type=word_option,
+        dest="words",
+        metavar="WORD=RELATION,…",
+        help="what the file's own label words mean, as in entails=entailment",
+    )
+    p.add_argument(
+        "--names",
+        type=name_option,
+        metavar="NAME,NAME,…",
+        help="class names of integer labels, class 0 first; they replace the set's own",
+    )
+
 
 def _download_args(p):
     p.add_argument("--dataset", help=f"{', '.join(SOURCES)}, or a hub id; not needed for a file of your own")
-    p.add_argument("--published", action="store_true", help=f"the SFT rows published for this task ({PUBLISHED['hub']})")
+    p.add_argument(
+        "--published", action="store_true", help=f"the SFT rows published for this task ({PUBLISHED['hub']})"
+    )
     p.add_argument("--split", help="the set's own name of the split (train; for a file: what its name says)")
     p.add_argument("--output", required=True, help="file to write")
-    p.add_argument("--from_file", metavar="FILE",
-                   help="a local json, csv, tsv, txt or parquet file in the set's own columns, in place of the hub")
-    p.add_argument("--contract", choices=CONTRACTS,
-                   help="another label contract than the set's usual one; required for other sets")
+    p.add_argument(
+        "--from_file",
+        metavar="FILE",
+        help="a local json, csv, tsv, txt or parquet file in the set's own columns, in place of the hub",
+    )
+    p.add_argument(
+        "--contract",
+        choices=CONTRACTS,
+        help="another label contract than the set's usual one; required for other sets",
+    )
     layout_args(p)
     p.add_argument("--subset", help="configuration of a hub set")
     p.add_argument("--max_bad", type=float, default=0.0, help="share of unusable rows that is tolerated (0)")
     p.add_argument("--overwrite", action="store_true", help="replace an existing file")
     p.set_defaults(fn=_download)
 
+
 def _download(ns) -> int:
-    counts = download(ns.output, ns.dataset, ns.split, ns.from_file, ns.published, ns.contract, ns.names, ns.subset,
-                      ns.overwrite, ns.max_bad, ns.columns, ns.words)
-    for k,v in counts.items(): print(f"{v:>9,} {k}")
+    counts = download(
+        ns.output,
+        ns.dataset,
+        ns.split,
+        ns.from_file,
+        ns.published,
+        ns.contract,
+        ns.names,
+        ns.subset,
+        ns.overwrite,
+        ns.max_bad,
+        ns.columns,
+        ns.words,
+    )
+    for k, v in counts.items():
+        print(f"{v:>9,} {k}")
     print(f"written to {ns.output}")
     return 0
 
 # %% ../nbs/01_data.ipynb #839c4cfa
 @command
-def data_cli(argv:list=None # arguments; None: those of the process
-            ) -> int: # exit code
+def data_cli(
+    argv: list = None,  # arguments; None: those of the process
+) -> int:  # exit code
     "The command `nli_data`."
     ns = _parser().parse_args(argv)
     return ns.fn(ns)
 
 # %% ../nbs/01_data.ipynb #57f7cd3a
 #| eval: false
-if __name__ == "__main__" and "__file__" in globals(): data_cli()
+if __name__ == "__main__" and "__file__" in globals():
+    data_cli()

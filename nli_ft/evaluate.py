@@ -31,30 +31,81 @@ from pathlib import Path
 
 import numpy as np
 
-from .config_loader import (ConfigError, DataError, RecordError, command, config_from_json, project_root,
-                                  typed_text)
-from .data import (CONTRACTS, PAIR_NAMES, PROMPTS, SOURCES, BoostedTree, cluster_codes, column_option,
-                         encoding_hint, faults_named, file_format, find_column, layout_args, leakage, leakage_text,
-                         norm_text, prompt_messages, read_rows, records, render_completion, share_right, source_pairs,
-                         spread, table_rows, template_of, width_fault, wilson)
-from .prompt import (encode_prompt, encode_row, end_of_turn, find_answer, json_closed, marks_thinking,
-                           parse_completion)
+from nli_ft.config_loader import (
+    ConfigError,
+    DataError,
+    RecordError,
+    command,
+    config_from_json,
+    project_root,
+    typed_text,
+)
+from nli_ft.data import (
+    CONTRACTS,
+    PAIR_NAMES,
+    PROMPTS,
+    SOURCES,
+    BoostedTree,
+    cluster_codes,
+    column_option,
+    encoding_hint,
+    faults_named,
+    file_format,
+    find_column,
+    layout_args,
+    leakage,
+    leakage_text,
+    norm_text,
+    prompt_messages,
+    read_rows,
+    records,
+    render_completion,
+    share_right,
+    source_pairs,
+    spread,
+    table_rows,
+    template_of,
+    width_fault,
+    wilson,
+)
+from nli_ft.prompt import (
+    encode_prompt,
+    encode_row,
+    end_of_turn,
+    find_answer,
+    json_closed,
+    marks_thinking,
+    parse_completion,
+)
 
 # %% ../nbs/06_evaluate.ipynb #0a164527
-def digit_pairs(tok, # tokenizer
-                ) -> tuple: # pairs of ids: (writes label 0, writes label 1)
+def digit_pairs(
+    tok,  # tokenizer
+) -> tuple:  # pairs of ids: (writes label 0, writes label 1)
     "Token ids that write the label digit, one pair for each way of spacing and quoting it; `DataError` if the tokenizer cannot tell 0 from 1."
     pairs = []
-    for before in ('{"predicted_label": ', '{"predicted_label":', '{"thought_process": "so", "predicted_label": ', '{"predicted_label": "'):
+    for before in (
+        '{"predicted_label": ',
+        '{"predicted_label":',
+        '{"thought_process": "so", "predicted_label": ',
+        '{"predicted_label": "',
+    ):
         zero, one = (tok.encode(before + digit + "}", add_special_tokens=False) for digit in "01")
         pair = next(((z, o) for z, o in zip(zero, one) if z != o), None)
-        if pair is None: raise DataError(f"this tokenizer encodes label 0 and label 1 alike after {before!r}: no label can be generated or scored")
-        if pair not in pairs: pairs.append(pair)
+        if pair is None:
+            raise DataError(
+                f"this tokenizer encodes label 0 and label 1 alike after {before!r}: no label can be generated or scored"
+            )
+        if pair not in pairs:
+            pairs.append(pair)
     return tuple(pairs)
 
 # %% ../nbs/06_evaluate.ipynb #9b4ae385
 _STRICT_LABEL = re.compile(r'"predicted_label"\s*:\s*"?([01])(?!\d)')
-_LOOSE_LABEL = re.compile(r'predicted_label\W{1,8}([01])(?!\d)')   # repaired completions: single quotes, lost quotes
+_LOOSE_LABEL = re.compile(
+    r"predicted_label\W{1,8}([01])(?!\d)"
+)  # repaired completions: single quotes, lost quotes
+
 
 @lru_cache(maxsize=8)
 def _hidden_ids(tok):
@@ -63,72 +114,105 @@ def _hidden_ids(tok):
     marks = {i for i in special if marks_thinking(tok.convert_ids_to_tokens(i))}
     return special - marks if marks else None
 
+
 def _decode(tok, ids):
     "The text of generated ids, without special tokens, but with the marks of thinking: what stands between them is no answer."
     hidden = _hidden_ids(tok)
-    if hidden is None: return tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return tok.decode([i for i in ids if i not in hidden], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if hidden is None:
+        return tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return tok.decode(
+        [i for i in ids if i not in hidden], skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
 
-def label_step(tok, # tokenizer
-               ids:list, # generated token ids of one completion
-               label:int, # the label that was parsed from it
-               ) -> int|None: # index into `ids` of the token that wrote the label; None when it cannot be found
+
+def label_step(
+    tok,  # tokenizer
+    ids: list,  # generated token ids of one completion
+    label: int,  # the label that was parsed from it
+) -> int | None:  # index into `ids` of the token that wrote the label; None when it cannot be found
     "Which generated token decided the label."
     text = _decode(tok, ids)
     for pattern in (_STRICT_LABEL, _LOOSE_LABEL):
         spots = [m.start(1) for m in pattern.finditer(text) if m[1] == str(label)]
-        if spots: return bisect.bisect_right(range(len(ids)+1), spots[-1], key=lambda n: len(_decode(tok, ids[:n]))) - 1
+        if spots:
+            return (
+                bisect.bisect_right(range(len(ids) + 1), spots[-1], key=lambda n: len(_decode(tok, ids[:n])))
+                - 1
+            )
 
 # %% ../nbs/06_evaluate.ipynb #c7246961
-def digit_recorder(pairs, # from `digit_pairs`
-                   ): # a transformers LogitsProcessor; its `.steps` holds one (rows, 2 × pairs) tensor a step
+def digit_recorder(
+    pairs,  # from `digit_pairs`
+):  # a transformers LogitsProcessor; its `.steps` holds one (rows, 2 × pairs) tensor a step
     "Records the raw logits of the label digits at every step and changes nothing."
     from transformers import LogitsProcessor
+
     class DigitRecorder(LogitsProcessor):
-        def __init__(self): self.ids, self.steps = [i for pair in pairs for i in pair], []
+        def __init__(self):
+            self.ids, self.steps = [i for pair in pairs for i in pair], []
+
         def __call__(self, input_ids, scores):
             self.steps.append(scores[:, self.ids].float())
             return scores
+
     return DigitRecorder()
 
 # %% ../nbs/06_evaluate.ipynb #43218cad
-def entail_probability(tok, pairs, # tokenizer; its `digit_pairs`
-                       ids:list, # generated ids of one completion
-                       label:int|None, # the parsed label
-                       digits, # (steps, 2 × pairs) array of this row's recorded logits
-                       ) -> float|None: # p(label 1) / (p(label 0) + p(label 1)) where the digit was written
+def entail_probability(
+    tok,
+    pairs,  # tokenizer; its `digit_pairs`
+    ids: list,  # generated ids of one completion
+    label: int | None,  # the parsed label
+    digits,  # (steps, 2 × pairs) array of this row's recorded logits
+) -> float | None:  # p(label 1) / (p(label 0) + p(label 1)) where the digit was written
     "Probability of label 1 against label 0 at the step that wrote the label; None when no label was generated."
     step = None if label is None else label_step(tok, ids, label)
     pair = None if step is None else next((k for k, p in enumerate(pairs) if ids[step] in p), None)
-    if pair is None: return None
-    zero, one = (float(x) for x in digits[step][2*pair : 2*pair+2])
-    p = 1 / (1 + math.exp(min(zero - one, 700.)))       # exp(710) overflows a double
+    if pair is None:
+        return None
+    zero, one = (float(x) for x in digits[step][2 * pair : 2 * pair + 2])
+    p = 1 / (1 + math.exp(min(zero - one, 700.0)))  # exp(710) overflows a double
     return None if math.isnan(zero - one) else p
 
 # %% ../nbs/06_evaluate.ipynb #2c3d4de8
-def stop_rule(tok, eos_ids, # tokenizer; ids that end a completion
-              ): # function: ids generated so far -> whether the last of them ends the completion
+def stop_rule(
+    tok,
+    eos_ids,  # tokenizer; ids that end a completion
+):  # function: ids generated so far -> whether the last of them ends the completion
     "At EOS, or where the completion holds its complete answer (`json_closed`)."
     braces = {}
+
     def closed(ids):
         last = ids[-1]
-        if last not in braces: braces[last] = "}" in tok.decode([last])
+        if last not in braces:
+            braces[last] = "}" in tok.decode([last])
         return last in eos_ids or (braces[last] and json_closed(_decode(tok, ids)))
+
     return closed
 
-def json_stopper(tok, start:int, # tokenizer; width of the padded prompts
-                 n_rows:int, eos_ids, # rows in the batch; ids that end a completion
-                 ): # a transformers StoppingCriteria; its `.length` holds the completion tokens of each finished row, else None
+
+def json_stopper(
+    tok,
+    start: int,  # tokenizer; width of the padded prompts
+    n_rows: int,
+    eos_ids,  # rows in the batch; ids that end a completion
+):  # a transformers StoppingCriteria; its `.length` holds the completion tokens of each finished row, else None
     "Ends each row of a batch by the `stop_rule`."
     import torch
     from transformers import StoppingCriteria
+
     closed = stop_rule(tok, eos_ids)
+
     class JsonStop(StoppingCriteria):
-        def __init__(self): self.length = [None] * n_rows
+        def __init__(self):
+            self.length = [None] * n_rows
+
         def __call__(self, input_ids, scores, **kwargs):
             for i, ids in enumerate(input_ids[:, start:].tolist()):
-                if self.length[i] is None and closed(ids): self.length[i] = len(ids)
+                if self.length[i] is None and closed(ids):
+                    self.length[i] = len(ids)
             return torch.tensor([n is not None for n in self.length], device=input_ids.device)
+
     return JsonStop()
 
 # %% ../nbs/06_evaluate.ipynb #780ef941
@@ -136,56 +220,76 @@ def _inner(model):
     "The causal language model below a PEFT wrapper (LoRA layers live inside it, so it generates with the adapter)."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+
 @contextmanager
-def for_inference(model, generation=None): # model, PEFT or plain; GenerationConfig to use meanwhile
+def for_inference(model, generation=None):  # model, PEFT or plain; GenerationConfig to use meanwhile
     "Eval mode, cache on, checkpointing off, no gradients; everything as before on leaving, also after an error."
     import torch
+
     inner, saved, absent = _inner(model), [], object()
+
     def put(obj, name, value):
         saved.append((obj, name, getattr(obj, name, absent)))
         setattr(obj, name, value)
+
     try:
         for m in model.modules():
             put(m, "training", False)
-            if getattr(m, "gradient_checkpointing", False): put(m, "gradient_checkpointing", False)
-            if getattr(m, "support_avx512bf16_for_cpu", False): put(m, "support_avx512bf16_for_cpu", False)
+            if getattr(m, "gradient_checkpointing", False):
+                put(m, "gradient_checkpointing", False)
+            if getattr(m, "support_avx512bf16_for_cpu", False):
+                put(m, "support_avx512bf16_for_cpu", False)
         put(inner.config, "use_cache", True)
-        if generation is not None: put(inner, "generation_config", generation)
-        with torch.inference_mode(): yield inner
+        if generation is not None:
+            put(inner, "generation_config", generation)
+        with torch.inference_mode():
+            yield inner
     finally:
         for obj, name, value in reversed(saved):
             delattr(obj, name) if value is absent else setattr(obj, name, value)
 
 # %% ../nbs/06_evaluate.ipynb #60ae70ae
-def length_batches(lengths, # prompt lengths in tokens
-                   batch_size:int, # prompts a batch
-                   ) -> list: # lists of positions, longest prompts first
+def length_batches(
+    lengths,  # prompt lengths in tokens
+    batch_size: int,  # prompts a batch
+) -> list:  # lists of positions, longest prompts first
     "Batches of similar length; ties keep their order."
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [order[i:i+batch_size] for i in range(0, len(order), batch_size)]
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 # %% ../nbs/06_evaluate.ipynb #7e5f5056
-def recurrent(model # PEFT or plain
-             ) -> bool: # whether it has layers that carry a state from token to token, so that padding in front would change it
+def recurrent(
+    model,  # PEFT or plain
+) -> (
+    bool
+):  # whether it has layers that carry a state from token to token, so that padding in front would change it
     "By what transformers says of the family, and by the kinds of layers that the config names."
     inner = _inner(model)
     conf = inner.config.get_text_config()
     kinds = getattr(conf, "layer_types", None) or getattr(conf, "layers_block_type", None) or []
     return bool(inner._is_stateful) or any("attention" not in k or "linear" in k for k in kinds)
 
-def takes(model, name:str # PEFT or plain; an argument such as position_ids
-         ) -> bool: # whether the model's forward has it
+
+def takes(
+    model,
+    name: str,  # PEFT or plain; an argument such as position_ids
+) -> bool:  # whether the model's forward has it
     "Asked of the signature, as `generate` does."
     return name in inspect.signature(_inner(model).forward).parameters
 
-def left_pad(prompts:list, pad_id:int, device="cpu", # lists of token ids; id to fill with; torch device
-             shared:int=0, # tokens at the start of every prompt that stay where they are: the filling comes behind them
-            ):
+
+def left_pad(
+    prompts: list,
+    pad_id: int,
+    device="cpu",  # lists of token ids; id to fill with; torch device
+    shared: int = 0,  # tokens at the start of every prompt that stay where they are: the filling comes behind them
+):
     "Token ids and attention mask, both (rows, longest) int64 tensors, prompts flush right."
     import torch
+
     width = max(map(len, prompts))
-    ids = [p[:shared] + [pad_id] * (width-len(p)) + p[shared:] for p in prompts]
-    mask = [[1] * shared + [0] * (width-len(p)) + [1] * (len(p)-shared) for p in prompts]
+    ids = [p[:shared] + [pad_id] * (width - len(p)) + p[shared:] for p in prompts]
+    mask = [[1] * shared + [0] * (width - len(p)) + [1] * (len(p) - shared) for p in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 # %% ../nbs/06_evaluate.ipynb #c4913037
@@ -195,42 +299,60 @@ def _end_ids(model, tok):
     named = named if isinstance(named, (list, tuple)) else [named]
     return sorted({i for i in [end_of_turn(tok), tok.eos_token_id, *named] if i is not None})
 
+
 def _check_prompts(model, prompts, max_new_tokens):
     limit = getattr(_inner(model).config.get_text_config(), "max_position_embeddings", None)
     for i, p in enumerate(prompts):
-        if not p: raise DataError(f"prompt {i} is empty: nothing to continue")
+        if not p:
+            raise DataError(f"prompt {i} is empty: nothing to continue")
         if limit and len(p) + max_new_tokens > limit:
-            raise DataError(f"prompt {i} has {len(p)} tokens: with {max_new_tokens} new ones it exceeds the model's {limit} positions; "
-                            "lower max_new_tokens or leave the row out")
+            raise DataError(
+                f"prompt {i} has {len(p)} tokens: with {max_new_tokens} new ones it exceeds the model's {limit} positions; "
+                "lower max_new_tokens or leave the row out"
+            )
 
 # %% ../nbs/06_evaluate.ipynb #f34b9c7a
 @dataclass
 class SharedStart:
     "What all prompts begin with, and its keys and values."
-    length: int # tokens
-    keys: object # a transformers cache of one row
 
-    def cache(self, n:int): # rows -> a cache of its own for each of them
+    length: int  # tokens
+    keys: object  # a transformers cache of one row
+
+    def cache(self, n: int):  # rows -> a cache of its own for each of them
         cache = copy.deepcopy(self.keys)
         cache.batch_repeat_interleave(n)
         return cache
 
+
 def _window(model):
     "The narrowest window of attention in a model, in tokens; infinite where every layer sees all."
     conf = _inner(model).config.get_text_config()
-    keys = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size", "local_attention")
+    keys = (
+        "sliding_window",
+        "attention_chunk_size",
+        "window_size",
+        "attention_window_size",
+        "local_attention",
+    )
     return min([v for k in keys if isinstance(v := getattr(conf, k, None), int) and v > 0], default=math.inf)
 
-def shared_start(model, prompts:list, # model; lists of token ids
-                 new:int=1, # tokens that may follow a prompt
-                 least:int=8, # tokens; fewer are not worth it
-                ): # SharedStart, or None
+
+def shared_start(
+    model,
+    prompts: list,  # model; lists of token ids
+    new: int = 1,  # tokens that may follow a prompt
+    least: int = 8,  # tokens; fewer are not worth it
+):  # SharedStart, or None
     """The longest common start of several prompts, leaving each a token of its own. None where padding behind it would count: in a window that
     is narrower than a row, in a recurrent state, and where positions are not told."""
     import torch
+
     n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts), default=1) - 1)
-    if len(prompts) < 2 or n < least or recurrent(model) or not takes(model, "position_ids"): return None
-    if _window(model) < max(map(len, prompts)) + new: return None
+    if len(prompts) < 2 or n < least or recurrent(model) or not takes(model, "position_ids"):
+        return None
+    if _window(model) < max(map(len, prompts)) + new:
+        return None
     with for_inference(model) as inner:
         ids = torch.tensor([prompts[0][:n]], device=inner.get_input_embeddings().weight.device)
         how = dict(logits_to_keep=1) if takes(model, "logits_to_keep") else {}
@@ -240,177 +362,301 @@ def shared_start(model, prompts:list, # model; lists of token ids
 # %% ../nbs/06_evaluate.ipynb #1d1bb06a
 def _unpadded(model, lengths):
     "Positions of the prompts that may stand in one batch: all of them, or in a recurrent model those of one length."
-    if not recurrent(model): return [list(range(len(lengths)))]
+    if not recurrent(model):
+        return [list(range(len(lengths)))]
     return [[i for i, n in enumerate(lengths) if n == width] for width in sorted(set(lengths), reverse=True)]
 
-def generate_batch(model, tok, prompts:list, # model; tokenizer; one batch of prompt ids
-                   max_new_tokens:int, # token budget of a completion
-                   completion:str="cot", # style of the completion, as in the config: what the parser expects
-                   seed:int|None=None, # None decodes greedily; a number samples with it
-                   temperature:float=0.7, # of sampling
-                   start=None, # from `shared_start`, where all prompts have one
-                   ) -> list: # dicts of text, n_tokens, finish, p_entail, in the order of `prompts`
+
+def generate_batch(
+    model,
+    tok,
+    prompts: list,  # model; tokenizer; one batch of prompt ids
+    max_new_tokens: int,  # token budget of a completion
+    completion: str = "cot",  # style of the completion, as in the config: what the parser expects
+    seed: int | None = None,  # None decodes greedily; a number samples with it
+    temperature: float = 0.7,  # of sampling
+    start=None,  # from `shared_start`, where all prompts have one
+) -> list:  # dicts of text, n_tokens, finish, p_entail, in the order of `prompts`
     "Complete one batch. Only completion tokens are decoded; `n_tokens` counts them, EOS included; `finish` is stop or length."
     import torch
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
     groups = _unpadded(model, [len(p) for p in prompts])
     if len(groups) > 1:
-        done = [None]*len(prompts)
+        done = [None] * len(prompts)
         for at in groups:
-            made = generate_batch(model, tok, [prompts[i] for i in at], max_new_tokens, completion, seed, temperature)
-            for i, row in zip(at, made): done[i] = row
+            made = generate_batch(
+                model, tok, [prompts[i] for i in at], max_new_tokens, completion, seed, temperature
+            )
+            for i, row in zip(at, made):
+                done[i] = row
         return done
     pad = tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id
-    eos, pairs, device = _end_ids(model, tok), digit_pairs(tok), _inner(model).get_input_embeddings().weight.device
-    sampling = dict(do_sample=True, temperature=temperature, top_p=1., top_k=0) if seed is not None else dict(do_sample=False)
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=1, use_cache=True, pad_token_id=pad, eos_token_id=eos, **sampling)
+    eos, pairs, device = (
+        _end_ids(model, tok),
+        digit_pairs(tok),
+        _inner(model).get_input_embeddings().weight.device,
+    )
+    sampling = (
+        dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0)
+        if seed is not None
+        else dict(do_sample=False)
+    )
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=eos,
+        **sampling,
+    )
     ids, mask = left_pad(prompts, pad, device, start.length if start else 0)
     stop, record = json_stopper(tok, ids.shape[1], len(prompts), set(eos)), digit_recorder(pairs)
     with for_inference(model, settings) as inner, torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None: torch.manual_seed(seed)
-        out = inner.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **(dict(past_key_values=start.cache(len(prompts))) if start else {}),
-                             stopping_criteria=StoppingCriteriaList([stop]), logits_processor=LogitsProcessorList([record]))
-        new, digits = out[:, ids.shape[1]:].tolist(), torch.stack(record.steps, 1).cpu().numpy()
-    return [_completion(tok, pairs, row[:n], digits[i], n is None, completion) for i, (row, n) in enumerate(zip(new, stop.length))]
+        if seed is not None:
+            torch.manual_seed(seed)
+        out = inner.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=settings,
+            **(dict(past_key_values=start.cache(len(prompts))) if start else {}),
+            stopping_criteria=StoppingCriteriaList([stop]),
+            logits_processor=LogitsProcessorList([record]),
+        )
+        new, digits = out[:, ids.shape[1] :].tolist(), torch.stack(record.steps, 1).cpu().numpy()
+    return [
+        _completion(tok, pairs, row[:n], digits[i], n is None, completion)
+        for i, (row, n) in enumerate(zip(new, stop.length))
+    ]
+
 
 def _completion(tok, pairs, ids, digits, cut, style):
     text = _decode(tok, ids)
-    return dict(text=text, n_tokens=len(ids), finish="length" if cut else "stop",
-                p_entail=entail_probability(tok, pairs, ids, parse_completion(text, style).label, digits))
+    return dict(
+        text=text,
+        n_tokens=len(ids),
+        finish="length" if cut else "stop",
+        p_entail=entail_probability(tok, pairs, ids, parse_completion(text, style).label, digits),
+    )
 
 # %% ../nbs/06_evaluate.ipynb #2a4580e9
 @contextmanager
-def row_progress(total:int, # rows in all
-                 done:int=0, # of them before the start
-                 show:bool=True):
+def row_progress(
+    total: int,  # rows in all
+    done: int = 0,  # of them before the start
+    show: bool = True,
+):
     """Yields `update(n)`, to be called when `n` more rows are there. A bar in a terminal; anywhere else (notebook, papermill, log file) a line
     every ten seconds, because a bar is rewritten with carriage returns, and each of them stays in an executed notebook."""
     from tqdm import tqdm
+
     if not show or sys.stderr.isatty():
-        with tqdm(total=total, initial=done, disable=not show, unit="row") as bar: yield bar.update
+        with tqdm(total=total, initial=done, disable=not show, unit="row") as bar:
+            yield bar.update
         return
     first, start, said = done, time.time(), time.time()
-    to = sys.stdout if hasattr(builtins, "get_ipython") else sys.stderr  # a notebook shows stderr as a fault; a command's stdout is its result
+    to = (
+        sys.stdout if hasattr(builtins, "get_ipython") else sys.stderr
+    )  # a notebook shows stderr as a fault; a command's stdout is its result
+
     def update(n):
         nonlocal done, said
         done, now = done + n, time.time()
-        if done < total and now - said < 10: return
-        said, rate = now, (done - first)/max(now - start, 1e-9)
-        print(f"row {done:>6}/{total}   {rate:.2g} rows/s" + (f"   {(total - done)/rate/60:.1f} min left" if done < total else ""), file=to, flush=True)
+        if done < total and now - said < 10:
+            return
+        said, rate = now, (done - first) / max(now - start, 1e-9)
+        print(
+            f"row {done:>6}/{total}   {rate:.2g} rows/s"
+            + (f"   {(total - done) / rate / 60:.1f} min left" if done < total else ""),
+            file=to,
+            flush=True,
+        )
+
     yield update
 
 # %% ../nbs/06_evaluate.ipynb #3f80fd99
-def generate_completions(model, tok, prompts:list, # model; tokenizer; lists of prompt ids
-                         max_new_tokens:int, # token budget of a completion
-                         batch_size:int=16, # prompts at a time
-                         progress:bool=False, # show a bar
-                         completion:str="cot", # style of the completion, as in the config
-                         ) -> list: # dicts of text, n_tokens, finish ("stop"|"length"), p_entail (or None), in the order of `prompts`
+def generate_completions(
+    model,
+    tok,
+    prompts: list,  # model; tokenizer; lists of prompt ids
+    max_new_tokens: int,  # token budget of a completion
+    batch_size: int = 16,  # prompts at a time
+    progress: bool = False,  # show a bar
+    completion: str = "cot",  # style of the completion, as in the config
+) -> list:  # dicts of text, n_tokens, finish ("stop"|"length"), p_entail (or None), in the order of `prompts`
     "Greedy completions in length-sorted batches; model, tokenizer and random state are left as they were."
     _check_prompts(model, prompts, max_new_tokens)
     done, start = [None] * len(prompts), shared_start(model, prompts, max_new_tokens)
     with row_progress(len(prompts), show=progress) as update:
         for batch in length_batches([len(p) for p in prompts], batch_size):
-            for i, row in zip(batch, generate_batch(model, tok, [prompts[i] for i in batch], max_new_tokens, completion, start=start)): done[i] = row
+            for i, row in zip(
+                batch,
+                generate_batch(
+                    model, tok, [prompts[i] for i in batch], max_new_tokens, completion, start=start
+                ),
+            ):
+                done[i] = row
             update(len(batch))
     return done
 
 # %% ../nbs/06_evaluate.ipynb #f09883fd
-def parse_mode(mode:str, # "cot", "forced" or "vote:k"
-               ) -> tuple: # (name, k); k is 1 except for votes
+def parse_mode(
+    mode: str,  # "cot", "forced" or "vote:k"
+) -> tuple:  # (name, k); k is 1 except for votes
     "Read a decoding mode; `DataError` for another one."
-    if mode in ("cot", "forced"): return mode, 1
+    if mode in ("cot", "forced"):
+        return mode, 1
     m = re.fullmatch(r"vote:([0-9]{1,4})", mode)
-    if m and int(m[1]) > 1: return "vote", int(m[1])
+    if m and int(m[1]) > 1:
+        return "vote", int(m[1])
     raise DataError(f"mode {mode!r} is unknown: use cot, forced, or vote:k with k at least 2, as in vote:5")
 
 # %% ../nbs/06_evaluate.ipynb #36e9394e
-def forced_ids(tok, messages:list, # tokenizer; prompt messages
-               thought:str, # the reasoning to put before the label ("" for none)
-               completion:str="cot", # style of the completion, as in the config
-               ) -> tuple: # (ids up to the label digit, (id of 0, id of 1))
+def forced_ids(
+    tok,
+    messages: list,  # tokenizer; prompt messages
+    thought: str,  # the reasoning to put before the label ("" for none)
+    completion: str = "cot",  # style of the completion, as in the config
+) -> tuple:  # (ids up to the label digit, (id of 0, id of 1))
     "Prompt and completion up to the label, as trained on, and the pair of ids that compete there."
-    row = lambda label: dict(prompt=messages, completion=[dict(role="assistant", content=render_completion(thought, label, completion))],
-                             thought_process=thought, label=label)
+    row = lambda label: dict(
+        prompt=messages,
+        completion=[dict(role="assistant", content=render_completion(thought, label, completion))],
+        thought_process=thought,
+        label=label,
+    )
     zero, one = (encode_row(tok, row(label), completion).input_ids for label in (0, 1))
     n = next(i for i, (z, o) in enumerate(zip(zero, one)) if z != o)
     return list(zero[:n]), (zero[n], one[n])
 
 # %% ../nbs/06_evaluate.ipynb #36d8da0b
-def score_labels(model, tok, asked:list, # model; tokenizer; pairs as returned by `forced_ids`
-                 batch_size:int=16, # rows at a time
-                 start=None, # from `shared_start`; None: made here, where the rows have one
-                 ) -> list: # p(label 1) / (p(label 0) + p(label 1)) of each, in order
+def score_labels(
+    model,
+    tok,
+    asked: list,  # model; tokenizer; pairs as returned by `forced_ids`
+    batch_size: int = 16,  # rows at a time
+    start=None,  # from `shared_start`; None: made here, where the rows have one
+) -> list:  # p(label 1) / (p(label 0) + p(label 1)) of each, in order
     "One forward pass a batch, logits of the last position only."
     import torch
-    pad, device, done = tok.pad_token_id or 0, _inner(model).get_input_embeddings().weight.device, [None] * len(asked)
+
+    pad, device, done = (
+        tok.pad_token_id or 0,
+        _inner(model).get_input_embeddings().weight.device,
+        [None] * len(asked),
+    )
     start = start or shared_start(model, [ids for ids, _ in asked])
     known = start.length if start else 0
     lengths = [len(ids) for ids, _ in asked]
     sorted_batches = length_batches(lengths, batch_size)
-    for batch in [[b[i] for i in at] for b in sorted_batches for at in _unpadded(model, [lengths[i] for i in b])]:
+    for batch in [
+        [b[i] for i in at] for b in sorted_batches for at in _unpadded(model, [lengths[i] for i in b])
+    ]:
         ids, mask = left_pad([asked[i][0] for i in batch], pad, device, known)
         with for_inference(model) as inner:
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)     # padding must not shift positions
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)  # padding must not shift positions
             how = dict(position_ids=positions[:, known:], logits_to_keep=1)
             how = {k: v for k, v in how.items() if takes(model, k)}
-            last = inner(input_ids=ids[:, known:], attention_mask=mask, **how,
-                         **(dict(past_key_values=start.cache(len(batch))) if start else dict(use_cache=False))).logits[:, -1].float()
+            last = (
+                inner(
+                    input_ids=ids[:, known:],
+                    attention_mask=mask,
+                    **how,
+                    **(dict(past_key_values=start.cache(len(batch))) if start else dict(use_cache=False)),
+                )
+                .logits[:, -1]
+                .float()
+            )
             pair = last.gather(1, torch.tensor([asked[i][1] for i in batch], device=device))
-            for i, p in zip(batch, (pair[:, 1] - pair[:, 0]).sigmoid().tolist()): done[i] = p
+            for i, p in zip(batch, (pair[:, 1] - pair[:, 0]).sigmoid().tolist()):
+                done[i] = p
     return [None if p is None or math.isnan(p) else p for p in done]
 
 # %% ../nbs/06_evaluate.ipynb #0ae9e4b8
-CARRIED = ("category", "relation", "group_id", "source", "heuristic", "subcase")   # what slices and paired tests need of an evaluation row
+CARRIED = (
+    "category",
+    "relation",
+    "group_id",
+    "source",
+    "heuristic",
+    "subcase",
+)  # what slices and paired tests need of an evaluation row
 
-def prompt_hash(messages:list, # prompt messages
-                ) -> str: # 16 hex digits
+
+def prompt_hash(
+    messages: list,  # prompt messages
+) -> str:  # 16 hex digits
     "Fingerprint of a question, the same whatever model answers it."
     return hashlib.sha256(json.dumps(messages, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
-def prediction_row(row:dict, # the evaluation row
-                   made:dict, # what was generated for it: text, n_tokens, finish, p_entail (and seconds)
-                   completion:str="cot", # style of the completion, as in the config
-                   mode:str="cot", # decoding mode
-                   ) -> dict: # one line of predictions.jsonl
+
+def prediction_row(
+    row: dict,  # the evaluation row
+    made: dict,  # what was generated for it: text, n_tokens, finish, p_entail (and seconds)
+    completion: str = "cot",  # style of the completion, as in the config
+    mode: str = "cot",  # decoding mode
+) -> dict:  # one line of predictions.jsonl
     "Join an evaluation row and its completion, parsed."
     parsed = parse_completion(made["text"], completion)
-    return dict(id=row["id"], premise=row["premise"], hypothesis=row["hypothesis"], label=row.get("label"), completion=made["text"],
-                predicted_label=parsed.label, outcome=parsed.outcome, repairs=list(parsed.repairs), thought_process=parsed.thought,
-                p_entail=made["p_entail"], n_tokens=made["n_tokens"], finish=made["finish"], seconds=made.get("seconds"), mode=mode,
-                prompt_hash=prompt_hash(row["prompt"]), **{k: row[k] for k in CARRIED if row.get(k) is not None})
+    return dict(
+        id=row["id"],
+        premise=row["premise"],
+        hypothesis=row["hypothesis"],
+        label=row.get("label"),
+        completion=made["text"],
+        predicted_label=parsed.label,
+        outcome=parsed.outcome,
+        repairs=list(parsed.repairs),
+        thought_process=parsed.thought,
+        p_entail=made["p_entail"],
+        n_tokens=made["n_tokens"],
+        finish=made["finish"],
+        seconds=made.get("seconds"),
+        mode=mode,
+        prompt_hash=prompt_hash(row["prompt"]),
+        **{k: row[k] for k in CARRIED if row.get(k) is not None},
+    )
 
 # %% ../nbs/06_evaluate.ipynb #c382475a
-def check_predictions(preds:list, # prediction rows
-                      name="predictions", # how messages call them
-                      ) -> list: # the same rows
+def check_predictions(
+    preds: list,  # prediction rows
+    name="predictions",  # how messages call them
+) -> list:  # the same rows
     "Raise `RecordError` for what no honest score can be made from: repeated ids, impossible labels or probabilities, missing keys."
     for key in ("id", "label", "predicted_label", "outcome"):
-        if lost := [p.get("id", n) for n, p in enumerate(preds, 1) if key not in p]: raise RecordError(f"{name}: row {lost[0]!r} has no {key!r}")
+        if lost := [p.get("id", n) for n, p in enumerate(preds, 1) if key not in p]:
+            raise RecordError(f"{name}: row {lost[0]!r} has no {key!r}")
     types = dict(id=(int, str), outcome=(str,), n_tokens=(int, float), seconds=(int, float))
     for n, p in enumerate(preds, 1):
         for key, ok in types.items():
             v = p.get(key)
-            if v is None and key not in ("id", "outcome"): continue
-            if type(v) not in ok or (key != "id" and type(v) is not str and not abs(v) < 2**63): raise RecordError(f"{name}: row {n} has {key} {v!a:.80}")
+            if v is None and key not in ("id", "outcome"):
+                continue
+            if type(v) not in ok or (key != "id" and type(v) is not str and not abs(v) < 2**63):
+                raise RecordError(f"{name}: row {n} has {key} {v!a:.80}")
     if twice := [i for i, n in Counter(p["id"] for p in preds).items() if n > 1]:
         raise RecordError(f"{name}: id {twice[0]!r} occurs more than once ({len(twice)} such ids)")
     for p in preds:
         for key in ("label", "predicted_label"):
-            if p[key] is not None and (isinstance(p[key], bool) or p[key] not in (0, 1)): raise RecordError(f"{name}: row {p['id']!r} has {key} {p[key]!r}, not 0 or 1")
+            if p[key] is not None and (isinstance(p[key], bool) or p[key] not in (0, 1)):
+                raise RecordError(f"{name}: row {p['id']!r} has {key} {p[key]!r}, not 0 or 1")
         prob = p.get("p_entail")
-        if prob is not None and (type(prob) not in (int, float) or not 0 <= prob <= 1): raise RecordError(f"{name}: row {p['id']!r} has p_entail {prob!r}, not a probability")
+        if prob is not None and (type(prob) not in (int, float) or not 0 <= prob <= 1):
+            raise RecordError(f"{name}: row {p['id']!r} has p_entail {prob!r}, not a probability")
     return preds
 
 # %% ../nbs/06_evaluate.ipynb #ec12d8cb
 @functools.lru_cache(maxsize=1)
-def parser_mark() -> str: # 16 hex digits
+def parser_mark() -> str:  # 16 hex digits
     "Fingerprint of the rules by which completions are read: of the module that holds them."
     from nli_ft import prompt
+
     return hashlib.sha256(Path(prompt.__file__).read_bytes()).hexdigest()[:16]
 
-def predictions_seal(path, # a predictions file that is finished
-                    ) -> dict: # sha256, n (rows), parser: what the record says of it
+
+def predictions_seal(
+    path,  # a predictions file that is finished
+) -> dict:  # sha256, n (rows), parser: what the record says of it
     "What is written into the record when predictions are finished, so that a later change is noticed."
     raw = Path(path).read_bytes()
     return dict(sha256=hashlib.sha256(raw).hexdigest(), n=raw.count(b"\n"), parser=parser_mark())
@@ -419,125 +665,194 @@ def predictions_seal(path, # a predictions file that is finished
 @dataclass
 class Recorded:
     "What a record says about one of its predictions files."
-    where: Path|None = None # the file that says so
-    seal: dict|None = None # from `predictions_seal`
-    scores: dict|None = None # from `score`
-    style: str|None = None # of the completions; None: not known
-    closed: bool = False # it belongs to a run that was finished with these scores
+
+    where: Path | None = None  # the file that says so
+    seal: dict | None = None  # from `predictions_seal`
+    scores: dict | None = None  # from `score`
+    style: str | None = None  # of the completions; None: not known
+    closed: bool = False  # it belongs to a run that was finished with these scores
 
     @property
-    def finished(self): return bool(self.seal or self.scores)
+    def finished(self):
+        return bool(self.seal or self.scores)
+
 
 def _object_in(path):
     "The JSON object in a file, {} where there is none; `RecordError` for anything else."
-    try: found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError: return {}
-    except (OSError, ValueError, RecursionError) as e: raise RecordError(f"{path} cannot be read ({e}); restore it, or delete it if it is a report") from None
-    if not isinstance(found, dict): raise RecordError(f"{path} holds {type(found).__name__}, not an object")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as e:
+        raise RecordError(
+            f"{path} cannot be read ({e}); restore it, or delete it if it is a report"
+        ) from None
+    if not isinstance(found, dict):
+        raise RecordError(f"{path} holds {type(found).__name__}, not an object")
     return found
 
-def _part(obj, key): # an object within an object; {} for anything else
+
+def _part(obj, key):  # an object within an object; {} for anything else
     return obj[key] if isinstance(obj.get(key), dict) else {}
 
-# file of a run -> the key of its scores in summary.json
-SCORED = {"predictions.jsonl": "after", "predictions_before.jsonl": "before", "predictions_before_forced.jsonl": "before_forced"}
 
-def recorded(path, # a predictions file
-             ) -> Recorded: # empty for a file that is in no record
+# file of a run -> the key of its scores in summary.json
+SCORED = {
+    "predictions.jsonl": "after",
+    "predictions_before.jsonl": "before",
+    "predictions_before_forced.jsonl": "before_forced",
+}
+
+
+def recorded(
+    path,  # a predictions file
+) -> Recorded:  # empty for a file that is in no record
     "What summary.json of a run, or report.json of an evaluation, says about a predictions file."
     path = Path(path)
     folder = path.parent
-    run = folder if (folder/"summary.json").is_file() else folder.parent.parent
-    style = _part(_object_in(run/"config.json"), "config").get("completion")
+    run = folder if (folder / "summary.json").is_file() else folder.parent.parent
+    style = _part(_object_in(run / "config.json"), "config").get("completion")
     style = style if isinstance(style, str) else None
-    summary, report = _object_in(folder/"summary.json"), {}
+    summary, report = _object_in(folder / "summary.json"), {}
     seal, scores = _part(_part(summary, "predictions"), path.name), _part(summary, SCORED.get(path.name, ""))
-    if seal or scores: return Recorded(folder/"summary.json", seal or None, scores or None, style, True)
-    if path.name == "predictions.jsonl": report = _object_in(folder/"report.json")
+    if seal or scores:
+        return Recorded(folder / "summary.json", seal or None, scores or None, style, True)
+    if path.name == "predictions.jsonl":
+        report = _object_in(folder / "report.json")
     seal, scores = _part(report, "predictions"), _part(report, "scores")
-    return Recorded(folder/"report.json", seal or None, scores or None, style)
+    return Recorded(folder / "report.json", seal or None, scores or None, style)
 
 # %% ../nbs/06_evaluate.ipynb #6e2fb57b
-def counted(preds:list, # prediction rows with gold labels
-            ) -> dict: # n, right, accuracy, coverage, valid_rate, confusion, outcomes: as `score` has them
+def counted(
+    preds: list,  # prediction rows with gold labels
+) -> dict:  # n, right, accuracy, coverage, valid_rate, confusion, outcomes: as `score` has them
     "The scores that are plain counts, made without any library."
     n = len(preds)
-    cells = Counter((p["label"], NO_ANSWER if p["predicted_label"] is None else p["predicted_label"]) for p in preds)
+    cells = Counter(
+        (p["label"], NO_ANSWER if p["predicted_label"] is None else p["predicted_label"]) for p in preds
+    )
     right = cells[0, 0] + cells[1, 1]
     valid = sum(p.get("generated_outcome", p["outcome"]) in ("strict", "forced") for p in preds)
     answered = n - cells[0, NO_ANSWER] - cells[1, NO_ANSWER]
-    return dict(n=n, right=right, accuracy=right/n, coverage=answered/n, valid_rate=valid/n,
-                confusion=[[cells[y, a] for a in (0, 1, NO_ANSWER)] for y in (0, 1)], outcomes=dict(Counter(p["outcome"] for p in preds)))
+    return dict(
+        n=n,
+        right=right,
+        accuracy=right / n,
+        coverage=answered / n,
+        valid_rate=valid / n,
+        confusion=[[cells[y, a] for a in (0, 1, NO_ANSWER)] for y in (0, 1)],
+        outcomes=dict(Counter(p["outcome"] for p in preds)),
+    )
+
 
 def _score_faults(preds, scores):
     "Lines on recorded scores that are not those of the rows."
-    if any(p["label"] is None for p in preds) or not preds: return []
+    if any(p["label"] is None for p in preds) or not preds:
+        return []
     now = counted(preds)
+
     def equal(key):
         was = scores[key]
-        if isinstance(now[key], float): return isinstance(was, (int, float)) and abs(was - now[key]) < 1e-9
+        if isinstance(now[key], float):
+            return isinstance(was, (int, float)) and abs(was - now[key]) < 1e-9
         return was == now[key]
-    return [f"{k} of its rows is {json.dumps(now[k])}, recorded is {json.dumps(scores[k])}" for k in now if k in scores and not equal(k)]
+
+    return [
+        f"{k} of its rows is {json.dumps(now[k])}, recorded is {json.dumps(scores[k])}"
+        for k in now
+        if k in scores and not equal(k)
+    ]
 
 # %% ../nbs/06_evaluate.ipynb #30bcf368
 def _exact(text, style):
     "Is a completion exactly the object that was asked for, so that no rule could read another label?"
+
     def once(pairs):
-        if len({k for k, _ in pairs}) < len(pairs): raise ValueError("a key twice")
+        if len({k for k, _ in pairs}) < len(pairs):
+            raise ValueError("a key twice")
         return dict(pairs)
-    try: obj = json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError): return False
+
+    try:
+        obj = json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError):
+        return False
     keys = {"predicted_label"} if style == "label_only" else {"predicted_label", "thought_process"}
     return isinstance(obj, dict) and set(obj) == keys and type(obj["predicted_label"]) is int
 
-def read_again(p:dict, # prediction row
-               style:str="cot", # of the completions, as in the config
-               ) -> dict: # key -> (recorded, read now); empty where they agree
+
+def read_again(
+    p: dict,  # prediction row
+    style: str = "cot",  # of the completions, as in the config
+) -> dict:  # key -> (recorded, read now); empty where they agree
     "Label, outcome and thought of a row, made again from its completion and, for `forced` and votes, from what the label was decided by."
-    if not isinstance(p.get("completion"), str): return {}
+    if not isinstance(p.get("completion"), str):
+        return {}
     found, mode = parse_completion(p["completion"], style), str(p.get("mode", "cot"))
     now = dict(predicted_label=found.label, outcome=found.outcome)
-    if mode == "cot": now["thought_process"] = found.thought
-    if mode.startswith("vote") and isinstance(p.get("votes"), list): now["predicted_label"], now["p_entail"] = majority(p["votes"])
-    if mode.startswith("vote") and now["predicted_label"] != found.label: now["predicted_label"] = found.label
+    if mode == "cot":
+        now["thought_process"] = found.thought
+    if mode.startswith("vote") and isinstance(p.get("votes"), list):
+        now["predicted_label"], now["p_entail"] = majority(p["votes"])
+    if mode.startswith("vote") and now["predicted_label"] != found.label:
+        now["predicted_label"] = found.label
     if mode == "forced" and p["outcome"] == "forced":
-        now = dict(predicted_label=int(p["p_entail"] >= .5)) if p.get("p_entail") is not None else {}
-        if "generated_outcome" in p: now["generated_outcome"] = found.outcome
+        now = dict(predicted_label=int(p["p_entail"] >= 0.5)) if p.get("p_entail") is not None else {}
+        if "generated_outcome" in p:
+            now["generated_outcome"] = found.outcome
     return {k: (p[k], v) for k, v in now.items() if k in p and p[k] != v}
+
 
 def _label_faults(preds, style, same_rules):
     "(rows that cannot be what the run wrote, rows that its rules may have read otherwise), each as lines."
     wrong, other = [], []
     for p in preds:
-        if not (odd := read_again(p, style)): continue
-        said = ", ".join(f"{k} is {json.dumps(was)} and its completion says {json.dumps(now)}" for k, (was, now) in odd.items())
+        if not (odd := read_again(p, style)):
+            continue
+        said = ", ".join(
+            f"{k} is {json.dumps(was)} and its completion says {json.dumps(now)}"
+            for k, (was, now) in odd.items()
+        )
         decided = p.get("mode") == "forced" and "predicted_label" in odd
         sure = same_rules or decided or ("predicted_label" in odd and _exact(p["completion"], style))
         (wrong if sure else other).append(f"row {p['id']!r}: {said:.300}")
     return wrong, other
 
 # %% ../nbs/06_evaluate.ipynb #23c3ddb3
-def check_record(path, # a predictions file
-                 preds:list, # its rows, checked
-                 ) -> str: # how far they were checked, in a few words
+def check_record(
+    path,  # a predictions file
+    preds: list,  # its rows, checked
+) -> str:  # how far they were checked, in a few words
     """Raise `RecordError` where predictions are not what the record says: another SHA-256, other counts, labels that are not in the completions.
 
     What rules of another version may have read otherwise is a warning on stderr."""
     rec, faults, other = recorded(path), [], []
     if rec.seal:
         now = predictions_seal(path)["sha256"]
-        if now != rec.seal.get("sha256"): faults.append(f"its SHA-256 is {now[:16]}…, recorded is {str(rec.seal.get('sha256'))[:16]}…")
-        if len(preds) != rec.seal.get("n"): faults.append(f"it has {len(preds)} rows, recorded are {rec.seal.get('n')}")
-    if rec.scores: faults += _score_faults(preds, rec.scores)
+        if now != rec.seal.get("sha256"):
+            faults.append(f"its SHA-256 is {now[:16]}…, recorded is {str(rec.seal.get('sha256'))[:16]}…")
+        if len(preds) != rec.seal.get("n"):
+            faults.append(f"it has {len(preds)} rows, recorded are {rec.seal.get('n')}")
+    if rec.scores:
+        faults += _score_faults(preds, rec.scores)
     if rec.style:
-        wrong, other = _label_faults(preds, rec.style, bool(rec.seal) and rec.seal.get("parser") == parser_mark())
+        wrong, other = _label_faults(
+            preds, rec.style, bool(rec.seal) and rec.seal.get("parser") == parser_mark()
+        )
         faults += wrong[:3] + ([f"and {len(wrong) - 3} more such rows"] if len(wrong) > 3 else [])
     if faults:
-        raise RecordError(f"{path} is not what {rec.where or 'the run'} says of it:\n" + "\n".join(f"  - {f}" for f in faults)
-                          + "\nIt was changed after it was written. Restore the record from git or a backup, or make the run again")
+        raise RecordError(
+            f"{path} is not what {rec.where or 'the run'} says of it:\n"
+            + "\n".join(f"  - {f}" for f in faults)
+            + "\nIt was changed after it was written. Restore the record from git or a backup, or make the run again"
+        )
     if other:
-        print(f"warning: {path}: {len(other)} rows would be read otherwise by the rules of now, first {other[0]}. The recorded values are used", file=sys.stderr)
-    read = f"{len(preds)} rows read again from their completions" if rec.style else "completions not read again"
+        print(
+            f"warning: {path}: {len(other)} rows would be read otherwise by the rules of now, first {other[0]}. The recorded values are used",
+            file=sys.stderr,
+        )
+    read = (
+        f"{len(preds)} rows read again from their completions" if rec.style else "completions not read again"
+    )
     return f"SHA-256 as recorded, {read}" if rec.seal else f"no hash recorded, {read}"
 
 # %% ../nbs/06_evaluate.ipynb #f3e96b52
@@ -546,42 +861,65 @@ def _json_lines(path, torn_ok):
     rows, whole = [], 0
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
-            if torn_ok and not line.endswith(b"\n"): break
-            try: rows.append(json.loads(line))
-            except (ValueError, RecursionError) as e: raise RecordError(f"{path}, line {n}: not JSON ({e})") from None
-            if not isinstance(rows[-1], dict): raise RecordError(f"{path}, line {n}: not a JSON object")
+            if torn_ok and not line.endswith(b"\n"):
+                break
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError) as e:
+                raise RecordError(f"{path}, line {n}: not JSON ({e})") from None
+            if not isinstance(rows[-1], dict):
+                raise RecordError(f"{path}, line {n}: not a JSON object")
             whole += len(line)
     return rows, whole
 
-def read_predictions(path, # a predictions.jsonl
-                     ) -> list: # its checked rows
+
+def read_predictions(
+    path,  # a predictions.jsonl
+) -> list:  # its checked rows
     "Read prediction rows; `RecordError` names the file and what is wrong, also where they are not what the record says (`check_record`)."
-    if not Path(path).is_file(): raise RecordError(f"{path} is missing: the run was never evaluated, or is still going")
+    if not Path(path).is_file():
+        raise RecordError(f"{path} is missing: the run was never evaluated, or is still going")
     rows = check_predictions(_json_lines(path, torn_ok=False)[0], str(path))
-    if not rows: raise RecordError(f"{path} is empty: the run was never evaluated, or is still going")
+    if not rows:
+        raise RecordError(f"{path} is empty: the run was never evaluated, or is still going")
     check_record(path, rows)
     return rows
 
 # %% ../nbs/06_evaluate.ipynb #be81da39
-def resume_predictions(path, # predictions.jsonl, perhaps unfinished, perhaps absent
-                       rows:list, # the evaluation rows of now
-                       mode:str="cot", # decoding mode of now
-                       engine:str="transformers", # what generates now
-                       ) -> dict: # id -> prediction row already made
+def resume_predictions(
+    path,  # predictions.jsonl, perhaps unfinished, perhaps absent
+    rows: list,  # the evaluation rows of now
+    mode: str = "cot",  # decoding mode of now
+    engine: str = "transformers",  # what generates now
+) -> dict:  # id -> prediction row already made
     "What an interrupted evaluation left, after checking that it answered the same questions; a torn last line is cut off."
-    if not Path(path).exists(): return {}
+    if not Path(path).exists():
+        return {}
     done, whole = _json_lines(path, torn_ok=True)
     found = recorded(path)
-    if not found.finished and os.path.getsize(path) > whole: os.truncate(path, whole)
+    if not found.finished and os.path.getsize(path) > whole:
+        os.truncate(path, whole)
     now = {r["id"]: (prompt_hash(r["prompt"]), r.get("label"), mode, engine) for r in rows}
     for p in check_predictions(done, str(path)):
-        if p["id"] not in now: raise RecordError(f"{path} holds a prediction for id {p['id']!r}, which is not among these {len(rows)} rows: other data?")
-        for was, want, what in zip((p.get("prompt_hash"), p["label"], p.get("mode"), p.get("engine", "transformers")), now[p["id"]], ("prompt", "label", "mode", "engine")):
-            if was != want: raise RecordError(f"{path} was made with another {what} for id {p['id']!r} ({was!r}, now {want!r}); choose another file")
+        if p["id"] not in now:
+            raise RecordError(
+                f"{path} holds a prediction for id {p['id']!r}, which is not among these {len(rows)} rows: other data?"
+            )
+        for was, want, what in zip(
+            (p.get("prompt_hash"), p["label"], p.get("mode"), p.get("engine", "transformers")),
+            now[p["id"]],
+            ("prompt", "label", "mode", "engine"),
+        ):
+            if was != want:
+                raise RecordError(
+                    f"{path} was made with another {what} for id {p['id']!r} ({was!r}, now {want!r}); choose another file"
+                )
     check_record(path, done)
     if found.closed and len(done) < len(rows):
-        raise RecordError(f"{path} belongs to a finished run and holds {len(done)} of these {len(rows)} rows; a finished record is not added to. "
-                          f"Ask for as many (--max_eval_samples {len(done)}), or give the rows in a file of another name (--data)")
+        raise RecordError(
+            f"{path} belongs to a finished run and holds {len(done)} of these {len(rows)} rows; a finished record is not added to. "
+            f"Ask for as many (--max_eval_samples {len(done)}), or give the rows in a file of another name (--data)"
+        )
     return {p["id"]: p for p in done}
 
 # %% ../nbs/06_evaluate.ipynb #91ef2b57
@@ -589,49 +927,77 @@ def _answer_cot(model, tok, rows, prompts, cfg, mode, start):
     made = generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion, start=start)
     return [prediction_row(r, m, cfg.completion, mode) for r, m in zip(rows, made)]
 
-def partial_thought(text:str, # a completion, perhaps cut off
-                    ) -> str: # its reasoning as far as it got, unescaped; "" when none began
+
+def partial_thought(
+    text: str,  # a completion, perhaps cut off
+) -> str:  # its reasoning as far as it got, unescaped; "" when none began
     "The thought of a completion that never reached its label. Drafts and echoes of the form are no part of it."
     found = find_answer(text)
-    if found.span is None: return ""
+    if found.span is None:
+        return ""
     m = re.search(r'"thought_process"\s*:\s*"((?:[^"\\]|\\.)*)', text[slice(*found.span)], re.S)
-    try: return json.loads(f'"{m[1]}"', strict=False) if m else ""
-    except ValueError: return ""
+    try:
+        return json.loads(f'"{m[1]}"', strict=False) if m else ""
+    except ValueError:
+        return ""
+
 
 def _answer_forced(model, tok, rows, prompts, cfg, mode, start):
     nothing = dict(text="", n_tokens=0, finish="stop", p_entail=None)
-    made = generate_batch(model, tok, prompts, cfg.max_new_tokens, start=start) if cfg.completion == "cot" else [nothing] * len(rows)
-    return _forced(model, tok, rows, [prediction_row(r, m, cfg.completion, mode) for r, m in zip(rows, made)], cfg, start)
+    made = (
+        generate_batch(model, tok, prompts, cfg.max_new_tokens, start=start)
+        if cfg.completion == "cot"
+        else [nothing] * len(rows)
+    )
+    return _forced(
+        model, tok, rows, [prediction_row(r, m, cfg.completion, mode) for r, m in zip(rows, made)], cfg, start
+    )
+
 
 def _forced(model, tok, rows, preds, cfg, start):
     "Prediction rows, changed in place, whose label is the more probable one after the thought that they hold."
     asked, at = [], []
     for i, p in enumerate(preds):
         thought = p["thought_process"] or partial_thought(p["completion"])
-        try: asked.append(forced_ids(tok, rows[i]["prompt"], thought, cfg.completion))
-        except DataError: continue      # the thought spells a control token: no such completion could be trained on, the failure stands
+        try:
+            asked.append(forced_ids(tok, rows[i]["prompt"], thought, cfg.completion))
+        except DataError:
+            continue  # the thought spells a control token: no such completion could be trained on, the failure stands
         at.append((i, thought))
     for (i, thought), p in zip(at, score_labels(model, tok, asked, max(len(asked), 1), start)):
-        if p is None: continue
-        if preds[i]["n_tokens"]: preds[i]["generated_outcome"] = preds[i]["outcome"]
-        preds[i].update(outcome="forced", predicted_label=int(p >= .5), p_entail=p, thought_process=thought or None)
+        if p is None:
+            continue
+        if preds[i]["n_tokens"]:
+            preds[i]["generated_outcome"] = preds[i]["outcome"]
+        preds[i].update(
+            outcome="forced", predicted_label=int(p >= 0.5), p_entail=p, thought_process=thought or None
+        )
     return preds
 
 # %% ../nbs/06_evaluate.ipynb #a1781d46
-def majority(votes:list, # labels in the order sampled; None for a sample without an answer
-             ) -> tuple: # (label or None, share of the answers that say 1 or None)
+def majority(
+    votes: list,  # labels in the order sampled; None for a sample without an answer
+) -> tuple:  # (label or None, share of the answers that say 1 or None)
     "Self-consistency vote over the valid answers."
     valid = [v for v in votes if v is not None]
-    if not valid: return None, None
-    counts = Counter(valid)             # keeps first-seen order, so a tie goes to the first label
+    if not valid:
+        return None, None
+    counts = Counter(valid)  # keeps first-seen order, so a tie goes to the first label
     return counts.most_common(1)[0][0], counts[1] / len(valid)
 
 # %% ../nbs/06_evaluate.ipynb #80bb5208
 def _answer_vote(model, tok, rows, prompts, cfg, mode, start):
     k, ids = parse_mode(mode)[1], json.dumps([r["id"] for r in rows])
     seeds = [int(hashlib.sha256(f"{cfg.seed} {n} {ids}".encode()).hexdigest()[:8], 16) for n in range(k)]
-    samples = [generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion, seed=s, start=start) for s in seeds]
-    return [_vote_row(r, [prediction_row(r, m, cfg.completion, mode) for m in drawn]) for r, drawn in zip(rows, zip(*samples))]
+    samples = [
+        generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion, seed=s, start=start)
+        for s in seeds
+    ]
+    return [
+        _vote_row(r, [prediction_row(r, m, cfg.completion, mode) for m in drawn])
+        for r, drawn in zip(rows, zip(*samples))
+    ]
+
 
 def _vote_row(row, drawn):
     "The first sample that agrees with the majority stands for all; tokens are those of all samples."
@@ -643,52 +1009,83 @@ def _vote_row(row, drawn):
 # %% ../nbs/06_evaluate.ipynb #a2cd8c47
 def _check_rows(tok, rows):
     "Prompt ids of every row; `DataError` names the row that cannot be asked."
-    if twice := [i for i, n in Counter(r["id"] for r in rows).items() if n > 1]: raise DataError(f"id {twice[0]!r} occurs more than once among the rows to predict")
+    if twice := [i for i, n in Counter(r["id"] for r in rows).items() if n > 1]:
+        raise DataError(f"id {twice[0]!r} occurs more than once among the rows to predict")
     prompts = []
     for r in rows:
-        try: prompts.append(encode_prompt(tok, r["prompt"]))
-        except DataError as e: raise DataError(f"row {r['id']!r}: {e}") from None
+        try:
+            prompts.append(encode_prompt(tok, r["prompt"]))
+        except DataError as e:
+            raise DataError(f"row {r['id']!r}: {e}") from None
     return prompts
+
 
 def _write_in_order(path, rows):
     "Predictions in the order of the data, replacing the file as it grew batch by batch; all of it or nothing."
     part = Path(f"{path}.part")
-    part.write_text("".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows), encoding="utf-8")
+    part.write_text(
+        "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows), encoding="utf-8"
+    )
     os.replace(part, path)
 
 # %% ../nbs/06_evaluate.ipynb #5bbf0777
 _ANSWER = dict(cot=_answer_cot, forced=_answer_forced, vote=_answer_vote)
 
-def predict_rows(model, tok, rows:list, # model; tokenizer; SFT rows
-                 cfg, # Config: completion, max_new_tokens, eval_batch_size and seed are read
-                 progress:bool=True, # show a bar
-                 out=None, # predictions.jsonl to append to as batches end; one that exists is resumed
-                 mode:str="cot", # "cot", "forced" or "vote:k"
-                 ) -> list: # prediction rows, in the order of `rows`
+
+def predict_rows(
+    model,
+    tok,
+    rows: list,  # model; tokenizer; SFT rows
+    cfg,  # Config: completion, max_new_tokens, eval_batch_size and seed are read
+    progress: bool = True,  # show a bar
+    out=None,  # predictions.jsonl to append to as batches end; one that exists is resumed
+    mode: str = "cot",  # "cot", "forced" or "vote:k"
+) -> list:  # prediction rows, in the order of `rows`
     "Predict every row; `DataError` or `RecordError` before anything is generated if rows repeat, do not fit, or `out` belongs to other rows."
     from nli_ft.model import autocast, fast_weights
+
     answer, prompts = _ANSWER[parse_mode(mode)[0]], _check_rows(tok, rows)
     _check_prompts(model, prompts, cfg.max_new_tokens)
     done = {} if out is None else resume_predictions(out, rows, mode)
     with fast_weights(model, cfg), autocast(cfg):
-        start = shared_start(model, [p for p, r in zip(prompts, rows) if r["id"] not in done], cfg.max_new_tokens)
-        return _answer_in_batches(lambda r, p: answer(model, tok, r, p, cfg, mode, start), rows, prompts, done, cfg.eval_batch_size, progress, out)
+        start = shared_start(
+            model, [p for p, r in zip(prompts, rows) if r["id"] not in done], cfg.max_new_tokens
+        )
+        return _answer_in_batches(
+            lambda r, p: answer(model, tok, r, p, cfg, mode, start),
+            rows,
+            prompts,
+            done,
+            cfg.eval_batch_size,
+            progress,
+            out,
+        )
 
-def force_predictions(model, tok, rows:list, # model; tokenizer; SFT rows
-                      preds:list, # what the same model wrote to them, in their order: from `predict_rows` in mode cot
-                      cfg, # Config: completion and eval_batch_size are read
-                      progress:bool=True, # show a bar
-                      out=None, # file to append to as batches end; one that exists is resumed
-                      ) -> list: # prediction rows of mode forced; `seconds` are those of scoring alone
+
+def force_predictions(
+    model,
+    tok,
+    rows: list,  # model; tokenizer; SFT rows
+    preds: list,  # what the same model wrote to them, in their order: from `predict_rows` in mode cot
+    cfg,  # Config: completion and eval_batch_size are read
+    progress: bool = True,  # show a bar
+    out=None,  # file to append to as batches end; one that exists is resumed
+) -> list:  # prediction rows of mode forced; `seconds` are those of scoring alone
     "The forced labels of completions that are there already: one forward pass a row, and nothing is generated again."
     from nli_ft.model import autocast, fast_weights
+
     prompts, written = _check_rows(tok, rows), {p["id"]: p for p in preds}
-    if lost := [r["id"] for r in rows if r["id"] not in written]: raise DataError(f"row {lost[0]!r} has no completion to force a label after ({len(lost)} such rows)")
+    if lost := [r["id"] for r in rows if r["id"] not in written]:
+        raise DataError(f"row {lost[0]!r} has no completion to force a label after ({len(lost)} such rows)")
     done = {} if out is None else resume_predictions(out, rows, "forced")
+
     def answer(rows, prompts):
         again = [dict(written[r["id"]], mode="forced", p_entail=None) for r in rows]
         return _forced(model, tok, rows, again, cfg, None)
-    with fast_weights(model, cfg), autocast(cfg): return _answer_in_batches(answer, rows, prompts, done, cfg.eval_batch_size, progress, out)
+
+    with fast_weights(model, cfg), autocast(cfg):
+        return _answer_in_batches(answer, rows, prompts, done, cfg.eval_batch_size, progress, out)
+
 
 def _answer_in_batches(answer, rows, prompts, done, batch_size, progress, out):
     "All predictions in the order of `rows`: those in `done`, the others from `answer` (rows, prompts -> prediction rows), appended to `out` batch by batch."
@@ -697,39 +1094,79 @@ def _answer_in_batches(answer, rows, prompts, done, batch_size, progress, out):
         for batch in length_batches([len(prompts[i]) for i in left], batch_size):
             at, began = [left[n] for n in batch], time.perf_counter()
             made = answer([rows[i] for i in at], [prompts[i] for i in at])
-            for p in made: p["seconds"] = round((time.perf_counter() - began) / len(at), 4)
+            for p in made:
+                p["seconds"] = round((time.perf_counter() - began) / len(at), 4)
             done.update({p["id"]: p for p in made})
-            if out is not None: _append(out, made)
+            if out is not None:
+                _append(out, made)
             update(len(at))
     preds = [done[r["id"]] for r in rows]
-    if out is not None: _write_in_order(out, preds)
+    if out is not None:
+        _write_in_order(out, preds)
     return preds
+
 
 def _append(path, rows):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as f: f.write("".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows))
+    with open(path, "a", encoding="utf-8") as f:
+        f.write("".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows))
 
 # %% ../nbs/06_evaluate.ipynb #a574bdcc
-def vllm_completion(tok, pairs, closed, # tokenizer; its `digit_pairs`; from `stop_rule`
-                    made, # a vLLM CompletionOutput: token_ids, logprobs, finish_reason
-                    style:str="cot", # of the completion, as in the config
-                    ) -> dict: # text, n_tokens, finish, p_entail, as from `generate_batch`
+def vllm_completion(
+    tok,
+    pairs,
+    closed,  # tokenizer; its `digit_pairs`; from `stop_rule`
+    made,  # a vLLM CompletionOutput: token_ids, logprobs, finish_reason
+    style: str = "cot",  # of the completion, as in the config
+) -> dict:  # text, n_tokens, finish, p_entail, as from `generate_batch`
     "What `generate_batch` would have made of the same tokens; no probability where the log-probability of either digit was not returned."
-    if made.finish_reason not in ("stop", "length"): raise RuntimeError(f"vLLM did not finish a completion: {made.finish_reason}")
+    if made.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM did not finish a completion: {made.finish_reason}")
     ids = list(made.token_ids)
     n = next((n for n in range(1, len(ids) + 1) if closed(ids[:n])), None)
-    digits = [[at[i].logprob if i in at else math.nan for pair in pairs for i in pair] for at in made.logprobs]
+    digits = [
+        [at[i].logprob if i in at else math.nan for pair in pairs for i in pair] for at in made.logprobs
+    ]
     return _completion(tok, pairs, ids[:n], digits, n is None and made.finish_reason == "length", style)
 
 # %% ../nbs/06_evaluate.ipynb #9699e316
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)   # what vLLM reserves room for: vllm.config.lora.MaxLoRARanks
+LORA_RANKS = (
+    1,
+    8,
+    16,
+    32,
+    64,
+    128,
+    256,
+    320,
+    512,
+)  # what vLLM reserves room for: vllm.config.lora.MaxLoRARanks
 
-def vllm_rank(conf:dict, # an adapter_config.json
-              ) -> int: # `max_lora_rank`
+
+def vllm_rank(
+    conf: dict,  # an adapter_config.json
+) -> int:  # `max_lora_rank`
     "Room that an adapter needs; `ConfigError` for one that vLLM does not apply as it was trained."
-    odd = [k for k in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias") if conf.get(k)]
-    if odd: raise ConfigError(f"the adapter has {odd[0]}={conf[odd[0]]!r}, which vLLM does not apply; use --engine transformers")
-    if conf["r"] > LORA_RANKS[-1]: raise ConfigError(f"the adapter's rank {conf['r']} is above {LORA_RANKS[-1]}, the highest that vLLM takes; use --engine transformers")
+    odd = [
+        k
+        for k in (
+            "use_dora",
+            "modules_to_save",
+            "rank_pattern",
+            "alpha_pattern",
+            "layer_replication",
+            "lora_bias",
+        )
+        if conf.get(k)
+    ]
+    if odd:
+        raise ConfigError(
+            f"the adapter has {odd[0]}={conf[odd[0]]!r}, which vLLM does not apply; use --engine transformers"
+        )
+    if conf["r"] > LORA_RANKS[-1]:
+        raise ConfigError(
+            f"the adapter's rank {conf['r']} is above {LORA_RANKS[-1]}, the highest that vLLM takes; use --engine transformers"
+        )
     return next(r for r in LORA_RANKS if r >= conf["r"])
 
 # %% ../nbs/06_evaluate.ipynb #a79a5a05
@@ -740,202 +1177,358 @@ def _adapter_rank(cfg, d, config):
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
+
     rank = vllm_rank(check_adapter(cfg, d))
     lora = PeftConfig.from_pretrained(d)
-    lora.base_model_name_or_path = None          # peft would warn that the model laid out here has no name
-    with torch.device("meta"): want = get_peft_model_state_dict(get_peft_model(AutoModelForCausalLM.from_config(config), lora))
-    with safe_open(d/"adapter_model.safetensors", "pt") as f: have = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-    if odd := sorted(k for k in want.keys() | have.keys() if k not in want or k not in have or tuple(want[k].shape) != have[k]):
-        raise RecordError(f"the adapter in {d} does not load on {cfg.model_id}: {odd[0]} is {have.get(odd[0], 'missing')}, not {tuple(want[odd[0]].shape) if odd[0] in want else 'there'}")
+    lora.base_model_name_or_path = None  # peft would warn that the model laid out here has no name
+    with torch.device("meta"):
+        want = get_peft_model_state_dict(get_peft_model(AutoModelForCausalLM.from_config(config), lora))
+    with safe_open(d / "adapter_model.safetensors", "pt") as f:
+        have = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+    if odd := sorted(
+        k
+        for k in want.keys() | have.keys()
+        if k not in want or k not in have or tuple(want[k].shape) != have[k]
+    ):
+        raise RecordError(
+            f"the adapter in {d} does not load on {cfg.model_id}: {odd[0]} is {have.get(odd[0], 'missing')}, not {tuple(want[odd[0]].shape) if odd[0] in want else 'there'}"
+        )
     return rank
 
 # %% ../nbs/06_evaluate.ipynb #ce840891
 @dataclass
 class VllmEngine:
     "A run's model in vLLM. `config` and `generation_config` stand where a transformers model has them."
-    config: object # transformers config of the base
-    generation_config: object # as it came with the weights: only its end ids are used
-    settings: dict # for `vllm.LLM`
-    adapter: Path|None # None: the untuned base
 
-def vllm_engine(cfg, # Config of the run
-                adapter_dir=None, # folder with adapter_model.safetensors; None for the untuned base
-                ) -> VllmEngine: # not loaded yet
+    config: object  # transformers config of the base
+    generation_config: object  # as it came with the weights: only its end ids are used
+    settings: dict  # for `vllm.LLM`
+    adapter: Path | None  # None: the untuned base
+
+
+def vllm_engine(
+    cfg,  # Config of the run
+    adapter_dir=None,  # folder with adapter_model.safetensors; None for the untuned base
+) -> VllmEngine:  # not loaded yet
     "What vLLM will be asked for; `ConfigError` without the package, a CUDA device or support for the adapter, `RecordError` for an adapter that is damaged or another base's."
     from transformers import AutoConfig, GenerationConfig
     from nli_ft.model import compute_dtype, device, model_source, pinned
+
     for name in ("vllm", *["vllm_bnb_plugin"] * (cfg.quantization == "nf4")):
-        if importlib.util.find_spec(name) is None: raise ConfigError(f"--engine vllm needs the package {name}: `pip install -e .[vllm]` in the project's folder, or use --engine transformers")
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"--engine vllm needs the package {name}: `pip install -e .[vllm]` in the project's folder, or use --engine transformers"
+            )
     if (dev := device(cfg)).type != "cuda":
-        raise ConfigError("--engine vllm needs a CUDA device, and " + ("the config says device=cpu: add --device cuda" if cfg.device == "cpu" else "torch sees none: check `nvidia-smi`") + ", or use --engine transformers")
+        raise ConfigError(
+            "--engine vllm needs a CUDA device, and "
+            + (
+                "the config says device=cpu: add --device cuda"
+                if cfg.device == "cpu"
+                else "torch sees none: check `nvidia-smi`"
+            )
+            + ", or use --engine transformers"
+        )
     source, revision, d = model_source(cfg), pinned(cfg), adapter_dir and Path(adapter_dir)
     config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    try: generation = GenerationConfig.from_pretrained(source, revision=revision)
-    except OSError: generation = GenerationConfig.from_model_config(config)      # none came with the weights: what transformers does then
+    try:
+        generation = GenerationConfig.from_pretrained(source, revision=revision)
+    except OSError:
+        generation = GenerationConfig.from_model_config(
+            config
+        )  # none came with the weights: what transformers does then
     # vLLM's in-flight quantisation is that of training: NF4, double-quantised. Its own defaults for generation, not those that came with the weights
-    settings = dict(model=source, revision=revision, dtype=str(compute_dtype(cfg, dev)).removeprefix("torch."), quantization="bitsandbytes" if cfg.quantization == "nf4" else None,
-                    seed=cfg.seed, trust_remote_code=False, tokenizer_mode="hf", config_format="hf", generation_config="vllm", enable_prefix_caching=True)
-    if d: settings |= dict(enable_lora=True, max_loras=1, max_lora_rank=_adapter_rank(cfg, d, config))
+    settings = dict(
+        model=source,
+        revision=revision,
+        dtype=str(compute_dtype(cfg, dev)).removeprefix("torch."),
+        quantization="bitsandbytes" if cfg.quantization == "nf4" else None,
+        seed=cfg.seed,
+        trust_remote_code=False,
+        tokenizer_mode="hf",
+        config_format="hf",
+        generation_config="vllm",
+        enable_prefix_caching=True,
+    )
+    if d:
+        settings |= dict(enable_lora=True, max_loras=1, max_lora_rank=_adapter_rank(cfg, d, config))
     return VllmEngine(config, generation, settings, d)
 
 # %% ../nbs/06_evaluate.ipynb #7e748078
-VLLM_ROWS = 512    # rows between two writes
+VLLM_ROWS = 512  # rows between two writes
 
-def predict_rows_vllm(engine, tok, rows:list, # from `vllm_engine`; tokenizer; SFT rows
-                      cfg, # Config: completion and max_new_tokens are read
-                      progress:bool=True, # show a bar
-                      out=None, # predictions.jsonl to append to; one that exists is resumed
-                      ) -> list: # prediction rows with engine="vllm", in the order of `rows`
+
+def predict_rows_vllm(
+    engine,
+    tok,
+    rows: list,  # from `vllm_engine`; tokenizer; SFT rows
+    cfg,  # Config: completion and max_new_tokens are read
+    progress: bool = True,  # show a bar
+    out=None,  # predictions.jsonl to append to; one that exists is resumed
+) -> list:  # prediction rows with engine="vllm", in the order of `rows`
     "`predict_rows` in mode cot, greedy, by vLLM; the same errors before the model is loaded."
     prompts = _check_rows(tok, rows)
     _check_prompts(engine, prompts, cfg.max_new_tokens)
-    done, eos, pairs = {} if out is None else resume_predictions(out, rows, engine="vllm"), _end_ids(engine, tok), digit_pairs(tok)
+    done, eos, pairs = (
+        {} if out is None else resume_predictions(out, rows, engine="vllm"),
+        _end_ids(engine, tok),
+        digit_pairs(tok),
+    )
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
+
     digits = sorted({i for pair in pairs for i in pair})
-    params = SamplingParams(temperature=0., max_tokens=cfg.max_new_tokens, stop_token_ids=eos, logprob_token_ids=digits, detokenize=False)
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=cfg.max_new_tokens,
+        stop_token_ids=eos,
+        logprob_token_ids=digits,
+        detokenize=False,
+    )
     llm = LLM(**engine.settings, max_model_len=max(map(len, prompts)) + cfg.max_new_tokens)
-    lora, closed = LoRARequest("adapter", 1, str(engine.adapter)) if engine.adapter else None, stop_rule(tok, set(eos))
+    lora, closed = (
+        LoRARequest("adapter", 1, str(engine.adapter)) if engine.adapter else None,
+        stop_rule(tok, set(eos)),
+    )
+
     def answer(rows, prompts):
-        outs = llm.generate([dict(prompt_token_ids=p) for p in prompts], params, lora_request=lora, use_tqdm=False)
-        return [prediction_row(r, vllm_completion(tok, pairs, closed, o.outputs[0], cfg.completion), cfg.completion) | dict(engine="vllm") for r, o in zip(rows, outs, strict=True)]
+        outs = llm.generate(
+            [dict(prompt_token_ids=p) for p in prompts], params, lora_request=lora, use_tqdm=False
+        )
+        return [
+            prediction_row(
+                r, vllm_completion(tok, pairs, closed, o.outputs[0], cfg.completion), cfg.completion
+            )
+            | dict(engine="vllm")
+            for r, o in zip(rows, outs, strict=True)
+        ]
+
     return _answer_in_batches(answer, rows, prompts, done, max(cfg.eval_batch_size, VLLM_ROWS), progress, out)
 
 # %% ../nbs/06_evaluate.ipynb #08a1188b
-NO_ANSWER = 2    # third column of a confusion matrix; never a class that is averaged over
+NO_ANSWER = 2  # third column of a confusion matrix; never a class that is averaged over
 
 # %% ../nbs/06_evaluate.ipynb #df0023f5
 def _labelled(preds):
     "Gold and answered labels as arrays, no answer as 2."
-    if not preds: raise DataError("there are no predictions to score")
-    if bare := [p["id"] for p in preds if p["label"] is None]: raise DataError(f"row {bare[0]!r} has no gold label ({len(bare)} such rows): nothing to score against")
-    return np.array([p["label"] for p in preds]), np.array([NO_ANSWER if p["predicted_label"] is None else p["predicted_label"] for p in preds])
+    if not preds:
+        raise DataError("there are no predictions to score")
+    if bare := [p["id"] for p in preds if p["label"] is None]:
+        raise DataError(
+            f"row {bare[0]!r} has no gold label ({len(bare)} such rows): nothing to score against"
+        )
+    return np.array([p["label"] for p in preds]), np.array(
+        [NO_ANSWER if p["predicted_label"] is None else p["predicted_label"] for p in preds]
+    )
 
-def groups_of(preds:list) -> list: # one cluster name a row
+
+def groups_of(preds: list) -> list:  # one cluster name a row
     "The cluster of each row: its `group_id` where it has one, else its premise up to case and blanks, else the row alone."
+
     def cluster(i, p):
-        if p.get("group_id") is not None: return "group", str(p["group_id"])
+        if p.get("group_id") is not None:
+            return "group", str(p["group_id"])
         return ("premise", norm_text(p["premise"])) if p.get("premise") else ("row", i)
+
     return [cluster(i, p) for i, p in enumerate(preds)]
 
-def accuracy(preds:list, # prediction rows
-             ) -> dict: # n, right, accuracy (no answer is wrong), accuracy_ci (95 %), deff, n_clusters
+
+def accuracy(
+    preds: list,  # prediction rows
+) -> dict:  # n, right, accuracy (no answer is wrong), accuracy_ci (95 %), deff, n_clusters
     "The primary score, with Wilson's interval at the effective number of rows (`share_right`)."
     y, a = _labelled(preds)
     return share_right(y == a, groups_of(preds))
 
 # %% ../nbs/06_evaluate.ipynb #f11d2727
-def _or_none(x): return None if math.isnan(x) else float(x)
+def _or_none(x):
+    return None if math.isnan(x) else float(x)
 
-def class_scores(y, a, # gold labels; answers, no answer as 2
-                 ) -> dict: # per_class, macro_precision, macro_recall, macro_f1, balanced_accuracy, mcc
+
+def class_scores(
+    y,
+    a,  # gold labels; answers, no answer as 2
+) -> dict:  # per_class, macro_precision, macro_recall, macro_f1, balanced_accuracy, mcc
     """What looks at both classes. A value that is 0/0 is undefined, and None: everything over classes where gold has one class only, the precision of a
     class that is never answered. Constant answers to both classes have MCC 0, its limit (Chicco and Jurman 2020, BMC Genomics 21:6)."""
     from sklearn.metrics import matthews_corrcoef, precision_recall_fscore_support
+
     y, a = np.asarray(y), np.asarray(a)
     p, r, f, n = precision_recall_fscore_support(y, a, labels=[0, 1], average=None, zero_division=np.nan)
     f = np.where(n > 0, f, np.nan)
-    per_class = {str(c): dict(precision=_or_none(p[c]), recall=_or_none(r[c]), f1=_or_none(f[c]), n=int(n[c])) for c in (0, 1)}
+    per_class = {
+        str(c): dict(precision=_or_none(p[c]), recall=_or_none(r[c]), f1=_or_none(f[c]), n=int(n[c]))
+        for c in (0, 1)
+    }
     both = bool(n.all())
     macro = [_or_none(x.mean()) if both else None for x in (p, r, f)]
-    return dict(per_class=per_class, **dict(zip(("macro_precision", "macro_recall", "macro_f1"), macro)),
-                balanced_accuracy=macro[1], mcc=float(matthews_corrcoef(y, a)) if both else None)
+    return dict(
+        per_class=per_class,
+        **dict(zip(("macro_precision", "macro_recall", "macro_f1"), macro)),
+        balanced_accuracy=macro[1],
+        mcc=float(matthews_corrcoef(y, a)) if both else None,
+    )
 
 # %% ../nbs/06_evaluate.ipynb #cb6bde41
-def score(preds:list, # prediction rows
-          ) -> dict: # see the list above and the example below; plain numbers and lists, ready for JSON
+def score(
+    preds: list,  # prediction rows
+) -> dict:  # see the list above and the example below; plain numbers and lists, ready for JSON
     "All label scores of a set of predictions; raises `DataError` without rows or gold labels, `RecordError` for rows that cannot be scored."
     from sklearn.metrics import confusion_matrix
+
     y, a = _labelled(check_predictions(preds))
     answered = a != NO_ANSWER
+
     def mean(key):
         values = [x[key] for x in preds if x.get(key) is not None]
         return float(np.mean(values)) if values else None
+
     valid = [x.get("generated_outcome", x["outcome"]) in ("strict", "forced") for x in preds]
-    return dict(accuracy(preds), coverage=float(answered.mean()), valid_rate=float(np.mean(valid)),
-                parsed_accuracy=float((y == a)[answered].mean()) if answered.any() else None,
-                outcomes=dict(Counter(x["outcome"] for x in preds)), **class_scores(y, a),
-                confusion=confusion_matrix(y, a, labels=[0, 1, NO_ANSWER])[:2].tolist(),
-                mean_tokens=mean("n_tokens"), mean_seconds=mean("seconds"))
+    return dict(
+        accuracy(preds),
+        coverage=float(answered.mean()),
+        valid_rate=float(np.mean(valid)),
+        parsed_accuracy=float((y == a)[answered].mean()) if answered.any() else None,
+        outcomes=dict(Counter(x["outcome"] for x in preds)),
+        **class_scores(y, a),
+        confusion=confusion_matrix(y, a, labels=[0, 1, NO_ANSWER])[:2].tolist(),
+        mean_tokens=mean("n_tokens"),
+        mean_seconds=mean("seconds"),
+    )
 
 # %% ../nbs/06_evaluate.ipynb #634958dc
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"     # told apart with any colour vision (Okabe and Ito)
+BLUE, ORANGE, GREEN, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#888888",
+)  # told apart with any colour vision (Okabe and Ito)
 
-def new_figure(width:float=5, height:float=3.6, panels:int=1): # inches; axes side by side
+
+def new_figure(width: float = 5, height: float = 3.6, panels: int = 1):  # inches; axes side by side
     "A figure that a notebook shows once: pyplot's own copy is closed, so that it is not drawn again at the end of the cell."
     import matplotlib.pyplot as plt
+
     fig, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained")
     plt.close(fig)
-    for ax in np.atleast_1d(axes): ax.spines[["top", "right"]].set_visible(False)
+    for ax in np.atleast_1d(axes):
+        ax.spines[["top", "right"]].set_visible(False)
     return fig, axes
 
-def _say_empty(ax, what): ax.text(.5, .5, what, ha="center", va="center", color=GREY, transform=ax.transAxes)
+
+def _say_empty(ax, what):
+    ax.text(0.5, 0.5, what, ha="center", va="center", color=GREY, transform=ax.transAxes)
 
 # %% ../nbs/06_evaluate.ipynb #33973e01
-def plot_confusion(preds:list, # prediction rows with gold labels
-                   ): # Figure
+def plot_confusion(
+    preds: list,  # prediction rows with gold labels
+):  # Figure
     "Gold against answered labels, counts and row shares, failures in a column of their own."
     from sklearn.metrics import confusion_matrix
+
     y, a = _labelled(preds)
     counts = confusion_matrix(y, a, labels=[0, 1, NO_ANSWER])[:2]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     fig, ax = new_figure(4.6, 3.2)
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (i, j), n in np.ndenumerate(counts):
-        ax.text(j, i, f"{n}\n{shares[i, j]:.0%}", ha="center", va="center", color="white" if shares[i, j] > .6 else "black")
-    ax.set(xticks=range(3), xticklabels=["0", "1", "no answer"], yticks=range(2), yticklabels=["0", "1"], xlabel="answered", ylabel="gold",
-           title=f"Confusion, n = {len(y)} (1 = entailment)")
+        ax.text(
+            j,
+            i,
+            f"{n}\n{shares[i, j]:.0%}",
+            ha="center",
+            va="center",
+            color="white" if shares[i, j] > 0.6 else "black",
+        )
+    ax.set(
+        xticks=range(3),
+        xticklabels=["0", "1", "no answer"],
+        yticks=range(2),
+        yticklabels=["0", "1"],
+        xlabel="answered",
+        ylabel="gold",
+        title=f"Confusion, n = {len(y)} (1 = entailment)",
+    )
     ax.spines[:].set_visible(False)
     return fig
 
 # %% ../nbs/06_evaluate.ipynb #bce3ecf7
-def metric_series(metrics:list, # rows of metrics.jsonl
-                  ) -> dict: # name -> (steps, values)
+def metric_series(
+    metrics: list,  # rows of metrics.jsonl
+) -> dict:  # name -> (steps, values)
     "Every finite numeric series over `step`; rows without a step and one-off summaries of the whole training are left out."
     series = defaultdict(lambda: ([], []))
     for row in metrics:
         for key, value in row.items():
-            if "step" not in row or key in ("step", "epoch", "train_loss") or isinstance(value, bool) or not isinstance(value, (int, float)): continue
+            if (
+                "step" not in row
+                or key in ("step", "epoch", "train_loss")
+                or isinstance(value, bool)
+                or not isinstance(value, (int, float))
+            ):
+                continue
             if math.isfinite(value):
                 series[key][0].append(row["step"])
                 series[key][1].append(value)
     return dict(series)
 
 # %% ../nbs/06_evaluate.ipynb #27fd4ac8
-def plot_loss(metrics:list, # rows of metrics.jsonl
-              ): # Figure of three panels
+def plot_loss(
+    metrics: list,  # rows of metrics.jsonl
+):  # Figure of three panels
     "Train and eval loss; loss on thought and on label tokens; learning rate; all over optimizer steps."
     series = metric_series(metrics)
     is_split = lambda k: "loss" in k and ("thought" in k or "label" in k)
-    panels = [("loss (nats per trained token)", [k for k in series if "loss" in k and not is_split(k)]),
-              ("loss, split", [k for k in series if is_split(k)]), ("learning rate", [k for k in series if k == "learning_rate"])]
+    panels = [
+        ("loss (nats per trained token)", [k for k in series if "loss" in k and not is_split(k)]),
+        ("loss, split", [k for k in series if is_split(k)]),
+        ("learning rate", [k for k in series if k == "learning_rate"]),
+    ]
     fig, axes = new_figure(11, 3.2, 3)
     for ax, (title, keys) in zip(axes, panels):
-        for k in sorted(keys): ax.plot(*series[k], marker="o" if len(series[k][0]) < 30 else "", ms=3, lw=1.5, ls="--" if "eval" in k else "-", label=k)
+        for k in sorted(keys):
+            ax.plot(
+                *series[k],
+                marker="o" if len(series[k][0]) < 30 else "",
+                ms=3,
+                lw=1.5,
+                ls="--" if "eval" in k else "-",
+                label=k,
+            )
         ax.set(title=title, xlabel="optimizer step")
-        if keys: ax.legend(frameon=False, fontsize=8)
-        else: _say_empty(ax, "not recorded")
+        if keys:
+            ax.legend(frameon=False, fontsize=8)
+        else:
+            _say_empty(ax, "not recorded")
     return fig
 
 # %% ../nbs/06_evaluate.ipynb #50a8f798
-def _with_probability(preds): return [p for p in preds if p["predicted_label"] is not None and p.get("p_entail") is not None]
+def _with_probability(preds):
+    return [p for p in preds if p["predicted_label"] is not None and p.get("p_entail") is not None]
 
-def confidences(preds:list, # prediction rows
-                ) -> tuple: # (probability given to the label that was answered, whether it was right), arrays over rows that have both
+
+def confidences(
+    preds: list,  # prediction rows
+) -> tuple:  # (probability given to the label that was answered, whether it was right), arrays over rows that have both
     "Confidence of each answer; rows without an answer or a probability are not part of any calibration measure."
     has = _with_probability(preds)
     conf = np.array([p["p_entail"] if p["predicted_label"] == 1 else 1 - p["p_entail"] for p in has], float)
     return conf, np.array([p["predicted_label"] == p["label"] for p in has], float)
 
-def equal_mass_bins(values, n_bins:int=15): # array of numbers; bins wanted
+
+def equal_mass_bins(values, n_bins: int = 15):  # array of numbers; bins wanted
     "Bin number of each value: equal counts up to ties, and ties always together (they take the bin of their mean rank)."
     from scipy.stats import rankdata
-    return np.minimum(((rankdata(values) - .5) / max(len(values), 1) * n_bins).astype(int), n_bins - 1)
+
+    return np.minimum(((rankdata(values) - 0.5) / max(len(values), 1) * n_bins).astype(int), n_bins - 1)
 
 # %% ../nbs/06_evaluate.ipynb #c5b3b589
-def reliability_bins(conf, right, n_bins:int=15, # from `confidences`; bins wanted
-                     groups=None, # cluster of each row; None takes each row by itself
-                     ) -> list: # dicts of n, right, confidence, accuracy, accuracy_ci, deff, n_clusters, from unsure to sure
+def reliability_bins(
+    conf,
+    right,
+    n_bins: int = 15,  # from `confidences`; bins wanted
+    groups=None,  # cluster of each row; None takes each row by itself
+) -> list:  # dicts of n, right, confidence, accuracy, accuracy_ci, deff, n_clusters, from unsure to sure
     "What a reliability diagram shows."
     bins = equal_mass_bins(conf, n_bins)
     codes = np.arange(len(conf)) if groups is None else cluster_codes(groups)
@@ -943,28 +1536,43 @@ def reliability_bins(conf, right, n_bins:int=15, # from `confidences`; bins want
     return [dict(share_right(right[m], codes[m]), confidence=float(conf[m].mean())) for m in members]
 
 # %% ../nbs/06_evaluate.ipynb #8e68985e
-def plot_reliability(preds:list, n_bins:int=15): # prediction rows with gold labels; bins wanted
+def plot_reliability(preds: list, n_bins: int = 15):  # prediction rows with gold labels; bins wanted
     "Accuracy against confidence in equal-mass bins with 95 % intervals at the effective number of rows; the diagonal is perfect calibration."
     conf, right = confidences(preds)
     fig, ax = new_figure(4.2, 3.8)
     ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
-    ax.set(xlabel="confidence in the answer", ylabel="accuracy", ylim=(-.03, 1.03), xlim=(min(.48, conf.min(initial=1) - .03), 1.02),
-           title=f"Reliability, {len(conf)} of {len(preds)} rows")
+    ax.set(
+        xlabel="confidence in the answer",
+        ylabel="accuracy",
+        ylim=(-0.03, 1.03),
+        xlim=(min(0.48, conf.min(initial=1) - 0.03), 1.02),
+        title=f"Reliability, {len(conf)} of {len(preds)} rows",
+    )
     if not len(conf):
         _say_empty(ax, "no probabilities")
         return fig
     rows = reliability_bins(conf, right, n_bins, groups_of(_with_probability(preds)))
     x, y = ([r[k] for r in rows] for k in ("confidence", "accuracy"))
-    off = np.abs(np.array([[acc - r["accuracy_ci"][0], r["accuracy_ci"][1] - acc] for acc, r in zip(y, rows)]).T)
+    off = np.abs(
+        np.array([[acc - r["accuracy_ci"][0], r["accuracy_ci"][1] - acc] for acc, r in zip(y, rows)]).T
+    )
     ax.errorbar(x, y, yerr=off, fmt="o-", color=BLUE, ecolor=GREY, elinewidth=1, capsize=2, ms=4)
     return fig
 
 # %% ../nbs/06_evaluate.ipynb #d3b0b22c
-def risk_coverage(preds:list, # prediction rows with gold labels
-                  ) -> tuple: # (coverage, selective risk), arrays of n values, from the surest row to all rows
+def risk_coverage(
+    preds: list,  # prediction rows with gold labels
+) -> tuple:  # (coverage, selective risk), arrays of n values, from the surest row to all rows
     "Selective risk of answering the k surest rows, k = 1…n (El-Yaniv and Wiener 2010)."
-    sure = np.array([-1. if p["predicted_label"] is None or p.get("p_entail") is None else (p["p_entail"] if p["predicted_label"] == 1 else 1 - p["p_entail"])
-                     for p in preds], float)
+    sure = np.array(
+        [
+            -1.0
+            if p["predicted_label"] is None or p.get("p_entail") is None
+            else (p["p_entail"] if p["predicted_label"] == 1 else 1 - p["p_entail"])
+            for p in preds
+        ],
+        float,
+    )
     wrong = np.array([p["predicted_label"] != p["label"] for p in preds], float)
     levels, inverse, size = np.unique(-sure, return_inverse=True, return_counts=True)
     errors = np.bincount(inverse, wrong, len(levels))
@@ -972,78 +1580,138 @@ def risk_coverage(preds:list, # prediction rows with gold labels
     return k / len(preds), np.interp(k, np.r_[0, size.cumsum()], np.r_[0, errors.cumsum()]) / k
 
 # %% ../nbs/06_evaluate.ipynb #0230a296
-def plot_risk_coverage(preds:list): # prediction rows with gold labels
+def plot_risk_coverage(preds: list):  # prediction rows with gold labels
     "Share of wrong answers among the surest part of the rows; flat means that the probabilities do not rank the answers."
     fig, ax = new_figure(4.4, 3.4)
-    ax.set(xlabel="coverage (share answered, surest first)", ylabel="risk (share wrong)", xlim=(0, 1.02), title="Risk–coverage")
-    if not preds: _say_empty(ax, "no rows")
+    ax.set(
+        xlabel="coverage (share answered, surest first)",
+        ylabel="risk (share wrong)",
+        xlim=(0, 1.02),
+        title="Risk–coverage",
+    )
+    if not preds:
+        _say_empty(ax, "no rows")
     else:
         coverage, risk = risk_coverage(preds)
-        ax.plot(coverage, risk, color=BLUE, marker="o" if len(preds) < 5 else "", label=f"AURC {risk.mean():.3f} (random ranking {risk[-1]:.3f})")
+        ax.plot(
+            coverage,
+            risk,
+            color=BLUE,
+            marker="o" if len(preds) < 5 else "",
+            label=f"AURC {risk.mean():.3f} (random ranking {risk[-1]:.3f})",
+        )
         ax.axhline(risk[-1], color=GREY, lw=1, ls=":", label=f"answering all {risk[-1]:.3f}")
-        ax.set_ylim(0, max(.05, min(1, risk.max() * 1.1)))
+        ax.set_ylim(0, max(0.05, min(1, risk.max() * 1.1)))
         ax.legend(frameon=False, fontsize=8)
     return fig
 
 # %% ../nbs/06_evaluate.ipynb #2d3cb6de
-def words(text:str|None # any text
-          ) -> list: # its words, lower case
+def words(
+    text: str | None,  # any text
+) -> list:  # its words, lower case
     "Letters, digits and inner apostrophes."
     return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", (text or "").lower())
 
-def count_bins(counts, n_bins:int=4, # whole numbers, one a row; bins wanted at most
-               ) -> list: # the name of each row's bin, such as "12-20"
+
+def count_bins(
+    counts,
+    n_bins: int = 4,  # whole numbers, one a row; bins wanted at most
+) -> list:  # the name of each row's bin, such as "12-20"
     "Name each count after its quantile bin; equal counts are never parted."
     bins = equal_mass_bins(np.asarray(counts), n_bins)
-    ends = {b: (min(c for c, x in zip(counts, bins) if x == b), max(c for c, x in zip(counts, bins) if x == b)) for b in set(bins.tolist())}
+    ends = {
+        b: (min(c for c, x in zip(counts, bins) if x == b), max(c for c, x in zip(counts, bins) if x == b))
+        for b in set(bins.tolist())
+    }
     return [f"{lo}-{hi}" if lo != hi else f"{lo}" for lo, hi in (ends[b] for b in bins.tolist())]
 
 # %% ../nbs/06_evaluate.ipynb #b4942bf3
-def plot_accuracy_by_length(preds:list, # prediction rows with gold labels
-                            key:str="thought_process", # whose words are counted: thought_process, premise or hypothesis
-                            n_bins:int=5): # bins of equal size, at most
+def plot_accuracy_by_length(
+    preds: list,  # prediction rows with gold labels
+    key: str = "thought_process",  # whose words are counted: thought_process, premise or hypothesis
+    n_bins: int = 5,
+):  # bins of equal size, at most
     "Accuracy with 95 % intervals at the effective number of rows, over the number of words."
     fig, ax = new_figure(5, 3.4)
-    ax.set(xlabel=f"words in {key}", ylabel="accuracy", ylim=(0, 1.05), title=f"Accuracy by length, n = {len(preds)}")
+    ax.set(
+        xlabel=f"words in {key}",
+        ylabel="accuracy",
+        ylim=(0, 1.05),
+        title=f"Accuracy by length, n = {len(preds)}",
+    )
     if not preds:
         _say_empty(ax, "no rows")
         return fig
     names = count_bins([len(words(p.get(key))) for p in preds], n_bins)
     for x, name in enumerate(sorted(set(names), key=lambda s: int(s.split("-")[0]))):
         r = accuracy([p for p, b in zip(preds, names) if b == name])
-        ax.errorbar(x, r["accuracy"], yerr=np.abs([[r["accuracy"] - r["accuracy_ci"][0]], [r["accuracy_ci"][1] - r["accuracy"]]]), fmt="o", color=BLUE, ecolor=GREY, capsize=3)
-        ax.annotate(f"n={r['n']}", (x, .02), ha="center", fontsize=8, color=GREY)
+        ax.errorbar(
+            x,
+            r["accuracy"],
+            yerr=np.abs([[r["accuracy"] - r["accuracy_ci"][0]], [r["accuracy_ci"][1] - r["accuracy"]]]),
+            fmt="o",
+            color=BLUE,
+            ecolor=GREY,
+            capsize=3,
+        )
+        ax.annotate(f"n={r['n']}", (x, 0.02), ha="center", fontsize=8, color=GREY)
     ax.set_xticks(range(len(set(names))), sorted(set(names), key=lambda s: int(s.split("-")[0])))
     return fig
 
 # %% ../nbs/06_evaluate.ipynb #2ab46274
 class Shown:
     "Something to look at: HTML in a notebook, text elsewhere."
-    def __init__(self, page, text): self.page, self.text = page, text
-    def _repr_html_(self): return self.page
-    def __repr__(self): return self.text
 
-def show_examples(preds:list, # prediction rows
-                  n:int=3, # how many right and how many wrong ones
-                  ) -> Shown: # table
+    def __init__(self, page, text):
+        self.page, self.text = page, text
+
+    def _repr_html_(self):
+        return self.page
+
+    def __repr__(self):
+        return self.text
+
+
+def show_examples(
+    preds: list,  # prediction rows
+    n: int = 3,  # how many right and how many wrong ones
+) -> Shown:  # table
     "The first `n` right and the first `n` wrong predictions with their reasoning."
     right = [p for p in preds if p["predicted_label"] == p["label"]][:n]
     wrong = [p for p in preds if p["predicted_label"] != p["label"]][:n]
     cell = lambda x: f"<td style='text-align:left;vertical-align:top'>{html.escape(str(x))}</td>"
-    line = lambda p: [("right" if p in right else "wrong"), p["premise"], p["hypothesis"], p["label"], "none" if p["predicted_label"] is None else p["predicted_label"],
-                      p["thought_process"] or f"[{p['outcome']}] {p['completion'] or ''}"]
-    names, table = ("", "premise", "hypothesis", "gold", "answer", "reasoning"), [line(p) for p in right + wrong]
-    page = ("<table><thead><tr>" + "".join(f"<th>{k}</th>" for k in names) + "</tr></thead><tbody>"
-            + "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in table) + "</tbody></table>")
+    line = lambda p: [
+        ("right" if p in right else "wrong"),
+        p["premise"],
+        p["hypothesis"],
+        p["label"],
+        "none" if p["predicted_label"] is None else p["predicted_label"],
+        p["thought_process"] or f"[{p['outcome']}] {p['completion'] or ''}",
+    ]
+    names, table = (
+        ("", "premise", "hypothesis", "gold", "answer", "reasoning"),
+        [line(p) for p in right + wrong],
+    )
+    page = (
+        "<table><thead><tr>"
+        + "".join(f"<th>{k}</th>" for k in names)
+        + "</tr></thead><tbody>"
+        + "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in table)
+        + "</tbody></table>"
+    )
     text = "\n\n".join("\n".join(f"{k or 'answer is':>11}: {v}" for k, v in zip(names, row)) for row in table)
     return Shown(page, text or "no predictions")
 
 # %% ../nbs/06_evaluate.ipynb #167188a3
-def ece(conf, right, n_bins:int=15, # confidence in each answer and whether it was right (1/0); bins
-        ) -> float: # between 0 and 1
+def ece(
+    conf,
+    right,
+    n_bins: int = 15,  # confidence in each answer and whether it was right (1/0); bins
+) -> float:  # between 0 and 1
     "Expected calibration error over equal-mass bins, ties kept together."
     conf, right = np.asarray(conf, float), np.asarray(right, float)
     return float(_bin_errors(conf, right[None], n_bins)[0])
+
 
 def _bin_errors(conf, rights, n_bins):
     "ECE of each row of `rights`, a (draws, n) array."
@@ -1052,15 +1720,21 @@ def _bin_errors(conf, rights, n_bins):
     starts = np.unique(bins[order], return_index=True)[1]
     return np.abs(np.add.reduceat((rights - conf)[:, order], starts, axis=1)).sum(1) / len(conf)
 
-def calibrated_ece(conf, n_bins:int=15, # confidence in each answer; bins
-                   n_draws:int=1000, seed:int=0, # simulated sets of answers; random seed
-                   ) -> tuple: # (mean ECE, its 95 % quantile)
+
+def calibrated_ece(
+    conf,
+    n_bins: int = 15,  # confidence in each answer; bins
+    n_draws: int = 1000,
+    seed: int = 0,  # simulated sets of answers; random seed
+) -> tuple:  # (mean ECE, its 95 % quantile)
     """The ECE of a model whose confidences are true: answers are right with exactly the stated probability. It is not 0, because bins are small
     (Bröcker and Smith 2007, Weather and Forecasting 22:651-661; Vaicenavicius et al. 2019)."""
     conf, rng, found = np.sort(np.asarray(conf, float)), np.random.default_rng(seed), []
-    for n in _chunks(n_draws, len(conf)): found.append(_bin_errors(conf, rng.random((n, len(conf))) < conf, n_bins))
+    for n in _chunks(n_draws, len(conf)):
+        found.append(_bin_errors(conf, rng.random((n, len(conf))) < conf, n_bins))
     found = np.concatenate(found)
-    return float(found.mean()), float(np.quantile(found, .95))
+    return float(found.mean()), float(np.quantile(found, 0.95))
+
 
 def _chunks(n_samples, width, cells=4_000_000):
     "Sizes of pieces that keep a (samples, width) array small."
@@ -1068,151 +1742,222 @@ def _chunks(n_samples, width, cells=4_000_000):
     return [step] * (n_samples // step) + ([n_samples % step] if n_samples % step else [])
 
 # %% ../nbs/06_evaluate.ipynb #5b9de8c6
-def calibration(preds:list, # prediction rows with gold labels
-                n_bins:int=15, # bins of the ECE
-                ) -> dict: # n (rows with a probability), ece, ece_calibrated, ece_calibrated_95, brier, nll, aurc, aurc_random; None without probabilities
+def calibration(
+    preds: list,  # prediction rows with gold labels
+    n_bins: int = 15,  # bins of the ECE
+) -> dict:  # n (rows with a probability), ece, ece_calibrated, ece_calibrated_95, brier, nll, aurc, aurc_random; None without probabilities
     """Calibration of the rows that carry a probability, beside what a calibrated model of these confidences and a random ranking of these answers would get.
 
     NLL clips at machine epsilon, as scikit-learn does; a vote of 5:0 is such a case."""
     from sklearn.metrics import brier_score_loss, log_loss
+
     gold, answers = _labelled(preds)
     has = _with_probability(preds)
-    if not has: return dict(n=0, **dict.fromkeys(("ece", "ece_calibrated", "ece_calibrated_95", "brier", "nll", "aurc", "aurc_random")))
+    if not has:
+        return dict(
+            n=0,
+            **dict.fromkeys(
+                ("ece", "ece_calibrated", "ece_calibrated_95", "brier", "nll", "aurc", "aurc_random")
+            ),
+        )
     y, p = [x["label"] for x in has], [x["p_entail"] for x in has]
     conf, right = confidences(preds)
     honest, honest_95 = calibrated_ece(conf, n_bins)
-    return dict(n=len(has), ece=ece(conf, right, n_bins), ece_calibrated=honest, ece_calibrated_95=honest_95,
-                brier=float(brier_score_loss(y, p, pos_label=1)), nll=float(log_loss(y, p, labels=[0, 1])),
-                aurc=float(risk_coverage(preds)[1].mean()), aurc_random=float((gold != answers).mean()))
+    return dict(
+        n=len(has),
+        ece=ece(conf, right, n_bins),
+        ece_calibrated=honest,
+        ece_calibrated_95=honest_95,
+        brier=float(brier_score_loss(y, p, pos_label=1)),
+        nll=float(log_loss(y, p, labels=[0, 1])),
+        aurc=float(risk_coverage(preds)[1].mean()),
+        aurc_random=float((gold != answers).mean()),
+    )
 
 # %% ../nbs/06_evaluate.ipynb #ea453273
 NEGATIONS = frozenset("no not nor never none nobody nothing nowhere neither cannot without hardly".split())
 
-def has_negation(text:str) -> bool:
+
+def has_negation(text: str) -> bool:
     "Whether a negation word, or a word ending in n't, occurs."
     return any(w in NEGATIONS or w.endswith(("n't", "n’t")) for w in words(text))
 
-def overlap(premise:str, hypothesis:str) -> float: # 0 … 1
+
+def overlap(premise: str, hypothesis: str) -> float:  # 0 … 1
     "Share of the hypothesis's words that occur in the premise."
     h, p = words(hypothesis), set(words(premise))
-    return sum(w in p for w in h) / len(h) if h else 0.
+    return sum(w in p for w in h) / len(h) if h else 0.0
 
 # %% ../nbs/06_evaluate.ipynb #c17a235a
-def slice_names(p:dict, # prediction row
-                ) -> dict: # slice -> this row's value; only slices the row has something for
+def slice_names(
+    p: dict,  # prediction row
+) -> dict:  # slice -> this row's value; only slices the row has something for
     "The slices that need no other row: label, what the data carries, overlap, negation, and HANS's six cells where there is a heuristic (McCoy et al. 2019)."
     share = overlap(p["premise"], p["hypothesis"])
-    names = dict(label=str(p["label"]), **{k: str(p[k]) for k in ("relation", "source", "category") if p.get(k) is not None},
-                 overlap="all words shared" if share == 1 else ("0-24 %", "25-49 %", "50-74 %", "75-99 %")[int(share * 4)],
-                 negation={(False, False): "none", (True, False): "in premise", (False, True): "in hypothesis", (True, True): "in both"}[
-                     has_negation(p["premise"]), has_negation(p["hypothesis"])])
-    if p.get("heuristic"): names["hans"] = f"{p['heuristic']}, {'entailment' if p['label'] else 'non-entailment'}"
+    names = dict(
+        label=str(p["label"]),
+        **{k: str(p[k]) for k in ("relation", "source", "category") if p.get(k) is not None},
+        overlap="all words shared"
+        if share == 1
+        else ("0-24 %", "25-49 %", "50-74 %", "75-99 %")[int(share * 4)],
+        negation={
+            (False, False): "none",
+            (True, False): "in premise",
+            (False, True): "in hypothesis",
+            (True, True): "in both",
+        }[has_negation(p["premise"]), has_negation(p["hypothesis"])],
+    )
+    if p.get("heuristic"):
+        names["hans"] = f"{p['heuristic']}, {'entailment' if p['label'] else 'non-entailment'}"
     return names
 
 # %% ../nbs/06_evaluate.ipynb #13416011
-def slices(preds:list, # prediction rows with gold labels
-           ) -> dict: # slice -> value -> what `accuracy` says of its rows
+def slices(
+    preds: list,  # prediction rows with gold labels
+) -> dict:  # slice -> value -> what `accuracy` says of its rows
     "Accuracy in every slice; the bins of thought and premise length are quantiles of these rows."
     _labelled(preds)
     rows = [slice_names(p) for p in preds]
     for name, key in (("thought_words", "thought_process"), ("premise_words", "premise")):
-        for row, b in zip(rows, count_bins([len(words(p.get(key))) for p in preds])): row[name] = b
+        for row, b in zip(rows, count_bins([len(words(p.get(key))) for p in preds])):
+            row[name] = b
     values = {s: {} for s in dict.fromkeys(s for row in rows for s in row)}
     for row, p in zip(rows, preds):
-        for s, v in row.items(): values[s].setdefault(v, []).append(p)
+        for s, v in row.items():
+            values[s].setdefault(v, []).append(p)
     low = lambda v: (int(m[0]) if (m := re.match(r"\d+", v)) else math.inf, v)
     return {s: {v: accuracy(values[s][v]) for v in sorted(values[s], key=low)} for s in values}
 
 # %% ../nbs/06_evaluate.ipynb #f8e6eb0c
-def consistency(preds:list, # prediction rows; those without `group_id` are left out
-                ) -> dict: # group size -> n (groups), right (all rows right), accuracy, accuracy_ci, deff, n_clusters
+def consistency(
+    preds: list,  # prediction rows; those without `group_id` are left out
+) -> dict:  # group size -> n (groups), right (all rows right), accuracy, accuracy_ci, deff, n_clusters
     "Share of groups answered right throughout, by the size of the group: 4 are whole quadruples, 2 minimal pairs."
     groups, by_size = defaultdict(list), defaultdict(list)
     for p in preds:
-        if p.get("group_id") is not None: groups[p["group_id"]].append(p["predicted_label"] == p["label"])
+        if p.get("group_id") is not None:
+            groups[p["group_id"]].append(p["predicted_label"] == p["label"])
     for rights in groups.values():
-        if len(rights) > 1: by_size[len(rights)].append(all(rights))
-    return {str(k): share_right(v, range(len(v))) for k, v in sorted(by_size.items())}     # a group is its own cluster
+        if len(rights) > 1:
+            by_size[len(rights)].append(all(rights))
+    return {
+        str(k): share_right(v, range(len(v))) for k, v in sorted(by_size.items())
+    }  # a group is its own cluster
 
 # %% ../nbs/06_evaluate.ipynb #eafe757d
-def mcnemar(a, b, # right (1) or wrong (0) per item, same items in the same order
-            ) -> dict: # only_a, only_b (items only one has right), p (exact, two-sided)
+def mcnemar(
+    a,
+    b,  # right (1) or wrong (0) per item, same items in the same order
+) -> dict:  # only_a, only_b (items only one has right), p (exact, two-sided)
     "Exact McNemar test (`statsmodels.stats.contingency_tables.mcnemar`)."
     from statsmodels.stats.contingency_tables import mcnemar as exact
+
     a, b = _paired(a, b)
     only_a, only_b = int((a > b).sum()), int((b > a).sum())
-    table = [[int((a * b).sum()), only_a], [only_b, int(((1-a) * (1-b)).sum())]]
-    return dict(only_a=only_a, only_b=only_b, p=min(1., float(exact(table, exact=True).pvalue)) if only_a + only_b else 1.)
+    table = [[int((a * b).sum()), only_a], [only_b, int(((1 - a) * (1 - b)).sum())]]
+    return dict(
+        only_a=only_a,
+        only_b=only_b,
+        p=min(1.0, float(exact(table, exact=True).pvalue)) if only_a + only_b else 1.0,
+    )
+
 
 def _paired(a, b):
     a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape or not a.size: raise RecordError(f"paired statistics need the same items on both sides, at least one; got shapes {a.shape} and {b.shape}")
+    if a.shape != b.shape or not a.size:
+        raise RecordError(
+            f"paired statistics need the same items on both sides, at least one; got shapes {a.shape} and {b.shape}"
+        )
     return a, b
 
 # %% ../nbs/06_evaluate.ipynb #77929074
-MIN_CLUSTERS = 10   # below it no verdict: flips are too few, and one odd cluster weighs too much
+MIN_CLUSTERS = 10  # below it no verdict: flips are too few, and one odd cluster weighs too much
+
 
 @dataclass
 class PairedTest:
     "A difference of two accuracies on the same items, with all sign flips of its clusters; made by `paired_test`."
-    difference: float # b - a
-    p: float # two-sided
-    n_clusters: int
-    sums: object # per cluster: b - a summed over its items
-    sizes: object # per cluster: items
-    flips: tuple # (flipped sums, flipped sizes, weight of each flip)
 
-    def interval(self, alpha:float=.05) -> list: # 1 - confidence -> [low, high]
+    difference: float  # b - a
+    p: float  # two-sided
+    n_clusters: int
+    sums: object  # per cluster: b - a summed over its items
+    sizes: object  # per cluster: items
+    flips: tuple  # (flipped sums, flipped sizes, weight of each flip)
+
+    def interval(self, alpha: float = 0.05) -> list:  # 1 - confidence -> [low, high]
         """Every difference that the sign-flip test, at this level and with these flips, does not refuse: it leaves 0 out exactly where p ≤ alpha.
 
         Differences are refused monotonically, so that each flip bounds them by two roots, and the ends are weighted quantiles of these."""
         few = self._few(alpha)
-        if few: return few
+        if few:
+            return few
         total, n = self.sums.sum(), self.sizes.sum()
         flipped, sizes, weight = self.flips
-        none = np.abs(sizes) == n                                   # nothing flipped, or everything: fits any difference
+        none = np.abs(sizes) == n  # nothing flipped, or everything: fits any difference
         sizes = np.where(none, 0, sizes)
         roots = np.sort([(total - flipped) / (n - sizes), (total + flipped) / (n + sizes)], axis=0)
-        low, high = np.where(none, [[-1.], [1.]], roots.clip(-1, 1))
+        low, high = np.where(none, [[-1.0], [1.0]], roots.clip(-1, 1))
         low, high = _first_beyond(low, weight, alpha), -_first_beyond(-high, weight, alpha)
-        if low < high: return [low, high]
-        unseen = 1 - alpha**(1 / self.n_clusters)                   # all clusters alike: so many others may exist, with no difference or a full one
-        return sorted([self.difference * (1 - unseen), self.difference + (math.copysign(1, self.difference) - self.difference) * unseen])
+        if low < high:
+            return [low, high]
+        unseen = 1 - alpha ** (
+            1 / self.n_clusters
+        )  # all clusters alike: so many others may exist, with no difference or a full one
+        return sorted(
+            [
+                self.difference * (1 - unseen),
+                self.difference + (math.copysign(1, self.difference) - self.difference) * unseen,
+            ]
+        )
 
     def _few(self, alpha):
         "Where fewer clusters differ than any flips could tell: as large a difference as the share of clusters that may differ (Clopper and Pearson 1934)."
         from scipy.stats import beta
+
         differ = int(np.count_nonzero(self.sums))
-        if self.p <= alpha or differ >= _least_differing(alpha): return None
+        if self.p <= alpha or differ >= _least_differing(alpha):
+            return None
         same = self.n_clusters - differ
-        share = float(beta.ppf(1 - alpha, differ + 1, same)) if same else 1.
-        bound = min(1., share * float(self.sizes.max() / self.sizes.mean()))
+        share = float(beta.ppf(1 - alpha, differ + 1, same)) if same else 1.0
+        bound = min(1.0, share * float(self.sizes.max() / self.sizes.mean()))
         return [-bound, bound]
 
-    def detectable(self, alpha:float=.05, power:float=.8, # two-sided level; chance to see the difference
-                   ) -> float|None: # smallest difference; None where even 1 would not be seen, or no item differs
+    def detectable(
+        self,
+        alpha: float = 0.05,
+        power: float = 0.8,  # two-sided level; chance to see the difference
+    ) -> float | None:  # smallest difference; None where even 1 would not be seen, or no item differs
         """The sample size formula of a paired test (Connor 1987) with this test's own critical value and variance over clusters, solved for the difference.
 
         A difference that this test has not told from noise at `alpha` is always smaller."""
         from scipy.optimize import brentq
         from scipy.stats import gamma, norm
+
         own = math.sqrt(self.sums @ self.sums)
-        if not own: return None
+        if not own:
+            return None
         flipped, _, weight = self.flips
         level = -_first_beyond(-np.abs(flipped), weight, alpha)
         beyond = np.abs(flipped)[np.abs(flipped) > level + 1e-9]
-        critical = (level + beyond.min()) / 2 / own if len(beyond) else norm.ppf(1 - alpha/2)
+        critical = (level + beyond.min()) / 2 / own if len(beyond) else norm.ppf(1 - alpha / 2)
         off = self.sums - self.difference * self.sizes
         toward = self.sizes * math.copysign(1, self.difference)
         n, spread = self.sizes.sum(), norm.ppf(power) * math.sqrt(off @ off)
         spare = lambda d: d * n - critical * math.sqrt((off + d * toward) @ (off + d * toward)) - spread
-        if spare(1) <= 0: return None
+        if spare(1) <= 0:
+            return None
         typical = np.abs(self.sums)[self.sums != 0].mean() / n
-        least = float(gamma.ppf(power, _least_differing(alpha)) * typical)      # as many clusters must differ, the same way
+        least = float(
+            gamma.ppf(power, _least_differing(alpha)) * typical
+        )  # as many clusters must differ, the same way
         found = max(least, float(brentq(spare, 0, 1)))
         return found if found < 1 else None
 
-def _least_differing(alpha): return math.ceil(math.log2(2 / alpha))
+
+def _least_differing(alpha):
+    return math.ceil(math.log2(2 / alpha))
+
 
 def _first_beyond(values, weight, alpha):
     "The smallest value up to which there is more than `alpha` of the weight."
@@ -1220,10 +1965,13 @@ def _first_beyond(values, weight, alpha):
     return float(values[order][(weight[order].cumsum() > alpha * (1 + 1e-9)).argmax()])
 
 # %% ../nbs/06_evaluate.ipynb #9c34672f
-def paired_test(a, b, # right (1) or wrong (0) per item, same items in the same order
-                groups=None, # cluster of each item; None takes each item by itself
-                n_flips:int=10_000, seed:int=0, # random flips where there are more than that many; random seed
-                ) -> PairedTest:
+def paired_test(
+    a,
+    b,  # right (1) or wrong (0) per item, same items in the same order
+    groups=None,  # cluster of each item; None takes each item by itself
+    n_flips: int = 10_000,
+    seed: int = 0,  # random flips where there are more than that many; random seed
+) -> PairedTest:
     """Sign-flip test over clusters (Fisher 1935; for clusters Canay, Romano and Shaikh 2017, Econometrica 85:1013-1030): were the two equal, each cluster's
     difference could as well have had the other sign. All flips where they are few, else random ones and the one that was seen, which is
     the +1 of Phipson and Smyth (2010). Clusters of the same sum and size are flipped together: their signs sum to a binomial."""
@@ -1233,32 +1981,38 @@ def paired_test(a, b, # right (1) or wrong (0) per item, same items in the same 
     sums = np.bincount(codes, b - a).round(9)
     (kind_sums, kind_sizes), alike = np.unique([sums, sizes], axis=1, return_counts=True)
     minus, weight = _flips(alike, n_flips, seed)
-    flipped = sum(s * (k - 2*m) for s, k, m in zip(kind_sums, alike, minus))
-    flipped_sizes = sum(s * (k - 2*m) for s, k, m in zip(kind_sizes, alike, minus))
+    flipped = sum(s * (k - 2 * m) for s, k, m in zip(kind_sums, alike, minus))
+    flipped_sizes = sum(s * (k - 2 * m) for s, k, m in zip(kind_sizes, alike, minus))
     as_far = np.abs(flipped) >= abs(sums.sum()) - 1e-9
-    p = 1. if as_far.all() else float(weight[as_far].sum())
+    p = 1.0 if as_far.all() else float(weight[as_far].sum())
     return PairedTest(float((b - a).mean()), p, len(sizes), sums, sizes, (flipped, flipped_sizes, weight))
+
 
 def _flips(alike, n_flips, seed):
     "(kinds, flips) array: how many clusters of each kind change their sign; and the weight of each flip."
     from scipy.stats import binom
+
     if math.prod(int(k) + 1 for k in alike) <= n_flips:
         minus = np.stack([m.ravel() for m in np.meshgrid(*(np.arange(k + 1) for k in alike), indexing="ij")])
-        return minus, binom.pmf(minus, alike[:, None], .5).prod(axis=0)
+        return minus, binom.pmf(minus, alike[:, None], 0.5).prod(axis=0)
     rng = np.random.default_rng(seed)
-    minus = np.stack([np.append(0, rng.binomial(k, .5, n_flips)) for k in alike])
+    minus = np.stack([np.append(0, rng.binomial(k, 0.5, n_flips)) for k in alike])
     return minus, np.full(n_flips + 1, 1 / (n_flips + 1))
 
 # %% ../nbs/06_evaluate.ipynb #f2ec4332
-def holm(pvalues:list, # of one family of comparisons
-         ) -> list: # adjusted p-values, in order
+def holm(
+    pvalues: list,  # of one family of comparisons
+) -> list:  # adjusted p-values, in order
     "Holm's step-down correction (`statsmodels.stats.multitest.multipletests`)."
     from statsmodels.stats.multitest import multipletests
+
     return [float(p) for p in multipletests(pvalues, method="holm")[1]] if len(pvalues) else []
 
-def decide(tests:list, # one family: `PairedTest` or `SeedTest`, each against the same baseline
-           alpha:float=0.05, # chance of any false verdict in the family
-           ) -> list: # dicts: difference, ci, ci_level, p, p_holm, told, detectable, n_clusters
+
+def decide(
+    tests: list,  # one family: `PairedTest` or `SeedTest`, each against the same baseline
+    alpha: float = 0.05,  # chance of any false verdict in the family
+) -> list:  # dicts: difference, ci, ci_level, p, p_holm, told, detectable, n_clusters
     """What may be said of each difference. `told`: True where it can be told from noise, False where it cannot, None where there are too few clusters to say.
 
     Interval and detectable difference are at the level at which Holm's step-down procedure asked: alpha over the comparisons not yet decided.
@@ -1270,88 +2024,132 @@ def decide(tests:list, # one family: `PairedTest` or `SeedTest`, each against th
     for i, t in enumerate(tests):
         level = alpha / (len(tests) - min(rank[i], n_told))
         told = adjusted[i] <= alpha if t.n_clusters >= MIN_CLUSTERS else None
-        found.append(dict(difference=t.difference, ci=t.interval(level), ci_level=1 - level, p=t.p, p_holm=adjusted[i], told=told,
-                          detectable=t.detectable(level), n_clusters=t.n_clusters))
+        found.append(
+            dict(
+                difference=t.difference,
+                ci=t.interval(level),
+                ci_level=1 - level,
+                p=t.p,
+                p_holm=adjusted[i],
+                told=told,
+                detectable=t.detectable(level),
+                n_clusters=t.n_clusters,
+            )
+        )
     return found
 
 # %% ../nbs/06_evaluate.ipynb #9ae35b3f
-def verdict(r:dict, # of `decide`, with `n` and `discordant` (share of items that only one has right), maybe `doubt`
-            ) -> str:
+def verdict(
+    r: dict,  # of `decide`, with `n` and `discordant` (share of items that only one has right), maybe `doubt`
+) -> str:
     "In plain words whether a difference can be told from noise."
-    points, doubt = f"{100*r['difference']:+.1f} points", r.get("doubt") or ""
+    points, doubt = f"{100 * r['difference']:+.1f} points", r.get("doubt") or ""
     where = f"n={r['n']} ({r['n_clusters']} cluster{'s' if r['n_clusters'] != 1 else ''})"
-    if not r["discordant"]: return f"right and wrong on the same {r['n']} items: no difference to test"
-    if r["told"] is None: return f"{points}: no verdict at {where}: rows of one group or premise count as one, and at least {MIN_CLUSTERS} such clusters are needed{doubt}"
-    if r["told"]: return f"{points}: can be told from noise at {where}{doubt}"
+    if not r["discordant"]:
+        return f"right and wrong on the same {r['n']} items: no difference to test"
+    if r["told"] is None:
+        return f"{points}: no verdict at {where}: rows of one group or premise count as one, and at least {MIN_CLUSTERS} such clusters are needed{doubt}"
+    if r["told"]:
+        return f"{points}: can be told from noise at {where}{doubt}"
     return f"{points}: cannot be told from noise at {where}; {unseen(r['detectable'])}{doubt}"
 
-def unseen(detectable:float|None) -> str: # of `decide`
-    "What a difference that cannot be told from noise leaves open."
-    if detectable is None: return "even a very large difference would mostly go unseen"
-    return f"a difference below {100*detectable:.1f} points would mostly go unseen"
 
-def other_way(better:dict, baseline:dict, # accuracy, macro_f1 and mcc of both
-              ) -> str: # "" or a clause for the end of a verdict
+def unseen(detectable: float | None) -> str:  # of `decide`
+    "What a difference that cannot be told from noise leaves open."
+    if detectable is None:
+        return "even a very large difference would mostly go unseen"
+    return f"a difference below {100 * detectable:.1f} points would mostly go unseen"
+
+
+def other_way(
+    better: dict,
+    baseline: dict,  # accuracy, macro_f1 and mcc of both
+) -> str:  # "" or a clause for the end of a verdict
     "Where accuracy rises and a score that looks at both classes falls, or the reverse: an answer that favours the frequent class does that."
     gain = better["accuracy"] - baseline["accuracy"]
     said = []
     for key, name in (("macro_f1", "macro-F1"), ("mcc", "MCC")):
-        if better[key] is None or baseline[key] is None: continue
+        if better[key] is None or baseline[key] is None:
+            continue
         change = better[key] - baseline[key]
-        if gain * change < 0 and abs(change) >= .0005: said.append(f"{name} {change:+.3f}")
+        if gain * change < 0 and abs(change) >= 0.0005:
+            said.append(f"{name} {change:+.3f}")
     return f"; but the other way by {' and '.join(said)}: look at the classes" if said else ""
 
 # %% ../nbs/06_evaluate.ipynb #412776dc
-def minimum_detectable_difference(n:int, # paired items
-                                  discordant:float, # share of items that exactly one of the two has right
-                                  alpha:float=0.05, power:float=0.8, # two-sided level; chance to see the difference
-                                  ) -> float|None: # smallest difference of accuracies; None where even `discordant` itself could not be seen
+def minimum_detectable_difference(
+    n: int,  # paired items
+    discordant: float,  # share of items that exactly one of the two has right
+    alpha: float = 0.05,
+    power: float = 0.8,  # two-sided level; chance to see the difference
+) -> float | None:  # smallest difference of accuracies; None where even `discordant` itself could not be seen
     "Connor (1987), Biometrics 43:207–211: n = (z_α √ψ + z_β √(ψ − δ²))² / δ², solved for δ."
     from scipy.optimize import brentq
     from scipy.stats import norm
-    za, zb = norm.ppf(1 - alpha/2), norm.ppf(power)
-    spare = lambda d: math.sqrt(n) * d - za * math.sqrt(discordant) - zb * math.sqrt(max(discordant - d*d, 0))
-    if discordant <= 0 or spare(discordant) < 0: return None
+
+    za, zb = norm.ppf(1 - alpha / 2), norm.ppf(power)
+    spare = lambda d: (
+        math.sqrt(n) * d - za * math.sqrt(discordant) - zb * math.sqrt(max(discordant - d * d, 0))
+    )
+    if discordant <= 0 or spare(discordant) < 0:
+        return None
     return float(brentq(spare, 0, discordant))
 
 # %% ../nbs/06_evaluate.ipynb #280ab305
 @dataclass
 class SeedTest:
     "A difference of two configs over their seeds; made by `seed_test`."
-    difference: float # of the means over seeds and items
-    se: float # standard error, over seeds and clusters of items
-    df: float # degrees of freedom
+
+    difference: float  # of the means over seeds and items
+    se: float  # standard error, over seeds and clusters of items
+    df: float  # degrees of freedom
     n_clusters: int
 
     @property
-    def p(self) -> float: # two-sided
+    def p(self) -> float:  # two-sided
         from scipy.stats import t
-        if not self.se: return 2.**(1 - self.n_clusters) if self.difference else 1.
+
+        if not self.se:
+            return 2.0 ** (1 - self.n_clusters) if self.difference else 1.0
         return float(2 * t.sf(abs(self.difference) / self.se, self.df))
 
-    def interval(self, alpha:float=.05) -> list: # 1 - confidence -> [low, high]
+    def interval(self, alpha: float = 0.05) -> list:  # 1 - confidence -> [low, high]
         from scipy.stats import t
-        half = float(t.ppf(1 - alpha/2, self.df)) * self.se if self.se else 1 - alpha**(1 / self.n_clusters)
-        if not self.se and self.difference: half *= abs(self.difference)
-        return [max(-1., self.difference - half), min(1., self.difference + half)]
 
-    def detectable(self, alpha:float=.05, power:float=.8) -> float|None: # smallest difference that this standard error would show
+        half = (
+            float(t.ppf(1 - alpha / 2, self.df)) * self.se if self.se else 1 - alpha ** (1 / self.n_clusters)
+        )
+        if not self.se and self.difference:
+            half *= abs(self.difference)
+        return [max(-1.0, self.difference - half), min(1.0, self.difference + half)]
+
+    def detectable(
+        self, alpha: float = 0.05, power: float = 0.8
+    ) -> float | None:  # smallest difference that this standard error would show
         from scipy.stats import t
-        found = float(t.ppf(1 - alpha/2, self.df) + t.ppf(power, self.df)) * self.se if self.se else None
+
+        found = float(t.ppf(1 - alpha / 2, self.df) + t.ppf(power, self.df)) * self.se if self.se else None
         return found if found is not None and found < 1 else None
 
-def seed_test(base, runs, # (seeds, items) arrays of right/wrong, on the same items
-              groups=None, # cluster of each item; None takes each item by itself
-              seedless:tuple=(False, False), # is each of the two a model that no seed changes: an untrained one?
-              ) -> SeedTest|None: # runs - base; None where an arm has one seed
+
+def seed_test(
+    base,
+    runs,  # (seeds, items) arrays of right/wrong, on the same items
+    groups=None,  # cluster of each item; None takes each item by itself
+    seedless: tuple = (False, False),  # is each of the two a model that no seed changes: an untrained one?
+) -> SeedTest | None:  # runs - base; None where an arm has one seed
     """Welch's t test over seeds, with the variance over clusters of items as a third part (Satterthwaite 1946, Biometrics Bulletin 2:110-114).
 
     Satterthwaite's degrees of freedom are themselves an estimate, and too many where an arm is small. So the seeds of both arms together count for no more than
     twice those of the smaller arm, and with two seeds in an arm that is all there is: two do not show that seeds vary little."""
     base, runs = (np.atleast_2d(np.asarray(x, float)) for x in (base, runs))
-    if base.shape[1] != runs.shape[1]: raise RecordError(f"runs have {runs.shape[1]} items and the baseline {base.shape[1]}: not the same items")
+    if base.shape[1] != runs.shape[1]:
+        raise RecordError(
+            f"runs have {runs.shape[1]} items and the baseline {base.shape[1]}: not the same items"
+        )
     arms = [_seed_variance(m) for m, fixed in zip((base, runs), seedless) if not fixed]
-    if None in arms: return None
+    if None in arms:
+        return None
     difference = runs.mean(0) - base.mean(0)
     codes = np.arange(len(difference)) if groups is None else cluster_codes(groups)
     seeds = sum(v for v, _ in arms)
@@ -1359,73 +2157,107 @@ def seed_test(base, runs, # (seeds, items) arrays of right/wrong, on the same it
     seeds_df = min(_satterthwaite(arms), 2 * smallest)
     items = _cluster_variance(difference, codes)
     df = _satterthwaite([(seeds, seeds_df), items])
-    if smallest == 1: df = min(df, 2.)
+    if smallest == 1:
+        df = min(df, 2.0)
     return SeedTest(float(difference.mean()), math.sqrt(seeds + items[0]), df, int(codes.max()) + 1)
+
 
 def _seed_variance(arm):
     "(variance of the mean over seeds, degrees of freedom), or None for one seed."
-    if len(arm) < 2: return None
+    if len(arm) < 2:
+        return None
     return float(arm.mean(1).var(ddof=1)) / len(arm), len(arm) - 1
+
 
 def _cluster_variance(values, codes):
     "(variance of the mean over clusters by the jackknife, degrees of freedom), as in `design_effect`."
     size = np.bincount(codes)
     n, count = len(values), len(size)
-    if count < 2: return 0., 1.
+    if count < 2:
+        return 0.0, 1.0
     left_out = np.bincount(codes, values - values.mean()) / (n - size)
-    return (count - 1) / count * float(left_out @ left_out), max(1., n**2 / float(size @ size) - 1)
+    return (count - 1) / count * float(left_out @ left_out), max(1.0, n**2 / float(size @ size) - 1)
+
 
 def _satterthwaite(parts):
     "Degrees of freedom of a sum of variances; those that are 0 say nothing."
     parts = [(v, f) for v, f in parts if v > 0]
-    if not parts: return math.inf
-    return sum(v for v, _ in parts)**2 / sum(v * v / f for v, f in parts)
+    if not parts:
+        return math.inf
+    return sum(v for v, _ in parts) ** 2 / sum(v * v / f for v, f in parts)
 
 # %% ../nbs/06_evaluate.ipynb #8c119166
-def seed_share(runs, groups, # (seeds, items) array of right/wrong; cluster of each item
-               seedless:bool=False, # a model that no seed changes
-               alpha:float=.05, # 1 - confidence
-               ) -> dict: # accuracy, sd (over seeds), accuracy_ci; the last two None for one seed
+def seed_share(
+    runs,
+    groups,  # (seeds, items) array of right/wrong; cluster of each item
+    seedless: bool = False,  # a model that no seed changes
+    alpha: float = 0.05,  # 1 - confidence
+) -> dict:  # accuracy, sd (over seeds), accuracy_ci; the last two None for one seed
     "Mean accuracy of a config with Wilson's interval at the effective number of rows, where seeds vary as well as clusters of items."
     from scipy.stats import norm, t
+
     runs = np.atleast_2d(np.asarray(runs, float))
     share, n = float(runs.mean()), runs.shape[1]
-    if seedless: return dict(accuracy=share, sd=None, accuracy_ci=share_right(runs[0], groups, alpha)["accuracy_ci"])
-    if len(runs) < 2: return dict(accuracy=share, sd=None, accuracy_ci=None)
+    if seedless:
+        return dict(accuracy=share, sd=None, accuracy_ci=share_right(runs[0], groups, alpha)["accuracy_ci"])
+    if len(runs) < 2:
+        return dict(accuracy=share, sd=None, accuracy_ci=None)
     sd, binomial = float(runs.mean(1).std(ddof=1)), share * (1 - share)
-    if not binomial: return dict(accuracy=share, sd=sd, accuracy_ci=share_right(runs[0], groups, alpha)["accuracy_ci"])
+    if not binomial:
+        return dict(accuracy=share, sd=sd, accuracy_ci=share_right(runs[0], groups, alpha)["accuracy_ci"])
     items, df = _cluster_variance(runs.mean(0), cluster_codes(groups))
     parts = [_seed_variance(runs), (max(items, binomial / (n - 1)), df)]
-    worth = binomial / sum(v for v, _ in parts) * (norm.ppf(alpha/2) / t.ppf(alpha/2, _satterthwaite(parts)))**2
+    worth = (
+        binomial
+        / sum(v for v, _ in parts)
+        * (norm.ppf(alpha / 2) / t.ppf(alpha / 2, _satterthwaite(parts))) ** 2
+    )
     return dict(accuracy=share, sd=sd, accuracy_ci=wilson(share * worth, worth, alpha))
 
 # %% ../nbs/06_evaluate.ipynb #fb9fad3b
-def surface_features(premise:str, hypothesis:str) -> list: # six numbers
+def surface_features(premise: str, hypothesis: str) -> list:  # six numbers
     "Shared words, whether all are shared, difference in length, and negation in premise, hypothesis, exactly one."
     share, p, h = overlap(premise, hypothesis), has_negation(premise), has_negation(hypothesis)
-    return [share, float(share == 1), float(len(words(hypothesis)) - len(words(premise))), float(p), float(h), float(p != h)]
+    return [
+        share,
+        float(share == 1),
+        float(len(words(hypothesis)) - len(words(premise))),
+        float(p),
+        float(h),
+        float(p != h),
+    ]
 
-def _fitted(model, x, y, x_new): return [int(v) for v in model.fit(x, y).predict(x_new)]
 
-def baseline_labels(train:list, # rows with premise, hypothesis, label, to learn from
-                    rows:list, # rows to answer
-                    ) -> dict: # name -> labels, in the order of `rows`
+def _fitted(model, x, y, x_new):
+    return [int(v) for v in model.fit(x, y).predict(x_new)]
+
+
+def baseline_labels(
+    train: list,  # rows with premise, hypothesis, label, to learn from
+    rows: list,  # rows to answer
+) -> dict:  # name -> labels, in the order of `rows`
     "What shortcuts answer. With one class only in `train` there is nothing to learn but the majority."
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+
     y = [r["label"] for r in train]
-    if not y: raise DataError("baselines need training rows; there are none")
+    if not y:
+        raise DataError("baselines need training rows; there are none")
     found = dict(majority=[Counter(y).most_common(1)[0][0]] * len(rows))
-    if len(set(y)) < 2: return found
+    if len(set(y)) < 2:
+        return found
     bag = make_pipeline(TfidfVectorizer(analyzer=_terms), LogisticRegression(max_iter=1000))
     surface = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    found["hypothesis_only"] = _fitted(bag, [r["hypothesis"] for r in train], y, [r["hypothesis"] for r in rows])
+    found["hypothesis_only"] = _fitted(
+        bag, [r["hypothesis"] for r in train], y, [r["hypothesis"] for r in rows]
+    )
     pairs = lambda rs: [surface_features(r["premise"], r["hypothesis"]) for r in rs]
     found["overlap_negation"] = _fitted(surface, pairs(train), y, pairs(rows))
     found["boosted_tree"] = BoostedTree().fit(train).predict(rows)
     return found
+
 
 def _terms(text):
     "Words and neighbouring pairs of words."
@@ -1433,9 +2265,10 @@ def _terms(text):
     return w + [" ".join(pair) for pair in zip(w, w[1:])]
 
 # %% ../nbs/06_evaluate.ipynb #95a6abef
-def compare_answers(preds:list, # prediction rows of the run
-                    others:dict, # name -> answered labels on the same items, None for no answer
-                    ) -> dict: # name -> n, right, accuracy, accuracy_ci, macro_f1, mcc, difference (run - other), ci, p, p_holm, p_mcnemar, told, verdict …
+def compare_answers(
+    preds: list,  # prediction rows of the run
+    others: dict,  # name -> answered labels on the same items, None for no answer
+) -> dict:  # name -> n, right, accuracy, accuracy_ci, macro_f1, mcc, difference (run - other), ci, p, p_holm, p_mcnemar, told, verdict …
     "The run against other ways to answer the same items: the sign-flip test over clusters decides, corrected for the number of comparisons."
     y, a = _labelled(preds)
     run, groups, found, tests = (y == a).astype(int), groups_of(preds), {}, []
@@ -1443,230 +2276,425 @@ def compare_answers(preds:list, # prediction rows of the run
     for name, labels in others.items():
         said = np.array([NO_ANSWER if x is None else x for x, _ in zip(labels, y, strict=True)])
         other = (said == y).astype(int)
-        scores = share_right(other, groups) | {k: v for k, v in class_scores(y, said).items() if k in ("macro_f1", "mcc")}
+        scores = share_right(other, groups) | {
+            k: v for k, v in class_scores(y, said).items() if k in ("macro_f1", "mcc")
+        }
         tests.append(paired_test(other, run, groups))
-        found[name] = dict(scores, p_mcnemar=mcnemar(other, run)["p"], discordant=float((other != run).mean()), doubt=other_way(of_run, scores))
-    for r, decision in zip(found.values(), decide(tests)): r |= decision
-    for r in found.values(): r["verdict"] = verdict(r)
+        found[name] = dict(
+            scores,
+            p_mcnemar=mcnemar(other, run)["p"],
+            discordant=float((other != run).mean()),
+            doubt=other_way(of_run, scores),
+        )
+    for r, decision in zip(found.values(), decide(tests)):
+        r |= decision
+    for r in found.values():
+        r["verdict"] = verdict(r)
     return found
 
 # %% ../nbs/06_evaluate.ipynb #95a83c35
-_SAID_0 = re.compile(r"(?:can ?not|can['’]t|could not|couldn['’]t) (?:\w+ )?be (?:\w+ )?(?:inferred|concluded|entailed|deduced|derived|determined)"
-                     r"|not (?:\w+ )?(?:entail\w*|follow\w*|impl\w+|inferable)|(?:does not|doesn['’]t|do not) (?:\w+ )?support"
-                     r"|(?:not possible|impossible) to (?:\w+ )?(?:infer|conclude|determine)"
-                     r"|contradicts? (?:the|each|what)|contradicted by|is a contradiction|(?:may|must) fail|must be false|non-entail\w*"
-                     r"|(?:label|answer)\W+(?:\w+ ){0,2}?0\b", re.I)
-_SAID_1 = re.compile(r"(?:can|could|may|is|be) (?:\w+ )?(?:be )?(?:\w+ )?(?:inferred|concluded|entailed|deduced|derived)|\bentails\b|\bfollows (?:\w+ )?from|must hold"
-                     r"|(?:possible|reasonable) to (?:\w+ )?(?:infer|conclude)|must be true|(?:label|answer)\W+(?:\w+ ){0,2}?1\b", re.I)
+_SAID_0 = re.compile(
+    r"(?:can ?not|can['’]t|could not|couldn['’]t) (?:\w+ )?be (?:\w+ )?(?:inferred|concluded|entailed|deduced|derived|determined)"
+    r"|not (?:\w+ )?(?:entail\w*|follow\w*|impl\w+|inferable)|(?:does not|doesn['’]t|do not) (?:\w+ )?support"
+    r"|(?:not possible|impossible) to (?:\w+ )?(?:infer|conclude|determine)"
+    r"|contradicts? (?:the|each|what)|contradicted by|is a contradiction|(?:may|must) fail|must be false|non-entail\w*"
+    r"|(?:label|answer)\W+(?:\w+ ){0,2}?0\b",
+    re.I,
+)
+_SAID_1 = re.compile(
+    r"(?:can|could|may|is|be) (?:\w+ )?(?:be )?(?:\w+ )?(?:inferred|concluded|entailed|deduced|derived)|\bentails\b|\bfollows (?:\w+ )?from|must hold"
+    r"|(?:possible|reasonable) to (?:\w+ )?(?:infer|conclude)|must be true|(?:label|answer)\W+(?:\w+ ){0,2}?1\b",
+    re.I,
+)
 
-def stated_label(thought:str|None) -> int|None: # 0, 1, or None where no verdict is recognised
+
+def stated_label(thought: str | None) -> int | None:  # 0, 1, or None where no verdict is recognised
     "The verdict that a thought ends with, read by phrase (English)."
     text = thought or ""
     no = [m.end() for m in _SAID_0.finditer(text)]
-    yes = [m.end() for m in _SAID_1.finditer(_SAID_0.sub(lambda m: "#" * len(m[0]), text))]   # "cannot be inferred" must not also count as "be inferred"
+    yes = [
+        m.end() for m in _SAID_1.finditer(_SAID_0.sub(lambda m: "#" * len(m[0]), text))
+    ]  # "cannot be inferred" must not also count as "be inferred"
     return None if not no and not yes else int(max(yes, default=-1) > max(no, default=-1))
 
 # %% ../nbs/06_evaluate.ipynb #7c4a5a6b
-_SCAFFOLD = frozenset("premise hypothesis step states state stated says said mentions mentioned based reasoning information given logical inferred entailed conclusion".split())
+_SCAFFOLD = frozenset(
+    "premise hypothesis step states state stated says said mentions mentioned based reasoning information given logical inferred entailed conclusion".split()
+)
 
-def grounded_share(p:dict, # prediction row
-                   ) -> float|None: # 0 … 1; None for a thought without content words
+
+def grounded_share(
+    p: dict,  # prediction row
+) -> float | None:  # 0 … 1; None for a thought without content words
     "Share of the thought's content words (no stop words, no words of the task itself) that occur, in the same form, in premise or hypothesis."
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-    content = [w for w in words(p["thought_process"]) if w not in ENGLISH_STOP_WORDS and w not in _SCAFFOLD and not w.isdigit()]
+
+    content = [
+        w
+        for w in words(p["thought_process"])
+        if w not in ENGLISH_STOP_WORDS and w not in _SCAFFOLD and not w.isdigit()
+    ]
     known = set(words(p["premise"]) + words(p["hypothesis"]))
     return sum(w in known for w in content) / len(content) if content else None
 
-def reasoning(preds:list, # prediction rows
-              ) -> dict: # n (rows with a thought), mean_words, stated, agreement, grounded, grounded_right, grounded_wrong
+
+def reasoning(
+    preds: list,  # prediction rows
+) -> dict:  # n (rows with a thought), mean_words, stated, agreement, grounded, grounded_right, grounded_wrong
     "What the thoughts have to do with the answers; None where there is nothing to average."
     has = [p for p in preds if p.get("thought_process")]
     mean = lambda xs: float(np.mean(xs)) if (xs := [x for x in xs if x is not None]) else None
-    stated = [(s, p["predicted_label"]) for p in has if (s := stated_label(p["thought_process"])) is not None and p["predicted_label"] is not None]
+    stated = [
+        (s, p["predicted_label"])
+        for p in has
+        if (s := stated_label(p["thought_process"])) is not None and p["predicted_label"] is not None
+    ]
     ground = [(grounded_share(p), p["predicted_label"] == p["label"]) for p in has]
-    return dict(n=len(has), mean_words=mean([len(words(p["thought_process"])) for p in has]), stated=len(stated)/len(has) if has else None,
-                agreement=mean([s == a for s, a in stated]), grounded=mean([g for g, _ in ground]),
-                grounded_right=mean([g for g, ok in ground if ok]), grounded_wrong=mean([g for g, ok in ground if not ok]))
+    return dict(
+        n=len(has),
+        mean_words=mean([len(words(p["thought_process"])) for p in has]),
+        stated=len(stated) / len(has) if has else None,
+        agreement=mean([s == a for s, a in stated]),
+        grounded=mean([g for g, _ in ground]),
+        grounded_right=mean([g for g, ok in ground if ok]),
+        grounded_wrong=mean([g for g, ok in ground if not ok]),
+    )
 
 # %% ../nbs/06_evaluate.ipynb #d19c8f74
-def altered_thoughts(thoughts:list, # at least two
-                     ) -> dict: # change -> thoughts, in order
+def altered_thoughts(
+    thoughts: list,  # at least two
+) -> dict:  # change -> thoughts, in order
     "The interventions: the first half of the words; the next row's thought; nothing."
-    half = lambda t: " ".join(t.split()[:len(t.split()) // 2])
-    return dict(whole=list(thoughts), halved=[half(t) for t in thoughts], swapped=thoughts[1:] + thoughts[:1], removed=[""] * len(thoughts))
+    half = lambda t: " ".join(t.split()[: len(t.split()) // 2])
+    return dict(
+        whole=list(thoughts),
+        halved=[half(t) for t in thoughts],
+        swapped=thoughts[1:] + thoughts[:1],
+        removed=[""] * len(thoughts),
+    )
 
-def probe_thoughts(model, tok, rows:list, preds:list, cfg, # model; tokenizer; SFT rows; their predictions; Config
-                   n:int=100, # rows to probe: the first ones with a thought
-                   ) -> dict: # n, and for halved, swapped, removed: changed (share of labels), changed_ci, mean_shift of p(entailment)
+
+def probe_thoughts(
+    model,
+    tok,
+    rows: list,
+    preds: list,
+    cfg,  # model; tokenizer; SFT rows; their predictions; Config
+    n: int = 100,  # rows to probe: the first ones with a thought
+) -> (
+    dict
+):  # n, and for halved, swapped, removed: changed (share of labels), changed_ci, mean_shift of p(entailment)
     "How much the label depends on the thought before it (`completion=cot`); `DataError` with fewer than two thoughts to exchange."
     from nli_ft.model import autocast, fast_weights
+
     known = {p["id"]: p["thought_process"] for p in preds if p.get("thought_process")}
     has = [r for r in rows if r["id"] in known][:n]
-    if len(has) < 2: raise DataError("the probe needs at least two predictions with a thought")
+    if len(has) < 2:
+        raise DataError("the probe needs at least two predictions with a thought")
     found = {}
     with fast_weights(model, cfg), autocast(cfg):
         for change, thoughts in altered_thoughts([known[r["id"]] for r in has]).items():
-            found[change] = np.array(score_labels(model, tok, [forced_ids(tok, r["prompt"], t) for r, t in zip(has, thoughts)], cfg.eval_batch_size), float)
+            found[change] = np.array(
+                score_labels(
+                    model,
+                    tok,
+                    [forced_ids(tok, r["prompt"], t) for r, t in zip(has, thoughts)],
+                    cfg.eval_batch_size,
+                ),
+                float,
+            )
     whole = found.pop("whole")
-    flipped = {c: (p >= .5) != (whole >= .5) for c, p in found.items()}
+    flipped = {c: (p >= 0.5) != (whole >= 0.5) for c, p in found.items()}
     changed = {c: share_right(x, groups_of(has)) for c, x in flipped.items()}
-    return dict(n=len(has), **{c: dict(changed=changed[c]["accuracy"], changed_ci=changed[c]["accuracy_ci"], mean_shift=float(np.abs(p - whole).mean()))
-                               for c, p in found.items()})
+    return dict(
+        n=len(has),
+        **{
+            c: dict(
+                changed=changed[c]["accuracy"],
+                changed_ci=changed[c]["accuracy_ci"],
+                mean_shift=float(np.abs(p - whole).mean()),
+            )
+            for c, p in found.items()
+        },
+    )
 
 # %% ../nbs/06_evaluate.ipynb #0dd245c7
-def report(preds:list, # prediction rows with gold labels
-           train:list|None=None, # the run's training rows, for the shortcut baselines
-           before:list|None=None, # predictions of the untuned model on the same rows
-           forced:list|None=None, # the same, with both labels scored after what it wrote
-           ) -> dict: # scores, calibration, slices, consistency, reasoning, baselines, resolvable
+def report(
+    preds: list,  # prediction rows with gold labels
+    train: list | None = None,  # the run's training rows, for the shortcut baselines
+    before: list | None = None,  # predictions of the untuned model on the same rows
+    forced: list | None = None,  # the same, with both labels scored after what it wrote
+) -> dict:  # scores, calibration, slices, consistency, reasoning, baselines, resolvable
     "Everything this module can say about one set of predictions; plain numbers, ready for JSON."
     scores = score(preds)
     others = {} if not train else baseline_labels(train, preds)
     for name, untuned in (("untuned", before), ("untuned, label forced", forced)):
-        if not untuned: continue
-        said = {p["id"]: (p["predicted_label"], p["label"]) for p in check_predictions(untuned, f"{name}: predictions")}
+        if not untuned:
+            continue
+        said = {
+            p["id"]: (p["predicted_label"], p["label"])
+            for p in check_predictions(untuned, f"{name}: predictions")
+        }
         if {p["id"]: p["label"] for p in preds} != {i: y for i, (_, y) in said.items()}:
-            raise RecordError("the untuned model answered other items or labels: its predictions cannot be paired with these")
+            raise RecordError(
+                "the untuned model answered other items or labels: its predictions cannot be paired with these"
+            )
         others[name] = [said[p["id"]][0] for p in preds]
     acc = scores["accuracy"]
-    return dict(scores=scores, calibration=calibration(preds), slices=slices(preds), consistency=consistency(preds), reasoning=reasoning(preds),
-                baselines=compare_answers(preds, others),
-                # a rival that errs as often and independently would differ on 2·acc·(1 − acc) of the items
-                resolvable=minimum_detectable_difference(scores["n"] / scores["deff"], 2 * acc * (1 - acc)))
+    return dict(
+        scores=scores,
+        calibration=calibration(preds),
+        slices=slices(preds),
+        consistency=consistency(preds),
+        reasoning=reasoning(preds),
+        baselines=compare_answers(preds, others),
+        # a rival that errs as often and independently would differ on 2·acc·(1 − acc) of the items
+        resolvable=minimum_detectable_difference(scores["n"] / scores["deff"], 2 * acc * (1 - acc)),
+    )
 
 # %% ../nbs/06_evaluate.ipynb #03196213
-def _number(x, digits=3): return "–" if x is None else f"{x:.{digits}f}"
-def _interval(ci): return f"[{ci[0]:.3f}, {ci[1]:.3f}]"
-def _defined(x): return "undefined (one class)" if x is None else f"{x:.3f}"
+def _number(x, digits=3):
+    return "–" if x is None else f"{x:.{digits}f}"
 
-def report_text(r:dict, # from `report`
-                ) -> str: # a page of plain text
+
+def _interval(ci):
+    return f"[{ci[0]:.3f}, {ci[1]:.3f}]"
+
+
+def _defined(x):
+    return "undefined (one class)" if x is None else f"{x:.3f}"
+
+
+def report_text(
+    r: dict,  # from `report`
+) -> str:  # a page of plain text
     "The report for a terminal or a notebook cell."
     s, c, t = r["scores"], r["calibration"], r["reasoning"]
-    lines = [f"accuracy {s['accuracy']:.3f} {_interval(s['accuracy_ci'])}, n = {s['n']} in {s['n_clusters']} clusters "
-             f"(95 % Wilson at n / {s['deff']:.2f}; no answer is wrong)",
-             f"answered {s['coverage']:.3f}, valid JSON {s['valid_rate']:.3f}, accuracy of the answered {_number(s['parsed_accuracy'])}; outcomes "
-             + ", ".join(f"{k} {v}" for k, v in s["outcomes"].items()),
-             f"macro-F1 {_defined(s['macro_f1'])}, balanced accuracy {_defined(s['balanced_accuracy'])}, MCC {_defined(s['mcc'])}; "
-             f"tokens per answer {_number(s['mean_tokens'], 1)}, seconds per item {_number(s['mean_seconds'])}",
-             f"calibration over {c['n']}: ECE {_number(c['ece'])} (of a calibrated model with these confidences {_number(c['ece_calibrated'])}, "
-             f"up to {_number(c['ece_calibrated_95'])}), Brier {_number(c['brier'])}, NLL {_number(c['nll'])}; "
-             f"AURC {_number(c['aurc'])} (of a random ranking {_number(c['aurc_random'])})",
-             f"thoughts: {t['n']}, mean {_number(t['mean_words'], 1)} words, verdict stated in {_number(t['stated'])}, agrees with the label in {_number(t['agreement'])}, "
-             f"grounded words {_number(t['grounded'])}",
-             "at this n an equally good, independent rival would have to differ by "
-             + (f"{r['resolvable']:.3f} to be told apart (80 % power)" if r["resolvable"] else "more than can be measured")]
+    lines = [
+        f"accuracy {s['accuracy']:.3f} {_interval(s['accuracy_ci'])}, n = {s['n']} in {s['n_clusters']} clusters "
+        f"(95 % Wilson at n / {s['deff']:.2f}; no answer is wrong)",
+        f"answered {s['coverage']:.3f}, valid JSON {s['valid_rate']:.3f}, accuracy of the answered {_number(s['parsed_accuracy'])}; outcomes "
+        + ", ".join(f"{k} {v}" for k, v in s["outcomes"].items()),
+        f"macro-F1 {_defined(s['macro_f1'])}, balanced accuracy {_defined(s['balanced_accuracy'])}, MCC {_defined(s['mcc'])}; "
+        f"tokens per answer {_number(s['mean_tokens'], 1)}, seconds per item {_number(s['mean_seconds'])}",
+        f"calibration over {c['n']}: ECE {_number(c['ece'])} (of a calibrated model with these confidences {_number(c['ece_calibrated'])}, "
+        f"up to {_number(c['ece_calibrated_95'])}), Brier {_number(c['brier'])}, NLL {_number(c['nll'])}; "
+        f"AURC {_number(c['aurc'])} (of a random ranking {_number(c['aurc_random'])})",
+        f"thoughts: {t['n']}, mean {_number(t['mean_words'], 1)} words, verdict stated in {_number(t['stated'])}, agrees with the label in {_number(t['agreement'])}, "
+        f"grounded words {_number(t['grounded'])}",
+        "at this n an equally good, independent rival would have to differ by "
+        + (
+            f"{r['resolvable']:.3f} to be told apart (80 % power)"
+            if r["resolvable"]
+            else "more than can be measured"
+        ),
+    ]
     lines += _baseline_lines(r["baselines"])
     lines += ["", "slice                             accuracy   95 % interval        n"]
-    lines += [f"{name + ': ' + v:<32} {a['accuracy']:>9.3f}   {_interval(a['accuracy_ci'])} {a['n']:>7}" for name, vs in r["slices"].items() for v, a in vs.items()]
-    lines += [f"{'all ' + k + ' of a group right':<32} {a['accuracy']:>9.3f}   {_interval(a['accuracy_ci'])} {a['n']:>7}" for k, a in r["consistency"].items()]
+    lines += [
+        f"{name + ': ' + v:<32} {a['accuracy']:>9.3f}   {_interval(a['accuracy_ci'])} {a['n']:>7}"
+        for name, vs in r["slices"].items()
+        for v, a in vs.items()
+    ]
+    lines += [
+        f"{'all ' + k + ' of a group right':<32} {a['accuracy']:>9.3f}   {_interval(a['accuracy_ci'])} {a['n']:>7}"
+        for k, a in r["consistency"].items()
+    ]
     return "\n".join(lines)
 
+
 def _baseline_lines(baselines):
-    if not baselines: return []
+    if not baselines:
+        return []
     head = f"{'baseline on the same items':<32} accuracy   this run is better by      p (Holm)   p (McNemar)"
-    lines = [f"{k:<32} {b['accuracy']:>8.3f}   {b['difference']:+.3f} {_interval(b['ci']):<18} {b['p_holm']:<10.2g} {b['p_mcnemar']:.2g}" for k, b in baselines.items()]
+    lines = [
+        f"{k:<32} {b['accuracy']:>8.3f}   {b['difference']:+.3f} {_interval(b['ci']):<18} {b['p_holm']:<10.2g} {b['p_mcnemar']:.2g}"
+        for k, b in baselines.items()
+    ]
     return ["", head, *lines, *(f"against {k}: {b['verdict']}" for k, b in baselines.items())]
 
 # %% ../nbs/06_evaluate.ipynb #0eae9e4f
-PLOTS = dict(confusion=plot_confusion, reliability=plot_reliability, risk_coverage=plot_risk_coverage, accuracy_by_length=plot_accuracy_by_length)
+PLOTS = dict(
+    confusion=plot_confusion,
+    reliability=plot_reliability,
+    risk_coverage=plot_risk_coverage,
+    accuracy_by_length=plot_accuracy_by_length,
+)
 
-def save_report(folder, # where report.json and the plots go
-                preds:list, # prediction rows with gold labels
-                extra:dict|None=None, # further keys of report.json, such as the mode
-                **kwargs, # `train`, `before` and `forced`, as in `report`
-                ) -> dict: # the report
+
+def save_report(
+    folder,  # where report.json and the plots go
+    preds: list,  # prediction rows with gold labels
+    extra: dict | None = None,  # further keys of report.json, such as the mode
+    **kwargs,  # `train`, `before` and `forced`, as in `report`
+) -> dict:  # the report
     "Write the report and its plots beside the predictions they are computed from; both can be made again from these at any time."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     made = report(preds, **kwargs) | (extra or {})
-    if (folder/"predictions.jsonl").is_file(): made["predictions"] = predictions_seal(folder/"predictions.jsonl")
-    part = folder/"report.json.part"
+    if (folder / "predictions.jsonl").is_file():
+        made["predictions"] = predictions_seal(folder / "predictions.jsonl")
+    part = folder / "report.json.part"
     part.write_text(json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, folder/"report.json")
-    for name, plot in PLOTS.items(): plot(preds).savefig(folder/f"{name}.png", dpi=110)
+    os.replace(part, folder / "report.json")
+    for name, plot in PLOTS.items():
+        plot(preds).savefig(folder / f"{name}.png", dpi=110)
     return made
 
 # %% ../nbs/06_evaluate.ipynb #14c05b41
-def open_run(run, # a run's folder
-             **changes, # config values to replace, such as eval_batch_size=4
-             ) -> tuple: # (folder, Config, adapter folder, name of the prompt wording)
+def open_run(
+    run,  # a run's folder
+    **changes,  # config values to replace, such as eval_batch_size=4
+) -> tuple:  # (folder, Config, adapter folder, name of the prompt wording)
     "What is needed to ask a run's model; `RecordError` says what a record lacks, and for a run that is still going or never finished."
     run, parts = Path(run), {}
-    if not run.is_dir(): raise RecordError(f"{run} is no folder; `nli_runs` lists the records there are")
+    if not run.is_dir():
+        raise RecordError(f"{run} is no folder; `nli_runs` lists the records there are")
     for name in ("config", "summary", "environment"):
-        try: parts[name] = (run/f"{name}.json").read_text(encoding="utf-8")
-        except OSError: raise RecordError(f"{run/name}.json is missing: not a complete run record") from None
-    try: summary, env = dict(json.loads(parts["summary"])), dict(json.loads(parts["environment"]))
-    except (ValueError, TypeError, RecursionError) as e: raise RecordError(f"{run}: summary.json or environment.json is not JSON ({e})") from None
-    if not isinstance(env.get("prompt", {}), dict) or not isinstance(summary.get("adapter", ""), (str, type(None))): raise RecordError(f"{run}: its environment.json or summary.json is not what a run writes")
-    cfg = config_from_json(parts["config"], str(run/"config.json"))
-    if summary.get("status") == "running": raise RecordError(f"{run} is still going (or was killed): its summary.json says running")
-    if not summary.get("adapter"): raise RecordError(f"{run} has no adapter (status {summary.get('status')}): its training did not finish")
-    template = next((t for t in (cfg.prompt_template, env.get("prompt", {}).get("template", "auto")) if t != "auto"), None)
+        try:
+            parts[name] = (run / f"{name}.json").read_text(encoding="utf-8")
+        except OSError:
+            raise RecordError(f"{run / name}.json is missing: not a complete run record") from None
+    try:
+        summary, env = dict(json.loads(parts["summary"])), dict(json.loads(parts["environment"]))
+    except (ValueError, TypeError, RecursionError) as e:
+        raise RecordError(f"{run}: summary.json or environment.json is not JSON ({e})") from None
+    if not isinstance(env.get("prompt", {}), dict) or not isinstance(
+        summary.get("adapter", ""), (str, type(None))
+    ):
+        raise RecordError(f"{run}: its environment.json or summary.json is not what a run writes")
+    cfg = config_from_json(parts["config"], str(run / "config.json"))
+    if summary.get("status") == "running":
+        raise RecordError(f"{run} is still going (or was killed): its summary.json says running")
+    if not summary.get("adapter"):
+        raise RecordError(
+            f"{run} has no adapter (status {summary.get('status')}): its training did not finish"
+        )
+    template = next(
+        (t for t in (cfg.prompt_template, env.get("prompt", {}).get("template", "auto")) if t != "auto"), None
+    )
     template = template or asked_wording(run) or _taught_wording(cfg) or "auto"
     # the very commit, also where its branch has moved since
-    if isinstance(summary.get("base"), dict) and summary["base"].get("commit"): changes = dict(model_revision=summary["base"]["commit"]) | changes
-    return run, cfg.replace(**changes) if changes else cfg, project_root()/summary["adapter"], template
+    if isinstance(summary.get("base"), dict) and summary["base"].get("commit"):
+        changes = dict(model_revision=summary["base"]["commit"]) | changes
+    return run, cfg.replace(**changes) if changes else cfg, project_root() / summary["adapter"], template
 
-def asked_wording(run:Path, # a run's folder
-                  ) -> str|None: # a name in `PROMPTS`; None where no wording gives the questions that were asked, or none was asked
+
+def asked_wording(
+    run: Path,  # a run's folder
+) -> (
+    str | None
+):  # a name in `PROMPTS`; None where no wording gives the questions that were asked, or none was asked
     "The wording of a run's predictions, found by their `prompt_hash`: older records name it only where the evaluation rows did."
-    path = run/"predictions.jsonl"
-    if not path.is_file(): return None
+    path = run / "predictions.jsonl"
+    if not path.is_file():
+        return None
     preds = read_predictions(path)
-    def asked(p, t): return p.get("prompt_hash") == prompt_hash(prompt_messages(str(p.get("premise")), str(p.get("hypothesis")), t))
+
+    def asked(p, t):
+        return p.get("prompt_hash") == prompt_hash(
+            prompt_messages(str(p.get("premise")), str(p.get("hypothesis")), t)
+        )
+
     return next((t for t in PROMPTS if all(asked(p, t) for p in preds)), None)
+
 
 def _taught_wording(cfg):
     "The wording of the run's training rows, where they are still there."
-    if not cfg.path("train_data").is_file(): return None
-    return template_of(r for r in read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows) if "prompt" in r)
+    if not cfg.path("train_data").is_file():
+        return None
+    return template_of(
+        r for r in read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows) if "prompt" in r
+    )
 
-def check_recorded_base(run:Path, cfg): # a run's folder; its Config
+
+def check_recorded_base(run: Path, cfg):  # a run's folder; its Config
     "Raise `RecordError` where `model_id` no longer holds the weights that a record was made with; older records name none."
     from nli_ft.model import check_base
-    check_base(cfg, json.loads((run/"summary.json").read_text(encoding="utf-8")).get("base"), f"the run {run}")
+
+    check_base(
+        cfg, json.loads((run / "summary.json").read_text(encoding="utf-8")).get("base"), f"the run {run}"
+    )
 
 # %% ../nbs/06_evaluate.ipynb #69be4522
-def question(row:dict, # a row with premise and hypothesis, maybe with a prompt
-             template:str, # the run's prompt wording; "auto" when it has no name
-             ) -> dict: # the row with `prompt`
+def question(
+    row: dict,  # a row with premise and hypothesis, maybe with a prompt
+    template: str,  # the run's prompt wording; "auto" when it has no name
+) -> dict:  # the row with `prompt`
     "A row as the run's model is asked it: with its own prompt, else in the wording that the run was trained on."
-    if "prompt" in row: return row
+    if "prompt" in row:
+        return row
     _refuse_unnamed(template)
     return dict(row, prompt=prompt_messages(row["premise"], row["hypothesis"], template))
 
-def _refuse_unnamed(template):
-    if template != "auto": return
-    raise DataError("the run was trained on a prompt wording that has no name (it is not one of " + ", ".join(PROMPTS) + "), so pairs cannot be asked in it; "
-                    "give rows that carry their `prompt` to nli_evaluate")
 
-def evaluation_rows(path, # data file: SFT rows, `text` rows, or labelled pairs
-                    cfg, template:str, # Config of the run; its prompt wording
-                    contract:str|None=None, # what the labels mean, for rows that do not say
-                    layout:dict|None=None, # dataset, columns, words, names of `source_pairs`, for a file in its own columns
-                    ) -> list: # SFT rows, `max_eval_samples` of them, evenly spaced
+def _refuse_unnamed(template):
+    if template != "auto":
+        return
+    raise DataError(
+        "the run was trained on a prompt wording that has no name (it is not one of "
+        + ", ".join(PROMPTS)
+        + "), so pairs cannot be asked in it; "
+        "give rows that carry their `prompt` to nli_evaluate"
+    )
+
+
+def evaluation_rows(
+    path,  # data file: SFT rows, `text` rows, or labelled pairs
+    cfg,
+    template: str,  # Config of the run; its prompt wording
+    contract: str | None = None,  # what the labels mean, for rows that do not say
+    layout: dict
+    | None = None,  # dataset, columns, words, names of `source_pairs`, for a file in its own columns
+) -> list:  # SFT rows, `max_eval_samples` of them, evenly spaced
     "Rows to be scored; `DataError` for unusable ones. A wording named in the config replaces the rows' own."
-    if layout: rows = list(source_pairs(path, contract=contract, max_bad=cfg.max_bad_rows, **layout))
-    else: rows = read_rows(path, max_bad=cfg.max_bad_rows, contract=contract)
+    if layout:
+        rows = list(source_pairs(path, contract=contract, max_bad=cfg.max_bad_rows, **layout))
+    else:
+        rows = read_rows(path, max_bad=cfg.max_bad_rows, contract=contract)
     rows = spread(rows, cfg.max_eval_samples)
-    if cfg.prompt_template != "auto": rows = [{k: v for k, v in r.items() if k != "prompt"} for r in rows]
+    if cfg.prompt_template != "auto":
+        rows = [{k: v for k, v in r.items() if k != "prompt"} for r in rows]
     return [question(r, template) for r in rows]
 
 # %% ../nbs/06_evaluate.ipynb #7b5de41c
-def evaluation_dir(run:Path, data, own:bool, mode:str, untuned:bool, budget:int|None=None, engine:str="transformers") -> Path: # the folder that holds predictions.jsonl and report.json
+def evaluation_dir(
+    run: Path,
+    data,
+    own: bool,
+    mode: str,
+    untuned: bool,
+    budget: int | None = None,
+    engine: str = "transformers",
+) -> Path:  # the folder that holds predictions.jsonl and report.json
     "The run's own folder for its own data, decoded as in training; a folder below `evaluations/` for everything else."
-    if own and mode == "cot" and not untuned and budget is None and engine == "transformers": return run
-    name = [Path(data).stem, hashlib.sha256(Path(data).read_bytes()).hexdigest()[:8], mode.replace(":", "")] + ["untuned"] * untuned + [f"tokens{budget}"] * (budget is not None) + [engine] * (engine != "transformers")
-    return run/"evaluations"/"-".join(name)
+    if own and mode == "cot" and not untuned and budget is None and engine == "transformers":
+        return run
+    name = (
+        [Path(data).stem, hashlib.sha256(Path(data).read_bytes()).hexdigest()[:8], mode.replace(":", "")]
+        + ["untuned"] * untuned
+        + [f"tokens{budget}"] * (budget is not None)
+        + [engine] * (engine != "transformers")
+    )
+    return run / "evaluations" / "-".join(name)
+
 
 def _changes(ns):
-    return {k: v for k in ("eval_batch_size", "max_new_tokens", "max_eval_samples", "device") if (v := getattr(ns, k, None)) is not None}
+    return {
+        k: v
+        for k in ("eval_batch_size", "max_new_tokens", "max_eval_samples", "device")
+        if (v := getattr(ns, k, None)) is not None
+    }
+
 
 def _model_args(p):
     p.add_argument("--run", required=True, metavar="DIR", help="a run's folder, runs/<config>/<run_id>")
-    p.add_argument("--mode", default="cot", metavar="cot|forced|vote:K", help="generate and parse; score both labels after the thought; majority of K samples")
+    p.add_argument(
+        "--mode",
+        default="cot",
+        metavar="cot|forced|vote:K",
+        help="generate and parse; score both labels after the thought; majority of K samples",
+    )
     p.add_argument("--eval_batch_size", type=int, metavar="N", help="rows generated together [the run's]")
     p.add_argument("--max_new_tokens", type=int, metavar="N", help="token budget of a completion [the run's]")
     p.add_argument("--device", choices=("auto", "cuda", "cpu"), help="where to run [the run's]")
@@ -1675,33 +2703,64 @@ def _model_args(p):
 @command
 def evaluate_cli(argv=None) -> int:
     "Predict a file with a run's model and report scores, intervals, slices and baselines into the record."
-    p = argparse.ArgumentParser(prog="nli_evaluate", description=evaluate_cli.__doc__, epilog="example: nli_evaluate --run runs/cpu_demo/… --mode forced")
+    p = argparse.ArgumentParser(
+        prog="nli_evaluate",
+        description=evaluate_cli.__doc__,
+        epilog="example: nli_evaluate --run runs/cpu_demo/… --mode forced",
+    )
     _model_args(p)
     p.add_argument("--data", metavar="FILE", help="rows to score [the run's eval_data]")
-    p.add_argument("--contract", choices=CONTRACTS, help="what the labels of --data mean, for rows that do not say")
-    p.add_argument("--dataset", choices=SOURCES, help="--data is a file of this public set, in its own columns")
+    p.add_argument(
+        "--contract", choices=CONTRACTS, help="what the labels of --data mean, for rows that do not say"
+    )
+    p.add_argument(
+        "--dataset", choices=SOURCES, help="--data is a file of this public set, in its own columns"
+    )
     layout_args(p)
-    p.add_argument("--max_eval_samples", type=int, metavar="N", help="score only N rows, evenly spaced [the run's]")
+    p.add_argument(
+        "--max_eval_samples", type=int, metavar="N", help="score only N rows, evenly spaced [the run's]"
+    )
     p.add_argument("--untuned", action="store_true", help="ask the base model without the adapter")
-    p.add_argument("--probe", type=int, default=0, metavar="N", help="also probe faithfulness on N rows: cut, swap, remove the thought")
-    p.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="what generates; vllm: on a CUDA GPU, mode cot only, after `pip install -e .[vllm]`")
+    p.add_argument(
+        "--probe",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also probe faithfulness on N rows: cut, swap, remove the thought",
+    )
+    p.add_argument(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="what generates; vllm: on a CUDA GPU, mode cot only, after `pip install -e .[vllm]`",
+    )
     p.add_argument("--json", action="store_true", help="print the report as JSON")
     ns = p.parse_args(argv)
     parse_mode(ns.mode)
-    if ns.engine == "vllm" and (ns.mode != "cot" or ns.probe): raise ConfigError(f"--engine vllm has mode cot only; {'--probe' if ns.probe else '--mode ' + ns.mode} needs --engine transformers")
+    if ns.engine == "vllm" and (ns.mode != "cot" or ns.probe):
+        raise ConfigError(
+            f"--engine vllm has mode cot only; {'--probe' if ns.probe else '--mode ' + ns.mode} needs --engine transformers"
+        )
     run, cfg, adapter, template = open_run(ns.run, **_changes(ns))
-    if ns.probe and cfg.completion != "cot": raise DataError(f"--probe changes the thought before the label; with completion={cfg.completion} there is none")
+    if ns.probe and cfg.completion != "cot":
+        raise DataError(
+            f"--probe changes the thought before the label; with completion={cfg.completion} there is none"
+        )
     layout = {k: v for k in ("dataset", "columns", "words", "names") if (v := getattr(ns, k)) is not None}
     if ns.data is None and (layout or ns.contract):
-        raise ConfigError("--contract, --dataset, --columns, --map and --names say how --data is read: name the file "
-                          "with it")
+        raise ConfigError(
+            "--contract, --dataset, --columns, --map and --names say how --data is read: name the file "
+            "with it"
+        )
     own = ns.data is None or Path(ns.data).resolve() == cfg.path("eval_data").resolve()
     data = cfg.path("eval_data") if own else Path(ns.data)
     rows = evaluation_rows(data, cfg, template, ns.contract, layout)
     out = evaluation_dir(run, data, own, ns.mode, ns.untuned, ns.max_new_tokens, ns.engine)
-    resume_predictions(out/"predictions.jsonl", rows, ns.mode, ns.engine)         # other rows or another mode: said before the model is loaded
+    resume_predictions(
+        out / "predictions.jsonl", rows, ns.mode, ns.engine
+    )  # other rows or another mode: said before the model is loaded
     train = _learnt_pairs(cfg) if cfg.path("train_data").is_file() else None
-    untuned = dict(before=run/"predictions_before.jsonl", forced=run/"predictions_before_forced.jsonl")
+    untuned = dict(before=run / "predictions_before.jsonl", forced=run / "predictions_before_forced.jsonl")
     untuned = {k: read_predictions(p) for k, p in untuned.items() if out == run and p.is_file()}
     preds, extra = _predict_and_probe(cfg, None if ns.untuned else adapter, rows, out, ns)
     extra["leakage"] = leakage(train, rows) if train else None
@@ -1710,129 +2769,206 @@ def evaluate_cli(argv=None) -> int:
         print(json.dumps(made, ensure_ascii=False))
         return 0
     print(report_text(made))
-    if ns.probe: print("\n" + _probe_text(made["probe"]))
-    if train is None: print(f"\nno shortcut baselines: {cfg.train_data} is not there to learn them from")
-    for sentence in leakage_text(extra["leakage"]): print(f"\nWARNING: {sentence}")
+    if ns.probe:
+        print("\n" + _probe_text(made["probe"]))
+    if train is None:
+        print(f"\nno shortcut baselines: {cfg.train_data} is not there to learn them from")
+    for sentence in leakage_text(extra["leakage"]):
+        print(f"\nWARNING: {sentence}")
     print(f"\n{os.path.relpath(out)}: predictions.jsonl, report.json and plots")
     return 0
+
 
 def _learnt_pairs(cfg):
     "The pairs the run learnt from, so that the baselines learn from no others."
     rows = read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows)
-    return spread([r for r in rows if cfg.data_strategy != "correct_only" or r.get("source") != "reflection"], cfg.max_train_samples)
+    return spread(
+        [r for r in rows if cfg.data_strategy != "correct_only" or r.get("source") != "reflection"],
+        cfg.max_train_samples,
+    )
+
 
 def _predict_and_probe(cfg, adapter, rows, out, ns):
     "Predictions and what else the report says; the model is loaded only when something is left to ask."
-    path, mode = out/"predictions.jsonl", ns.mode
+    path, mode = out / "predictions.jsonl", ns.mode
     extra = dict(mode=mode, untuned=ns.untuned, engine=ns.engine)
-    if len(done := resume_predictions(path, rows, mode, ns.engine)) == len(rows) and not ns.probe: return [done[r["id"]] for r in rows], extra
-    if len(done) < len(rows): (out/"report.json").unlink(missing_ok=True)   # it tells of fewer rows
+    if len(done := resume_predictions(path, rows, mode, ns.engine)) == len(rows) and not ns.probe:
+        return [done[r["id"]] for r in rows], extra
+    if len(done) < len(rows):
+        (out / "report.json").unlink(missing_ok=True)  # it tells of fewer rows
     from nli_ft.model import load_for_inference, load_tokenizer
+
     check_recorded_base(Path(ns.run), cfg)
     if ns.engine == "vllm":
         engine = vllm_engine(cfg, adapter)
         return predict_rows_vllm(engine, load_tokenizer(cfg), rows, cfg, out=path), extra
     tok, model = load_tokenizer(cfg), load_for_inference(cfg, adapter)
     preds = predict_rows(model, tok, rows, cfg, out=path, mode=mode)
-    try: return preds, extra | (dict(probe=probe_thoughts(model, tok, rows, preds, cfg, ns.probe)) if ns.probe else {})
-    except DataError as e: return preds, extra | dict(probe=dict(n=0, why=str(e)))      # the scores stand without it
+    try:
+        return preds, extra | (
+            dict(probe=probe_thoughts(model, tok, rows, preds, cfg, ns.probe)) if ns.probe else {}
+        )
+    except DataError as e:
+        return preds, extra | dict(probe=dict(n=0, why=str(e)))  # the scores stand without it
+
 
 def _probe_text(probe):
-    if not probe["n"]: return f"no probe: {probe['why']}"
-    return f"labels that change, of {probe['n']}, when the thought is " + ", ".join(f"{k} {v['changed']:.3f} {_interval(v['changed_ci'])}" for k, v in probe.items() if k != "n")
+    if not probe["n"]:
+        return f"no probe: {probe['why']}"
+    return f"labels that change, of {probe['n']}, when the thought is " + ", ".join(
+        f"{k} {v['changed']:.3f} {_interval(v['changed_ci'])}" for k, v in probe.items() if k != "n"
+    )
 
 # %% ../nbs/06_evaluate.ipynb #b63fcb18
 ANSWER_COLUMNS = ("predicted_label", "p_entail", "outcome", "thought_process", "problem")
 
-def read_pairs(path, # a table or JSON Lines, as `nli_data` reads them
-               columns:dict|None=None, # premise, hypothesis -> the file's own name
-               ) -> tuple: # (column names, rows as dicts of text with `premise` and `hypothesis` among their keys)
+
+def read_pairs(
+    path,  # a table or JSON Lines, as `nli_data` reads them
+    columns: dict | None = None,  # premise, hypothesis -> the file's own name
+) -> tuple:  # (column names, rows as dicts of text with `premise` and `hypothesis` among their keys)
     """Pairs to be predicted, everything else in the file kept. `DataError` says why a file cannot be read.
 
     A row that is no row (too many cells, not JSON) has its fault under `problem`, and as much of its text as there is."""
-    if file_format(path) == "table": names, rows = _table_pairs(path)
-    else: names, rows = _record_pairs(path)
-    if not rows: raise DataError(f"{path}: holds no rows; its first line names {', '.join(names) or 'nothing'}")
-    if any(re.search("[\ud800-\udfff]", v) for r in [dict.fromkeys(names, ""), *rows] for kv in r.items() for v in kv):
+    if file_format(path) == "table":
+        names, rows = _table_pairs(path)
+    else:
+        names, rows = _record_pairs(path)
+    if not rows:
+        raise DataError(f"{path}: holds no rows; its first line names {', '.join(names) or 'nothing'}")
+    if any(
+        re.search("[\ud800-\udfff]", v)
+        for r in [dict.fromkeys(names, ""), *rows]
+        for kv in r.items()
+        for v in kv
+    ):
         raise DataError(f"{path}: is not UTF-8; {encoding_hint(path) or 'it escapes half a character'}")
-    if clash := [n for n in names if n in ANSWER_COLUMNS]: raise DataError(f"{path} already has a column {clash[0]!r}, which the predictions would overwrite; rename it")
+    if clash := [n for n in names if n in ANSWER_COLUMNS]:
+        raise DataError(
+            f"{path} already has a column {clash[0]!r}, which the predictions would overwrite; rename it"
+        )
     for want in ("premise", "hypothesis"):
         column = _pair_column(names, want, columns or {}, path)
         if column != want and want in names:
-            raise DataError(f"{path}: has a column {want!r} beside {column!r}, which --columns names; rename it")
-        for row in rows: row[want] = row.get(column, "")
+            raise DataError(
+                f"{path}: has a column {want!r} beside {column!r}, which --columns names; rename it"
+            )
+        for row in rows:
+            row[want] = row.get(column, "")
     return names, rows
+
 
 def _pair_column(names, want, columns, path):
     "The column that holds the premise or hypothesis."
     wanted = [columns[want]] if want in columns else PAIR_NAMES[want]
     column = find_column(names, wanted, path)
-    if column is not None: return column
-    raise DataError(f"{path} has no column {' or '.join(map(repr, wanted))}; its first line names "
-                    f"{', '.join(names) or 'nothing'}; "
-                    "say which is which with --columns premise=…,hypothesis=…")
+    if column is not None:
+        return column
+    raise DataError(
+        f"{path} has no column {' or '.join(map(repr, wanted))}; its first line names "
+        f"{', '.join(names) or 'nothing'}; "
+        "say which is which with --columns premise=…,hypothesis=…"
+    )
+
 
 def _table_pairs(path):
     "Column names and rows of a table. A row wider or narrower than the header keeps the cells that have a column."
     names, rows = None, []
     for line, cells in faults_named(path, table_rows(path)):
         fault = None
-        if isinstance(cells, ValueError): cells, fault = [], str(cells)
+        if isinstance(cells, ValueError):
+            cells, fault = [], str(cells)
         elif names is None:
             names = [c.strip() for c in cells]
             twice = [c for c, n in Counter(names).items() if n > 1]
             if twice:
-                raise DataError(f"{path}: names the column {twice[0]!r} more than once; found: {', '.join(names)}")
+                raise DataError(
+                    f"{path}: names the column {twice[0]!r} more than once; found: {', '.join(names)}"
+                )
             continue
-        elif len(cells) != len(names): fault = f"{width_fault(cells, names)}; the fields: {cells!r}"
-        if names is None: raise DataError(f"{path}:{line}: the header cannot be read: {fault}")
+        elif len(cells) != len(names):
+            fault = f"{width_fault(cells, names)}; the fields: {cells!r}"
+        if names is None:
+            raise DataError(f"{path}:{line}: the header cannot be read: {fault}")
         row = dict.fromkeys(names, "") | dict(zip(names, cells))
         rows.append(row | dict(problem=f"line {line}: {fault}") if fault else row)
     return names or [], rows
 
-def _cell(value): return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+def _cell(value):
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
 
 def _record_pairs(path):
     "Column names and rows of JSON Lines or Parquet; what is no text becomes JSON."
     rows = []
     for line, record in records(path):
-        if isinstance(record, ValueError): rows.append(dict(problem=f"line {line}: {record}"))
-        else: rows.append({k: _cell(v) for k, v in record.items() if v is not None})
+        if isinstance(record, ValueError):
+            rows.append(dict(problem=f"line {line}: {record}"))
+        else:
+            rows.append({k: _cell(v) for k, v in record.items() if v is not None})
     names = list(dict.fromkeys(k for r in rows for k in r if "problem" not in r or len(r) > 1))
     return names, rows
 
 # %% ../nbs/06_evaluate.ipynb #a5e81134
-def answer_pairs(model, tok, pairs:list, cfg, # model; tokenizer; dicts with premise and hypothesis; Config
-                 template:str, # prompt wording
-                 mode:str="cot", progress:bool=True, # as in `predict_rows`
-                 ) -> list: # one dict per pair, in order, with the keys of `ANSWER_COLUMNS`
+def answer_pairs(
+    model,
+    tok,
+    pairs: list,
+    cfg,  # model; tokenizer; dicts with premise and hypothesis; Config
+    template: str,  # prompt wording
+    mode: str = "cot",
+    progress: bool = True,  # as in `predict_rows`
+) -> list:  # one dict per pair, in order, with the keys of `ANSWER_COLUMNS`
     "Predict unlabelled pairs; a pair that cannot be asked gets the outcome bad_input and says why."
     asked, answers = [], [dict.fromkeys(ANSWER_COLUMNS) for _ in pairs]
     for i, pair in enumerate(pairs):
         try:
-            if pair.get("problem"): raise DataError(pair["problem"])
-            if empty := [k for k in ("premise", "hypothesis") if not pair[k].strip()]: raise DataError(f"the {empty[0]} is empty")
+            if pair.get("problem"):
+                raise DataError(pair["problem"])
+            if empty := [k for k in ("premise", "hypothesis") if not pair[k].strip()]:
+                raise DataError(f"the {empty[0]} is empty")
             row = question(dict(id=i, premise=pair["premise"], hypothesis=pair["hypothesis"]), template)
             _check_prompts(model, [encode_prompt(tok, row["prompt"])], cfg.max_new_tokens)
             asked.append(row)
-        except DataError as e: answers[i].update(outcome="bad_input", problem=str(e))
+        except DataError as e:
+            answers[i].update(outcome="bad_input", problem=str(e))
     for p in predict_rows(model, tok, asked, cfg, progress=progress, mode=mode) if asked else []:
-        answers[p["id"]].update({k: p[k] for k in ANSWER_COLUMNS if k in p}, problem=None if p["predicted_label"] is not None else "no label in the completion")
+        answers[p["id"]].update(
+            {k: p[k] for k in ANSWER_COLUMNS if k in p},
+            problem=None if p["predicted_label"] is not None else "no label in the completion",
+        )
     return answers
 
 # %% ../nbs/06_evaluate.ipynb #5509065b
 @command
 def predict_cli(argv=None) -> int:
     "Ask a run's model about one pair, or about every row of a CSV file."
-    p = argparse.ArgumentParser(prog="nli_predict", description=predict_cli.__doc__, epilog='example: nli_predict --run runs/cpu_demo/… --premise "A dog runs." --hypothesis "An animal runs."')
+    p = argparse.ArgumentParser(
+        prog="nli_predict",
+        description=predict_cli.__doc__,
+        epilog='example: nli_predict --run runs/cpu_demo/… --premise "A dog runs." --hypothesis "An animal runs."',
+    )
     _model_args(p)
     p.add_argument("--premise", metavar="TEXT")
     p.add_argument("--hypothesis", metavar="TEXT")
-    p.add_argument("--csv", metavar="FILE", help="table (comma, semicolon, tab) or JSON Lines with the columns premise "
-                                                 "and hypothesis, or sentence1 and sentence2; others are kept")
-    p.add_argument("--columns", type=column_option, metavar="premise=A,hypothesis=B",
-                   help="the file's own names of the two")
-    p.add_argument("--output", metavar="FILE", help="table to write (CSV), with the columns " + ", ".join(ANSWER_COLUMNS) + " added")
+    p.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="table (comma, semicolon, tab) or JSON Lines with the columns premise "
+        "and hypothesis, or sentence1 and sentence2; others are kept",
+    )
+    p.add_argument(
+        "--columns",
+        type=column_option,
+        metavar="premise=A,hypothesis=B",
+        help="the file's own names of the two",
+    )
+    p.add_argument(
+        "--output",
+        metavar="FILE",
+        help="table to write (CSV), with the columns " + ", ".join(ANSWER_COLUMNS) + " added",
+    )
     p.add_argument("--json", action="store_true", help="print the answer to one pair as JSON")
     ns = p.parse_args(argv)
     parse_mode(ns.mode)
@@ -1840,28 +2976,51 @@ def predict_cli(argv=None) -> int:
     run, cfg, adapter, template = open_run(ns.run, **_changes(ns))
     _refuse_unnamed(template)
     from nli_ft.model import load_for_inference, load_tokenizer
+
     check_recorded_base(run, cfg)
-    answers = answer_pairs(load_for_inference(cfg, adapter), load_tokenizer(cfg), pairs, cfg, template, ns.mode, progress=bool(ns.csv))
-    if ns.csv: _write_answers(ns.output, names, pairs, answers)
+    answers = answer_pairs(
+        load_for_inference(cfg, adapter),
+        load_tokenizer(cfg),
+        pairs,
+        cfg,
+        template,
+        ns.mode,
+        progress=bool(ns.csv),
+    )
+    if ns.csv:
+        _write_answers(ns.output, names, pairs, answers)
     failed = sum(a["predicted_label"] is None for a in answers)
-    print(f"{ns.output}: {len(answers)} rows, {failed} without an answer" if ns.csv else json.dumps(answers[0], ensure_ascii=False) if ns.json else _one_answer(answers[0]))
+    print(
+        f"{ns.output}: {len(answers)} rows, {failed} without an answer"
+        if ns.csv
+        else json.dumps(answers[0], ensure_ascii=False)
+        if ns.json
+        else _one_answer(answers[0])
+    )
     return int(failed > 0 and not ns.csv)
 
 # %% ../nbs/06_evaluate.ipynb #fb3452a4
 def _asked_pairs(ns):
     "Column names and pairs of the command line."
     if ns.csv:
-        if ns.premise or ns.hypothesis or ns.json or not ns.output: raise DataError("--csv goes with --output, and without --premise, --hypothesis and --json")
-        if Path(ns.output).exists(): raise DataError(f"{ns.output} exists and is not overwritten; name another --output")
+        if ns.premise or ns.hypothesis or ns.json or not ns.output:
+            raise DataError("--csv goes with --output, and without --premise, --hypothesis and --json")
+        if Path(ns.output).exists():
+            raise DataError(f"{ns.output} exists and is not overwritten; name another --output")
         return read_pairs(ns.csv, ns.columns)
     if not (ns.premise and ns.hypothesis) or ns.output or ns.columns:
         raise DataError("give --premise and --hypothesis, or --csv and --output")
     return [], [{k: typed_text(getattr(ns, k), f"--{k}") for k in ("premise", "hypothesis")}]
 
+
 def _one_answer(a):
-    if a["predicted_label"] is None: return f"no answer ({a['outcome']}): {a['problem']}"
+    if a["predicted_label"] is None:
+        return f"no answer ({a['outcome']}): {a['problem']}"
     label = f"label: {a['predicted_label']} ({'entailment' if a['predicted_label'] else 'not entailment'})"
-    return "\n".join([label, f"p(entailment): {_number(a['p_entail'])}", f"reasoning: {a['thought_process'] or '–'}"])
+    return "\n".join(
+        [label, f"p(entailment): {_number(a['p_entail'])}", f"reasoning: {a['thought_process'] or '–'}"]
+    )
+
 
 def _write_answers(path, names, pairs, answers):
     part = Path(f"{path}.part")
@@ -1873,4 +3032,5 @@ def _write_answers(path, names, pairs, answers):
 
 # %% ../nbs/06_evaluate.ipynb #3e894686
 #| eval: false
-if __name__ == "__main__" and "__file__" in globals(): evaluate_cli()
+if __name__ == "__main__" and "__file__" in globals():
+    evaluate_cli()

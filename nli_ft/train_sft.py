@@ -18,6 +18,7 @@ if __name__ == "__main__" and "__file__" in globals() and not __package__:
     # started by its path, as `accelerate launch nli_ft/train_sft.py`: go on as the module, whose imports are relative
     import runpy, sys
     from pathlib import Path
+
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     runpy.run_module("nli_ft.train_sft", run_name="__main__", alter_sys=True)
     raise SystemExit
@@ -28,211 +29,405 @@ from array import array
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .config_loader import (Config, ConfigError, DataError, NliError, add_config_args, can_be_written, command, config_from_args, config_names,
-                                  RecordError, load_config, outlives_its_reader, print_config, project_root, result_values, stop_signals)
+from nli_ft.config_loader import (
+    Config,
+    ConfigError,
+    DataError,
+    NliError,
+    add_config_args,
+    can_be_written,
+    command,
+    config_from_args,
+    config_names,
+    RecordError,
+    load_config,
+    outlives_its_reader,
+    print_config,
+    project_root,
+    result_values,
+    stop_signals,
+)
 from .corpus import outdated, write_corpus
-from .data import (MANIFEST, atomic_writer, damage, leakage, leakage_text, read_rows, refuse_equal_files,
-                         refuse_leaked, render_completion, seal, shuffle_thoughts, spread, template_of)
-from .evaluate import (BLUE, GREY, ORANGE, check_recorded_base, evaluation_rows, for_inference,
-                             force_predictions, new_figure, open_run, predict_rows, question, read_predictions, score)
-from .prompt import LABEL, PROMPT, encode_prompt, encode_rows, end_of_turn, mask_text, mistral_reference, parse_completion, prompt_form
-from .records import Interrupted, TrainingStopped, append_metrics, close_failed, finish_run, model_card, note, run_command, start_run
+from nli_ft.data import (
+    MANIFEST,
+    atomic_writer,
+    damage,
+    leakage,
+    leakage_text,
+    read_rows,
+    refuse_equal_files,
+    refuse_leaked,
+    render_completion,
+    seal,
+    shuffle_thoughts,
+    spread,
+    template_of,
+)
+from nli_ft.evaluate import (
+    BLUE,
+    GREY,
+    ORANGE,
+    check_recorded_base,
+    evaluation_rows,
+    for_inference,
+    force_predictions,
+    new_figure,
+    open_run,
+    predict_rows,
+    question,
+    read_predictions,
+    score,
+)
+from nli_ft.prompt import (
+    LABEL,
+    PROMPT,
+    encode_prompt,
+    encode_rows,
+    end_of_turn,
+    mask_text,
+    mistral_reference,
+    parse_completion,
+    prompt_form,
+)
+from nli_ft.records import (
+    Interrupted,
+    TrainingStopped,
+    append_metrics,
+    close_failed,
+    finish_run,
+    model_card,
+    note,
+    run_command,
+    start_run,
+)
 
 # %% ../nbs/08_train_sft.ipynb #ba18503c
 _INFO = "resume.json"  # step, time and facts of a checkpoint; hashed like its other files
 
+
 def _info(folder):
     "What a checkpoint says of itself, or None where it was not saved to its end."
-    try: return json.loads((Path(folder)/_INFO).read_text(encoding="utf-8")) if (Path(folder)/MANIFEST).is_file() else None
-    except (OSError, ValueError): return None
+    try:
+        return (
+            json.loads((Path(folder) / _INFO).read_text(encoding="utf-8"))
+            if (Path(folder) / MANIFEST).is_file()
+            else None
+        )
+    except (OSError, ValueError):
+        return None
 
-def step_of(folder) -> int: # of `checkpoint-10` 10; -1 where the name says none, as that of a copy `checkpoint-10.bak`
+
+def step_of(
+    folder,
+) -> int:  # of `checkpoint-10` 10; -1 where the name says none, as that of a copy `checkpoint-10.bak`
     "Optimizer steps that a checkpoint has behind it, by the name of its folder."
     number = re.fullmatch(r"checkpoint-(\d+)", Path(folder).name)
     return int(number[1]) if number else -1
+
 
 def _saved(folder):
     "When a checkpoint was saved by its own account, else when its folder was changed."
     return (_info(folder) or {}).get("saved", folder.stat().st_mtime)
 
-def newest_checkpoint(folders, # checkpoint folders
-                      say=print, # called with a line for every newer one that is passed over
-                     ): # Path, or None
+
+def newest_checkpoint(
+    folders,  # checkpoint folders
+    say=print,  # called with a line for every newer one that is passed over
+):  # Path, or None
     """The newest whole checkpoint of several. Within the folder of one run it is the one with the most steps, whatever the clock said; of several
     runs, one of the run that saved last by its own account: copying a folder changes the times of the file system."""
     runs = {}
     for f in map(Path, folders):
-        if step_of(f) >= 0: runs.setdefault(f.parent, []).append(f)
+        if step_of(f) >= 0:
+            runs.setdefault(f.parent, []).append(f)
     by_time = sorted(runs.values(), key=lambda fs: max(map(_saved, fs)), reverse=True)
     for f in (f for fs in by_time for f in sorted(fs, key=step_of, reverse=True)):
-        if (wrong := damage(f)) is None: return f
+        if (wrong := damage(f)) is None:
+            return f
         say(f"passed over {os.path.relpath(f, project_root())}: {wrong}")
 
-def rotate_checkpoints(folder, # of a run's checkpoints
-                       limit:int|None, # how many are kept; None: all
-                       keep:tuple, # those that stay in any case: the one just saved, the best one; None among them is nothing
-                      ):
+
+def rotate_checkpoints(
+    folder,  # of a run's checkpoints
+    limit: int | None,  # how many are kept; None: all
+    keep: tuple,  # those that stay in any case: the one just saved, the best one; None among them is nothing
+):
     "Delete the checkpoints with the fewest steps. Only folders named as a checkpoint count: a copy under another name is its owner's."
-    if limit is None: return
-    there = sorted((f for f in Path(folder).glob("checkpoint-*") if f.is_dir() and step_of(f) >= 0), key=step_of)
+    if limit is None:
+        return
+    there = sorted(
+        (f for f in Path(folder).glob("checkpoint-*") if f.is_dir() and step_of(f) >= 0), key=step_of
+    )
     kept = {Path(k).resolve() for k in keep if k is not None}
     old = [f for f in there if f.resolve() not in kept]
     room = max(0, limit - (len(there) - len(old)))
-    for f in old[:max(0, len(old) - room)]: shutil.rmtree(f, ignore_errors=True)
+    for f in old[: max(0, len(old) - room)]:
+        shutil.rmtree(f, ignore_errors=True)
 
-def find_checkpoint(cfg:Config, say=lambda line: None): # Path, or None where nothing is to be resumed
+
+def find_checkpoint(cfg: Config, say=lambda line: None):  # Path, or None where nothing is to be resumed
     "The folder that `resume_from_checkpoint` means; `latest` is the newest whole checkpoint of this config and seed. Raises `ConfigError`."
     want = cfg.resume_from_checkpoint
-    if want is None: return None
+    if want is None:
+        return None
     if want != "latest":
         path = cfg.path("resume_from_checkpoint")
-        if not path.is_dir(): raise ConfigError(f"resume_from_checkpoint = {want}: no such folder")
-        if wrong := damage(path): raise ConfigError(f"resume_from_checkpoint = {want} cannot be resumed from: {wrong}. Name another, or say latest")
+        if not path.is_dir():
+            raise ConfigError(f"resume_from_checkpoint = {want}: no such folder")
+        if wrong := damage(path):
+            raise ConfigError(
+                f"resume_from_checkpoint = {want} cannot be resumed from: {wrong}. Name another, or say latest"
+            )
         return path
     # a folder cut off in a save does not say its seed, and is looked at to be able to say so
-    mine = [f for f in cfg.path("output_dir").glob(f"{cfg.name}/*/checkpoint-*") if f.is_dir() and ((i := _info(f)) is None or i["facts"]["config"]["seed"] == cfg.seed)]
+    mine = [
+        f
+        for f in cfg.path("output_dir").glob(f"{cfg.name}/*/checkpoint-*")
+        if f.is_dir() and ((i := _info(f)) is None or i["facts"]["config"]["seed"] == cfg.seed)
+    ]
     found = newest_checkpoint(mine, say)
-    if found is None: raise ConfigError(f"resume_from_checkpoint = latest: no whole checkpoint of config {cfg.name!r} with seed {cfg.seed} under {cfg.output_dir}; "
-                                        "leave resume_from_checkpoint out to start afresh")
+    if found is None:
+        raise ConfigError(
+            f"resume_from_checkpoint = latest: no whole checkpoint of config {cfg.name!r} with seed {cfg.seed} under {cfg.output_dir}; "
+            "leave resume_from_checkpoint out to start afresh"
+        )
     return found
 
 # %% ../nbs/08_train_sft.ipynb #ac85324e
 def _on_cpu():
     "Names of the configs that need neither a GPU nor a hub."
     from nli_ft.model import EMBEDDED
+
     return [n for n in config_names() if load_config(n, check=False).model_id in EMBEDDED]
+
 
 def _missing_data(cfg, key):
     path = cfg.path(key)
-    if os.path.isfile(path) or path.parent == embedded_data(): return []
-    return [f"{key} = {getattr(cfg, key)}: no such file ({path}); `nli_data prepare --thoughts T --reflections R --output FILE` makes training rows, "
-            "`nli_data download --published --output FILE` fetches the published ones (DATA.md)"]
+    if os.path.isfile(path) or path.parent == embedded_data():
+        return []
+    return [
+        f"{key} = {getattr(cfg, key)}: no such file ({path}); `nli_data prepare --thoughts T --reflections R --output FILE` makes training rows, "
+        "`nli_data download --published --output FILE` fetches the published ones (DATA.md)"
+    ]
+
 
 def _missing_model(cfg):
     from nli_ft.model import EMBEDDED, embedded_model
+
     if cfg.model_id in EMBEDDED:
         embedded_model(cfg.model_id)  # converted now if it has to be; says what is missing itself
         return []
     if cfg.model_id.startswith((".", "/", "~")):
         return [] if cfg.path("model_id").is_dir() else [f"model_id = {cfg.model_id}: no such folder"]
     from huggingface_hub import snapshot_download
-    try: snapshot_download(cfg.model_id, revision=cfg.model_revision, local_files_only=True, allow_patterns=["*.json", "*.safetensors"])
-    except Exception: return [f"the weights of {cfg.model_id} are not in the local hub cache; `hf download {cfg.model_id}` gets them "
-                              "(for a gated model accept its licence on the hub and set HF_TOKEN first)"]
+
+    try:
+        snapshot_download(
+            cfg.model_id,
+            revision=cfg.model_revision,
+            local_files_only=True,
+            allow_patterns=["*.json", "*.safetensors"],
+        )
+    except Exception:
+        return [
+            f"the weights of {cfg.model_id} are not in the local hub cache; `hf download {cfg.model_id}` gets them "
+            "(for a gated model accept its licence on the hub and set HF_TOKEN first)"
+        ]
     return []
+
 
 def _missing_or_unusable_model(cfg):
     from nli_ft.model import why_unusable
-    if lacks := _missing_model(cfg): return lacks
+
+    if lacks := _missing_model(cfg):
+        return lacks
     why = why_unusable(cfg)
     return [why] if why else []
+
 
 def _missing_device(cfg):
     import torch
     from nli_ft.model import EMBEDDED
+
     cuda = torch.cuda.is_available()
     if cfg.device == "auto" and not cuda and cfg.model_id not in EMBEDDED:
-        return [f"{cfg.model_id} needs a CUDA GPU and torch sees none (`nvidia-smi` should list one; inside Docker start with --gpus). "
-                f"These configs run on a CPU: {', '.join(_on_cpu())}; --device cpu forces any other onto it"]
-    if not cuda and ("8bit" in cfg.optim or "paged" in cfg.optim): return [f"optim = {cfg.optim} needs a CUDA GPU; use optim=auto"]
+        return [
+            f"{cfg.model_id} needs a CUDA GPU and torch sees none (`nvidia-smi` should list one; inside Docker start with --gpus). "
+            f"These configs run on a CPU: {', '.join(_on_cpu())}; --device cpu forces any other onto it"
+        ]
+    if not cuda and ("8bit" in cfg.optim or "paged" in cfg.optim):
+        return [f"optim = {cfg.optim} needs a CUDA GPU; use optim=auto"]
     return []
+
 
 def _unwritable(cfg, key):
     "Tried, not asked: permissions alone do not tell of a read-only file system or a full disk. Leaves nothing behind."
     there = cfg.path(key)
-    while not os.path.exists(there): there = there.parent
+    while not os.path.exists(there):
+        there = there.parent
     try:
-        with tempfile.NamedTemporaryFile(dir=there) as f: f.write(b" "*4096)
-    except OSError as e: return [f"{key} = {getattr(cfg, key)}: {there} cannot be written ({e.strerror}); choose another {key}"]
+        with tempfile.NamedTemporaryFile(dir=there) as f:
+            f.write(b" " * 4096)
+    except OSError as e:
+        return [
+            f"{key} = {getattr(cfg, key)}: {there} cannot be written ({e.strerror}); choose another {key}"
+        ]
     return []
 
-def trackers(cfg:Config) -> list: # as transformers calls them
+
+def trackers(cfg: Config) -> list:  # as transformers calls them
     "Where metrics are sent beside the record."
-    return ["wandb"]*cfg.use_wandb + [t.strip() for t in (cfg.report_to or "").split(",")]*(cfg.report_to is not None)
+    return ["wandb"] * cfg.use_wandb + [t.strip() for t in (cfg.report_to or "").split(",")] * (
+        cfg.report_to is not None
+    )
+
 
 def _missing_trackers(cfg):
-    if cfg.report_to is None: return []
+    if cfg.report_to is None:
+        return []
     from transformers.integrations import get_available_reporting_integrations
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as known
-    here = {"flyte", "kubeflow", *get_available_reporting_integrations()}  # the first two are services, and no package tells of them
+
+    here = {
+        "flyte",
+        "kubeflow",
+        *get_available_reporting_integrations(),
+    }  # the first two are services, and no package tells of them
     lacks = []
     for t in trackers(cfg):
-        if t not in known: lacks.append(f"report_to = {cfg.report_to}: transformers knows no tracker {t!r}; it knows {', '.join(sorted(set(known) - {'wandb'}))}")
-        elif t not in here: lacks.append(f"report_to = {cfg.report_to}: {t} is not installed here (`pip install {t.replace('_', '-')}`)")
+        if t not in known:
+            lacks.append(
+                f"report_to = {cfg.report_to}: transformers knows no tracker {t!r}; it knows {', '.join(sorted(set(known) - {'wandb'}))}"
+            )
+        elif t not in here:
+            lacks.append(
+                f"report_to = {cfg.report_to}: {t} is not installed here (`pip install {t.replace('_', '-')}`)"
+            )
     return lacks
+
 
 def _missing_for_fsdp(cfg):
     "What FSDP needs where the launcher asks for it. accelerate itself would say nothing on a CPU, and lose the 4-bit weights' scales with FSDP 2."
     from nli_ft.model import device, sharded
-    if not sharded(): return []
+
+    if not sharded():
+        return []
     said, lacks = os.environ.get, []
-    if device(cfg).type == "cpu": lacks.append("FSDP needs CUDA GPUs: on a CPU accelerate shards nothing. Start the processes without --use_fsdp, or without its config file")
-    if said("FSDP_VERSION", "1") != "1": lacks.append(f"fsdp_version {said('FSDP_VERSION')}: 4-bit weights lose their scales when FSDP 2 shards them (huggingface/accelerate issue 3874). Set fsdp_version to 1")
+    if device(cfg).type == "cpu":
+        lacks.append(
+            "FSDP needs CUDA GPUs: on a CPU accelerate shards nothing. Start the processes without --use_fsdp, or without its config file"
+        )
+    if said("FSDP_VERSION", "1") != "1":
+        lacks.append(
+            f"fsdp_version {said('FSDP_VERSION')}: 4-bit weights lose their scales when FSDP 2 shards them (huggingface/accelerate issue 3874). Set fsdp_version to 1"
+        )
     if said("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT") != "FULL_STATE_DICT":
-        lacks.append(f"fsdp_state_dict_type {said('FSDP_STATE_DICT_TYPE')}: a checkpoint would hold no whole adapter. Set it to FULL_STATE_DICT")
+        lacks.append(
+            f"fsdp_state_dict_type {said('FSDP_STATE_DICT_TYPE')}: a checkpoint would hold no whole adapter. Set it to FULL_STATE_DICT"
+        )
     if said("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
-        lacks.append("fsdp_cpu_ram_efficient_loading true: every process needs the scales of the 4-bit weights, and loads them. Set it to false")
-    if "8bit" in cfg.optim or "paged" in cfg.optim: lacks.append(f"optim = {cfg.optim}: the states of bitsandbytes' optimizers cannot be gathered from shards. Use optim=auto")
+        lacks.append(
+            "fsdp_cpu_ram_efficient_loading true: every process needs the scales of the 4-bit weights, and loads them. Set it to false"
+        )
+    if "8bit" in cfg.optim or "paged" in cfg.optim:
+        lacks.append(
+            f"optim = {cfg.optim}: the states of bitsandbytes' optimizers cannot be gathered from shards. Use optim=auto"
+        )
     return lacks
 
+
 def _missing_checkpoint(cfg):
-    try: find_checkpoint(cfg)
-    except ConfigError as e: return [str(e)]
+    try:
+        find_checkpoint(cfg)
+    except ConfigError as e:
+        return [str(e)]
     return []
 
 # %% ../nbs/08_train_sft.ipynb #d8dfd4f2
-def embedded_data() -> Path: # data/embedded
+def embedded_data() -> Path:  # data/embedded
     "Folder of the synthetic corpus that the CPU configs train on; generated on first use."
-    return project_root()/"data"/"embedded"
+    return project_root() / "data" / "embedded"
 
-def set_aside(folder: Path, # data/embedded
-              why: str, # what is not as the generator would write it
-              ) -> Path: # where it lies now
+
+def set_aside(
+    folder: Path,  # data/embedded
+    why: str,  # what is not as the generator would write it
+) -> Path:  # where it lies now
     "Move a corpus that another version made, or somebody changed, out of the way. Nothing of it is lost."
     name = "changed" if "changed" in why or "not there" in why else "of-another-version"
     taken = (folder.with_name(f"{folder.name}-{name}-{i}") for i in itertools.count(1))
     there = next(p for p in taken if not p.exists())
     folder.rename(there)
-    print(f"{folder} is not the corpus that this version makes ({why}); it lies in {there.name} now, and a new one is made", flush=True)
+    print(
+        f"{folder} is not the corpus that this version makes ({why}); it lies in {there.name} now, and a new one is made",
+        flush=True,
+    )
     return there
 
-def make_embedded_data(cfg:Config):
+
+def make_embedded_data(cfg: Config):
     """Generate the synthetic corpus if the config wants it and this version's is not there yet; another version's is set aside, never mixed in.
     Safe against two processes at once."""
     d = embedded_data()
-    if d not in (cfg.path("train_data").parent, cfg.path("eval_data").parent) or (d.exists() and not outdated(d, "demo")): return
+    if d not in (cfg.path("train_data").parent, cfg.path("eval_data").parent) or (
+        d.exists() and not outdated(d, "demo")
+    ):
+        return
     if not can_be_written(d.parent):
-        raise ConfigError(f"{d} is generated on first use and cannot be written; copy the project to a folder of your own, or write the rows elsewhere by "
-                          "`nli_corpus --size demo --out FOLDER` and name them with --train_data and --eval_data")
+        raise ConfigError(
+            f"{d} is generated on first use and cannot be written; copy the project to a folder of your own, or write the rows elsewhere by "
+            "`nli_corpus --size demo --out FOLDER` and name them with --train_data and --eval_data"
+        )
     from filelock import FileLock
+
     d.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(d.parent/".embedded.lock"):
+    with FileLock(d.parent / ".embedded.lock"):
         why = outdated(d, "demo") if d.exists() else None
-        if why: set_aside(d, why)
+        if why:
+            set_aside(d, why)
         if not d.exists():
             tmp = d.with_name(f".embedded-{os.getpid()}")
             write_corpus(tmp, size="demo")
             tmp.rename(d)
 
+
 _gpu = None  # the GPU this process was given
 
-def choose_gpu(cfg:Config):
+
+def choose_gpu(cfg: Config):
     "Make just one GPU visible to a run of one process (`Trainer` would otherwise spread over all of them); must come before CUDA starts."
     global _gpu
-    if _gpu is not None or cfg.distributed_training or "WORLD_SIZE" in os.environ: return
+    if _gpu is not None or cfg.distributed_training or "WORLD_SIZE" in os.environ:
+        return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     ids = visible.split(",") if visible else None
-    if ids and (cfg.gpu_id or 0) >= len(ids): raise ConfigError(f"gpu_id = {cfg.gpu_id}: CUDA_VISIBLE_DEVICES shows {len(ids)} GPUs, counted from 0")
+    if ids and (cfg.gpu_id or 0) >= len(ids):
+        raise ConfigError(
+            f"gpu_id = {cfg.gpu_id}: CUDA_VISIBLE_DEVICES shows {len(ids)} GPUs, counted from 0"
+        )
     _gpu = ids[cfg.gpu_id or 0] if ids else str(cfg.gpu_id or 0)
-    if visible != "": os.environ["CUDA_VISIBLE_DEVICES"] = _gpu
+    if visible != "":
+        os.environ["CUDA_VISIBLE_DEVICES"] = _gpu
 
-def check_ready(cfg:Config):
+
+def check_ready(cfg: Config):
     "Raise `ConfigError` listing everything the run needs and does not have: GPU, weights, data. The embedded corpus is generated here."
     choose_gpu(cfg)
     from nli_ft.model import attention, base_class, base_config, compute_dtype
-    lacks = (_missing_device(cfg) + _missing_or_unusable_model(cfg) + _missing_data(cfg, "train_data") + _missing_data(cfg, "eval_data")
-             + _unwritable(cfg, "runs_dir") + _unwritable(cfg, "output_dir") + _missing_checkpoint(cfg) + _missing_trackers(cfg) + _missing_for_fsdp(cfg))
-    if lacks: raise ConfigError(f"config {cfg.name!r} cannot start here:\n" + "\n".join(f"  - {l}" for l in lacks))
+
+    lacks = (
+        _missing_device(cfg)
+        + _missing_or_unusable_model(cfg)
+        + _missing_data(cfg, "train_data")
+        + _missing_data(cfg, "eval_data")
+        + _unwritable(cfg, "runs_dir")
+        + _unwritable(cfg, "output_dir")
+        + _missing_checkpoint(cfg)
+        + _missing_trackers(cfg)
+        + _missing_for_fsdp(cfg)
+    )
+    if lacks:
+        raise ConfigError(f"config {cfg.name!r} cannot start here:\n" + "\n".join(f"  - {l}" for l in lacks))
     compute_dtype(cfg)
     attention(cfg, family=base_class(base_config(cfg)))
     make_embedded_data(cfg)
@@ -241,123 +436,196 @@ def check_ready(cfg:Config):
 @dataclass
 class Prepared:
     "Everything training and evaluation need, before any weights are loaded."
-    cfg:Config
-    tok:object # the tokenizer
-    train_rows:list # SFT rows that are trained on
-    train:list # their `Encoded`
-    eval_rows:list # rows that are judged, each with its prompt
-    eval:list # `Encoded` of those of them that carry what is trained on: for the evaluation loss
-    dropped:list = field(default_factory=list) # (file key, row id, why)
-    bad:dict = field(default_factory=dict) # file key -> [(line, why)] of unreadable rows tolerated by max_bad_rows
-    template:str|None = None # name of the prompt wording, None if it has none
-    leakage:dict = field(default_factory=dict) # what training and evaluation rows share, see `data.leakage`
+
+    cfg: Config
+    tok: object  # the tokenizer
+    train_rows: list  # SFT rows that are trained on
+    train: list  # their `Encoded`
+    eval_rows: list  # rows that are judged, each with its prompt
+    eval: list  # `Encoded` of those of them that carry what is trained on: for the evaluation loss
+    dropped: list = field(default_factory=list)  # (file key, row id, why)
+    bad: dict = field(
+        default_factory=dict
+    )  # file key -> [(line, why)] of unreadable rows tolerated by max_bad_rows
+    template: str | None = None  # name of the prompt wording, None if it has none
+    leakage: dict = field(default_factory=dict)  # what training and evaluation rows share, see `data.leakage`
 
 # %% ../nbs/08_train_sft.ipynb #3554fdc1
-def training_rows(cfg:Config # train_data, data_strategy, max_train_samples, prompt_template
-                 ) -> tuple: # (SFT rows, unreadable rows)
+def training_rows(
+    cfg: Config,  # train_data, data_strategy, max_train_samples, prompt_template
+) -> tuple:  # (SFT rows, unreadable rows)
     "Rows to train on, after the data strategy; raises `DataError` for a file without completions."
     rows = read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows)
     if rows.kind not in ("sft", "text"):
-        raise DataError(f"{cfg.train_data} holds {rows.kind} rows, which have no prompt and completion; `nli_data prepare` makes training rows of them")
+        raise DataError(
+            f"{cfg.train_data} holds {rows.kind} rows, which have no prompt and completion; `nli_data prepare` makes training rows of them"
+        )
     bad = rows.bad
-    if cfg.data_strategy == "correct_only": rows = [r for r in rows if r["source"] != "reflection"]
-    if not rows: raise DataError(f"{cfg.train_data}: data_strategy={cfg.data_strategy} leaves no row")
+    if cfg.data_strategy == "correct_only":
+        rows = [r for r in rows if r["source"] != "reflection"]
+    if not rows:
+        raise DataError(f"{cfg.train_data}: data_strategy={cfg.data_strategy} leaves no row")
     rows = spread(rows, cfg.max_train_samples)
-    if cfg.data_strategy == "shuffled": rows = shuffle_thoughts(rows, cfg.seed)
-    if cfg.prompt_template != "auto": rows = [question({k: v for k, v in r.items() if k != "prompt"}, cfg.prompt_template) for r in rows]
+    if cfg.data_strategy == "shuffled":
+        rows = shuffle_thoughts(rows, cfg.seed)
+    if cfg.prompt_template != "auto":
+        rows = [question({k: v for k, v in r.items() if k != "prompt"}, cfg.prompt_template) for r in rows]
     return rows, bad
 
 # %% ../nbs/08_train_sft.ipynb #8e5694cd
-def prepare(cfg:Config, tok=None) -> Prepared:
+def prepare(cfg: Config, tok=None) -> Prepared:
     "Read, choose, word and encode the rows of a config; raises `DataError` for rows that cannot be used."
     from nli_ft.model import load_tokenizer
+
     tok = tok or load_tokenizer(cfg)
     rows, bad = training_rows(cfg)
     template = template_of(rows)
     judged = evaluation_rows(cfg.path("eval_data"), cfg, template or "auto")
     if (asked := template_of(judged)) != template:
-        raise DataError(f"training rows are worded by the prompt template {template or 'of their own'!r} and evaluation rows by {asked or 'their own'!r}; "
-                        "set prompt_template to one of them, so that the model is asked what it was taught")
+        raise DataError(
+            f"training rows are worded by the prompt template {template or 'of their own'!r} and evaluation rows by {asked or 'their own'!r}; "
+            "set prompt_template to one of them, so that the model is asked what it was taught"
+        )
     how = dict(completion=cfg.completion, train_on_prompt=cfg.train_on_prompt)
     rows, train, out = encode_rows(tok, rows, cfg.max_seq_length, cfg.too_long, **how)
     dropped = [("train", *d) for d in out]
     whole, encoded = [r for r in judged if cfg.completion == "label_only" or r.get("thought_process")], []
     if cfg.early_stopping_patience is not None and not whole:
-        raise DataError(f"early_stopping_patience = {cfg.early_stopping_patience} needs an evaluation loss, and no row of {cfg.eval_data} has a thought_process, which "
-                        f"completion={cfg.completion} is trained on. Give evaluation rows with thoughts (`nli_data prepare` makes them), or leave early_stopping_patience out")
+        raise DataError(
+            f"early_stopping_patience = {cfg.early_stopping_patience} needs an evaluation loss, and no row of {cfg.eval_data} has a thought_process, which "
+            f"completion={cfg.completion} is trained on. Give evaluation rows with thoughts (`nli_data prepare` makes them), or leave early_stopping_patience out"
+        )
     if whole:  # a row too long for the loss is still judged: generation has no such limit
         _, encoded, out = encode_rows(tok, whole, cfg.max_seq_length, cfg.too_long, **how)
         dropped += [("eval", *d) for d in out]
-    return Prepared(cfg, tok, rows, train, judged, encoded, dropped, {"train": list(bad)}, template, leakage(rows, judged))
+    return Prepared(
+        cfg, tok, rows, train, judged, encoded, dropped, {"train": list(bad)}, template, leakage(rows, judged)
+    )
 
 # %% ../nbs/08_train_sft.ipynb #e0ffa8e5
 def _worst(prep, bad):
     "(ok, detail) of a check given the indices of the rows that fail it."
-    if not bad: return True, f"all {len(prep.train)} training rows"
+    if not bad:
+        return True, f"all {len(prep.train)} training rows"
     return False, f"{len(bad)} of {len(prep.train)} rows, first: row {prep.train_rows[bad[0]]['id']!r}"
+
 
 def _writes_bos(tok):
     "Whether prompts begin with BOS. Many chat templates (Granite's, Phi's) write none, though the tokenizer names one."
-    if prompt_form(tok) == "mistral_instruct": return True
+    if prompt_form(tok) == "mistral_instruct":
+        return True
     return tok.apply_chat_template([dict(role="user", content="x")], tokenize=False).startswith(tok.bos_token)
 
-def proofs(prep:Prepared) -> dict: # what is proved -> (holds, detail)
+
+def proofs(prep: Prepared) -> dict:  # what is proved -> (holds, detail)
     "Check the encoded training rows against what tokenizer and model say about themselves; see the keys."
     from nli_ft.model import base_config
+
     tok, rows = prep.tok, list(zip(prep.train_rows, prep.train))
     bos, end, style = tok.bos_token_id, end_of_turn(tok), prep.cfg.completion
     conf = base_config(prep.cfg).get_text_config()
     embedded, limit = conf.vocab_size, getattr(conf, "max_position_embeddings", None) or math.inf
     begins = bos is not None and _writes_bos(tok)
-    def bos_wrong(e): return bos is not None and (e.input_ids[0] == bos) != begins or e.input_ids[:2] == [bos, bos]
-    def completion_wrong(r, e): return tok.decode(e.input_ids[e.n_prompt:-1]).strip() != render_completion(r["thought_process"], r["label"], style)
-    def label_wrong(r, e): return tok.decode([i for i, k in zip(e.input_ids, e.kind) if k == LABEL]).strip() != str(r["label"])
+
+    def bos_wrong(e):
+        return bos is not None and (e.input_ids[0] == bos) != begins or e.input_ids[:2] == [bos, bos]
+
+    def completion_wrong(r, e):
+        return tok.decode(e.input_ids[e.n_prompt : -1]).strip() != render_completion(
+            r["thought_process"], r["label"], style
+        )
+
+    def label_wrong(r, e):
+        return tok.decode([i for i, k in zip(e.input_ids, e.kind) if k == LABEL]).strip() != str(r["label"])
+
     fails = {
-        "the prompt starts with exactly one BOS" if begins else "the prompt starts without BOS, as its form has it": [i for i, (r, e) in enumerate(rows) if bos_wrong(e)],
+        "the prompt starts with exactly one BOS"
+        if begins
+        else "the prompt starts without BOS, as its form has it": [
+            i for i, (r, e) in enumerate(rows) if bos_wrong(e)
+        ],
         "the end of turn is learned": [i for i, (r, e) in enumerate(rows) if e.labels[-1] != end],
-        "the label is inside the row and has loss": [i for i, (r, e) in enumerate(rows) if label_wrong(r, e)
-                                                     or any(y == -100 for y, k in zip(e.labels, e.kind) if k != PROMPT)],
+        "the label is inside the row and has loss": [
+            i
+            for i, (r, e) in enumerate(rows)
+            if label_wrong(r, e) or any(y == -100 for y, k in zip(e.labels, e.kind) if k != PROMPT)
+        ],
         "trained tokens spell the completion": [i for i, (r, e) in enumerate(rows) if completion_wrong(r, e)],
-        "training prompt ids = inference prompt ids": [i for i, (r, e) in enumerate(rows)
-            if encode_prompt(tok, question(r, prep.template)["prompt"]) != e.input_ids[:e.n_prompt]],
-        "every token has a row in the model's embedding": [i for i, (r, e) in enumerate(rows) if max(e.input_ids) >= embedded],
-        "no row is longer than the model has positions": [i for i, (r, e) in enumerate(rows) if len(e) > limit],
-        "no row is longer than max_seq_length": [i for i, (r, e) in enumerate(rows) if len(e) > prep.cfg.max_seq_length],
+        "training prompt ids = inference prompt ids": [
+            i
+            for i, (r, e) in enumerate(rows)
+            if encode_prompt(tok, question(r, prep.template)["prompt"]) != e.input_ids[: e.n_prompt]
+        ],
+        "every token has a row in the model's embedding": [
+            i for i, (r, e) in enumerate(rows) if max(e.input_ids) >= embedded
+        ],
+        "no row is longer than the model has positions": [
+            i for i, (r, e) in enumerate(rows) if len(e) > limit
+        ],
+        "no row is longer than max_seq_length": [
+            i for i, (r, e) in enumerate(rows) if len(e) > prep.cfg.max_seq_length
+        ],
     }
     if prompt_form(tok) == "mistral_instruct":
-        fails["ids = those of mistral-common's own encoder"] = [i for i, (r, e) in enumerate(rows) if e.input_ids != mistral_reference(
-            r["prompt"], render_completion(r["thought_process"], r["label"], style))]
+        fails["ids = those of mistral-common's own encoder"] = [
+            i
+            for i, (r, e) in enumerate(rows)
+            if e.input_ids
+            != mistral_reference(r["prompt"], render_completion(r["thought_process"], r["label"], style))
+        ]
     return {name: _worst(prep, bad) for name, bad in fails.items()}
 
 # %% ../nbs/08_train_sft.ipynb #5c14f1ea
-def linear_shapes(cfg:Config) -> tuple:
+def linear_shapes(cfg: Config) -> tuple:
     "(linear layers as {name: (out, in)}, parameters outside them, transformers config) from an empty model."
     model = _empty(cfg)
     linear = _shapes(model)
     total = sum(p.numel() for p in model.parameters())
-    return linear, total - sum(a*b for a, b in linear.values()), model.config.get_text_config()
+    return linear, total - sum(a * b for a, b in linear.values()), model.config.get_text_config()
+
 
 def _empty(cfg):
     from nli_ft.model import base_config, empty_model
+
     return empty_model(base_config(cfg))
+
 
 def _shapes(model):
     "Linear layers as {name: (out, in)}; GPT-2's own kind keeps its weights the other way round."
     from nli_ft.model import linear_layers
     from transformers.pytorch_utils import Conv1D
-    return {n: tuple(m.weight.shape[::-1] if isinstance(m, Conv1D) else m.weight.shape) for n, m in linear_layers(model).items()}
 
-def estimate_memory(prep:Prepared) -> dict: # part -> GiB, and "total", which is None for a model whose shapes are not understood
+    return {
+        n: tuple(m.weight.shape[::-1] if isinstance(m, Conv1D) else m.weight.shape)
+        for n, m in linear_layers(model).items()
+    }
+
+
+def estimate_memory(
+    prep: Prepared,
+) -> dict:  # part -> GiB, and "total", which is None for a model whose shapes are not understood
     """Estimated peak memory of training at the longest batch, by part: torch's allocations on CUDA, the resident process on a CPU. NF4: half a byte a
     weight and one scale byte per 64 weights; everything outside the linear layers in fp32 (`prepare_model_for_kbit_training`); adapters, gradients and
     AdamW states in fp32 (8-bit states on CUDA); activations as `saved_tensors_hooks` counts them in a Llama/Mistral block. For other families half
     of the activations is added as a margin: inputs and outputs of the linear layers are counted, and what lies between them is not known."""
-    try: return _estimated(prep)
-    except (AttributeError, KeyError, TypeError, ZeroDivisionError): return {"total": None}  # no reason to refuse a run
+    try:
+        return _estimated(prep)
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError):
+        return {"total": None}  # no reason to refuse a run
+
 
 def _estimated(prep):
     import torch
-    from nli_ft.model import _never_quantised, attention, base_config, compute_dtype, device, lora_targets, stacked_experts
+    from nli_ft.model import (
+        _never_quantised,
+        attention,
+        base_config,
+        compute_dtype,
+        device,
+        lora_targets,
+        stacked_experts,
+    )
+
     cfg = prep.cfg
     dev, model = device(cfg), _empty(cfg)
     linear, other, conf = linear_shapes(cfg)
@@ -365,215 +633,353 @@ def _estimated(prep):
     targets = lora_targets(model, cfg)
     cpu, dtype = dev.type == "cpu", compute_dtype(cfg, dev)
     wide = dtype.itemsize
-    base, nf4 = sum(a*b for a, b in linear.values()), cfg.quantization == "nf4"
+    base, nf4 = sum(a * b for a, b in linear.values()), cfg.quantization == "nf4"
     apart = set(_never_quantised(base_config(cfg), type(model)) or []) if nf4 else set()
-    plain = sum(a*b for n, (a, b) in linear.items() if n in apart)
+    plain = sum(a * b for n, (a, b) in linear.items() if n in apart)
     base, other = base - plain, other + plain
     hit = lambda n: targets == "all-linear" or n in targets or n.rpartition(".")[2] in targets
-    lora = sum(cfg.lora_r*(a + b) for n, (a, b) in linear.items() if hit(n))
-    longest = sorted(prep.train, key=len, reverse=True)[:cfg.batch_size]
-    tokens, trained = len(longest[0])*len(longest), sum(y != -100 for e in longest for y in e.labels)
+    lora = sum(cfg.lora_r * (a + b) for n, (a, b) in linear.items() if hit(n))
+    longest = sorted(prep.train, key=len, reverse=True)[: cfg.batch_size]
+    tokens, trained = len(longest[0]) * len(longest), sum(y != -100 for e in longest for y in e.labels)
     known = _known_block(linear, conf) and not experts
-    kept = (_activations(cfg, linear, conf, hit, dtype, cpu) if known else _rough_activations(model, linear, conf, wide))*tokens
+    kept = (
+        _activations(cfg, linear, conf, hit, dtype, cpu)
+        if known
+        else _rough_activations(model, linear, conf, wide)
+    ) * tokens
     if attention(cfg, dev, type(model)) == "eager":  # the weights of every query, and their softmax
-        kept += (getattr(conf, "num_attention_heads", None) or 1)*len(longest[0])*tokens*(4 + wide)
-    stream = tokens*conf.hidden_size*(4 if nf4 else wide)
-    kept = conf.num_hidden_layers*stream + kept if cfg.gradient_checkpointing else conf.num_hidden_layers*kept
+        kept += (getattr(conf, "num_attention_heads", None) or 1) * len(longest[0]) * tokens * (4 + wide)
+    stream = tokens * conf.hidden_size * (4 if nf4 else wide)
+    kept = (
+        conf.num_hidden_layers * stream + kept
+        if cfg.gradient_checkpointing
+        else conf.num_hidden_layers * kept
+    )
     eight_bit = "8bit" in cfg.optim or (cfg.optim == "auto" and not cpu)
     # see `target_log_probs`: on a CPU all logits of some positions, TRL's kernel keeps a tile of fewer
-    tile = (min(trained, 512)*conf.vocab_size if cpu else min(trained, 4096)*min(conf.vocab_size, 32768))*wide
-    if cpu and _changes_logits(conf): tile = min(tokens, 4096)*min(conf.vocab_size, 32768)*(wide + 3*4)  # TRL's in torch, see `scoring`
-    parts = {"base weights": base*(0.5 + 1/64 + 4/(64*256)) if nf4 else base*wide, "embeddings, head and norms": (other - experts)*(4 if nf4 else wide),
-             "adapters": lora*4, "gradients": lora*4, "optimizer states": lora*(2 if eight_bit else 8), "activations": kept, "logits (one tile)": tile}
-    if experts: parts["stacked experts (not quantised)"] = experts*(4 if nf4 else wide)
-    if not known: parts["margin for a block of an unknown kind"] = kept/2
-    if nf4 and not cpu: parts["weights dequantised for one product"] = max(a*b for a, b in linear.values())*(wide + 4)
+    tile = (
+        min(trained, 512) * conf.vocab_size if cpu else min(trained, 4096) * min(conf.vocab_size, 32768)
+    ) * wide
+    if cpu and _changes_logits(conf):
+        tile = (
+            min(tokens, 4096) * min(conf.vocab_size, 32768) * (wide + 3 * 4)
+        )  # TRL's in torch, see `scoring`
+    parts = {
+        "base weights": base * (0.5 + 1 / 64 + 4 / (64 * 256)) if nf4 else base * wide,
+        "embeddings, head and norms": (other - experts) * (4 if nf4 else wide),
+        "adapters": lora * 4,
+        "gradients": lora * 4,
+        "optimizer states": lora * (2 if eight_bit else 8),
+        "activations": kept,
+        "logits (one tile)": tile,
+    }
+    if experts:
+        parts["stacked experts (not quantised)"] = experts * (4 if nf4 else wide)
+    if not known:
+        parts["margin for a block of an unknown kind"] = kept / 2
+    if nf4 and not cpu:
+        parts["weights dequantised for one product"] = max(a * b for a, b in linear.values()) * (wide + 4)
     if cpu:
-        if nf4: parts["dequantised weights"] = base*wide
-        if nf4 and dtype == torch.bfloat16: parts["head in bf16"] = conf.vocab_size*conf.hidden_size*wide  # beside the one in fp32
-        parts |= {"left over from loading": (base + other)*wide, "interpreter and libraries": 0.55*2**30}
-        parts["gaps between blocks"] = 0.25*sum(parts.values())  # measured, see runs/LOG.md
-    parts = {k: v/2**30 for k, v in parts.items()}
+        if nf4:
+            parts["dequantised weights"] = base * wide
+        if nf4 and dtype == torch.bfloat16:
+            parts["head in bf16"] = conf.vocab_size * conf.hidden_size * wide  # beside the one in fp32
+        parts |= {"left over from loading": (base + other) * wide, "interpreter and libraries": 0.55 * 2**30}
+        parts["gaps between blocks"] = 0.25 * sum(parts.values())  # measured, see runs/LOG.md
+    parts = {k: v / 2**30 for k, v in parts.items()}
     return parts | {"total": sum(parts.values())}
+
 
 def _known_block(linear, conf):
     "Whether the blocks are those of Llama and Mistral, whose activations are counted one by one."
     block = {n.rpartition(".")[2] for n in linear if ".layers.0." in n}
-    return block == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} and conf.num_key_value_heads is not None
+    return (
+        block == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        and conf.num_key_value_heads is not None
+    )
+
 
 def _rough_activations(model, linear, conf, wide):
     "Bytes that an average block keeps of a token: what goes into its linear layers and experts and comes out, and four times the residual stream."
     from nli_ft.model import stacked_experts
+
     values = sum(out + into for out, into in linear.values())
     chosen = getattr(conf, "num_experts_per_tok", None) or 1
-    values += chosen*sum(sum(p.shape[1:]) for p in stacked_experts(model).values())
-    return values/conf.num_hidden_layers*wide + 4*conf.hidden_size*4
+    values += chosen * sum(sum(p.shape[1:]) for p in stacked_experts(model).values())
+    return values / conf.num_hidden_layers * wide + 4 * conf.hidden_size * 4
+
 
 def _changes_logits(conf):
     "Whether a config names a scale or a cap of the logits."
-    return any("logit" in k and type(v) in (int, float) and v not in (0, 1) for k, v in conf.to_dict().items())
+    return any(
+        "logit" in k and type(v) in (int, float) and v not in (0, 1) for k, v in conf.to_dict().items()
+    )
+
 
 def _activations(cfg, linear, conf, hit, dtype, cpu):
     "Bytes that one block keeps of a token for its backward pass."
     import torch
+
     h, inter, nf4, wide = conf.hidden_size, conf.intermediate_size, cfg.quantization == "nf4", dtype.itemsize
-    head = getattr(conf, "head_dim", None) or h//conf.num_attention_heads
-    q, kv = conf.num_attention_heads*head, conf.num_key_value_heads*head
-    out = 4 if nf4 and dtype == torch.float16 else wide  # 4-bit layers return the dtype of their input; in bf16 see `model.bf16_between_products`
+    head = getattr(conf, "head_dim", None) or h // conf.num_attention_heads
+    q, kv = conf.num_attention_heads * head, conf.num_key_value_heads * head
+    out = (
+        4 if nf4 and dtype == torch.float16 else wide
+    )  # 4-bit layers return the dtype of their input; in bf16 see `model.bf16_between_products`
     block = [(n.rpartition(".")[2], i) for n, (_, i) in linear.items() if ".layers.0." in n and hit(n)]
-    if out == wide and not cfg.lora_dropout:  # layers side by side share theirs, and that of o_proj is the output of the attention
-        side = dict(q_proj="attention", k_proj="attention", v_proj="attention", gate_proj="mlp", up_proj="mlp")
-        inputs = sum({side.get(n, n): i for n, i in block if n != "o_proj"}.values())*wide
-    else: inputs = sum(i for _, i in block)*wide  # each adapter has its own copy, cast or with other zeros
-    mask = sum(i for _, i in block)*(wide if cpu else 1) if cfg.lora_dropout else 0
-    return 2*h*4 + 3*inter*out + 2*(q + kv)*wide + inputs + mask + cfg.lora_r*len(block)*wide
+    if (
+        out == wide and not cfg.lora_dropout
+    ):  # layers side by side share theirs, and that of o_proj is the output of the attention
+        side = dict(
+            q_proj="attention", k_proj="attention", v_proj="attention", gate_proj="mlp", up_proj="mlp"
+        )
+        inputs = sum({side.get(n, n): i for n, i in block if n != "o_proj"}.values()) * wide
+    else:
+        inputs = sum(i for _, i in block) * wide  # each adapter has its own copy, cast or with other zeros
+    mask = sum(i for _, i in block) * (wide if cpu else 1) if cfg.lora_dropout else 0
+    return 2 * h * 4 + 3 * inter * out + 2 * (q + kv) * wide + inputs + mask + cfg.lora_r * len(block) * wide
 
 # %% ../nbs/08_train_sft.ipynb #cc9c88f7
-def world_size(cfg:Config) -> int: # processes that train together
+def world_size(cfg: Config) -> int:  # processes that train together
     "Processes of this run: those of a launcher if there is one, else what the config asks for."
     import torch
-    if "WORLD_SIZE" in os.environ: return int(os.environ["WORLD_SIZE"])
+
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
     return (cfg.num_processes or max(torch.cuda.device_count(), 1)) if cfg.distributed_training else 1
 
-def step_counts(cfg:Config, n:int, # training rows
-               ) -> dict: # rows a step, steps an epoch, steps in all
+
+def step_counts(
+    cfg: Config,
+    n: int,  # training rows
+) -> dict:  # rows a step, steps an epoch, steps in all
     "The arithmetic of a run."
-    per_step = cfg.batch_size*cfg.grad_accumulation_steps*world_size(cfg)
-    per_epoch = math.ceil(math.ceil(n/(cfg.batch_size*world_size(cfg)))/cfg.grad_accumulation_steps)
-    return dict(rows_per_step=per_step, steps_per_epoch=per_epoch, steps=cfg.max_steps or math.ceil(cfg.num_epochs*per_epoch))
+    per_step = cfg.batch_size * cfg.grad_accumulation_steps * world_size(cfg)
+    per_epoch = math.ceil(math.ceil(n / (cfg.batch_size * world_size(cfg))) / cfg.grad_accumulation_steps)
+    return dict(
+        rows_per_step=per_step,
+        steps_per_epoch=per_epoch,
+        steps=cfg.max_steps or math.ceil(cfg.num_epochs * per_epoch),
+    )
 
 # %% ../nbs/08_train_sft.ipynb #99a50f89
-def histogram(lengths:list, # tokens per row
-              bins:int=8) -> list: # [[from, to, rows], …]
+def histogram(
+    lengths: list,  # tokens per row
+    bins: int = 8,
+) -> list:  # [[from, to, rows], …]
     "Counts of lengths in equal bins."
-    low, width = min(lengths), (max(lengths) - min(lengths))//bins + 1
-    counts = [0]*bins
-    for n in lengths: counts[(n - low)//width] += 1
-    return [[low + i*width, low + (i + 1)*width - 1, n] for i, n in enumerate(counts)]
+    low, width = min(lengths), (max(lengths) - min(lengths)) // bins + 1
+    counts = [0] * bins
+    for n in lengths:
+        counts[(n - low) // width] += 1
+    return [[low + i * width, low + (i + 1) * width - 1, n] for i, n in enumerate(counts)]
 
 # %% ../nbs/08_train_sft.ipynb #12fd04bf
-def preflight(prep:Prepared) -> dict: # ready for JSON: counts, balance, lengths, dropped, proofs, steps, memory, ok
+def preflight(
+    prep: Prepared,
+) -> dict:  # ready for JSON: counts, balance, lengths, dropped, proofs, steps, memory, ok
     "Everything worth knowing about a run before it starts."
     n_tok = sorted(len(e) for e in prep.train)
-    quantile = lambda q: n_tok[min(len(n_tok) - 1, int(q*len(n_tok)))]
+    quantile = lambda q: n_tok[min(len(n_tok) - 1, int(q * len(n_tok)))]
     found = proofs(prep)
-    return dict(rows=dict(train=len(prep.train), judged=len(prep.eval_rows), eval_loss=len(prep.eval)),
-                labels={str(y): sum(r["label"] == y for r in prep.train_rows) for y in (0, 1)},
-                sources={s: sum(r["source"] == s for r in prep.train_rows) for s in sorted({r["source"] for r in prep.train_rows})},
-                histogram=histogram(n_tok), tokens=dict(total=sum(n_tok), median=quantile(.5), p99=quantile(.99), longest=n_tok[-1],
-                            trained=sum(k != PROMPT for e in prep.train for k in e.kind)),
-                dropped=[list(d) for d in prep.dropped], unreadable={k: [list(b) for b in v] for k, v in prep.bad.items()},
-                prompt=dict(form=prompt_form(prep.tok), template=prep.template), pairs_in_both=prep.leakage["pairs"], leakage=prep.leakage,
-                proofs={k: dict(holds=ok, detail=d) for k, (ok, d) in found.items()}, steps=step_counts(prep.cfg, len(prep.train)),
-                memory_gib=estimate_memory(prep), ok=all(ok for ok, _ in found.values()))
+    return dict(
+        rows=dict(train=len(prep.train), judged=len(prep.eval_rows), eval_loss=len(prep.eval)),
+        labels={str(y): sum(r["label"] == y for r in prep.train_rows) for y in (0, 1)},
+        sources={
+            s: sum(r["source"] == s for r in prep.train_rows)
+            for s in sorted({r["source"] for r in prep.train_rows})
+        },
+        histogram=histogram(n_tok),
+        tokens=dict(
+            total=sum(n_tok),
+            median=quantile(0.5),
+            p99=quantile(0.99),
+            longest=n_tok[-1],
+            trained=sum(k != PROMPT for e in prep.train for k in e.kind),
+        ),
+        dropped=[list(d) for d in prep.dropped],
+        unreadable={k: [list(b) for b in v] for k, v in prep.bad.items()},
+        prompt=dict(form=prompt_form(prep.tok), template=prep.template),
+        pairs_in_both=prep.leakage["pairs"],
+        leakage=prep.leakage,
+        proofs={k: dict(holds=ok, detail=d) for k, (ok, d) in found.items()},
+        steps=step_counts(prep.cfg, len(prep.train)),
+        memory_gib=estimate_memory(prep),
+        ok=all(ok for ok, _ in found.values()),
+    )
 
 # %% ../nbs/08_train_sft.ipynb #7fa8a438
-def preflight_text(p:dict # from `preflight`
-                  ) -> str:
+def preflight_text(
+    p: dict,  # from `preflight`
+) -> str:
     "The preflight for a terminal or a notebook cell."
     t, s = p["tokens"], p["steps"]
-    lines = [f"rows       {p['rows']['train']} to train on, {p['rows']['judged']} to judge ({p['rows']['eval_loss']} of them for the evaluation loss)",
-             f"labels     {p['labels']['1']} entailment, {p['labels']['0']} not; sources " + ", ".join(f"{k} {v}" for k, v in p["sources"].items()),
-             f"tokens     {t['total']} in all, {t['trained']} with loss; a row: median {t['median']}, 99 % {t['p99']}, longest {t['longest']}",
-             f"prompt     {p['prompt']['form']}, wording {p['prompt']['template'] or 'the rows’ own'}",
-             f"steps      {s['steps']} of {s['rows_per_step']} rows, {s['steps_per_epoch']} an epoch"]
-    lines += [f"dropped    {len(p['dropped'])}: " + "; ".join(f"{k} row {i}: {why}" for k, i, why in p["dropped"][:3]) + (" …" if len(p["dropped"]) > 3 else "")] if p["dropped"] else ["dropped    0"]
+    lines = [
+        f"rows       {p['rows']['train']} to train on, {p['rows']['judged']} to judge ({p['rows']['eval_loss']} of them for the evaluation loss)",
+        f"labels     {p['labels']['1']} entailment, {p['labels']['0']} not; sources "
+        + ", ".join(f"{k} {v}" for k, v in p["sources"].items()),
+        f"tokens     {t['total']} in all, {t['trained']} with loss; a row: median {t['median']}, 99 % {t['p99']}, longest {t['longest']}",
+        f"prompt     {p['prompt']['form']}, wording {p['prompt']['template'] or 'the rows’ own'}",
+        f"steps      {s['steps']} of {s['rows_per_step']} rows, {s['steps_per_epoch']} an epoch",
+    ]
+    lines += (
+        [
+            f"dropped    {len(p['dropped'])}: "
+            + "; ".join(f"{k} row {i}: {why}" for k, i, why in p["dropped"][:3])
+            + (" …" if len(p["dropped"]) > 3 else "")
+        ]
+        if p["dropped"]
+        else ["dropped    0"]
+    )
     lines += [f"unreadable {k}: {len(v)} rows" for k, v in p["unreadable"].items() if v]
     shared = leakage_text(p["leakage"])
-    lines += [f"WARNING    {s}" for s in shared] or [f"leakage    no pair, premise or near-copy of the {p['rows']['judged']} rows to judge is trained on"]
+    lines += [f"WARNING    {s}" for s in shared] or [
+        f"leakage    no pair, premise or near-copy of the {p['rows']['judged']} rows to judge is trained on"
+    ]
     lines += [f"{'proof' if v['holds'] else 'FAILED':10} {k} ({v['detail']})" for k, v in p["proofs"].items()]
     top = max(n for _, _, n in p["histogram"])
-    lines += [f"{'lengths' if i == 0 else '':10} {a:>5}–{b:<5} {'█'*round(30*n/top)} {n}" for i, (a, b, n) in enumerate(p["histogram"])]
+    lines += [
+        f"{'lengths' if i == 0 else '':10} {a:>5}–{b:<5} {'█' * round(30 * n / top)} {n}"
+        for i, (a, b, n) in enumerate(p["histogram"])
+    ]
     m = p["memory_gib"]
-    parts = ", ".join(f"{k} {v:.2f}" for k, v in m.items() if k != "total" and v >= .005)
-    need = "no estimate: the shapes of this model are not understood" if m["total"] is None else f"about {m['total']:.1f} GiB at the peak (estimate): {parts}"
-    lines += textwrap.wrap(f"memory     {need}", 110, subsequent_indent=" "*11, break_long_words=False)
+    parts = ", ".join(f"{k} {v:.2f}" for k, v in m.items() if k != "total" and v >= 0.005)
+    need = (
+        "no estimate: the shapes of this model are not understood"
+        if m["total"] is None
+        else f"about {m['total']:.1f} GiB at the peak (estimate): {parts}"
+    )
+    lines += textwrap.wrap(f"memory     {need}", 110, subsequent_indent=" " * 11, break_long_words=False)
     return "\n".join(lines)
 
-def refuse_failed_proofs(p:dict # from `preflight`
-                        ):
-    "Raise `DataError` naming every proof that failed."
-    if not p["ok"]: raise DataError("nothing was trained, a proof failed: " + "; ".join(f"{k} ({v['detail']})" for k, v in p["proofs"].items() if not v["holds"]))
 
-def plot_lengths(prep:Prepared): # a matplotlib Figure
+def refuse_failed_proofs(
+    p: dict,  # from `preflight`
+):
+    "Raise `DataError` naming every proof that failed."
+    if not p["ok"]:
+        raise DataError(
+            "nothing was trained, a proof failed: "
+            + "; ".join(f"{k} ({v['detail']})" for k, v in p["proofs"].items() if not v["holds"])
+        )
+
+
+def plot_lengths(prep: Prepared):  # a matplotlib Figure
     "Histogram of row lengths in tokens by label; the limit is drawn where rows come near it."
     fig, ax = new_figure(6, 2.6)
     by = [[len(e) for r, e in zip(prep.train_rows, prep.train) if r["label"] == y] for y in (0, 1)]
     low, high, limit = min(map(len, prep.train)), max(map(len, prep.train)), prep.cfg.max_seq_length
-    step = max(1, -(-(high - low + 1)//30))  # whole tokens, so that every bar is as wide as the next
-    ax.hist(by, bins=[n - .5 for n in range(low, high + step + 1, step)], stacked=True, label=["0 not entailed", "1 entailment"], color=[ORANGE, BLUE])
-    if high > limit/2: ax.axvline(limit, color=GREY, ls="--", lw=1)
-    ax.set(xlabel=f"tokens per row (max_seq_length {limit}{', dashed' if high > limit/2 else ''})", ylabel="training rows")
+    step = max(1, -(-(high - low + 1) // 30))  # whole tokens, so that every bar is as wide as the next
+    ax.hist(
+        by,
+        bins=[n - 0.5 for n in range(low, high + step + 1, step)],
+        stacked=True,
+        label=["0 not entailed", "1 entailment"],
+        color=[ORANGE, BLUE],
+    )
+    if high > limit / 2:
+        ax.axvline(limit, color=GREY, ls="--", lw=1)
+    ax.set(
+        xlabel=f"tokens per row (max_seq_length {limit}{', dashed' if high > limit / 2 else ''})",
+        ylabel="training rows",
+    )
     ax.legend(frameon=False)
     return fig
 
 # %% ../nbs/08_train_sft.ipynb #4b408f7b
 def _completion_forward(self, plain, scored, input_ids=None, labels=None, completion_loss=False, **kw):
     "Log-probabilities at the trained positions only; any other call is the model's own forward."
-    if not completion_loss: return plain(input_ids=input_ids, labels=labels, **kw)
+    if not completion_loss:
+        return plain(input_ids=input_ids, labels=labels, **kw)
     # behind every real token, padding is hidden from it by the order alone, and attention is faster without a mask; FlashAttention skips it by the mask
     real = kw.get("attention_mask")
-    if real is not None and "flash" not in self.config._attn_implementation and (real[:, 1:] <= real[:, :-1]).all(): kw["attention_mask"] = None
+    if (
+        real is not None
+        and "flash" not in self.config._attn_implementation
+        and (real[:, 1:] <= real[:, :-1]).all()
+    ):
+        kw["attention_mask"] = None
     return {"log_probs": _SCORED[scored](self, plain, input_ids, labels, kw)}
+
 
 def _by_plain_head(self, plain, input_ids, labels, kw):
     "Hidden states times a plain head: here on a CPU, by TRL elsewhere."
     from nli_ft import model
+
     head = self.get_output_embeddings()
-    if not model.scored_here(head): return _by_trl(self, plain, input_ids, labels, kw)
+    if not model.scored_here(head):
+        return _by_trl(self, plain, input_ids, labels, kw)
     hidden = self.base_model(input_ids=input_ids, **kw, use_cache=False).last_hidden_state[:, :-1]
     target = labels[:, 1:]
     mask = target != -100
     return model.target_log_probs(hidden[mask], head, target[mask])
 
+
 def _by_trl(self, plain, input_ids, labels, kw):
     "TRL's fused head, which also knows the common ways of scaling and capping logits."
     # a loss that spreads tokens over experts is no likelihood, and the router is frozen
-    if getattr(self.config.get_text_config(), "output_router_logits", False): kw = dict(kw, output_router_logits=False)
+    if getattr(self.config.get_text_config(), "output_router_logits", False):
+        kw = dict(kw, output_router_logits=False)
     out = plain(input_ids=input_ids, labels=labels, fused_lm_head=True, **kw)
     return out.log_probs[out.label_mask]
+
 
 def _by_own_logits(self, plain, input_ids, labels, kw):
     "The model's own logits, all of them in memory: what no other way reproduces."
     import torch
+
     target = labels[:, 1:]
     mask = target != -100
     logits = plain(input_ids=input_ids, use_cache=False, **kw).logits[:, :-1][mask].float()
     return -torch.nn.functional.cross_entropy(logits, target[mask], reduction="none")
 
+
 _SCORED = dict(plain=_by_plain_head, trl=_by_trl, own=_by_own_logits)
 
-def scoring(model # a causal language model with TRL's fused head, no PeftModel
-           ) -> str: # a key of `_SCORED`
+
+def scoring(
+    model,  # a causal language model with TRL's fused head, no PeftModel
+) -> str:  # a key of `_SCORED`
     """The cheapest way that gives the log-probabilities of the model's own logits. Found by trial and not by names in a config: on eight tokens, with
     the last hidden states stretched until the logits are as large as those of a trained model, where a scale or a cap shows."""
     import torch
+
     head, base, stretch = model.get_output_embeddings(), model.base_model, [1.0]
-    if head is None or base is model: return "own"
+    if head is None or base is model:
+        return "own"
     ids = torch.arange(8, device=model.get_input_embeddings().weight.device)[None]
     plain, kw = model.forward, {}
-    def stretched(module, args, out): out.last_hidden_state = out.last_hidden_state*stretch[0]
+
+    def stretched(module, args, out):
+        out.last_hidden_state = out.last_hidden_state * stretch[0]
+
     hook = base.register_forward_hook(stretched)
     try:
         with for_inference(model):
             own = model(input_ids=ids, use_cache=False).logits
-            if own.shape[:2] != ids.shape: return "own"
-            stretch[0] = 60/own.float().abs().max().clamp(min=1e-6).item()
+            if own.shape[:2] != ids.shape:
+                return "own"
+            stretch[0] = 60 / own.float().abs().max().clamp(min=1e-6).item()
             want = _by_own_logits(model, plain, ids, ids, kw)
             near = 6e-3 if own.dtype == torch.float32 else 1.0  # nats, of logits up to 60
             hidden = base(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
             logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)[0]
             got = -torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
-            if torch.allclose(got, want, atol=near, rtol=0) and not torch.isnan(want).any(): return "plain"
+            if torch.allclose(got, want, atol=near, rtol=0) and not torch.isnan(want).any():
+                return "plain"
             got = _by_trl(model, plain, ids, ids, kw)
             return "trl" if torch.allclose(got, want, atol=near, rtol=0) else "own"
-    except (AttributeError, TypeError): return "own"  # no base model with a last hidden state, or no head with a weight
-    finally: hook.remove()
+    except (AttributeError, TypeError):
+        return "own"  # no base model with a last hidden state, or no head with a weight
+    finally:
+        hook.remove()
+
 
 def patch_forward(model):
     "Let `model(..., completion_loss=True)` return log-probabilities of the trained tokens."
     import functools, types
     from trl.trainer.utils import add_fused_lm_head
+
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     add_fused_lm_head(base)
     scored, plain = scoring(base), base.forward
@@ -582,19 +988,27 @@ def patch_forward(model):
     @functools.wraps(type(base).forward)
     def forward(self, input_ids=None, attention_mask=None, **kw):
         return _completion_forward(self, plain, scored, input_ids, attention_mask=attention_mask, **kw)
+
     base.forward = types.MethodType(forward, base)
 
 # %% ../nbs/08_train_sft.ipynb #3f0199a2
 class KindCollator:
     "TRL's collator, and `kind` padded like the labels (0 where there is no loss)."
-    def __init__(self, collator): self.collator = collator
+
+    def __init__(self, collator):
+        self.collator = collator
 
     def __call__(self, examples):
         import torch
+
         batch = self.collator([{k: v for k, v in e.items() if k != "kind"} for e in examples])
-        kinds = [sum((e["kind"] for e in examples), [])] if self.collator.padding_free else [e["kind"] for e in examples]
+        kinds = (
+            [sum((e["kind"] for e in examples), [])]
+            if self.collator.padding_free
+            else [e["kind"] for e in examples]
+        )
         width = batch["labels"].shape[1]
-        batch["kind"] = torch.tensor([k + [PROMPT]*(width - len(k)) for k in kinds])
+        batch["kind"] = torch.tensor([k + [PROMPT] * (width - len(k)) for k in kinds])
         return batch
 
 # %% ../nbs/08_train_sft.ipynb #f4864a8c
@@ -603,17 +1017,28 @@ class EpochOrder:
 
     transformers' own grouping by length draws from the generator that dropout uses, whose state at the start of an epoch is lost
     in a resume and differs between processes."""
-    def __init__(self, lengths:list, # tokens per row
-                 seed:int,
-                 group:int|None, # rows that should be of similar length; None: a plain shuffle
-                ): self.lengths, self.seed, self.group, self.epoch = lengths, seed, group, 0
-    def __len__(self): return len(self.lengths)
-    def set_epoch(self, epoch): self.epoch = epoch
+
+    def __init__(
+        self,
+        lengths: list,  # tokens per row
+        seed: int,
+        group: int | None,  # rows that should be of similar length; None: a plain shuffle
+    ):
+        self.lengths, self.seed, self.group, self.epoch = lengths, seed, group, 0
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
     def __iter__(self):
         import torch
         from transformers.trainer_pt_utils import get_length_grouped_indices
+
         g = torch.Generator().manual_seed(self.seed + self.epoch)
-        if self.group is None: return iter(torch.randperm(len(self), generator=g).tolist())
+        if self.group is None:
+            return iter(torch.randperm(len(self), generator=g).tolist())
         # a data loader draws one number first; with it the first epoch has the order that transformers gives it
         torch.empty((), dtype=torch.int64).random_(generator=g)
         return iter(get_length_grouped_indices(self.lengths, self.group, generator=g))
@@ -621,6 +1046,7 @@ class EpochOrder:
 # %% ../nbs/08_train_sft.ipynb #510b00cc
 class NotFinite(Exception):
     "The loss or the gradient of a step is NaN or infinite; `rows` are the padded token ids of the micro-batches that it came from."
+
     def __init__(self, step, what, rows):
         super().__init__(f"step {step}: {what}")
         self.step, self.what, self.rows = step, what, rows
@@ -635,21 +1061,25 @@ def make_trainer_class():
 
     class NliTrainer(SFTTrainer):
         "`SFTTrainer` with the head at trained positions only, an fp32 adapter, the loss split into reasoning and label, and exact resuming."
+
         facts = {}  # `resume_facts`, for the checkpoints
 
         def __init__(self, *args, model, **kw):
             exact = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
             super().__init__(*args, model=model, **kw)
             for n, p in model.named_parameters():
-                if n in exact: p.data = exact[n]
+                if n in exact:
+                    p.data = exact[n]
             patch_forward(self.model)
             self.data_collator = KindCollator(self.data_collator)
             self._sums, self._micro = {}, []
 
         def train(self, *args, **kw):
             from nli_ft import model
+
             rounded = model.bf16_between_products(self.model) if self.args.bf16 else contextlib.nullcontext()
-            with model.dequantised_once(self.model), rounded: return super().train(*args, **kw)
+            with model.dequantised_once(self.model), rounded:
+                return super().train(*args, **kw)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             "Sum of the negative log-likelihood over trained tokens, divided by their number in the whole optimizer step."
@@ -658,9 +1088,11 @@ def make_trainer_class():
             mode, trained = "train" if model.training else "eval", kind[inputs["labels"][:, 1:] != -100]
             label = trained == LABEL
             self._add(mode, nll.detach(), label, inputs)
-            loss = nll.sum()/(len(nll) if num_items_in_batch is None else num_items_in_batch)
-            if num_items_in_batch is not None and self.args.average_tokens_across_devices: loss = loss*self.accelerator.num_processes
-            if mode == "train": self._micro.append((loss.detach(), inputs["input_ids"]))
+            loss = nll.sum() / (len(nll) if num_items_in_batch is None else num_items_in_batch)
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+            if mode == "train":
+                self._micro.append((loss.detach(), inputs["input_ids"]))
             return (loss, {}) if return_outputs else loss
 
         def _get_grad_norm(self, model, grad_norm=None):
@@ -673,51 +1105,92 @@ def make_trainer_class():
         def _refuse_not_finite(self, micro, norm):
             losses = torch.stack([l for l, _ in micro]).float()
             # with fp16 an infinite gradient is the loss scaler's business: it skips the step and scales less
-            norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) if self.accelerator.scaler is None else 0.0
-            bad = not (math.isfinite(norm) and torch.isfinite(losses).all())  # the step's one wait for the device
+            norm = (
+                float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+                if self.accelerator.scaler is None
+                else 0.0
+            )
+            bad = not (
+                math.isfinite(norm) and torch.isfinite(losses).all()
+            )  # the step's one wait for the device
             if self.accelerator.num_processes > 1:  # all stop, or the others would wait for this one for ever
-                if bad: self.accelerator.set_trigger()
+                if bad:
+                    self.accelerator.set_trigger()
                 stop = self.accelerator.check_trigger()
-            else: stop = bad
-            if not stop: return
+            else:
+                stop = bad
+            if not stop:
+                return
             guilty = [ids for l, ids in micro if not torch.isfinite(l)] or [ids for _, ids in micro]
             rows = gather_object([r for ids in guilty for r in ids.tolist()] if bad else [])
-            what = f"the loss is {losses[~torch.isfinite(losses)][0].item()}" if not torch.isfinite(losses).all() else f"the gradient's norm is {norm}"
-            raise NotFinite(self.state.global_step + 1, what if bad else "not finite in another process", rows)
+            what = (
+                f"the loss is {losses[~torch.isfinite(losses)][0].item()}"
+                if not torch.isfinite(losses).all()
+                else f"the gradient's norm is {norm}"
+            )
+            raise NotFinite(
+                self.state.global_step + 1, what if bad else "not finite in another process", rows
+            )
 
         def _get_train_sampler(self, train_dataset=None):
             rows = self.train_dataset if train_dataset is None else train_dataset
-            group = self.args.train_batch_size*self.args.gradient_accumulation_steps if self.args.train_sampling_strategy == "group_by_length" else None
+            group = (
+                self.args.train_batch_size * self.args.gradient_accumulation_steps
+                if self.args.train_sampling_strategy == "group_by_length"
+                else None
+            )
             self.order = EpochOrder([len(ids) for ids in rows["input_ids"]], self.args.data_seed, group)
             return self.order
 
         def _run_epoch(self, *, epoch, **kw):
             "The base class's, except that a checkpoint of finished training is not trained for one step more."
-            stopped = any(isinstance(c, EarlyStoppingCallback) and c.early_stopping_patience_counter >= c.early_stopping_patience for c in self.callback_handler.callbacks)
-            if stopped or self.state.global_step >= self.state.max_steps: self.control.should_training_stop = True
+            stopped = any(
+                isinstance(c, EarlyStoppingCallback)
+                and c.early_stopping_patience_counter >= c.early_stopping_patience
+                for c in self.callback_handler.callbacks
+            )
+            if stopped or self.state.global_step >= self.state.max_steps:
+                self.control.should_training_stop = True
             else:
                 self.order.set_epoch(epoch)
                 super()._run_epoch(epoch=epoch, **kw)
 
         def _save_checkpoint(self, model, trial):
             "Seal the checkpoint when all of it is written, and delete older ones only then."
-            folder = Path(self._get_output_dir(trial))/f"checkpoint-{self.state.global_step}"
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             limit, self.args.save_total_limit = self.args.save_total_limit, None
             try:
-                if self.args.should_save: (folder/MANIFEST).unlink(missing_ok=True)
+                if self.args.should_save:
+                    (folder / MANIFEST).unlink(missing_ok=True)
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # each process writes its own generator's state
                 if self.args.should_save:
-                    (folder/_INFO).write_text(json.dumps(dict(step=self.state.global_step, saved=time.time(), facts=self.facts), indent=1), encoding="utf-8")
+                    (folder / _INFO).write_text(
+                        json.dumps(
+                            dict(step=self.state.global_step, saved=time.time(), facts=self.facts), indent=1
+                        ),
+                        encoding="utf-8",
+                    )
                     seal(folder)
                     rotate_checkpoints(folder.parent, limit, (folder, self.state.best_model_checkpoint))
-            except Exception as e:  # Python, torch, safetensors and tokenizers each have their own for a full disk
-                raise TrainingStopped(f"{folder.name} could not be written ({type(e).__name__}: {e}). Make room on the disk, or choose another output_dir") from e
-            finally: self.args.save_total_limit = limit
+            except (
+                Exception
+            ) as e:  # Python, torch, safetensors and tokenizers each have their own for a full disk
+                raise TrainingStopped(
+                    f"{folder.name} could not be written ({type(e).__name__}: {e}). Make room on the disk, or choose another output_dir"
+                ) from e
+            finally:
+                self.args.save_total_limit = limit
 
         def _add(self, mode, nll, label, inputs):
-            real = inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.tensor(inputs["input_ids"].numel())
-            now = torch.stack([nll[~label].sum(), (~label).sum(), nll[label].sum(), label.sum(), real.to(nll.device)]).double()
+            real = (
+                inputs["attention_mask"].sum()
+                if "attention_mask" in inputs
+                else torch.tensor(inputs["input_ids"].numel())
+            )
+            now = torch.stack(
+                [nll[~label].sum(), (~label).sum(), nll[label].sum(), label.sum(), real.to(nll.device)]
+            ).double()
             self._sums[mode] = now + self._sums.get(mode, 0)
 
         def log(self, logs, start_time=None):
@@ -727,541 +1200,953 @@ def make_trainer_class():
             if (sums := self._sums.pop(mode, None)) is not None:
                 thought, n_thought, label, n_label, real = self.accelerator.reduce(sums, "sum").tolist()
                 pre = "eval_" if mode == "eval" else ""
-                logs[f"{pre}loss_thought"] = thought/max(n_thought, 1)
-                logs[f"{pre}loss_label"] = label/max(n_label, 1)
-                if mode == "eval": logs["eval_loss"] = (thought + label)/max(n_thought + n_label, 1)
-                else: logs["tokens"] = int(real)
+                logs[f"{pre}loss_thought"] = thought / max(n_thought, 1)
+                logs[f"{pre}loss_label"] = label / max(n_label, 1)
+                if mode == "eval":
+                    logs["eval_loss"] = (thought + label) / max(n_thought + n_label, 1)
+                else:
+                    logs["tokens"] = int(real)
             super().log(logs, start_time)
 
-        def create_model_card(self, *a, **k): "Checkpoints are not published: no model card is written into them."
+        def create_model_card(self, *a, **k):
+            "Checkpoints are not published: no model card is written into them."
 
     return NliTrainer
 
 # %% ../nbs/08_train_sft.ipynb #7d3b7da1
-def resume_facts(prep:Prepared) -> dict: # ready for JSON
+def resume_facts(prep: Prepared) -> dict:  # ready for JSON
     "What a checkpoint's continuation must share with it. Rows count by their token ids, so a file that moved is the same and another tokenizer is not."
     from nli_ft.model import base_facts, sharded
+
     def rows(encs):
         h = hashlib.sha256()
         for e in encs:
-            for ids in (e.input_ids, e.labels): h.update(array("i", [len(ids), *ids]).tobytes())
+            for ids in (e.input_ids, e.labels):
+                h.update(array("i", [len(ids), *ids]).tobytes())
         return h.hexdigest()
-    apart = ("train_data", "eval_data", "max_steps", "num_epochs", "distributed_training", "num_processes")  # told by the other facts
-    return dict(config={k: v for k, v in result_values(prep.cfg).items() if k not in apart}, steps=step_counts(prep.cfg, len(prep.train))["steps"],
-                processes=world_size(prep.cfg), train_rows=rows(prep.train), eval_rows=rows(prep.eval), base=base_facts(prep.cfg),
-                **(dict(sharding="fsdp") if sharded() else {}))
 
-def changed_facts(then:dict, now:dict) -> list: # one line each
+    apart = (
+        "train_data",
+        "eval_data",
+        "max_steps",
+        "num_epochs",
+        "distributed_training",
+        "num_processes",
+    )  # told by the other facts
+    return dict(
+        config={k: v for k, v in result_values(prep.cfg).items() if k not in apart},
+        steps=step_counts(prep.cfg, len(prep.train))["steps"],
+        processes=world_size(prep.cfg),
+        train_rows=rows(prep.train),
+        eval_rows=rows(prep.eval),
+        base=base_facts(prep.cfg),
+        **(dict(sharding="fsdp") if sharded() else {}),
+    )
+
+
+def changed_facts(then: dict, now: dict) -> list:  # one line each
     "Differences between two `resume_facts`, in words. Older checkpoints do not say their base, and nothing is said of it then."
     from nli_ft.model import base_changes
+
     bases = [f.get("base") or {} for f in (then, now)]
     # the same commit by another name is the same base
     apart = ("config", "base", *(["model_revision"] if bases[0] and bases[0] == bases[1] else []))
-    def flat(f): return {k: v for k, v in [*f.items(), *f.get("config", {}).items()] if k not in apart}
+
+    def flat(f):
+        return {k: v for k, v in [*f.items(), *f.get("config", {}).items()] if k not in apart}
+
     then, now = flat(then), flat(now)
-    name = dict(steps="steps in all", train_rows="training rows (their token ids)", eval_rows="evaluation rows (their token ids)")
+    name = dict(
+        steps="steps in all",
+        train_rows="training rows (their token ids)",
+        eval_rows="evaluation rows (their token ids)",
+    )
     show = lambda k, v: v[:12] + "…" if k.endswith("_rows") and v else json.dumps(v)
-    return [f"{name.get(k, k)}: {show(k, then.get(k))} in the checkpoint, {show(k, now.get(k))} now" for k in {**now, "sharding": now.get("sharding")} if then.get(k) != now.get(k)] + [f"base, {c}" for c in base_changes(*bases)]
+    return [
+        f"{name.get(k, k)}: {show(k, then.get(k))} in the checkpoint, {show(k, now.get(k))} now"
+        for k in {**now, "sharding": now.get("sharding")}
+        if then.get(k) != now.get(k)
+    ] + [f"base, {c}" for c in base_changes(*bases)]
 
 # %% ../nbs/08_train_sft.ipynb #f3c8baaf
-def resume_point(prep:Prepared, say=lambda line: None): # Path, or None
+def resume_point(prep: Prepared, say=lambda line: None):  # Path, or None
     "`find_checkpoint`, refused with `ConfigError` where it was trained on something else, unless `allow_changed`."
     cfg = prep.cfg
     found, willing = find_checkpoint(cfg, say), cfg.allow_changed
-    if found is None: return None
+    if found is None:
+        return None
     shown, info = os.path.relpath(found, project_root()), _info(found) or {}
     differs = changed_facts(info.get("facts", {}), resume_facts(prep))
     if differs and not willing:
-        raise ConfigError(f"{shown} was not trained as this run would go on:\n" + "\n".join(f"  - {d}" for d in differs)
-                          + "\nGive the same values again; or --allow_changed, and what comes out is a run of neither config")
+        raise ConfigError(
+            f"{shown} was not trained as this run would go on:\n"
+            + "\n".join(f"  - {d}" for d in differs)
+            + "\nGive the same values again; or --allow_changed, and what comes out is a run of neither config"
+        )
     _refuse_lost_best(found)
     say(f"going on from {shown}" + "".join(f"\n  changed: {d}" for d in differs))
-    if not info.get("facts", {}).get("base"): say(f"  note: it does not say which weights of {cfg.model_id} it was trained beside (older ones do not); they are taken to be these")
+    if not info.get("facts", {}).get("base"):
+        say(
+            f"  note: it does not say which weights of {cfg.model_id} it was trained beside (older ones do not); they are taken to be these"
+        )
     return found
+
 
 def _refuse_lost_best(checkpoint):
     "Early stopping ends by loading the best checkpoint so far, which may lie in the folder of the run that was cut off."
-    best = json.loads((checkpoint/"trainer_state.json").read_text(encoding="utf-8")).get("best_model_checkpoint")
+    best = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")).get(
+        "best_model_checkpoint"
+    )
     if best and best != str(checkpoint) and (wrong := damage(best)):
-        raise ConfigError(f"{checkpoint} needs the best checkpoint before it, {best}, and {wrong}. Restore it, or start afresh")
+        raise ConfigError(
+            f"{checkpoint} needs the best checkpoint before it, {best}, and {wrong}. Restore it, or start afresh"
+        )
 
-def weights_of(cfg:Config, run) -> Path: # the record's folder -> that of its checkpoints and adapter
+
+def weights_of(cfg: Config, run) -> Path:  # the record's folder -> that of its checkpoints and adapter
     "`<output_dir>/<config>/<run_id>`."
-    return cfg.path("output_dir")/cfg.name/Path(run).name
+    return cfg.path("output_dir") / cfg.name / Path(run).name
 
-def how_to_go_on(cfg:Config, weights # folder of this run's checkpoints
-                ) -> str: # a sentence
+
+def how_to_go_on(
+    cfg: Config,
+    weights,  # folder of this run's checkpoints
+) -> str:  # a sentence
     "What to type after a run was cut off, and what is kept."
     kept = newest_checkpoint(Path(weights).glob("checkpoint-*"), say=lambda line: None)
-    if kept is None: return "No checkpoint was saved yet: start it again."
+    if kept is None:
+        return "No checkpoint was saved yet: start it again."
     return f"The last whole checkpoint is {os.path.relpath(kept, project_root())}; go on with `{run_command(cfg.replace(resume_from_checkpoint='latest'))}`."
 
 # %% ../nbs/08_train_sft.ipynb #38b2ca00
-def resolved_optim(cfg:Config) -> str: # an `optim` of transformers
+def resolved_optim(cfg: Config) -> str:  # an `optim` of transformers
     "Paged 8-bit AdamW where there is a GPU, plain AdamW on a CPU, or what was asked for."
     from nli_ft.model import device, sharded
-    if cfg.optim != "auto": return cfg.optim
-    if sharded(): return "adamw_torch"  # the states of bitsandbytes' optimizers cannot be gathered into a checkpoint
+
+    if cfg.optim != "auto":
+        return cfg.optim
+    if sharded():
+        return "adamw_torch"  # the states of bitsandbytes' optimizers cannot be gathered into a checkpoint
     return "paged_adamw_8bit" if device(cfg).type == "cuda" else "adamw_torch"
 
-def training_args(cfg:Config, out, evaluates:bool): # folder of checkpoints; whether there are rows for an evaluation loss
+
+def training_args(
+    cfg: Config, out, evaluates: bool
+):  # folder of checkpoints; whether there are rows for an evaluation loss
     "A config in the words of `SFTConfig`."
     import torch
     from nli_ft.model import compute_dtype, device
     from trl import SFTConfig
+
     dev, dtype = device(cfg), compute_dtype(cfg)
     # transformers 5.23 renames gradient_checkpointing; TRL 1.16 still reads the old name
-    warnings.filterwarnings("ignore", message=".*(gradient_checkpointing|is_gradient_checkpointing).*deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore",
+        message=".*(gradient_checkpointing|is_gradient_checkpointing).*deprecated",
+        category=FutureWarning,
+    )
     every = lambda n: dict(strategy="steps", steps=n) if n else dict(strategy="epoch", steps=None)
     ev, save, stop = every(cfg.eval_steps), every(cfg.save_steps), cfg.early_stopping_patience is not None
     return SFTConfig(
-        output_dir=str(out), per_device_train_batch_size=cfg.batch_size, per_device_eval_batch_size=cfg.batch_size,
-        gradient_accumulation_steps=cfg.grad_accumulation_steps, num_train_epochs=cfg.num_epochs, max_steps=cfg.max_steps or -1,
-        learning_rate=cfg.learning_rate, lr_scheduler_type=cfg.lr_scheduler, warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay,
-        max_grad_norm=cfg.max_grad_norm or 0.0, optim=resolved_optim(cfg), seed=cfg.seed, data_seed=cfg.seed,
-        logging_steps=cfg.logging_steps, logging_first_step=True, logging_nan_inf_filter=False,
-        eval_strategy=ev["strategy"] if evaluates else "no", eval_steps=ev["steps"],
-        save_strategy=save["strategy"], save_steps=save["steps"] or 500, save_total_limit=cfg.save_total_limit,
+        output_dir=str(out),
+        per_device_train_batch_size=cfg.batch_size,
+        per_device_eval_batch_size=cfg.batch_size,
+        gradient_accumulation_steps=cfg.grad_accumulation_steps,
+        num_train_epochs=cfg.num_epochs,
+        max_steps=cfg.max_steps or -1,
+        learning_rate=cfg.learning_rate,
+        lr_scheduler_type=cfg.lr_scheduler,
+        warmup_steps=cfg.warmup_ratio,
+        weight_decay=cfg.weight_decay,
+        max_grad_norm=cfg.max_grad_norm or 0.0,
+        optim=resolved_optim(cfg),
+        seed=cfg.seed,
+        data_seed=cfg.seed,
+        logging_steps=cfg.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy=ev["strategy"] if evaluates else "no",
+        eval_steps=ev["steps"],
+        save_strategy=save["strategy"],
+        save_steps=save["steps"] or 500,
+        save_total_limit=cfg.save_total_limit,
         restore_callback_states_from_checkpoint=True,  # the patience that is already used up
-        load_best_model_at_end=stop, metric_for_best_model="eval_loss" if stop else None, greater_is_better=False if stop else None,
-        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=dev.type == "cpu", dataloader_pin_memory=dev.type == "cuda",
-        gradient_checkpointing=cfg.gradient_checkpointing, gradient_checkpointing_kwargs=dict(use_reentrant=False) if cfg.gradient_checkpointing else None,
-        train_sampling_strategy="group_by_length" if cfg.group_by_length and not cfg.use_packing else "random",
-        packing=cfg.use_packing, max_length=cfg.max_seq_length if cfg.use_packing else None, dataset_kwargs=dict(skip_prepare_dataset=True),
-        remove_unused_columns=False, prediction_loss_only=True, disable_tqdm=True,
+        load_best_model_at_end=stop,
+        metric_for_best_model="eval_loss" if stop else None,
+        greater_is_better=False if stop else None,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=dev.type == "cpu",
+        dataloader_pin_memory=dev.type == "cuda",
+        gradient_checkpointing=cfg.gradient_checkpointing,
+        gradient_checkpointing_kwargs=dict(use_reentrant=False) if cfg.gradient_checkpointing else None,
+        train_sampling_strategy="group_by_length"
+        if cfg.group_by_length and not cfg.use_packing
+        else "random",
+        packing=cfg.use_packing,
+        max_length=cfg.max_seq_length if cfg.use_packing else None,
+        dataset_kwargs=dict(skip_prepare_dataset=True),
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        disable_tqdm=True,
         router_aux_loss_coef=0.0,  # TRL would switch it on for every mixture of experts: no likelihood, and the router is frozen
-        report_to=trackers(cfg), run_name=Path(out).name, project=cfg.name,  # as W&B's: the group is the config, the run its record
+        report_to=trackers(cfg),
+        run_name=Path(out).name,
+        project=cfg.name,  # as W&B's: the group is the config, the run its record
         # rank 0 may judge thousands of rows while the others wait for it
-        ddp_timeout=86400, ddp_find_unused_parameters=False)
+        ddp_timeout=86400,
+        ddp_find_unused_parameters=False,
+    )
 
 # %% ../nbs/08_train_sft.ipynb #6ed0b7b0
-def to_dataset(encs:list, # list of `Encoded`
-               cfg:Config): # a `datasets.Dataset` with input_ids, labels, kind
+def to_dataset(
+    encs: list,  # list of `Encoded`
+    cfg: Config,
+):  # a `datasets.Dataset` with input_ids, labels, kind
     "Encoded rows as the trainer takes them; packed into full sequences when the config says so."
     from datasets import Dataset
+
     ds = Dataset.from_dict({k: [getattr(e, k) for e in encs] for k in ("input_ids", "labels", "kind")})
-    if not cfg.use_packing: return ds
+    if not cfg.use_packing:
+        return ds
     from trl import pack_dataset
+
     return pack_dataset(ds, cfg.max_seq_length, "bfd")
 
-def print_log(logs:dict):
+
+def print_log(logs: dict):
     "One line of progress."
-    if logs.get("earlier") or ("loss" not in logs and "eval_loss" not in logs): return
+    if logs.get("earlier") or ("loss" not in logs and "eval_loss" not in logs):
+        return
     pre = "eval_" if "eval_loss" in logs else ""
-    left = f"   {logs['eta_s']/60:.1f} min left" if logs.get("eta_s") else ""
+    left = f"   {logs['eta_s'] / 60:.1f} min left" if logs.get("eta_s") else ""
     lr = f"   lr {logs['learning_rate']:.2e}" if "learning_rate" in logs else ""
-    print(f"step {logs['step']:>5}/{logs['steps']}   {'held-out ' if pre else ''}loss {logs[pre + 'loss']:.4f}   thought {logs.get(pre + 'loss_thought', math.nan):.4f}   "
-          f"label {logs.get(pre + 'loss_label', math.nan):.4f}{lr}{left}", flush=True)
+    print(
+        f"step {logs['step']:>5}/{logs['steps']}   {'held-out ' if pre else ''}loss {logs[pre + 'loss']:.4f}   thought {logs.get(pre + 'loss_thought', math.nan):.4f}   "
+        f"label {logs.get(pre + 'loss_label', math.nan):.4f}{lr}{left}",
+        flush=True,
+    )
 
 # %% ../nbs/08_train_sft.ipynb #a2973b03
 def _stream(on_log):
     "A callback that hands every log to `on_log`, with step, time and time left, on the main process only."
     from transformers import TrainerCallback
+
     class Stream(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw):
             self.start, self.first = time.time(), state.global_step
             if state.is_world_process_zero:  # the record of a resumed run holds the whole curve
-                for row in state.log_history: on_log(dict(row, steps=state.max_steps, earlier=True))
+                for row in state.log_history:
+                    on_log(dict(row, steps=state.max_steps, earlier=True))
+
         def on_log(self, args, state, control, logs=None, **kw):
-            if not state.is_world_process_zero: return
+            if not state.is_world_process_zero:
+                return
             spent, done = time.time() - self.start, state.global_step - self.first
-            on_log(dict(step=state.global_step, steps=state.max_steps, seconds=round(spent, 2),
-                        eta_s=round(spent/done*(state.max_steps - state.global_step), 1) if done else None, **logs))
+            on_log(
+                dict(
+                    step=state.global_step,
+                    steps=state.max_steps,
+                    seconds=round(spent, 2),
+                    eta_s=round(spent / done * (state.max_steps - state.global_step), 1) if done else None,
+                    **logs,
+                )
+            )
+
         def on_step_end(self, args, state, control, **kw):
             # the very first lines tell a person whether it goes at all
-            if state.global_step == 1: control.should_log = True
+            if state.global_step == 1:
+                control.should_log = True
+
     return Stream()
 
 # %% ../nbs/08_train_sft.ipynb #0be33838
 @contextlib.contextmanager
-def stop_requests(alone:bool=True, # one process: there a second ctrl-c ends it at once
-                 ): # list of the signals that came
+def stop_requests(
+    alone: bool = True,  # one process: there a second ctrl-c ends it at once
+):  # list of the signals that came
     "While training: the signals that ask to end are noted, and acted upon at the end of the step. Launchers and closing terminals send several."
     asked = []
+
     def on_signal(signum, frame):
-        if alone and signum == signal.SIGINT and signal.SIGINT in asked: raise Interrupted("stopped at once, in the middle of a step", signum)
+        if alone and signum == signal.SIGINT and signal.SIGINT in asked:
+            raise Interrupted("stopped at once, in the middle of a step", signum)
         first = not asked
         asked.append(signum)
         more = b"; ctrl-c again stops at once" if alone else b""
         # not print: the signal may have come in the middle of one, and the terminal may be gone
         with contextlib.suppress(OSError):
-            if first: os.write(2, b"\nstopping after this step, with a checkpoint" + more + b"\n")
+            if first:
+                os.write(2, b"\nstopping after this step, with a checkpoint" + more + b"\n")
+
     main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
     old = {s: signal.signal(s, on_signal) for s in stop_signals()} if main else {}
-    try: yield asked
+    try:
+        yield asked
     finally:
-        for s, h in old.items(): signal.signal(s, h)
+        for s, h in old.items():
+            signal.signal(s, h)
 
 # %% ../nbs/08_train_sft.ipynb #f8fe6117
 def _flow(asked, accelerator):
     "A callback with what transformers' flow of logs, evaluations and checkpoints lacks for stopping and for an exact resume."
     from transformers import TrainerCallback
+
     class Flow(TrainerCallback):
         late = stop = False
-        def on_train_begin(self, args, state, control, **kw): state.compute_steps(args, state.max_steps)  # not the intervals of the checkpoint
+
+        def on_train_begin(self, args, state, control, **kw):
+            state.compute_steps(args, state.max_steps)  # not the intervals of the checkpoint
+
         def on_step_end(self, args, state, control, **kw):
             self.stop = self._stop()
-            if self.stop: control.should_save = True
+            if self.stop:
+                control.should_save = True
             # where an epoch or the training ends an evaluation may follow, and a checkpoint from before it would never be evaluated
             self.late = control.should_save and (state.global_step >= state.max_steps or state.epoch % 1 == 0)
             control.should_save = control.should_save and not self.late
             self._log(control)
+
         def on_epoch_end(self, args, state, control, **kw):
             control.should_save = control.should_save or self.late
             self._log(control)
+
         def on_save(self, args, state, control, **kw):
-            if self.stop: raise Interrupted(f"stopped after step {state.global_step} of {state.max_steps}", asked[0] if asked else signal.SIGTERM)
+            if self.stop:
+                raise Interrupted(
+                    f"stopped after step {state.global_step} of {state.max_steps}",
+                    asked[0] if asked else signal.SIGTERM,
+                )
+
         def _log(self, control):
             # a checkpoint does not hold a sum of losses that is still waiting for its log
-            if control.should_save: control.should_log = True
+            if control.should_save:
+                control.should_log = True
+
         def _stop(self):
-            if accelerator.num_processes == 1: return bool(asked)
-            if asked: accelerator.set_trigger()
+            if accelerator.num_processes == 1:
+                return bool(asked)
+            if asked:
+                accelerator.set_trigger()
             return accelerator.check_trigger()  # all at the same step
+
     return Flow()
 
 # %% ../nbs/08_train_sft.ipynb #b88997ae
-def fit(prep:Prepared, # from `prepare`
-        model, # base with a fresh adapter
-        out, # folder for checkpoints and adapter
-        on_log=print_log, # called with every log, as it happens
-        start=None, # checkpoint to go on from, of `resume_point`; None: looked for if the config asks for one
-       ) -> dict: # processes, steps, rows_trained, tokens_trained, train_loss, train_s, train_tokens, tokens_per_s; resumed_from where it was
+def fit(
+    prep: Prepared,  # from `prepare`
+    model,  # base with a fresh adapter
+    out,  # folder for checkpoints and adapter
+    on_log=print_log,  # called with every log, as it happens
+    start=None,  # checkpoint to go on from, of `resume_point`; None: looked for if the config asks for one
+) -> dict:  # processes, steps, rows_trained, tokens_trained, train_loss, train_s, train_tokens, tokens_per_s; resumed_from where it was
     """Train and save the adapter in `out/adapter`; returns what was done in all (steps, rows_trained, tokens_trained) and what it cost (of a resumed run: since then).
 
     Raises `Interrupted` after SIGINT, SIGTERM or SIGHUP, with a checkpoint saved, and `TrainingStopped` for a step that is not finite or a checkpoint that
     cannot be written; both say how to go on."""
     from nli_ft.model import sharded
+
     cfg, out = prep.cfg, Path(out)
     start = start or resume_point(prep, _say())
     tokens = []
+
     def log(logs):
-        if not logs.get("earlier"): tokens.append(logs.get("tokens", 0))
+        if not logs.get("earlier"):
+            tokens.append(logs.get("tokens", 0))
         on_log(logs)
+
     trainer = _trainer(prep, model, out, log)
     with stop_requests(trainer.accelerator.num_processes == 1) as asked:
         trainer.add_callback(_flow(asked, trainer.accelerator))
-        try: result = trainer.train(resume_from_checkpoint=start and str(start))
-        except NotFinite as e: raise TrainingStopped(f"{_not_finite(e, prep)} {how_to_go_on(cfg, out)}") from e
-        except Interrupted as e: raise Interrupted(f"{e}. {how_to_go_on(cfg, out)}", e.signum) from e
-        except TrainingStopped as e: raise TrainingStopped(f"{e}. {how_to_go_on(cfg, out)}") from e
-        state = trainer.accelerator.get_state_dict(trainer.model) if sharded() else None  # gathered from all processes
-        if trainer.is_world_process_zero(): _save_whole(trainer, prep, out/"adapter", state)
+        try:
+            result = trainer.train(resume_from_checkpoint=start and str(start))
+        except NotFinite as e:
+            raise TrainingStopped(f"{_not_finite(e, prep)} {how_to_go_on(cfg, out)}") from e
+        except Interrupted as e:
+            raise Interrupted(f"{e}. {how_to_go_on(cfg, out)}", e.signum) from e
+        except TrainingStopped as e:
+            raise TrainingStopped(f"{e}. {how_to_go_on(cfg, out)}") from e
+        state = (
+            trainer.accelerator.get_state_dict(trainer.model) if sharded() else None
+        )  # gathered from all processes
+        if trainer.is_world_process_zero():
+            _save_whole(trainer, prep, out / "adapter", state)
         trainer.accelerator.wait_for_everyone()
-    if asked: raise Interrupted(f"stopped after the last step. {how_to_go_on(cfg, out)}", asked[0])
+    if asked:
+        raise Interrupted(f"stopped after the last step. {how_to_go_on(cfg, out)}", asked[0])
     seconds = result.metrics["train_runtime"]
-    return dict(processes=trainer.accelerator.num_processes, steps=result.global_step, train_loss=_mean_loss(trainer.state.log_history), train_s=seconds,
-                rows_trained=_rows_trained(prep, result.global_step, trainer.state.epoch or 0), tokens_trained=sum(row.get("tokens", 0) for row in trainer.state.log_history),
-                train_tokens=sum(tokens), tokens_per_s=sum(tokens)/seconds) | (dict(resumed_from=os.path.relpath(start, project_root())) if start else {}) | (dict(sharding="fsdp") if sharded() else {})
+    return (
+        dict(
+            processes=trainer.accelerator.num_processes,
+            steps=result.global_step,
+            train_loss=_mean_loss(trainer.state.log_history),
+            train_s=seconds,
+            rows_trained=_rows_trained(prep, result.global_step, trainer.state.epoch or 0),
+            tokens_trained=sum(row.get("tokens", 0) for row in trainer.state.log_history),
+            train_tokens=sum(tokens),
+            tokens_per_s=sum(tokens) / seconds,
+        )
+        | (dict(resumed_from=os.path.relpath(start, project_root())) if start else {})
+        | (dict(sharding="fsdp") if sharded() else {})
+    )
+
 
 def _rows_trained(prep, steps, epochs):
     "Rows that went through so many steps, each as often as it was trained on; the last step of an epoch may hold fewer."
     n, count = len(prep.train), step_counts(prep.cfg, len(prep.train))
-    if prep.cfg.use_packing: return round(epochs*n)   # a row of a batch is several of ours
+    if prep.cfg.use_packing:
+        return round(epochs * n)  # a row of a batch is several of ours
     whole, rest = divmod(steps, count["steps_per_epoch"])
-    return whole*n + min(rest*count["rows_per_step"], n)
+    return whole * n + min(rest * count["rows_per_step"], n)
+
 
 def _say():
     "`print` for lines that every process of a run would say."
     return (lambda line: None) if int(os.environ.get("RANK", 0)) else functools.partial(print, flush=True)
 
-def never_fatal(callback # a tracker's `TrainerCallback`, changed in place
-               ):
+
+def never_fatal(
+    callback,  # a tracker's `TrainerCallback`, changed in place
+):
     "Training does not end because its tracker does: the failure is said once, and the tracker is left alone from then on."
     broken = []
+
     def guarded(event):
         def call(*a, **kw):
-            if broken: return
-            try: event(*a, **kw)
+            if broken:
+                return
+            try:
+                event(*a, **kw)
             except Exception as e:
                 broken.append(e)
-                print(f"{type(callback).__name__} failed ({type(e).__name__}: {e}); training goes on without it, the record is complete", flush=True)
+                print(
+                    f"{type(callback).__name__} failed ({type(e).__name__}: {e}); training goes on without it, the record is complete",
+                    flush=True,
+                )
+
         return call
-    for name in [n for n in dir(callback) if n.startswith("on_")]: setattr(callback, name, guarded(getattr(callback, name)))
+
+    for name in [n for n in dir(callback) if n.startswith("on_")]:
+        setattr(callback, name, guarded(getattr(callback, name)))
+
 
 @contextlib.contextmanager
 def _as_configured(cfg, args, model):
     "While a tracker reads them, folder and base have the names of the config and not their paths on this machine."
-    shown = [(args, "output_dir", os.path.relpath(args.output_dir, project_root())), (getattr(model, "config", None), "_name_or_path", cfg.model_id),
-             *((c, "base_model_name_or_path", cfg.model_id) for c in (getattr(model, "peft_config", None) or {}).values())]
+    shown = [
+        (args, "output_dir", os.path.relpath(args.output_dir, project_root())),
+        (getattr(model, "config", None), "_name_or_path", cfg.model_id),
+        *(
+            (c, "base_model_name_or_path", cfg.model_id)
+            for c in (getattr(model, "peft_config", None) or {}).values()
+        ),
+    ]
     shown = [(o, k, getattr(o, k), v) for o, k, v in shown if o is not None]
-    for o, k, _, v in shown: setattr(o, k, v)
-    try: yield
+    for o, k, _, v in shown:
+        setattr(o, k, v)
+    try:
+        yield
     finally:
-        for o, k, old, _ in shown: setattr(o, k, old)
+        for o, k, old, _ in shown:
+            setattr(o, k, old)
 
-def tell_as_configured(callback, # a tracker's `TrainerCallback`, changed in place
-                       cfg:Config):
+
+def tell_as_configured(
+    callback,  # a tracker's `TrainerCallback`, changed in place
+    cfg: Config,
+):
     "Trackers send the trainer's arguments and the model's config; see `_as_configured`."
+
     def told(event):
         def call(args, state, control, model=None, **kw):
-            with _as_configured(cfg, args, model): return event(args, state, control, model=model, **kw)
+            with _as_configured(cfg, args, model):
+                return event(args, state, control, model=model, **kw)
+
         return call
-    for name in ("on_train_begin", "on_log"): setattr(callback, name, told(getattr(callback, name)))
+
+    for name in ("on_train_begin", "on_log"):
+        setattr(callback, name, told(getattr(callback, name)))
+
 
 def _trainer(prep, model, out, log):
     from transformers import EarlyStoppingCallback
     from transformers.trainer_callback import PrinterCallback
+
     cfg = prep.cfg
-    stop = [EarlyStoppingCallback(cfg.early_stopping_patience)] if cfg.early_stopping_patience is not None else []
-    trainer = make_trainer_class()(model=model, args=training_args(cfg, out, bool(prep.eval)), train_dataset=to_dataset(prep.train, cfg),
-        eval_dataset=to_dataset(prep.eval, cfg) if prep.eval else None, processing_class=prep.tok, callbacks=[_stream(log), *stop])
+    stop = (
+        [EarlyStoppingCallback(cfg.early_stopping_patience)]
+        if cfg.early_stopping_patience is not None
+        else []
+    )
+    trainer = make_trainer_class()(
+        model=model,
+        args=training_args(cfg, out, bool(prep.eval)),
+        train_dataset=to_dataset(prep.train, cfg),
+        eval_dataset=to_dataset(prep.eval, cfg) if prep.eval else None,
+        processing_class=prep.tok,
+        callbacks=[_stream(log), *stop],
+    )
     trainer.remove_callback(PrinterCallback)
     for c in trainer.callback_handler.callbacks:
         if type(c).__module__.startswith("transformers.integrations"):
             tell_as_configured(c, cfg)
             never_fatal(c)
     # FSDP casts buffers to the compute dtype, and rotary frequencies in bf16 would misplace distant tokens
-    if plugin := getattr(trainer.accelerator.state, "fsdp_plugin", None): plugin.ignored_modules = [m for n, m in model.named_modules() if n.endswith("rotary_emb")]
+    if plugin := getattr(trainer.accelerator.state, "fsdp_plugin", None):
+        plugin.ignored_modules = [m for n, m in model.named_modules() if n.endswith("rotary_emb")]
     trainer.facts = resume_facts(prep)
     return trainer
+
 
 def _mean_loss(history):
     "Mean training loss over all steps, those before a resume too: each log holds the mean since the one before."
     total = last = 0
     for row in history:
-        if "loss" in row: total, last = total + row["loss"]*(row["step"] - last), row["step"]
-    return total/max(last, 1)
+        if "loss" in row:
+            total, last = total + row["loss"] * (row["step"] - last), row["step"]
+    return total / max(last, 1)
+
 
 def _not_finite(e, prep):
     "What to say of a step that was not finite, with the ids of its rows."
     seen = [array("i", r).tobytes() for r in e.rows]  # padded, or several rows packed into one
-    ids = [str(r["id"]) for r, enc in zip(prep.train_rows, prep.train) if any(array("i", enc.input_ids).tobytes() in s for s in seen)]
+    ids = [
+        str(r["id"])
+        for r, enc in zip(prep.train_rows, prep.train)
+        if any(array("i", enc.input_ids).tobytes() in s for s in seen)
+    ]
     clip = "" if prep.cfg.max_grad_norm else " or set max_grad_norm=1.0"
-    return (f"{e}; the step was not taken. Rows of the batch: {', '.join(ids)}. Look at them; if they are sound, lower learning_rate (now {prep.cfg.learning_rate:g}){clip}.")
+    return f"{e}; the step was not taken. Rows of the batch: {', '.join(ids)}. Look at them; if they are sound, lower learning_rate (now {prep.cfg.learning_rate:g}){clip}."
+
 
 def _save_whole(trainer, prep, folder, state=None):
     "The adapter, sealed, so that a later change of a bit is noticed."
     from nli_ft.model import save_adapter
+
     try:
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), prep.tok, prep.cfg, folder, state)
         seal(folder)
-    except RecordError as e: raise TrainingStopped(f"{e}. {how_to_go_on(prep.cfg, folder.parent)}") from e
+    except RecordError as e:
+        raise TrainingStopped(f"{e}. {how_to_go_on(prep.cfg, folder.parent)}") from e
     except Exception as e:  # of several libraries, as for checkpoints
-        raise TrainingStopped(f"the adapter could not be written to {folder} ({type(e).__name__}: {e}). Make room on the disk, or choose another output_dir. "
-                              + how_to_go_on(prep.cfg, folder.parent)) from e
+        raise TrainingStopped(
+            f"the adapter could not be written to {folder} ({type(e).__name__}: {e}). Make room on the disk, or choose another output_dir. "
+            + how_to_go_on(prep.cfg, folder.parent)
+        ) from e
 
 # %% ../nbs/08_train_sft.ipynb #d2cc9d7e
-def run_facts(prep:Prepared) -> dict: # ready for JSON
+def run_facts(prep: Prepared) -> dict:  # ready for JSON
     "What a run knows of itself before it trains and no config says: rows, contracts and leakage, the device and the precision it computes in."
     import torch
     from nli_ft.model import compute_dtype, device
+
     dev = device(prep.cfg)
     name = torch.cuda.get_device_name(dev) if dev.type == "cuda" else f"{platform.machine()} CPU"
-    return dict(rows=dict(train=len(prep.train), judged=len(prep.eval_rows), dropped=len(prep.dropped)), leakage=prep.leakage,
-                contracts=prep.leakage["contracts"], device=name, compute_dtype=str(compute_dtype(prep.cfg, dev)).removeprefix("torch."))
+    return dict(
+        rows=dict(train=len(prep.train), judged=len(prep.eval_rows), dropped=len(prep.dropped)),
+        leakage=prep.leakage,
+        contracts=prep.leakage["contracts"],
+        device=name,
+        compute_dtype=str(compute_dtype(prep.cfg, dev)).removeprefix("torch."),
+    )
 
 # %% ../nbs/08_train_sft.ipynb #aa947b0d
 class Session:
     "A run in progress: its config, its record, its rows and its model."
-    def __init__(self, cfg:Config, run): # Config; the record's folder
+
+    def __init__(self, cfg: Config, run):  # Config; the record's folder
         refuse_equal_files(cfg.path("train_data"), cfg.path("eval_data"))
         self.cfg, self.run, self.prep, self.model = cfg, Path(run), prepare(cfg), None
         from nli_ft.model import base_facts
+
         refuse_leaked(self.prep.leakage, cfg.train_data, cfg.eval_data)
-        if not int(os.environ.get("RANK", 0)): note(self.run, **run_facts(self.prep))
+        if not int(os.environ.get("RANK", 0)):
+            note(self.run, **run_facts(self.prep))
         self.weights, self.begun, self.base = weights_of(cfg, run), False, base_facts(cfg)
         self.start = resume_point(self.prep, _say())  # refused now, and not after an evaluation of an hour
 
     def load(self):
         "The base with a fresh adapter (which at first changes nothing), loaded once."
         from nli_ft.model import load_base, seeded_lora
+
         if self.model is None:
             _say()(f"loading {self.cfg.model_id}")
             self.model = seeded_lora(load_base(self.cfg), self.cfg)
         return self.model
 
-    def judge(self, when:str, # "before", "before_forced" or "after"
-              progress:bool=True) -> list: # prediction rows
+    def judge(
+        self,
+        when: str,  # "before", "before_forced" or "after"
+        progress: bool = True,
+    ) -> list:  # prediction rows
         """Predict the evaluation rows and leave them in the record. "before_forced" scores both labels after what the untrained model wrote "before":
         no answer in JSON is not the same as knowing nothing."""
-        out = self.run/dict(before="predictions_before.jsonl", before_forced="predictions_before_forced.jsonl", after="predictions.jsonl")[when]
+        out = (
+            self.run
+            / dict(
+                before="predictions_before.jsonl",
+                before_forced="predictions_before_forced.jsonl",
+                after="predictions.jsonl",
+            )[when]
+        )
         if when == "before_forced":
-            written = read_predictions(self.run/"predictions_before.jsonl")
-            def answer(model): return force_predictions(model, self.prep.tok, self.prep.eval_rows, written, self.cfg, progress, out)
-        else:
-            def answer(model): return judge(model, self.prep, out, progress)
-        with explained_memory(f"Set eval_batch_size lower (now {self.cfg.eval_batch_size})."): return answer(self.load())
+            written = read_predictions(self.run / "predictions_before.jsonl")
 
-    def train(self, on_log=print_log) -> dict: # what `fit` returns, and where the adapter is
+            def answer(model):
+                return force_predictions(
+                    model, self.prep.tok, self.prep.eval_rows, written, self.cfg, progress, out
+                )
+        else:
+
+            def answer(model):
+                return judge(model, self.prep, out, progress)
+
+        with explained_memory(f"Set eval_batch_size lower (now {self.cfg.eval_batch_size})."):
+            return answer(self.load())
+
+    def train(self, on_log=print_log) -> dict:  # what `fit` returns, and where the adapter is
         "Train here, or in children if the config asks for several processes. Once: `RecordError` for a second time."
         if self.begun:
-            raise RecordError("this run has trained before, and its weights are no longer those it started from. In a notebook: restart the kernel and "
-                              "run all cells; with resume_from_checkpoint=latest in `overrides` it goes on from the last checkpoint")
+            raise RecordError(
+                "this run has trained before, and its weights are no longer those it started from. In a notebook: restart the kernel and "
+                "run all cells; with resume_from_checkpoint=latest in `overrides` it goes on from the last checkpoint"
+            )
         self.begun = True
-        if world_size(self.cfg) > 1 and "WORLD_SIZE" not in os.environ: result = self._train_in_children(on_log)  # they log into the record
-        else: result = self._train_here(on_log)
-        return result | dict(adapter=os.path.relpath(self.weights/"adapter", project_root()), adapter_sha256=_adapter_hash(self.weights/"adapter"), base=self.base)
+        if world_size(self.cfg) > 1 and "WORLD_SIZE" not in os.environ:
+            result = self._train_in_children(on_log)  # they log into the record
+        else:
+            result = self._train_here(on_log)
+        return result | dict(
+            adapter=os.path.relpath(self.weights / "adapter", project_root()),
+            adapter_sha256=_adapter_hash(self.weights / "adapter"),
+            base=self.base,
+        )
 
     def _train_here(self, on_log):
         from nli_ft.model import sharded
+
         def log(row):
-            try: append_metrics(self.run, row)
-            except OSError as e: raise TrainingStopped(f"metrics could not be written to {self.run} ({e.strerror}): a record with gaps would mislead. Make room on the disk") from e
+            try:
+                append_metrics(self.run, row)
+            except OSError as e:
+                raise TrainingStopped(
+                    f"metrics could not be written to {self.run} ({e.strerror}): a record with gaps would mislead. Make room on the disk"
+                ) from e
             on_log(row)
-        with tracker(self.cfg, self.run), explained_memory(lambda: memory_advice(self.prep) + how_to_go_on(self.cfg, self.weights)):
+
+        with (
+            tracker(self.cfg, self.run),
+            explained_memory(lambda: memory_advice(self.prep) + how_to_go_on(self.cfg, self.weights)),
+        ):
             result = fit(self.prep, self.load(), self.weights, log, self.start)
-        if sharded(): self._load_again()
+        if sharded():
+            self._load_again()
         return result
 
     def _load_again(self):
         "After FSDP no process holds a whole model; the one that judges loads it as for any other adapter."
         from nli_ft.model import load_for_inference
+
         self.model = None
-        if not int(os.environ.get("RANK", 0)): self.model = load_for_inference(self.cfg, self.weights/"adapter")
+        if not int(os.environ.get("RANK", 0)):
+            self.model = load_for_inference(self.cfg, self.weights / "adapter")
 
     def _train_in_children(self, on_log):
         from nli_ft.model import load_for_inference
+
         self.model = None  # the children need the device's memory
         result = launch(self.cfg, self.run, on_log)
-        self.model = load_for_inference(self.cfg, self.weights/"adapter")
+        self.model = load_for_inference(self.cfg, self.weights / "adapter")
         return result
+
 
 def _adapter_hash(folder):
     "SHA-256 of the adapter's weights, for the record; None in a process that did not write them."
-    path = folder/MANIFEST
-    return json.loads(path.read_text(encoding="utf-8"))["adapter_model.safetensors"] if path.is_file() else None
+    path = folder / MANIFEST
+    return (
+        json.loads(path.read_text(encoding="utf-8"))["adapter_model.safetensors"] if path.is_file() else None
+    )
 
 # %% ../nbs/08_train_sft.ipynb #adf773ac
 def _device_gib(cfg):
     import torch
     from nli_ft.model import device
-    dev = device(cfg)
-    return (torch.cuda.mem_get_info(dev)[1] if dev.type == "cuda" else os.sysconf("SC_PHYS_PAGES")*os.sysconf("SC_PAGE_SIZE"))/2**30
 
-def smaller_configs(cfg:Config): # yields dicts of changes, each smaller than the one before
+    dev = device(cfg)
+    return (
+        torch.cuda.mem_get_info(dev)[1]
+        if dev.type == "cuda"
+        else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    ) / 2**30
+
+
+def smaller_configs(cfg: Config):  # yields dicts of changes, each smaller than the one before
     "Ways to need less memory that leave the rows of a step as they are, cheapest first: recompute activations, then smaller batches, more often."
     changes = {}
-    if cfg.quantization == "none": yield (changes := dict(quantization="nf4"))
-    if not cfg.gradient_checkpointing: yield (changes := changes | dict(gradient_checkpointing=True))
+    if cfg.quantization == "none":
+        yield (changes := dict(quantization="nf4"))
+    if not cfg.gradient_checkpointing:
+        yield (changes := changes | dict(gradient_checkpointing=True))
     batch = cfg.batch_size
     while batch > 1:
-        batch = batch//2 if batch % 2 == 0 else 1
-        yield (changes := changes | dict(batch_size=batch, grad_accumulation_steps=cfg.grad_accumulation_steps*cfg.batch_size//batch))
+        batch = batch // 2 if batch % 2 == 0 else 1
+        yield (
+            changes := changes
+            | dict(
+                batch_size=batch,
+                grad_accumulation_steps=cfg.grad_accumulation_steps * cfg.batch_size // batch,
+            )
+        )
 
-def memory_advice(prep:Prepared, have:float|None=None # GiB of the device; None: ask it
-                 ) -> str: # sentences
+
+def memory_advice(
+    prep: Prepared,
+    have: float | None = None,  # GiB of the device; None: ask it
+) -> str:  # sentences
     "What to change after an out-of-memory error, judged by `estimate_memory`."
     have = have or _device_gib(prep.cfg)
     need = lambda changes: estimate_memory(replace(prep, cfg=prep.cfg.replace(**changes)))["total"]
-    if need({}) is None: return f"The device has {have:.1f} GiB; what this model needs is not known. Try a smaller batch_size, or gradient_checkpointing=true. "
+    if need({}) is None:
+        return f"The device has {have:.1f} GiB; what this model needs is not known. Try a smaller batch_size, or gradient_checkpointing=true. "
     options = [(c, need(c)) for c in smaller_configs(prep.cfg)]
     said = f"By the estimate this config needs about {(now := need({})):.1f} GiB; the device has {have:.1f} GiB. "
-    if now < .9*have: said += "It should have fitted: another process may be using the device (`nvidia-smi`). "
+    if now < 0.9 * have:
+        said += "It should have fitted: another process may be using the device (`nvidia-smi`). "
     # a tenth for fragments and for what the estimate leaves out
-    fits = next(((c, n) for c, n in options if n < min(.9*have, now)), None)
-    if fits: return said + f"About {fits[1]:.1f} GiB, with the same rows a step: " + " ".join(f"--{k} {str(v).lower()}" for k, v in fits[0].items()) + ". "
+    fits = next(((c, n) for c, n in options if n < min(0.9 * have, now)), None)
+    if fits:
+        return (
+            said
+            + f"About {fits[1]:.1f} GiB, with the same rows a step: "
+            + " ".join(f"--{k} {str(v).lower()}" for k, v in fits[0].items())
+            + ". "
+        )
     return said + "No batch size makes it fit: lower max_seq_length or lora_r, or choose a smaller model. "
 
+
 @contextlib.contextmanager
-def explained_memory(advice # text, or a function that gives it
-                    ):
+def explained_memory(
+    advice,  # text, or a function that gives it
+):
     "Turn an out-of-memory error into `TrainingStopped` with what to do."
     import torch
-    try: yield
+
+    try:
+        yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e): raise
-        raise TrainingStopped(f"out of memory ({str(e).splitlines()[0] if str(e) else type(e).__name__}). {advice if isinstance(advice, str) else advice()}") from e
+        if (
+            isinstance(e, RuntimeError)
+            and not isinstance(e, torch.OutOfMemoryError)
+            and "can't allocate memory" not in str(e)
+        ):
+            raise
+        raise TrainingStopped(
+            f"out of memory ({str(e).splitlines()[0] if str(e) else type(e).__name__}). {advice if isinstance(advice, str) else advice()}"
+        ) from e
 
 # %% ../nbs/08_train_sft.ipynb #728350fc
-def judge(model, prep:Prepared, out, # predictions.jsonl to write
-          progress:bool=True) -> list: # prediction rows
+def judge(
+    model,
+    prep: Prepared,
+    out,  # predictions.jsonl to write
+    progress: bool = True,
+) -> list:  # prediction rows
     "Generate and parse an answer to every evaluation row."
     return predict_rows(model, prep.tok, prep.eval_rows, prep.cfg, progress=progress, out=out)
 
 # %% ../nbs/08_train_sft.ipynb #84b8ae14
 @contextlib.contextmanager
-def tracker(cfg:Config, run): # the record's folder
+def tracker(cfg: Config, run):  # the record's folder
     "The trackers for the time of training, if configured: online with a key, offline without, never asking, never fatal. The record does not depend on them."
     first = not int(os.environ.get("RANK", 0))  # the only process that sends
-    with (_in_the_record(cfg, Path(run).resolve()) if first else contextlib.nullcontext()), (_wandb(cfg, Path(run)) if first and cfg.use_wandb else contextlib.nullcontext()): yield
+    with (
+        _in_the_record(cfg, Path(run).resolve()) if first else contextlib.nullcontext(),
+        _wandb(cfg, Path(run)) if first and cfg.use_wandb else contextlib.nullcontext(),
+    ):
+        yield
+
 
 @contextlib.contextmanager
 def _in_the_record(cfg, run):
     "Trackers keep their files in the record and call the run as W&B does, each by its own environment variables; one that the user has set is left alone."
     tags, e = dict(config=cfg.name, seed=str(cfg.seed)), os.environ
     places = dict(
-        tensorboard=dict(TENSORBOARD_LOGGING_DIR=run/"tensorboard"),
-        mlflow=dict(MLFLOW_TRACKING_URI=f"sqlite:///{run/'mlflow.db'}", MLFLOW_EXPERIMENT_NAME=cfg.name, MLFLOW_TAGS=json.dumps(tags)),
-        comet_ml=dict(COMET_OFFLINE_DIRECTORY=run/"comet", COMET_PROJECT_NAME=cfg.name, COMET_START_ONLINE=int(bool(e.get("COMET_API_KEY")))),
-        swanlab=dict(SWANLAB_LOG_DIR=run/"swanlab", SWANLAB_PROJECT=cfg.name, SWANLAB_MODE="cloud" if e.get("SWANLAB_API_KEY") else "local"),
-        trackio=dict(TRACKIO_DIR=run/"trackio"))
+        tensorboard=dict(TENSORBOARD_LOGGING_DIR=run / "tensorboard"),
+        mlflow=dict(
+            MLFLOW_TRACKING_URI=f"sqlite:///{run / 'mlflow.db'}",
+            MLFLOW_EXPERIMENT_NAME=cfg.name,
+            MLFLOW_TAGS=json.dumps(tags),
+        ),
+        comet_ml=dict(
+            COMET_OFFLINE_DIRECTORY=run / "comet",
+            COMET_PROJECT_NAME=cfg.name,
+            COMET_START_ONLINE=int(bool(e.get("COMET_API_KEY"))),
+        ),
+        swanlab=dict(
+            SWANLAB_LOG_DIR=run / "swanlab",
+            SWANLAB_PROJECT=cfg.name,
+            SWANLAB_MODE="cloud" if e.get("SWANLAB_API_KEY") else "local",
+        ),
+        trackio=dict(TRACKIO_DIR=run / "trackio"),
+    )
     new = {k: str(v) for t in trackers(cfg) for k, v in places.get(t, {}).items() if k not in e}
     e.update(new)
-    try: yield
+    try:
+        yield
     finally:
-        for k in new: e.pop(k, None)
-        for f in (run/"tensorboard").glob("events.*"): f.rename(f.with_name(f.name.replace(f".{platform.node()}", "")))  # no host in a record
+        for k in new:
+            e.pop(k, None)
+        for f in (run / "tensorboard").glob("events.*"):
+            f.rename(f.with_name(f.name.replace(f".{platform.node()}", "")))  # no host in a record
+
 
 @contextlib.contextmanager
 def _wandb(cfg, run):
     import wandb
+
     online = bool(os.environ.get("WANDB_API_KEY") or _netrc_has_wandb())
     os.environ.setdefault("WANDB_MODE", "online" if online else "offline")
-    settings = dict(project=cfg.wandb_project, name=cfg.wandb_run_name or run.name, group=cfg.name, tags=[cfg.name, f"seed{cfg.seed}"],
-                    id=cfg.wandb_run_id, resume="allow" if cfg.wandb_run_id else None, config=cfg.to_dict(), dir=str(run))
-    wait = lambda name, seconds: float(os.environ.get(name, seconds))  # not for ever: the run is kept on disk either way
-    quiet = wandb.Settings(silent=True, console="off", x_disable_meta=True, save_code=False, disable_git=True,
-                           init_timeout=wait("WANDB_INIT_TIMEOUT", 30), finish_timeout=wait("WANDB_FINISH_TIMEOUT", 120))
-    try: tracked = wandb.init(**settings, settings=quiet)
+    settings = dict(
+        project=cfg.wandb_project,
+        name=cfg.wandb_run_name or run.name,
+        group=cfg.name,
+        tags=[cfg.name, f"seed{cfg.seed}"],
+        id=cfg.wandb_run_id,
+        resume="allow" if cfg.wandb_run_id else None,
+        config=cfg.to_dict(),
+        dir=str(run),
+    )
+    wait = lambda name, seconds: float(
+        os.environ.get(name, seconds)
+    )  # not for ever: the run is kept on disk either way
+    quiet = wandb.Settings(
+        silent=True,
+        console="off",
+        x_disable_meta=True,
+        save_code=False,
+        disable_git=True,
+        init_timeout=wait("WANDB_INIT_TIMEOUT", 30),
+        finish_timeout=wait("WANDB_FINISH_TIMEOUT", 120),
+    )
+    try:
+        tracked = wandb.init(**settings, settings=quiet)
     except Exception as e:
-        print(f"W&B cannot be reached ({type(e).__name__}); this run is kept offline under {run.name}/wandb, `wandb sync` sends it later")
+        print(
+            f"W&B cannot be reached ({type(e).__name__}); this run is kept offline under {run.name}/wandb, `wandb sync` sends it later"
+        )
         tracked = wandb.init(**settings, mode="offline", settings=quiet)
-    try: yield
+    try:
+        yield
     finally:
-        try: tracked.finish()
+        try:
+            tracked.finish()
         except Exception as e:
             print(f"W&B did not finish ({type(e).__name__}); what it has is under {run.name}/wandb")
             from wandb.sdk.lib.import_hooks import unregister_all_post_import_hooks
+
             unregister_all_post_import_hooks()  # they would report later imports to the service that is gone, and fail
-        for log in [*run.glob("wandb/debug*.log"), *run.glob("wandb/*run-*/logs/debug*.log")]: log.unlink()  # they name folders of this machine; `wandb sync` needs none
+        for log in [*run.glob("wandb/debug*.log"), *run.glob("wandb/*run-*/logs/debug*.log")]:
+            log.unlink()  # they name folders of this machine; `wandb sync` needs none
+
 
 def _netrc_has_wandb():
     import netrc
-    try: return "api.wandb.ai" in netrc.netrc().hosts
-    except (OSError, netrc.NetrcParseError): return False
+
+    try:
+        return "api.wandb.ai" in netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 # %% ../nbs/08_train_sft.ipynb #a187a2bd
-def launch_command(cfg:Config, run) -> list: # argv
+def launch_command(cfg: Config, run) -> list:  # argv
     "The command that trains a config in several processes, into a record that is already open."
     from nli_ft.model import device
-    n, cpu = world_size(cfg), device(cfg).type == "cpu"
-    own = ["--num_processes", str(n), "--num_machines", "1", "--dynamo_backend", "no", "--mixed_precision", "no", "--main_process_port", "0"]
-    return [sys.executable, "-m", "accelerate.commands.launch", *own, *(["--cpu"] if cpu else ["--multi_gpu"] if n > 1 else []),
-            "-m", "nli_ft.train_sft", *cfg.to_args(), "--run_dir", str(run), "--only_train"]
 
-def launch(cfg:Config, run, on_log=print_log) -> dict: # what `fit` returned in the children
+    n, cpu = world_size(cfg), device(cfg).type == "cpu"
+    own = [
+        "--num_processes",
+        str(n),
+        "--num_machines",
+        "1",
+        "--dynamo_backend",
+        "no",
+        "--mixed_precision",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *own,
+        *(["--cpu"] if cpu else ["--multi_gpu"] if n > 1 else []),
+        "-m",
+        "nli_ft.train_sft",
+        *cfg.to_args(),
+        "--run_dir",
+        str(run),
+        "--only_train",
+    ]
+
+
+def launch(cfg: Config, run, on_log=print_log) -> dict:  # what `fit` returned in the children
     """Run `launch_command`, stream its output, end the whole group if anything fails. Raises `TrainingStopped` with the last lines, and
     `Interrupted` after ctrl-c or another signal that asks to end, when the children have finished their step and saved."""
-    child = subprocess.Popen(launch_command(cfg, run), cwd=project_root(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             encoding="utf-8", errors="replace", start_new_session=True,
-                             env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"})
+    child = subprocess.Popen(
+        launch_command(cfg, run),
+        cwd=project_root(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+    )
     last, result = [], {}
+
     def relay():
         for line in child.stdout:
-            if line.startswith("NLI_LOG "): on_log(json.loads(line[8:]))
-            elif line.startswith("NLI_RESULT "): result.update(json.loads(line[11:]))
+            if line.startswith("NLI_LOG "):
+                on_log(json.loads(line[8:]))
+            elif line.startswith("NLI_RESULT "):
+                result.update(json.loads(line[11:]))
             else:
                 last.append(line)
-                if line.strip(): print(line, end="", flush=True)
+                if line.strip():
+                    print(line, end="", flush=True)
         child.wait()
-    try: relay()
-    except KeyboardInterrupt as e:
-        for p in _workers(child.pid): p.send_signal(signal.SIGTERM)
+
+    try:
         relay()
-        raise Interrupted(f"stopped by the user. {how_to_go_on(cfg, weights_of(cfg, run))}", getattr(e, "signum", signal.SIGINT)) from e
+    except KeyboardInterrupt as e:
+        for p in _workers(child.pid):
+            p.send_signal(signal.SIGTERM)
+        relay()
+        raise Interrupted(
+            f"stopped by the user. {how_to_go_on(cfg, weights_of(cfg, run))}",
+            getattr(e, "signum", signal.SIGINT),
+        ) from e
     finally:
-        if child.poll() is None: os.killpg(child.pid, signal.SIGKILL)
-    if child.returncode or not result: raise TrainingStopped(_why_failed(cfg, run, child.returncode, last))
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+    if child.returncode or not result:
+        raise TrainingStopped(_why_failed(cfg, run, child.returncode, last))
     return result
+
 
 def _workers(pid):
     "The training processes below a launcher. Not the launcher: it would give them 30 s, and a step may take longer."
     import psutil
+
     def ranked(p):
-        try: return "RANK" in p.environ()
-        except psutil.Error: return False
+        try:
+            return "RANK" in p.environ()
+        except psutil.Error:
+            return False
+
     return [p for p in psutil.Process(pid).children(recursive=True) if ranked(p) and not ranked(p.parent())]
+
 
 def _why_failed(cfg, run, code, lines):
     "The message for children that failed: the reason in front, their last lines behind it."
@@ -1269,33 +2154,60 @@ def _why_failed(cfg, run, code, lines):
     killed = re.search(r"Signal \d+ \((SIG\w+)\) received by PID", "".join(lines).rpartition("Root Cause")[2])
     said = [l for l in lines if l.startswith("error: ")]
     on = how_to_go_on(cfg, weights_of(cfg, run))
-    if killed: why = f"one of them was ended by {killed[1]}, and the run with it (SIGKILL often means that memory ran out: see `dmesg`). {on}"
-    else: why = said[0].strip() if said else f"exit code {code}. {on}"
-    return f"training in {world_size(cfg)} processes failed: {why}\nTheir last lines:\n" + "".join(lines[-30:])
+    if killed:
+        why = f"one of them was ended by {killed[1]}, and the run with it (SIGKILL often means that memory ran out: see `dmesg`). {on}"
+    else:
+        why = said[0].strip() if said else f"exit code {code}. {on}"
+    return f"training in {world_size(cfg)} processes failed: {why}\nTheir last lines:\n" + "".join(
+        lines[-30:]
+    )
 
 # %% ../nbs/08_train_sft.ipynb #5d4a8177
 def _asked_processes():
     "`--num_processes` of the `accelerate launch` that started this process, or None."
     import psutil
+
     argv = psutil.Process().parent().cmdline()
     for i, word in enumerate(argv):
         name, _, value = word.replace("-", "_").partition("=")
-        if name == "__num_processes": return int(value or argv[i + 1])
+        if name == "__num_processes":
+            return int(value or argv[i + 1])
+
 
 def join_cpu_processes(argv):
     """`accelerate launch --cpu --num_processes 2` (1.15) starts *one* process and only sets the master address. Several were asked for, so this
     process becomes their launcher (`torchrun`); it would otherwise train alone without a word."""
     e = os.environ
-    if e.get("ACCELERATE_USE_CPU") != "True" or "MASTER_PORT" not in e or "WORLD_SIZE" in e: return
+    if e.get("ACCELERATE_USE_CPU") != "True" or "MASTER_PORT" not in e or "WORLD_SIZE" in e:
+        return
     n = _asked_processes()
-    if n is None: raise ConfigError("accelerate was asked for several processes on the CPU and started one; use `torchrun --nproc_per_node N -m nli_ft.train_sft …`")
+    if n is None:
+        raise ConfigError(
+            "accelerate was asked for several processes on the CPU and started one; use `torchrun --nproc_per_node N -m nli_ft.train_sft …`"
+        )
     import socket
+
     with socket.socket() as s:  # accelerate's default port is one for all runs of a machine
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_addr", "127.0.0.1", "--master_port", str(port),
-                              "-m", "nli_ft.train_sft", *argv])
+    os.execv(
+        sys.executable,
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(n),
+            "--master_addr",
+            "127.0.0.1",
+            "--master_port",
+            str(port),
+            "-m",
+            "nli_ft.train_sft",
+            *argv,
+        ],
+    )
 
 # %% ../nbs/08_train_sft.ipynb #5063e35f
 def _shared_run(cfg, given):
@@ -1304,26 +2216,41 @@ def _shared_run(cfg, given):
     from accelerate.utils import broadcast_object_list
     from datetime import timedelta
     from nli_ft.model import device
+
     state = PartialState(cpu=device(cfg).type == "cpu", timeout=timedelta(days=1))
     box = [None]
-    if state.is_main_process: box = [str(Path(given) if given else start_run(cfg, command="nli_train" + run_command(cfg).removeprefix("nli_run")))]
+    if state.is_main_process:
+        box = [
+            str(
+                Path(given)
+                if given
+                else start_run(cfg, command="nli_train" + run_command(cfg).removeprefix("nli_run"))
+            )
+        ]
     broadcast_object_list(box)
     return state, Path(box[0])
 
-def run_training(cfg:Config, run_dir=None, # an open record, or None to open one
-                 only_train:bool=False, # the caller judges and closes the record
-                ) -> Path: # the record's folder
+
+def run_training(
+    cfg: Config,
+    run_dir=None,  # an open record, or None to open one
+    only_train: bool = False,  # the caller judges and closes the record
+) -> Path:  # the record's folder
     "The whole run, in one process or as one of several."
     check_ready(cfg)
-    refuse_equal_files(cfg.path("train_data"), cfg.path("eval_data"))   # here too, so that no record is opened for it
+    refuse_equal_files(
+        cfg.path("train_data"), cfg.path("eval_data")
+    )  # here too, so that no record is opened for it
     state, run = _shared_run(cfg, run_dir)
     main, summary = state.is_main_process, {}
     with sigterm_interrupts() as asked, outlives_its_reader():
-        try: _whole_run(cfg, run, state, only_train, summary)
+        try:
+            _whole_run(cfg, run, state, only_train, summary)
         except BaseException as e:
             asked.append(e)
             e = _named(e, state.num_processes)
-            if main and not only_train: close_failed(run, e, **summary)
+            if main and not only_train:
+                close_failed(run, e, **summary)
             raise e
         asked.append("done")
         if main and not only_train:
@@ -1331,22 +2258,29 @@ def run_training(cfg:Config, run_dir=None, # an open record, or None to open one
             model_card(run)
     return run
 
+
 def _whole_run(cfg, run, state, only_train, summary):
     "Everything between opening and closing a record; what was reached goes into `summary` as it is reached."
     main = state.is_main_process
-    with state.main_process_first(): ses = Session(cfg, run)
+    with state.main_process_first():
+        ses = Session(cfg, run)
     if main:
         p = preflight(ses.prep)
-        if not only_train: print(preflight_text(p), flush=True)
+        if not only_train:
+            print(preflight_text(p), flush=True)
         refuse_failed_proofs(p)
     if main and not only_train and cfg.eval_before:
-        for when in ("before", "before_forced"): summary[when] = score(ses.judge(when))
+        for when in ("before", "before_forced"):
+            summary[when] = score(ses.judge(when))
     state.wait_for_everyone()
     log = (lambda row: print("NLI_LOG " + json.dumps(row), flush=True)) if only_train else print_log
     summary |= ses.train(log if main else lambda logs: None)
-    if main and only_train: print("NLI_RESULT " + json.dumps(summary), flush=True)
-    if main and not only_train: summary["after"] = score(ses.judge("after"))
+    if main and only_train:
+        print("NLI_RESULT " + json.dumps(summary), flush=True)
+    if main and not only_train:
+        summary["after"] = score(ses.judge("after"))
     state.wait_for_everyone()
+
 
 @contextlib.contextmanager
 def sigterm_interrupts():
@@ -1354,32 +2288,54 @@ def sigterm_interrupts():
 
     Once something is in the list that is given, later ones are ignored: the record is being closed."""
     asked = []
+
     def on_signal(signum, frame):
-        if asked: return
+        if asked:
+            return
         asked.append(signum)
         raise Interrupted(f"stopped by {signal.Signals(signum).name}", signum)
+
     main = threading.current_thread() is threading.main_thread()
     old = {s: signal.signal(s, on_signal) for s in stop_signals() if s != signal.SIGINT} if main else {}
-    try: yield asked
+    try:
+        yield asked
     finally:
-        for s, h in old.items(): signal.signal(s, h)
+        for s, h in old.items():
+            signal.signal(s, h)
+
 
 def _named(e, processes):
     "The error, or what it means where another process of the run ended and this one noticed by its connection."
-    if processes > 1 and isinstance(e, RuntimeError) and re.search(r"[Cc]onnection (closed|reset)|Broken pipe|NCCL|gloo", str(e)):
-        return TrainingStopped(f"another process of this run ended, and the run with it ({str(e).splitlines()[0][:200]})")
+    if (
+        processes > 1
+        and isinstance(e, RuntimeError)
+        and re.search(r"[Cc]onnection (closed|reset)|Broken pipe|NCCL|gloo", str(e))
+    ):
+        return TrainingStopped(
+            f"another process of this run ended, and the run with it ({str(e).splitlines()[0][:200]})"
+        )
     return e
 
 # %% ../nbs/08_train_sft.ipynb #3fff441e
 @command
 def train_cli(argv=None) -> int:
     "Train one config in this process (or, under `accelerate launch`, as one of several)."
-    p = argparse.ArgumentParser(prog="nli_train", description=train_cli.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    p = argparse.ArgumentParser(
+        prog="nli_train",
+        description=train_cli.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  nli_train --config cpu_demo\n  nli_train --config ablation2 --learning_rate 1e-4 --print_config\n"
-               "  nli_train --config ablation2 --preflight\n  accelerate launch -m nli_ft.train_sft --config distributed")
+        "  nli_train --config ablation2 --preflight\n  accelerate launch -m nli_ft.train_sft --config distributed",
+    )
     add_config_args(p)
-    p.add_argument("--print_config", action="store_true", help="print the resolved config as JSON, with what differs from default, and stop")
-    p.add_argument("--preflight", action="store_true", help="check the machine, the rows and their token ids, and stop")
+    p.add_argument(
+        "--print_config",
+        action="store_true",
+        help="print the resolved config as JSON, with what differs from default, and stop",
+    )
+    p.add_argument(
+        "--preflight", action="store_true", help="check the machine, the rows and their token ids, and stop"
+    )
     p.add_argument("--run_dir", help=argparse.SUPPRESS)  # set by the launching process
     p.add_argument("--only_train", action="store_true", help=argparse.SUPPRESS)
     ns = p.parse_args(argv)
@@ -1387,17 +2343,23 @@ def train_cli(argv=None) -> int:
     if ns.print_config:
         print(print_config(cfg))
         return 0
-    if ns.preflight: return _preflight_only(cfg)
+    if ns.preflight:
+        return _preflight_only(cfg)
     join_cpu_processes(sys.argv[1:] if argv is None else argv)
     if world_size(cfg) > 1 and "WORLD_SIZE" not in os.environ:
-        raise ConfigError(f"config {cfg.name!r} trains in {world_size(cfg)} processes: start it with `nli_run --config {cfg.spec}`, or with "
-                          f"`accelerate launch --num_processes {world_size(cfg)} -m nli_ft.train_sft --config {cfg.spec}`")
-    try: run = run_training(cfg, ns.run_dir, ns.only_train)
+        raise ConfigError(
+            f"config {cfg.name!r} trains in {world_size(cfg)} processes: start it with `nli_run --config {cfg.spec}`, or with "
+            f"`accelerate launch --num_processes {world_size(cfg)} -m nli_ft.train_sft --config {cfg.spec}`"
+        )
+    try:
+        run = run_training(cfg, ns.run_dir, ns.only_train)
     except (Interrupted, TrainingStopped) as e:  # the message says it all, a traceback would hide it
         print(f"error: {e}", file=sys.stderr, flush=True)
         return e.exit_code
-    if not ns.only_train and not int(os.environ.get("RANK", 0)): print(f"record: {os.path.relpath(run)}")
+    if not ns.only_train and not int(os.environ.get("RANK", 0)):
+        print(f"record: {os.path.relpath(run)}")
     return 0
+
 
 def _preflight_only(cfg):
     check_ready(cfg)
@@ -1406,58 +2368,119 @@ def _preflight_only(cfg):
     p = preflight(prep)
     print(preflight_text(p))
     refuse_leaked(prep.leakage, cfg.train_data, cfg.eval_data)
-    print("one row    as it is trained on:\n" + mask_text(prep.tok, prep.train[0], colour=sys.stdout.isatty()))
+    print(
+        "one row    as it is trained on:\n" + mask_text(prep.tok, prep.train[0], colour=sys.stdout.isatty())
+    )
     return 0 if p["ok"] else 2
 
 # %% ../nbs/08_train_sft.ipynb #f75d6acd
-def merge_agreement(cfg:Config, adapter, folder, rows:list, # config of the run; its adapter; what was saved; SFT rows to ask both
-                    fp32:bool=False, # it was merged into fp32: let the adapter compute in fp32, too, or bf16's rounding is what is compared
-                   ) -> dict: # rows, answered and same_labels (shares), and logit_difference at the first completion token: mean and max over vocabulary and rows
+def merge_agreement(
+    cfg: Config,
+    adapter,
+    folder,
+    rows: list,  # config of the run; its adapter; what was saved; SFT rows to ask both
+    fp32: bool = False,  # it was merged into fp32: let the adapter compute in fp32, too, or bf16's rounding is what is compared
+) -> dict:  # rows, answered and same_labels (shares), and logit_difference at the first completion token: mean and max over vocabulary and rows
     "The merged model, loaded by plain transformers, beside the quantised base with the adapter on it: greedy labels and logits."
     import torch
     from nli_ft.evaluate import generate_completions
     from nli_ft.model import autocast, device, in_fp32, load_for_inference, load_tokenizer
     from transformers import AutoModelForCausalLM
+
     tok, answers, logits = load_tokenizer(cfg), [], []
     prompts = [encode_prompt(tok, r["prompt"]) for r in rows]
-    def plain(): return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, device_map={"": device(cfg)}).eval()
-    def tuned(): return in_fp32(load_for_inference(cfg, adapter)) if fp32 else load_for_inference(cfg, adapter)
-    for load, context in ((tuned, contextlib.nullcontext if fp32 else lambda: autocast(cfg)), (plain, contextlib.nullcontext)):
+
+    def plain():
+        return AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, device_map={"": device(cfg)}
+        ).eval()
+
+    def tuned():
+        return in_fp32(load_for_inference(cfg, adapter)) if fp32 else load_for_inference(cfg, adapter)
+
+    for load, context in (
+        (tuned, contextlib.nullcontext if fp32 else lambda: autocast(cfg)),
+        (plain, contextlib.nullcontext),
+    ):
         model = load()
         with context():
-            made = generate_completions(model, tok, prompts, cfg.max_new_tokens, cfg.eval_batch_size, completion=cfg.completion)
-            with torch.inference_mode(): logits.append([model(torch.tensor([p], device=model.device)).logits[0, -1].float().cpu() for p in prompts])
+            made = generate_completions(
+                model, tok, prompts, cfg.max_new_tokens, cfg.eval_batch_size, completion=cfg.completion
+            )
+            with torch.inference_mode():
+                logits.append(
+                    [
+                        model(torch.tensor([p], device=model.device)).logits[0, -1].float().cpu()
+                        for p in prompts
+                    ]
+                )
         answers.append([parse_completion(m["text"], cfg.completion).label for m in made])
         del model
     apart = torch.stack([(a - b).abs() for a, b in zip(*logits)])
-    return dict(rows=len(rows), answered=sum(a is not None for a in answers[0])/len(rows), same_labels=sum(a == b for a, b in zip(*answers))/len(rows), logit_difference=dict(mean=apart.mean().item(), max=apart.max().item()))
+    return dict(
+        rows=len(rows),
+        answered=sum(a is not None for a in answers[0]) / len(rows),
+        same_labels=sum(a == b for a, b in zip(*answers)) / len(rows),
+        logit_difference=dict(mean=apart.mean().item(), max=apart.max().item()),
+    )
+
 
 @command
 def merge_cli(argv=None) -> int:
     "Merge a run's adapter into its dequantised base and save a plain safetensors model with its tokenizer."
-    p = argparse.ArgumentParser(prog="nli_merge", description=merge_cli.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  nli_merge --run runs/cpu_demo/RUN_ID --out merged/\n  nli_merge --run runs/cpu_demo/RUN_ID --out merged/ --check 200")
-    p.add_argument("--check", type=int, default=0, metavar="N", help="then ask both models N evaluation rows of the run, and say how far labels and logits agree [0]; exit code 1 below 99 %% of the labels, or where none was given")
+    p = argparse.ArgumentParser(
+        prog="nli_merge",
+        description=merge_cli.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  nli_merge --run runs/cpu_demo/RUN_ID --out merged/\n  nli_merge --run runs/cpu_demo/RUN_ID --out merged/ --check 200",
+    )
+    p.add_argument(
+        "--check",
+        type=int,
+        default=0,
+        metavar="N",
+        help="then ask both models N evaluation rows of the run, and say how far labels and logits agree [0]; exit code 1 below 99 %% of the labels, or where none was given",
+    )
     p.add_argument("--run", required=True, help="folder of a finished run")
     p.add_argument("--out", required=True, help="folder to write; must not exist or be empty")
-    p.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of the saved weights (default: bf16)")
+    p.add_argument(
+        "--dtype",
+        choices=["bf16", "fp16", "fp32"],
+        default="bf16",
+        help="of the saved weights (default: bf16)",
+    )
     ns = p.parse_args(argv)
     out = Path(ns.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ConfigError(f"--out {out} already holds something; give a new folder")
-    if ns.check < 0: raise ConfigError(f"--check {ns.check}: expected a number of rows")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} already holds something; give a new folder")
+    if ns.check < 0:
+        raise ConfigError(f"--check {ns.check}: expected a number of rows")
     run, cfg, adapter, template = open_run(ns.run)
-    rows = evaluation_rows(cfg.path("eval_data"), cfg.replace(max_eval_samples=ns.check), template) if ns.check else []  # missing ones are said before the work
+    rows = (
+        evaluation_rows(cfg.path("eval_data"), cfg.replace(max_eval_samples=ns.check), template)
+        if ns.check
+        else []
+    )  # missing ones are said before the work
     import torch
     from nli_ft.model import load_tokenizer, merge_adapter
+
     check_recorded_base(run, cfg)
-    merge_adapter(cfg, adapter, dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[ns.dtype]).save_pretrained(out)
+    merge_adapter(
+        cfg, adapter, dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[ns.dtype]
+    ).save_pretrained(out)
     load_tokenizer(cfg).save_pretrained(out)
     print(f"merged model: {out}")
-    if not rows: return 0
+    if not rows:
+        return 0
     found = merge_agreement(cfg, adapter, out, rows, ns.dtype == "fp32")
-    print("{rows} rows, {answered:.1%} answered: {same_labels:.1%} of the greedy labels are the same; logits of the first completion token differ by {d[mean]:.3g} on average, {d[max]:.3g} at most".format(**found, d=found["logit_difference"]))
-    return 0 if found["answered"] and found["same_labels"] >= .99 else 1
+    print(
+        "{rows} rows, {answered:.1%} answered: {same_labels:.1%} of the greedy labels are the same; logits of the first completion token differ by {d[mean]:.3g} on average, {d[max]:.3g} at most".format(
+            **found, d=found["logit_difference"]
+        )
+    )
+    return 0 if found["answered"] and found["same_labels"] >= 0.99 else 1
 
 # %% ../nbs/08_train_sft.ipynb #8422c6a8
 #| eval: false
-if __name__ == "__main__" and "__file__" in globals(): train_cli()
+if __name__ == "__main__" and "__file__" in globals():
+    train_cli()

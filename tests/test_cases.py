@@ -2,6 +2,7 @@
 
 The sentences are our own, the layouts are those of the sets. In an outcome, digits are the labels of the rows that are read,
 and words stand in the message of a refusal."""
+
 import csv, gzip, json, shlex
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from nli_ft import evaluate as ev
 from nli_ft.config_loader import DataError, load_config
 from nli_ft.data import SOURCES, data_cli, download, read_rows
 
-CASES = Path(__file__).parent/"cases"
+CASES = Path(__file__).parent / "cases"
 
 DOWNLOAD = """
 mnli_quotes_swallow.tsv          | --dataset multi_nli | 110010
@@ -133,40 +134,48 @@ trailing_comma.csv         | ! | !
 """
 
 
-def table(text): return [tuple(cell.strip() for cell in line.split("|")) for line in text.strip().splitlines()]
+def table(text):
+    return [tuple(cell.strip() for cell in line.split("|")) for line in text.strip().splitlines()]
 
 
-def written(path): return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def written(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def labels(rows): return "".join(str(row["label"]) for row in rows)
+def labels(rows):
+    return "".join(str(row["label"]) for row in rows)
 
 
 @pytest.mark.parametrize("name,args,outcome", table(DOWNLOAD))
 def test_a_set_in_its_own_layout_becomes_pairs_in_one_command(tmp_path, capsys, name, args, outcome):
-    out = tmp_path/"out.jsonl"
-    argv = ["download", "--from_file", str(CASES/name), "--output", str(out), *shlex.split(args)]
+    out = tmp_path / "out.jsonl"
+    argv = ["download", "--from_file", str(CASES / name), "--output", str(out), *shlex.split(args)]
     if outcome.isdigit():
         assert data_cli(argv) == 0
         assert labels(written(out)) == outcome and labels(read_rows(out)) == outcome
         return
-    with pytest.raises(SystemExit) as e: data_cli(argv)
+    with pytest.raises(SystemExit) as e:
+        data_cli(argv)
     assert e.value.code == 2 and outcome in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.parametrize("name,contract,outcome", table(READ))
 def test_a_file_of_pairs_is_read_or_refused_with_the_cure(name, contract, outcome):
-    if outcome.isdigit(): assert labels(read_rows(CASES/name, contract=contract or None)) == outcome
+    if outcome.isdigit():
+        assert labels(read_rows(CASES / name, contract=contract or None)) == outcome
     else:
-        with pytest.raises(DataError) as e: read_rows(CASES/name, contract=contract or None)
+        with pytest.raises(DataError) as e:
+            read_rows(CASES / name, contract=contract or None)
         assert outcome in str(e.value)
 
 
 @pytest.mark.parametrize("name,hypotheses", [(name, rest) for name, *rest in table(PREDICT)])
 def test_nli_predict_reads_what_nli_data_reads_and_a_ragged_row_is_one_bad_row(name, hypotheses):
-    names, rows = ev.read_pairs(CASES/name)
+    names, rows = ev.read_pairs(CASES / name)
     assert ["!" if "problem" in row else row["hypothesis"] for row in rows] == hypotheses
-    assert all("fields where the header has" in row.get("problem", "fields where the header has") for row in rows)
+    assert all(
+        "fields where the header has" in row.get("problem", "fields where the header has") for row in rows
+    )
 
 
 def test_every_case_has_a_line_here():
@@ -175,160 +184,249 @@ def test_every_case_has_a_line_here():
 
 
 def test_quotes_between_tabs_belong_to_the_text(tmp_path):
-    download(tmp_path/"o.jsonl", "multi_nli", from_file=CASES/"mnli_balanced_quotes.tsv")
-    assert [r["premise"] for r in written(tmp_path/"o.jsonl")] == ['"Yes," he said, "it is late."', 'He said "no" twice.', '"Exactly."']
+    download(tmp_path / "o.jsonl", "multi_nli", from_file=CASES / "mnli_balanced_quotes.tsv")
+    assert [r["premise"] for r in written(tmp_path / "o.jsonl")] == [
+        '"Yes," he said, "it is late."',
+        'He said "no" twice.',
+        '"Exactly."',
+    ]
 
 
 def test_a_gold_column_beats_a_label_column_and_that_is_said(tmp_path):
-    counts = download(tmp_path/"o.jsonl", "snli", from_file=CASES/"two_gold_columns.jsonl")
-    assert counts["gold taken from gold_label, not from label"] == counts["of these, label says otherwise"] == 1
+    counts = download(tmp_path / "o.jsonl", "snli", from_file=CASES / "two_gold_columns.jsonl")
+    assert (
+        counts["gold taken from gold_label, not from label"] == counts["of these, label says otherwise"] == 1
+    )
 
 
 def test_a_gold_column_that_comes_late_in_a_file_is_not_passed_over(tmp_path):
     pair = dict(premise="P", hypothesis="H", label="neutral")
-    (tmp_path/"a.jsonl").write_text("\n".join(map(json.dumps, [pair]*60 + [pair | dict(gold_label="entailment")])))
-    with pytest.raises(DataError, match="a.jsonl:61: has a column gold_label"): download(tmp_path/"o.jsonl", "snli", from_file=tmp_path/"a.jsonl")
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(map(json.dumps, [pair] * 60 + [pair | dict(gold_label="entailment")]))
+    )
+    with pytest.raises(DataError, match="a.jsonl:61: has a column gold_label"):
+        download(tmp_path / "o.jsonl", "snli", from_file=tmp_path / "a.jsonl")
 
 
 def test_class_names_of_the_hub_and_of_the_command_line_must_agree(tmp_path, monkeypatch):
-    class Hub(list): features = dict(label=type("ClassLabel", (), dict(names=["entailment", "not_entailment"])))
+    class Hub(list):
+        features = dict(label=type("ClassLabel", (), dict(names=["entailment", "not_entailment"])))
+
     hub = Hub([dict(sentence1="P", sentence2="H", label=0)])
     monkeypatch.setattr("nli_ft.data.load_records", lambda *args: hub)
-    assert download(tmp_path/"o.jsonl", "glue/rte", contract="binary")["label 1"] == 1
+    assert download(tmp_path / "o.jsonl", "glue/rte", contract="binary")["label 1"] == 1
     with pytest.raises(DataError, match="and --names says non-entailment, entailment"):
-        download(tmp_path/"p.jsonl", "glue/rte", contract="binary", names=("not_entailment", "entailment"))
-    with pytest.raises(DataError, match="read from its own files"): download(tmp_path/"p.jsonl", "sick")
+        download(tmp_path / "p.jsonl", "glue/rte", contract="binary", names=("not_entailment", "entailment"))
+    with pytest.raises(DataError, match="read from its own files"):
+        download(tmp_path / "p.jsonl", "sick")
 
 
 def test_own_ids_are_kept_where_they_are_unique(tmp_path):
-    counts = download(tmp_path/"o.jsonl", "multi_nli", "dev", CASES/"ok"/"dup_pair_ids.jsonl")
-    assert [r["id"] for r in written(tmp_path/"o.jsonl")] == ["700e", "multi_nli-dev-1"]
+    counts = download(tmp_path / "o.jsonl", "multi_nli", "dev", CASES / "ok" / "dup_pair_ids.jsonl")
+    assert [r["id"] for r in written(tmp_path / "o.jsonl")] == ["700e", "multi_nli-dev-1"]
     assert counts["own id used before (numbered instead)"] == 1
 
 
 def test_a_split_is_what_the_name_of_the_file_says_or_is_not_said(tmp_path):
-    for name, split in (("esnli_dev.csv", "dev"), ("esnli_train_1.csv", "train"), ("latest.csv", None), ("train_test.csv", None)):
-        (tmp_path/name).write_bytes((CASES/"esnli_dev.csv").read_bytes())
-        download(tmp_path/"o.jsonl", "esnli", from_file=tmp_path/name, overwrite=True)
-        assert written(tmp_path/"o.jsonl")[0].get("split") == split
+    for name, split in (
+        ("esnli_dev.csv", "dev"),
+        ("esnli_train_1.csv", "train"),
+        ("latest.csv", None),
+        ("train_test.csv", None),
+    ):
+        (tmp_path / name).write_bytes((CASES / "esnli_dev.csv").read_bytes())
+        download(tmp_path / "o.jsonl", "esnli", from_file=tmp_path / name, overwrite=True)
+        assert written(tmp_path / "o.jsonl")[0].get("split") == split
 
 
-@pytest.mark.parametrize("first,last", [('"label": 0, "reason": null', '"label": 1, "reason": "because"'), ('"label": 0', '"label": "neutral"')])
+@pytest.mark.parametrize(
+    "first,last",
+    [('"label": 0, "reason": null', '"label": 1, "reason": "because"'), ('"label": 0', '"label": "neutral"')],
+)
 def test_a_column_that_changes_its_type_far_down_is_read(tmp_path, first, last):
-    pair = '{"premise": "' + "a long premise "*20 + '", "hypothesis": "H", ' # other readers guess a column's type block by block
-    (tmp_path/"a.jsonl").write_text((pair + first + "}\n")*60_000 + pair + last + "}\n")
-    counts = download(tmp_path/"o.jsonl", "anli", from_file=tmp_path/"a.jsonl")
+    pair = (
+        '{"premise": "' + "a long premise " * 20 + '", "hypothesis": "H", '
+    )  # other readers guess a column's type block by block
+    (tmp_path / "a.jsonl").write_text((pair + first + "}\n") * 60_000 + pair + last + "}\n")
+    counts = download(tmp_path / "o.jsonl", "anli", from_file=tmp_path / "a.jsonl")
     assert (counts["label 1"], counts["label 0"]) == (60_000, 1)
 
 
 def test_scitails_table_without_a_header_is_read(tmp_path):
-    (tmp_path/"dev.tsv").write_text("A dog runs.\tA dog moves.\tentails\nA dog runs.\tA cat runs.\tneutral\n")
-    assert download(tmp_path/"o.jsonl", "scitail", from_file=tmp_path/"dev.tsv")["label 1"] == 1
-    assert [r["hypothesis"] for r in written(tmp_path/"o.jsonl")] == ["A dog moves.", "A cat runs."]
+    (tmp_path / "dev.tsv").write_text(
+        "A dog runs.\tA dog moves.\tentails\nA dog runs.\tA cat runs.\tneutral\n"
+    )
+    assert download(tmp_path / "o.jsonl", "scitail", from_file=tmp_path / "dev.tsv")["label 1"] == 1
+    assert [r["hypothesis"] for r in written(tmp_path / "o.jsonl")] == ["A dog moves.", "A cat runs."]
 
 
 def test_the_class_names_of_a_parquet_file_are_used_and_contradicting_ones_refused(tmp_path):
     import pyarrow as pa, pyarrow.parquet as pq
-    declared = dict(info=dict(features=dict(label=dict(names=["not_entailment", "entailment"], _type="ClassLabel"))))
-    rows = pa.Table.from_pylist([dict(sentence1="P", sentence2="H", label=1), dict(sentence1="P", sentence2="None", label=0)])
-    pq.write_table(rows.replace_schema_metadata({b"huggingface": json.dumps(declared).encode()}), tmp_path/"a.parquet")
-    download(tmp_path/"o.jsonl", contract="binary", from_file=tmp_path/"a.parquet")
-    assert labels(written(tmp_path/"o.jsonl")) == "10"
+
+    declared = dict(
+        info=dict(features=dict(label=dict(names=["not_entailment", "entailment"], _type="ClassLabel")))
+    )
+    rows = pa.Table.from_pylist(
+        [dict(sentence1="P", sentence2="H", label=1), dict(sentence1="P", sentence2="None", label=0)]
+    )
+    pq.write_table(
+        rows.replace_schema_metadata({b"huggingface": json.dumps(declared).encode()}), tmp_path / "a.parquet"
+    )
+    download(tmp_path / "o.jsonl", contract="binary", from_file=tmp_path / "a.parquet")
+    assert labels(written(tmp_path / "o.jsonl")) == "10"
     with pytest.raises(DataError, match="declares the classes non-entailment, entailment"):
-        download(tmp_path/"p.jsonl", contract="binary", from_file=tmp_path/"a.parquet", names=("entailment", "not_entailment"))
-    pq.write_table(rows, tmp_path/"b.parquet")
-    with pytest.raises(DataError, match="give --names"): download(tmp_path/"p.jsonl", contract="binary", from_file=tmp_path/"b.parquet")
+        download(
+            tmp_path / "p.jsonl",
+            contract="binary",
+            from_file=tmp_path / "a.parquet",
+            names=("entailment", "not_entailment"),
+        )
+    pq.write_table(rows, tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="give --names"):
+        download(tmp_path / "p.jsonl", contract="binary", from_file=tmp_path / "b.parquet")
 
 
 def test_no_reader_of_another_package_sees_a_local_file(tmp_path, monkeypatch):
     import datasets
     from pyarrow import csv, json as arrow_json
+
     readers = (datasets, "load_dataset"), (csv, "read_csv"), (arrow_json, "read_json")
-    for module, name in readers: monkeypatch.setattr(module, name, None)
+    for module, name in readers:
+        monkeypatch.setattr(module, name, None)
     for name in ("esnli_dev.csv", "anli_R1_dev.jsonl", "mnli_none.tsv"):
-        download(tmp_path/name, "anli" if "anli" in name else "esnli", from_file=CASES/name)
+        download(tmp_path / name, "anli" if "anli" in name else "esnli", from_file=CASES / name)
 
 
-BROKEN = dict(empty=(b"", "holds no rows"), blank=(b"\n \n", "holds no rows"), header=(b"premise,hypothesis,label\n", "holds no rows"),
-              binary=(bytes(range(256)), "no text"), zip=(b"PK\x03\x04\0\0", "save the sheet as CSV"), cut_gz=(gzip.compress(b"premise,hypothesis\n" * 500)[:40], "gzip"),
-              utf16=("premise,hypothesis\na,b\n".encode("utf-16"), "iconv -f UTF-16"), bare_utf16=("premise,hypothesis\na,b\n".encode("utf-16-le"), "iconv -f UTF-16LE"),
-              html=(b"<!DOCTYPE html><p>Sign in", "a web page"), lfs=(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-              cp1252=(b"premise,hypothesis,label\ncaf\xe9,H,1\n", "iconv -f CP1252"), cp1252_header=(b"pr\xe9mise,hypothesis,label\nP,H,1\n", "CP1252"),
-              damaged=("premise,hypothesis,label\né,H,1\n".encode() + b"\xe9,H,1\n", "some rows are damaged"),
-              array=(b"[1, 2]", "JSON array"), torn_array=(b'[{"premise": "P"', "JSON array"), deep=(b"[" * 100_000, "JSON array"),
-              deep_object=(b'{"a":' * 100_000, "nested too deeply"), big=(b'{"premise": "P", "hypothesis": "H", "label": ' + b"1" * 5000 + b"}", ""),
-              nan=(b'{"premise": "P", "hypothesis": "H", "label": NaN}', "NaN"), infinite=(b'{"premise": "P", "hypothesis": "H", "label": 1e999}', ""),
-              parquet=(b"PAR1 and no more", "arquet"), open_quote=(b'"premise,hypothesis,label\nP,H,1\n', ""),
-              swallowed=(b'premise,hypothesis,label\n"P,H,1\nP",H,0\n', "swallows whole rows"))
+BROKEN = dict(
+    empty=(b"", "holds no rows"),
+    blank=(b"\n \n", "holds no rows"),
+    header=(b"premise,hypothesis,label\n", "holds no rows"),
+    binary=(bytes(range(256)), "no text"),
+    zip=(b"PK\x03\x04\0\0", "save the sheet as CSV"),
+    cut_gz=(gzip.compress(b"premise,hypothesis\n" * 500)[:40], "gzip"),
+    utf16=("premise,hypothesis\na,b\n".encode("utf-16"), "iconv -f UTF-16"),
+    bare_utf16=("premise,hypothesis\na,b\n".encode("utf-16-le"), "iconv -f UTF-16LE"),
+    html=(b"<!DOCTYPE html><p>Sign in", "a web page"),
+    lfs=(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    cp1252=(b"premise,hypothesis,label\ncaf\xe9,H,1\n", "iconv -f CP1252"),
+    cp1252_header=(b"pr\xe9mise,hypothesis,label\nP,H,1\n", "CP1252"),
+    damaged=("premise,hypothesis,label\né,H,1\n".encode() + b"\xe9,H,1\n", "some rows are damaged"),
+    array=(b"[1, 2]", "JSON array"),
+    torn_array=(b'[{"premise": "P"', "JSON array"),
+    deep=(b"[" * 100_000, "JSON array"),
+    deep_object=(b'{"a":' * 100_000, "nested too deeply"),
+    big=(b'{"premise": "P", "hypothesis": "H", "label": ' + b"1" * 5000 + b"}", ""),
+    nan=(b'{"premise": "P", "hypothesis": "H", "label": NaN}', "NaN"),
+    infinite=(b'{"premise": "P", "hypothesis": "H", "label": 1e999}', ""),
+    parquet=(b"PAR1 and no more", "arquet"),
+    open_quote=(b'"premise,hypothesis,label\nP,H,1\n', ""),
+    swallowed=(b'premise,hypothesis,label\n"P,H,1\nP",H,0\n', "swallows whole rows"),
+)
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".txt", ".json", ".jsonl", ".jsonl.gz", ".parquet", ""])
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_is_refused_in_words_by_every_door(tmp_path, name, ending):
     raw, words = BROKEN[name]
-    path = tmp_path/f"broken{ending}"
+    path = tmp_path / f"broken{ending}"
     path.write_bytes(raw)
-    for read in (lambda: read_rows(path), lambda: download(tmp_path/"o.jsonl", "snli", from_file=path)):
-        with pytest.raises(DataError) as e: read()
+    for read in (lambda: read_rows(path), lambda: download(tmp_path / "o.jsonl", "snli", from_file=path)):
+        with pytest.raises(DataError) as e:
+            read()
         assert path.name in str(e.value)
-    try: ev.read_pairs(path)
-    except DataError: pass
+    try:
+        ev.read_pairs(path)
+    except DataError:
+        pass
     own = ".jsonl" if raw[:1] in (b"{", b"[") else ".csv"
     if ending == own:
-        with pytest.raises(DataError) as e: read_rows(path)
+        with pytest.raises(DataError) as e:
+            read_rows(path)
         assert words in str(e.value)
 
 
 def test_a_table_under_the_name_of_json_and_json_under_the_name_of_a_table(tmp_path):
-    (tmp_path/"a.jsonl").write_text("premise,hypothesis,label\nP,H,1\n")
-    with pytest.raises(DataError, match="rename it to .csv or .tsv"): read_rows(tmp_path/"a.jsonl")
-    (tmp_path/"a.csv").write_text('{"premise": "P", "hypothesis": "H", "label": 1}\n')
-    assert labels(read_rows(tmp_path/"a.csv")) == "1"
+    (tmp_path / "a.jsonl").write_text("premise,hypothesis,label\nP,H,1\n")
+    with pytest.raises(DataError, match="rename it to .csv or .tsv"):
+        read_rows(tmp_path / "a.jsonl")
+    (tmp_path / "a.csv").write_text('{"premise": "P", "hypothesis": "H", "label": 1}\n')
+    assert labels(read_rows(tmp_path / "a.csv")) == "1"
 
 
-@pytest.mark.parametrize("text", ["premise;hypothesis;label\r\nP;H;1\r\n", "sep=;\npremise;hypothesis;label\nP;H;1\n", "premise, hypothesis, label\nP, H, 1\n", "premise|hypothesis|label\nP|H|1",
-                                  "\ufeff\n\npremise,hypothesis,label\n\n\nP,H,1", '"premise","hypothesis","label"\n"P","H","1"\n', "Premise,HYPOTHESIS, Label \nP,H,1.0\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "premise;hypothesis;label\r\nP;H;1\r\n",
+        "sep=;\npremise;hypothesis;label\nP;H;1\n",
+        "premise, hypothesis, label\nP, H, 1\n",
+        "premise|hypothesis|label\nP|H|1",
+        "\ufeff\n\npremise,hypothesis,label\n\n\nP,H,1",
+        '"premise","hypothesis","label"\n"P","H","1"\n',
+        "Premise,HYPOTHESIS, Label \nP,H,1.0\n",
+    ],
+)
 def test_every_dialect_of_csv_gives_the_same_row(tmp_path, text):
-    (tmp_path/"a.csv").write_text(text, newline="")
-    row, = read_rows(tmp_path/"a.csv")
+    (tmp_path / "a.csv").write_text(text, newline="")
+    (row,) = read_rows(tmp_path / "a.csv")
     assert (row["premise"], row["hypothesis"], row["label"]) == ("P", "H", 1)
-    assert [(r["premise"], r["hypothesis"]) for r in ev.read_pairs(tmp_path/"a.csv")[1]] == [("P", "H")]
+    assert [(r["premise"], r["hypothesis"]) for r in ev.read_pairs(tmp_path / "a.csv")[1]] == [("P", "H")]
 
 
 def test_a_table_that_pandas_wrote_with_tabs_is_not_taken_for_one_without_quotes(tmp_path):
     text = 'premise\thypothesis\tlabel\n"He said ""no""."\tHe spoke.\t1\n'
-    (tmp_path/"a.tsv").write_text(text)
-    with pytest.raises(DataError, match="ends in .csv"): read_rows(tmp_path/"a.tsv")
-    (tmp_path/"a.csv").write_text(text)
-    assert read_rows(tmp_path/"a.csv")[0]["premise"] == 'He said "no".'
+    (tmp_path / "a.tsv").write_text(text)
+    with pytest.raises(DataError, match="ends in .csv"):
+        read_rows(tmp_path / "a.tsv")
+    (tmp_path / "a.csv").write_text(text)
+    assert read_rows(tmp_path / "a.csv")[0]["premise"] == 'He said "no".'
 
 
 def test_gold_and_label_that_differ_make_a_bad_row(tmp_path):
-    for gold, contract, ok in (("neutral", "entailment", False), ("entailment", "entailment", True), (1, None, True), (0, None, False), ("neutral", None, False), ("-", None, False)):
-        (tmp_path/"a.jsonl").write_text(json.dumps(dict(premise="P", hypothesis="H", label=1, gold_label=gold)))
-        if ok: assert labels(read_rows(tmp_path/"a.jsonl", contract=contract)) == "1"
+    for gold, contract, ok in (
+        ("neutral", "entailment", False),
+        ("entailment", "entailment", True),
+        (1, None, True),
+        (0, None, False),
+        ("neutral", None, False),
+        ("-", None, False),
+    ):
+        (tmp_path / "a.jsonl").write_text(
+            json.dumps(dict(premise="P", hypothesis="H", label=1, gold_label=gold))
+        )
+        if ok:
+            assert labels(read_rows(tmp_path / "a.jsonl", contract=contract)) == "1"
         else:
-            with pytest.raises(DataError, match="gold"): read_rows(tmp_path/"a.jsonl", contract=contract)
+            with pytest.raises(DataError, match="gold"):
+                read_rows(tmp_path / "a.jsonl", contract=contract)
 
 
 def test_evaluation_rows_are_read_under_a_contract_and_from_a_sets_own_columns():
     cfg = load_config("cpu_demo", check=False)
 
-    def read(name, **kw): return labels(ev.evaluation_rows(CASES/name, cfg, "brief", **kw))
+    def read(name, **kw):
+        return labels(ev.evaluation_rows(CASES / name, cfg, "brief", **kw))
 
     assert read("lingnli_val.jsonl", contract="entailment") == "100100"
     assert read("SICK.txt", layout=dict(dataset="sick")) == "100100"
-    assert read("rte_hub_ints.jsonl", contract="binary", layout=dict(names=("entailment", "not_entailment"))) == "10010"
-    with pytest.raises(DataError, match="give --names"): read("rte_hub_ints.jsonl", contract="binary", layout=dict(columns=dict(premise="sentence1")))
-    with pytest.raises(DataError, match="where 'course' was declared"): read("pairs_one_class.jsonl", contract="course")
+    assert (
+        read("rte_hub_ints.jsonl", contract="binary", layout=dict(names=("entailment", "not_entailment")))
+        == "10010"
+    )
+    with pytest.raises(DataError, match="give --names"):
+        read("rte_hub_ints.jsonl", contract="binary", layout=dict(columns=dict(premise="sentence1")))
+    with pytest.raises(DataError, match="where 'course' was declared"):
+        read("pairs_one_class.jsonl", contract="course")
 
 
 def test_answers_come_back_with_every_row_and_column_as_they_were(tmp_path):
-    names, rows = ev.read_pairs(CASES/"predict_ragged.csv")
+    names, rows = ev.read_pairs(CASES / "predict_ragged.csv")
     answers = [dict.fromkeys(ev.ANSWER_COLUMNS) | dict(problem=row.get("problem")) for row in rows]
-    ev._write_answers(tmp_path/"o.csv", names, rows, answers)
-    got = list(csv.DictReader(open(tmp_path/"o.csv", newline="", encoding="utf-8")))
-    assert list(got[0]) == ["premise", "hypothesis", *ev.ANSWER_COLUMNS] and got[1]["hypothesis"] == "A cat runs."
+    ev._write_answers(tmp_path / "o.csv", names, rows, answers)
+    got = list(csv.DictReader(open(tmp_path / "o.csv", newline="", encoding="utf-8")))
+    assert (
+        list(got[0]) == ["premise", "hypothesis", *ev.ANSWER_COLUMNS]
+        and got[1]["hypothesis"] == "A cat runs."
+    )
     assert "A dog moves." in got[0]["problem"]
 
 

@@ -1,25 +1,34 @@
 """Every key of the config is read by some module: a key that nobody reads is a setting silently ignored.
 
 This looks at the source only; that a key changes the outcome is shown where the outcome is made."""
+
 import ast
 from pathlib import Path
 
 import nli_ft
 from nli_ft.config_loader import KEYS
 
-NAMES = {"cfg", "config"} # what a Config is called, alone or as an attribute: cfg.seed, self.cfg.seed
+NAMES = {"cfg", "config"}  # what a Config is called, alone or as an attribute: cfg.seed, self.cfg.seed
 
 
 def is_config(node):
-    return (isinstance(node, ast.Name) and node.id in NAMES) or (isinstance(node, ast.Attribute) and node.attr in NAMES)
+    return (isinstance(node, ast.Name) and node.id in NAMES) or (
+        isinstance(node, ast.Attribute) and node.attr in NAMES
+    )
 
 
 def keys_read(source):
-    "The names read from a Config in a module: `cfg.seed`, `self.cfg.seed`, `cfg.path(\"train_data\")`."
+    'The names read from a Config in a module: `cfg.seed`, `self.cfg.seed`, `cfg.path("train_data")`.'
     found = set()
     for n in ast.walk(ast.parse(source)):
-        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load) and is_config(n.value): found.add(n.attr)
-        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "path" and is_config(n.func.value):
+        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load) and is_config(n.value):
+            found.add(n.attr)
+        if (
+            isinstance(n, ast.Call)
+            and isinstance(n.func, ast.Attribute)
+            and n.func.attr == "path"
+            and is_config(n.func.value)
+        ):
             found |= {a.value for a in n.args if isinstance(a, ast.Constant)}
     return found
 
@@ -32,6 +41,10 @@ def test_the_search_finds_what_is_read_and_only_that():
 
 
 def test_every_key_is_read_outside_the_loader():
-    files = [p for p in Path(nli_ft.__file__).parent.glob("*.py") if p.name not in ("config_loader.py", "_modidx.py")]
+    files = [
+        p
+        for p in Path(nli_ft.__file__).parent.glob("*.py")
+        if p.name not in ("config_loader.py", "_modidx.py")
+    ]
     read = set().union(*(keys_read(p.read_text()) for p in files))
     assert sorted(set(KEYS) - read) == []

@@ -1,4 +1,5 @@
 "The commands of the README, as a person types them: papermill, run_training.sh, and what is said where a GPU is missing."
+
 import json, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 
@@ -9,36 +10,66 @@ from nli_ft.config_loader import project_root
 
 root = project_root()
 papermill = str(Path(sys.executable).with_name("papermill"))
-sample = root.parent/"shared"/"data"/"mistral_nli_sample"/"sample_ft.jsonl"
+sample = root.parent / "shared" / "data" / "mistral_nli_sample" / "sample_ft.jsonl"
 TINY = "model_id=tiny-mistral device=cpu compute_dtype=fp32 max_steps=2 max_eval_samples=4 max_new_tokens=8"
+
 
 def run(*cmd, cwd=root, timeout=600, **env):
     start = time.time()
     # the kernel of a notebook must be this interpreter's, as in an activated .venv
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    r = subprocess.run(list(map(str, cmd)), cwd=cwd, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
-                       env=os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""} | env)
+    r = subprocess.run(
+        list(map(str, cmd)),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""} | env,
+    )
     r.seconds, r.all = time.time() - start, r.stdout + r.stderr
     return r
+
 
 def only_record(runs):
     found = list(Path(runs).glob("*/*/summary.json"))
     assert len(found) == 1, found
     return found[0].parent, json.loads(found[0].read_text())
 
-@pytest.mark.parametrize("cwd, notebook", [(root, "nbs/train.ipynb"), (root/"nbs", "train.ipynb")], ids=["from the root", "from nbs"])
+
+@pytest.mark.parametrize(
+    "cwd, notebook",
+    [(root, "nbs/train.ipynb"), (root / "nbs", "train.ipynb")],
+    ids=["from the root", "from nbs"],
+)
 def test_papermill_without_a_gpu_stops_at_once_and_says_what_the_config_needs(tmp_path, cwd, notebook):
-    r = run(papermill, notebook, tmp_path/"mine.ipynb", "-p", "config", "ablation2", "-p", "overrides", f"runs_dir={tmp_path}/runs", cwd=cwd, timeout=120)
+    r = run(
+        papermill,
+        notebook,
+        tmp_path / "mine.ipynb",
+        "-p",
+        "config",
+        "ablation2",
+        "-p",
+        "overrides",
+        f"runs_dir={tmp_path}/runs",
+        cwd=cwd,
+        timeout=120,
+    )
     assert r.returncode != 0
-    for said in ("CUDA", "mistralai/Mistral-7B-v0.3", "cpu_demo", "minimal_test", "train_data"): assert said in r.all
-    assert not (tmp_path/"runs").exists(), "nothing was started, so there is no record"
-    assert "output_type: error" in r.all or "ConfigError" in (tmp_path/"mine.ipynb").read_text()
+    for said in ("CUDA", "mistralai/Mistral-7B-v0.3", "cpu_demo", "minimal_test", "train_data"):
+        assert said in r.all
+    assert not (tmp_path / "runs").exists(), "nothing was started, so there is no record"
+    assert "output_type: error" in r.all or "ConfigError" in (tmp_path / "mine.ipynb").read_text()
+
 
 def assert_reads_well(path):
     "An executed train.ipynb is for people: every plot drawn, no widgets that need a kernel, no loading bars line by line, small enough to look at anywhere."
     nb = nbformat.read(path, 4)
     outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
-    assert "widgets" not in nb.metadata and not any("widget" in mime for o in outputs for mime in o.get("data", {}))
+    assert "widgets" not in nb.metadata and not any(
+        "widget" in mime for o in outputs for mime in o.get("data", {})
+    )
     plots = [o.data for o in outputs if o.get("data", {}).get("text/plain", "").startswith("<Figure")]
     assert len(plots) == 5 and all("image/png" in p for p in plots), [list(p) for p in plots]
     said = "".join(o.text for o in outputs if o.output_type == "stream")
@@ -46,63 +77,149 @@ def assert_reads_well(path):
     assert "\r" not in said and not [o.text for o in outputs if o.get("name") == "stderr"]
     assert path.stat().st_size < 500_000
 
-@pytest.mark.parametrize("cwd, notebook", [(root, "nbs/train.ipynb"), (root/"nbs", "train.ipynb")], ids=["from the root", "from nbs"])
+
+@pytest.mark.parametrize(
+    "cwd, notebook",
+    [(root, "nbs/train.ipynb"), (root / "nbs", "train.ipynb")],
+    ids=["from the root", "from nbs"],
+)
 def test_plain_papermill_trains_and_leaves_a_whole_record(tmp_path, cwd, notebook):
-    r = run(papermill, notebook, tmp_path/"mine.ipynb", "-p", "config", "minimal_test", "-p", "overrides",
-            f"{TINY} learning_rate=1e-4 runs_dir={tmp_path}/runs output_dir={tmp_path}/models", cwd=cwd)
+    r = run(
+        papermill,
+        notebook,
+        tmp_path / "mine.ipynb",
+        "-p",
+        "config",
+        "minimal_test",
+        "-p",
+        "overrides",
+        f"{TINY} learning_rate=1e-4 runs_dir={tmp_path}/runs output_dir={tmp_path}/models",
+        cwd=cwd,
+    )
     assert r.returncode == 0, r.all[-3000:]
-    record, s = only_record(tmp_path/"runs")
+    record, s = only_record(tmp_path / "runs")
     assert s["status"] == "done" and s["steps"] == 2 and s["before"]["n"] == s["after"]["n"] == 4
-    for name in ("config.json", "environment.json", "metrics.jsonl", "predictions.jsonl", "predictions_before.jsonl", "report.json", "confusion.png"): assert (record/name).is_file(), name
-    resolved = json.loads((record/"config.json").read_text())
-    assert resolved["config"]["learning_rate"] == 1e-4 and resolved["changed_from_default"]["learning_rate"]["from"]
-    metrics = [json.loads(l) for l in (record/"metrics.jsonl").read_text().splitlines()]
-    assert [m["step"] for m in metrics if "loss" in m] == [1, 2] and all("loss_thought" in m and "loss_label" in m for m in metrics if "loss" in m)
-    assert "Unable to parse" not in r.all and "unknown parameter" not in r.all, "papermill could not read the parameters cell"
-    assert_reads_well(tmp_path/"mine.ipynb")
+    for name in (
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "predictions.jsonl",
+        "predictions_before.jsonl",
+        "report.json",
+        "confusion.png",
+    ):
+        assert (record / name).is_file(), name
+    resolved = json.loads((record / "config.json").read_text())
+    assert (
+        resolved["config"]["learning_rate"] == 1e-4
+        and resolved["changed_from_default"]["learning_rate"]["from"]
+    )
+    metrics = [json.loads(l) for l in (record / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics if "loss" in m] == [1, 2] and all(
+        "loss_thought" in m and "loss_label" in m for m in metrics if "loss" in m
+    )
+    assert "Unable to parse" not in r.all and "unknown parameter" not in r.all, (
+        "papermill could not read the parameters cell"
+    )
+    assert_reads_well(tmp_path / "mine.ipynb")
+
 
 def test_a_cell_that_fails_under_plain_papermill_marks_the_record_as_failed(tmp_path):
-    nb = nbformat.read(root/"nbs"/"train.ipynb", 4)
+    nb = nbformat.read(root / "nbs" / "train.ipynb", 4)
     at = next(i for i, c in enumerate(nb.cells) if "session.train()" in c.source)
     nb.cells[at].source = "raise RuntimeError('the disk is on fire')"
-    nbformat.write(nb, tmp_path/"train.ipynb")
-    r = run(papermill, tmp_path/"train.ipynb", tmp_path/"out.ipynb", "-p", "config", "minimal_test", "-p", "overrides",
-            f"{TINY} eval_before=false runs_dir={tmp_path}/runs output_dir={tmp_path}/models")
+    nbformat.write(nb, tmp_path / "train.ipynb")
+    r = run(
+        papermill,
+        tmp_path / "train.ipynb",
+        tmp_path / "out.ipynb",
+        "-p",
+        "config",
+        "minimal_test",
+        "-p",
+        "overrides",
+        f"{TINY} eval_before=false runs_dir={tmp_path}/runs output_dir={tmp_path}/models",
+    )
     assert r.returncode != 0
-    _, s = only_record(tmp_path/"runs")
+    _, s = only_record(tmp_path / "runs")
     assert s["status"] == "failed" and "the disk is on fire" in s["error"]
+
 
 def test_no_environment_value_is_in_any_file_of_a_run(tmp_path):
     secret = "hf_plantedSecretValue123456"
-    r = run(papermill, "nbs/train.ipynb", tmp_path/"mine.ipynb", "-p", "config", "minimal_test", "-p", "overrides",
-            f"{TINY} eval_before=false runs_dir={tmp_path}/runs output_dir={tmp_path}/models", HF_TOKEN=secret, MY_PASSWORD=secret)
+    r = run(
+        papermill,
+        "nbs/train.ipynb",
+        tmp_path / "mine.ipynb",
+        "-p",
+        "config",
+        "minimal_test",
+        "-p",
+        "overrides",
+        f"{TINY} eval_before=false runs_dir={tmp_path}/runs output_dir={tmp_path}/models",
+        HF_TOKEN=secret,
+        MY_PASSWORD=secret,
+    )
     assert r.returncode == 0, r.all[-3000:]
     for f in tmp_path.rglob("*"):
-        if f.is_file(): assert secret.encode() not in f.read_bytes(), f
+        if f.is_file():
+            assert secret.encode() not in f.read_bytes(), f
+
 
 def test_run_training_with_no_arguments_says_what_default_needs(tmp_path):
-    r = run(root/"run_training.sh", "--local", "--runs_dir", tmp_path/"runs")
+    r = run(root / "run_training.sh", "--local", "--runs_dir", tmp_path / "runs")
     assert r.returncode == 2, r.all
-    for said in ("default", "CUDA", "hf download", "train_data", "eval_data", "nli_data"): assert said in r.all
+    for said in ("default", "CUDA", "hf download", "train_data", "eval_data", "nli_data"):
+        assert said in r.all
+
 
 @pytest.mark.slow
 def test_smollm2_trains_through_run_training_local_on_the_embedded_rows(tmp_path):
-    r = run(root/"run_training.sh", "--local", "--config", "minimal_test", "--runs_dir", tmp_path/"runs", "--output_dir", tmp_path/"models")
+    r = run(
+        root / "run_training.sh",
+        "--local",
+        "--config",
+        "minimal_test",
+        "--runs_dir",
+        tmp_path / "runs",
+        "--output_dir",
+        tmp_path / "models",
+    )
     assert r.returncode == 0, r.all[-3000:]
-    record, s = only_record(tmp_path/"runs")
-    assert s["status"] == "done" and s["after"]["n"] == 8 and (record/"train.ipynb").is_file()
+    record, s = only_record(tmp_path / "runs")
+    assert s["status"] == "done" and s["after"]["n"] == 8 and (record / "train.ipynb").is_file()
     assert re.search(r"accuracy \S+ .*→ \S+ +valid JSON", r.stdout) and record.name in r.stdout
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sample.exists(), reason="the real NLI sample is not here")
 def test_smollm2_learns_from_older_text_rows_of_a_real_set(tmp_path):
     lines = sample.read_text(encoding="utf-8").splitlines(keepends=True)
-    (tmp_path/"train.jsonl").write_text("".join(lines[:60]), encoding="utf-8")
-    (tmp_path/"eval.jsonl").write_text("".join(lines[60:]), encoding="utf-8")
-    data = "--train_data", tmp_path/"train.jsonl", "--eval_data", tmp_path/"eval.jsonl"
-    r = run(root/"run_training.sh", "--local", "--config", "minimal_test", *data, "--max_steps", "8", "--eval_before", "false",
-            "--max_eval_samples", "2", "--max_new_tokens", "16", "--runs_dir", tmp_path/"runs", "--output_dir", tmp_path/"models")
+    (tmp_path / "train.jsonl").write_text("".join(lines[:60]), encoding="utf-8")
+    (tmp_path / "eval.jsonl").write_text("".join(lines[60:]), encoding="utf-8")
+    data = "--train_data", tmp_path / "train.jsonl", "--eval_data", tmp_path / "eval.jsonl"
+    r = run(
+        root / "run_training.sh",
+        "--local",
+        "--config",
+        "minimal_test",
+        *data,
+        "--max_steps",
+        "8",
+        "--eval_before",
+        "false",
+        "--max_eval_samples",
+        "2",
+        "--max_new_tokens",
+        "16",
+        "--runs_dir",
+        tmp_path / "runs",
+        "--output_dir",
+        tmp_path / "models",
+    )
     assert r.returncode == 0, r.all[-3000:]
-    record, _ = only_record(tmp_path/"runs")
-    losses = [m["loss"] for m in map(json.loads, (record/"metrics.jsonl").read_text().splitlines()) if "loss" in m]
+    record, _ = only_record(tmp_path / "runs")
+    losses = [
+        m["loss"] for m in map(json.loads, (record / "metrics.jsonl").read_text().splitlines()) if "loss" in m
+    ]
     assert len(losses) == 8 and sum(losses[-3:]) < sum(losses[:3]), losses

@@ -1,5 +1,6 @@
 """What a run writes about itself is what its saved adapter answers when it is asked again, alone or among others: nothing that training
 leaves on a model may change judging."""
+
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -22,16 +23,37 @@ STEPS = 60  # after which most answers are JSON
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
-    return {family: save_model(family, folder/family) for family in FAMILIES}
+    return {family: save_model(family, folder / family) for family in FAMILIES}
 
 
 def config(base, tmp_path, **changes):
-    write_jsonl(tmp_path/"train.jsonl", box_rows(24, None))
-    write_jsonl(tmp_path/"eval.jsonl", box_rows(36, None)[24:])
-    small = dict(model_id=str(base), device="cpu", compute_dtype="fp32", target_modules="all-linear", lora_r=32, lora_alpha=64)
-    pace = dict(learning_rate=1e-2, lr_scheduler="constant", warmup_ratio=0., batch_size=8, max_steps=STEPS, eval_steps=10_000, save_steps=10_000)
-    judged = dict(max_train_samples=24, max_eval_samples=12, max_new_tokens=48, eval_batch_size=8, logging_steps=20)
-    places = dict(train_data=str(tmp_path/"train.jsonl"), eval_data=str(tmp_path/"eval.jsonl"), output_dir=str(tmp_path/"models"))
+    write_jsonl(tmp_path / "train.jsonl", box_rows(24, None))
+    write_jsonl(tmp_path / "eval.jsonl", box_rows(36, None)[24:])
+    small = dict(
+        model_id=str(base),
+        device="cpu",
+        compute_dtype="fp32",
+        target_modules="all-linear",
+        lora_r=32,
+        lora_alpha=64,
+    )
+    pace = dict(
+        learning_rate=1e-2,
+        lr_scheduler="constant",
+        warmup_ratio=0.0,
+        batch_size=8,
+        max_steps=STEPS,
+        eval_steps=10_000,
+        save_steps=10_000,
+    )
+    judged = dict(
+        max_train_samples=24, max_eval_samples=12, max_new_tokens=48, eval_batch_size=8, logging_steps=20
+    )
+    places = dict(
+        train_data=str(tmp_path / "train.jsonl"),
+        eval_data=str(tmp_path / "eval.jsonl"),
+        output_dir=str(tmp_path / "models"),
+    )
     cfg = load_config("minimal_test", small | pace | judged | places | changes)
     check_ready(cfg)
     return cfg
@@ -39,7 +61,7 @@ def config(base, tmp_path, **changes):
 
 def trained_session(cfg, tmp_path):
     "A session that has judged before, trained, and still holds its model."
-    session = Session(cfg, start_run(cfg, tmp_path/"run"))
+    session = Session(cfg, start_run(cfg, tmp_path / "run"))
     session.judge("before", progress=False)
     session.train(on_log=lambda row: None)
     return session
@@ -50,8 +72,10 @@ def run(request, bases, tmp_path_factory):
     family, style = request.param
     tmp_path = tmp_path_factory.mktemp(f"{family}-{style}")
     session = trained_session(config(bases[family], tmp_path, completion=style), tmp_path)
-    again = load_for_inference(session.cfg, session.weights/"adapter")
-    return SimpleNamespace(session=session, again=again, cfg=session.cfg, tok=session.prep.tok, rows=session.prep.eval_rows)
+    again = load_for_inference(session.cfg, session.weights / "adapter")
+    return SimpleNamespace(
+        session=session, again=again, cfg=session.cfg, tok=session.prep.tok, rows=session.prep.eval_rows
+    )
 
 
 def answers(model, tok, groups, cfg, mode):
@@ -69,17 +93,27 @@ def assert_same(these, those, within):
 
 @pytest.mark.parametrize("mode", ["cot", "forced"])
 def test_a_trained_model_answers_as_its_saved_adapter_together_by_wording_and_alone(run, mode):
-    ask = {"together": [run.rows], "alone": [[r] for r in run.rows],
-           "by wording": [[r for r in run.rows if len(r["prompt"]) == len(messages)] for messages in PROMPTS.values()]}
+    ask = {
+        "together": [run.rows],
+        "alone": [[r] for r in run.rows],
+        "by wording": [
+            [r for r in run.rows if len(r["prompt"]) == len(messages)] for messages in PROMPTS.values()
+        ],
+    }
     saved_tok = load_tokenizer(run.cfg)
     want = answers(run.again, saved_tok, ask["together"], run.cfg, mode)
     for name, groups in ask.items():
         assert_same(answers(run.session.model, run.tok, groups, run.cfg, mode), want, 1e-4)
         assert_same(answers(run.again, saved_tok, groups, run.cfg, mode), want, 1e-4)
     if mode == "cot":
-        assert len({text for text, *_ in want.values()}) > 1 and sum(label is not None for _, label, _ in want.values()) >= 6
+        assert (
+            len({text for text, *_ in want.values()}) > 1
+            and sum(label is not None for _, label, _ in want.values()) >= 6
+        )
         written = run.session.judge("after", progress=False)
-        assert_same({p["id"]: (p["completion"], p["predicted_label"], p["p_entail"]) for p in written}, want, 1e-4)
+        assert_same(
+            {p["id"]: (p["completion"], p["predicted_label"], p["p_entail"]) for p in written}, want, 1e-4
+        )
 
 
 def test_the_rows_of_one_wording_have_a_common_start_and_those_of_all_have_none_worth_it(run):
@@ -96,42 +130,65 @@ def test_generation_after_training_gives_each_row_its_positions_and_computes_one
     start, calls = shared_start(model, prompts) if shared else None, []
     known, inner = start.length if shared else 0, model.get_base_model()
 
-    def see(module, args, kw): calls.append((kw["position_ids"], kw["input_ids"]))
-    def see_head(module, args, out): heads.append(tuple(out.shape))
+    def see(module, args, kw):
+        calls.append((kw["position_ids"], kw["input_ids"]))
+
+    def see_head(module, args, out):
+        heads.append(tuple(out.shape))
+
     heads = []
-    hooks = [inner.model.register_forward_pre_hook(see, with_kwargs=True), inner.get_output_embeddings().register_forward_hook(see_head)]
-    try: generate_batch(model, tok, prompts, 3, start=start)
+    hooks = [
+        inner.model.register_forward_pre_hook(see, with_kwargs=True),
+        inner.get_output_embeddings().register_forward_hook(see_head),
+    ]
+    try:
+        generate_batch(model, tok, prompts, 3, start=start)
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
     for at, (positions, ids) in enumerate(calls):
         for row, prompt in zip(positions.expand(len(prompts), -1), prompts):
             own = list(range(known, len(prompt))) if at == 0 else [len(prompt) + at - 1]
-            assert row[-len(own):].tolist() == own, f"step {at}"
+            assert row[-len(own) :].tolist() == own, f"step {at}"
     assert set(heads) == {(len(prompts), 1, len(tok))}
 
 
 # --- bf16: the norms and embeddings of a model that trains are in fp32, those of a loaded one are not
 
-LEAVES_MORE = [dict(), dict(gradient_checkpointing=True, lora_dropout=.1), dict(use_dora=True), dict(quantization="none", gradient_checkpointing=True),
-               dict(early_stopping_patience=1, eval_steps=2, save_steps=2)]
+LEAVES_MORE = [
+    dict(),
+    dict(gradient_checkpointing=True, lora_dropout=0.1),
+    dict(use_dora=True),
+    dict(quantization="none", gradient_checkpointing=True),
+    dict(early_stopping_patience=1, eval_steps=2, save_steps=2),
+]
 
 
 @pytest.mark.parametrize("as_on_a_gpu", [False, True], ids=["plain weights", "4-bit products"])
 @pytest.mark.parametrize("change", LEAVES_MORE, ids=str)
-def test_in_bf16_a_run_writes_what_its_saved_adapter_answers_to_the_last_digit(bases, tmp_path, monkeypatch, change, as_on_a_gpu):
+def test_in_bf16_a_run_writes_what_its_saved_adapter_answers_to_the_last_digit(
+    bases, tmp_path, monkeypatch, change, as_on_a_gpu
+):
     cfg = config(bases["qwen2"], tmp_path, compute_dtype="bf16", max_steps=6, max_new_tokens=12, **change)
     session = trained_session(cfg, tmp_path)
-    again = load_for_inference(cfg, session.weights/"adapter")
-    if as_on_a_gpu: monkeypatch.setattr(nli_ft.model, "merged", lambda model, dtype: nullcontext())
+    again = load_for_inference(cfg, session.weights / "adapter")
+    if as_on_a_gpu:
+        monkeypatch.setattr(nli_ft.model, "merged", lambda model, dtype: nullcontext())
     kept = {name: p.dtype for name, p in session.model.named_parameters()}
     for mode in ("cot", "forced"):
-        assert_same(*(answers(m, session.prep.tok, [session.prep.eval_rows], cfg, mode) for m in (session.model, again)), 0)
+        assert_same(
+            *(
+                answers(m, session.prep.tok, [session.prep.eval_rows], cfg, mode)
+                for m in (session.model, again)
+            ),
+            0,
+        )
     assert {name: p.dtype for name, p in session.model.named_parameters()} == kept
 
 
 def test_in_bf16_the_untrained_model_of_a_run_answers_as_the_base_alone(bases, tmp_path):
     cfg = config(bases["mistral"], tmp_path, compute_dtype="bf16", max_new_tokens=12)
-    session = Session(cfg, start_run(cfg, tmp_path/"run"))
+    session = Session(cfg, start_run(cfg, tmp_path / "run"))
     written = session.judge("before", progress=False)
     want = answers(load_for_inference(cfg), session.prep.tok, [session.prep.eval_rows], cfg, "cot")
     assert_same({p["id"]: (p["completion"], p["predicted_label"], p["p_entail"]) for p in written}, want, 0)

@@ -1,4 +1,5 @@
 "The shape of the house: which notebook makes which module, who may import whom, and what a notebook must carry."
+
 import ast, configparser, re
 from pathlib import Path
 
@@ -8,50 +9,68 @@ import pytest
 from nli_ft.config_loader import project_root
 
 root = project_root()
-numbered = sorted((root/"nbs").glob("[0-9][0-9]_*.ipynb"))
-runnable = [root/"nbs"/n for n in ("train.ipynb", "compare.ipynb")]
+numbered = sorted((root / "nbs").glob("[0-9][0-9]_*.ipynb"))
+runnable = [root / "nbs" / n for n in ("train.ipynb", "compare.ipynb")]
 order = {p.stem[3:]: int(p.stem[:2]) for p in numbered}
 
-def cells(path): return nbformat.read(path, 4).cells
+
+def cells(path):
+    return nbformat.read(path, 4).cells
+
 
 def imported(path):
     "Modules of this package that a notebook's code cells import."
     names = set()
     for c in cells(path):
-        if c.cell_type != "code": continue
+        if c.cell_type != "code":
+            continue
         for node in ast.walk(ast.parse(re.sub(r"^\s*[%!].*$", "", c.source, flags=re.M))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nli_ft."): names.add(node.module.split(".")[1])
-            if isinstance(node, ast.Import): names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("nli_ft.")}
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nli_ft."):
+                names.add(node.module.split(".")[1])
+            if isinstance(node, ast.Import):
+                names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("nli_ft.")}
     return names
 
+
 def test_every_module_has_its_notebook_and_every_numbered_notebook_its_module():
-    modules = {p.stem for p in (root/"nli_ft").glob("*.py")} - {"__init__", "_modidx"}
+    modules = {p.stem for p in (root / "nli_ft").glob("*.py")} - {"__init__", "_modidx"}
     assert modules == set(order)
+
 
 def test_numbers_are_the_import_order():
     assert sorted(order.values()) == list(range(len(order)))
-    for p in numbered: assert not (late := {m for m in imported(p) if order[m] > order[p.stem[3:]]}), f"{p.name} imports {late}, which come after it"
+    for p in numbered:
+        assert not (late := {m for m in imported(p) if order[m] > order[p.stem[3:]]}), (
+            f"{p.name} imports {late}, which come after it"
+        )
+
 
 def test_nothing_imports_a_runnable_notebook():
     assert not {"train", "compare"} & set(order)
+
 
 @pytest.mark.parametrize("path", numbered + runnable, ids=lambda p: p.name)
 def test_notebooks_open_with_a_title_and_a_summary_and_carry_no_star_import(path):
     first = cells(path)[0]
     assert first.cell_type == "markdown" and re.match(r"# \S.*\n\n> \S", first.source), first.source[:80]
     for c in cells(path):
-        if c.cell_type == "code": assert not re.search(r"^from nli_ft\S* import \*", c.source, re.M)
-    if path in numbered: assert sum("#| default_exp" in c.source for c in cells(path)) == 1
+        if c.cell_type == "code":
+            assert not re.search(r"^from nli_ft\S* import \*", c.source, re.M)
+    if path in numbered:
+        assert sum("#| default_exp" in c.source for c in cells(path)) == 1
+
 
 @pytest.mark.parametrize("path", runnable, ids=lambda p: p.name)
 def test_runnable_notebooks_have_exactly_one_parameters_cell_and_export_nothing(path):
     assert sum("parameters" in c.metadata.get("tags", []) for c in cells(path)) == 1
     assert not any("#| export" in c.source for c in cells(path))
 
+
 def test_nbdev_keeps_the_parameters_tag():
     ini = configparser.ConfigParser()
-    ini.read(root/"settings.ini")
+    ini.read(root / "settings.ini")
     assert "tags" in ini["DEFAULT"]["allowed_cell_metadata_keys"].split()
+
 
 @pytest.mark.parametrize("path", numbered + runnable, ids=lambda p: p.name)
 def test_kernels_are_named_with_their_language_and_outputs_stay_small(path):

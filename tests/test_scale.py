@@ -1,4 +1,5 @@
 "Several processes, several machines, several trackers: accelerate's files, SLURM, `nli_run --engine`, sharding, and what leaves the machine."
+
 import argparse, json, os, re, shlex, shutil, signal, socket, subprocess, sys
 from pathlib import Path
 
@@ -7,156 +8,328 @@ import pytest
 from nli_ft.config_loader import ConfigError, load_config, project_root
 
 root = project_root()
-YAML = sorted((root/"nli_ft"/"configs"/"accelerate").glob("*.yaml"))
-TINY = dict(model_id="tiny-mistral", device="cpu", compute_dtype="fp32", lora_dropout=0.0, learning_rate=1e-2, logging_steps=1, max_new_tokens=4, max_eval_samples=4,
-            eval_before=False, group_by_length=False)
+YAML = sorted((root / "nli_ft" / "configs" / "accelerate").glob("*.yaml"))
+TINY = dict(
+    model_id="tiny-mistral",
+    device="cpu",
+    compute_dtype="fp32",
+    lora_dropout=0.0,
+    learning_rate=1e-2,
+    logging_steps=1,
+    max_new_tokens=4,
+    max_eval_samples=4,
+    eval_before=False,
+    group_by_length=False,
+)
 
-def tiny(tmp_path, **kw): return load_config("minimal_test", TINY | dict(output_dir=str(tmp_path/"models"), runs_dir=str(tmp_path/"runs")) | kw)
-def records(tmp_path): return sorted(p.parent for p in tmp_path.glob("runs/*/*/summary.json"))
+
+def tiny(tmp_path, **kw):
+    return load_config(
+        "minimal_test", TINY | dict(output_dir=str(tmp_path / "models"), runs_dir=str(tmp_path / "runs")) | kw
+    )
+
+
+def records(tmp_path):
+    return sorted(p.parent for p in tmp_path.glob("runs/*/*/summary.json"))
+
+
 def only_run(tmp_path):
     [run] = records(tmp_path)
     return run
-def summary(run): return json.loads((run/"summary.json").read_text())
-def metrics(run): return [json.loads(l) for l in (run/"metrics.jsonl").read_text().splitlines()]
-def losses(run): return [m["loss"] for m in metrics(run) if "loss" in m]
+
+
+def summary(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+def metrics(run):
+    return [json.loads(l) for l in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    return [m["loss"] for m in metrics(run) if "loss" in m]
+
+
 def saved(run):
     from safetensors.torch import load_file
-    return load_file(root/summary(run)["adapter"]/"adapter_model.safetensors")
-def apart(a, b): # largest relative difference of two adapters' matrices
-    assert a.keys() == b.keys() and a
-    return max(((a[k].float() - b[k].float()).norm()/b[k].float().norm()).item() for k in b)
 
-ALONE = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "ACCELERATE", "FSDP"))} | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return load_file(root / summary(run)["adapter"] / "adapter_model.safetensors")
+
+
+def apart(a, b):  # largest relative difference of two adapters' matrices
+    assert a.keys() == b.keys() and a
+    return max(((a[k].float() - b[k].float()).norm() / b[k].float().norm()).item() for k in b)
+
+
+ALONE = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "ACCELERATE", "FSDP"))} | {
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+}
+
+
 def python(*args, timeout=400, **env):
-    r = subprocess.run([sys.executable, *map(str, args)], cwd=root, capture_output=True, text=True, timeout=timeout, env=ALONE | {"PYTHONPATH": str(root)} | env)
+    r = subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=ALONE | {"PYTHONPATH": str(root)} | env,
+    )
     r.all = r.stdout + r.stderr
     return r
 
+
 # -- accelerate's files
+
 
 def launch_args(*args):
     "What `accelerate launch` makes of a command line and the config file in it."
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
     ns = launch_command_parser().parse_args([*map(str, args), "-m", "nli_ft.train_sft"])
     ns.nondefault = set()
     return _validate_launch_command(ns)[0]
 
+
 def environment(args):
     "The environment that the launcher gives to its processes."
     from accelerate.utils.launch import prepare_multi_gpu_env
+
     return prepare_multi_gpu_env(args)
+
 
 @pytest.mark.parametrize("path", YAML, ids=lambda p: p.stem)
 def test_every_key_of_an_accelerate_file_is_known_and_explained(path):
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
-    conf = load_config_from_file(str(path)) # refuses unknown keys at the top; of those below it takes any
+
+    conf = load_config_from_file(str(path))  # refuses unknown keys at the top; of those below it takes any
     known = {a.dest for a in launch_command_parser()._actions}
     assert set(conf.fsdp_config) <= known
-    assert set(re.findall(r"^(\w+):", path.read_text(), re.M)) - {"compute_environment", "distributed_type", "fsdp_config"} <= known | {"use_cpu"}
-    for line in path.read_text().splitlines(): assert "#" in line or line == "fsdp_config:", line
+    assert set(re.findall(r"^(\w+):", path.read_text(), re.M)) - {
+        "compute_environment",
+        "distributed_type",
+        "fsdp_config",
+    } <= known | {"use_cpu"}
+    for line in path.read_text().splitlines():
+        assert "#" in line or line == "fsdp_config:", line
+
 
 def test_an_unknown_key_is_noticed(tmp_path):
     from accelerate.commands.config.config_args import load_config_from_file
-    (tmp_path/"c.yaml").write_text(YAML[0].read_text() + "num_procesess: 2\n")
-    with pytest.raises(ValueError, match="num_procesess"): load_config_from_file(str(tmp_path/"c.yaml"))
+
+    (tmp_path / "c.yaml").write_text(YAML[0].read_text() + "num_procesess: 2\n")
+    with pytest.raises(ValueError, match="num_procesess"):
+        load_config_from_file(str(tmp_path / "c.yaml"))
+
 
 @pytest.mark.parametrize("path", YAML, ids=lambda p: p.stem)
 def test_the_number_of_processes_must_be_said_and_the_rest_follows(path, monkeypatch):
-    for k in [k for k in os.environ if k.startswith(("ACCELERATE", "FSDP"))]: monkeypatch.delenv(k)
+    for k in [k for k in os.environ if k.startswith(("ACCELERATE", "FSDP"))]:
+        monkeypatch.delenv(k)
     two, sharded = path.stem.endswith("two_nodes"), path.stem.startswith("fsdp")
-    more = ["--main_process_ip", "10.0.0.1", "--main_process_port", "29511", "--machine_rank", "1"] if two else []
-    with pytest.raises(ValueError, match="num_processes"): launch_args("--config_file", path, *more)
+    more = (
+        ["--main_process_ip", "10.0.0.1", "--main_process_port", "29511", "--machine_rank", "1"]
+        if two
+        else []
+    )
+    with pytest.raises(ValueError, match="num_processes"):
+        launch_args("--config_file", path, *more)
     args = launch_args("--config_file", path, "--num_processes", "8", *more)
-    assert (args.use_fsdp, args.multi_gpu, args.use_cpu, args.mixed_precision) == (sharded, not sharded, False, "no")
+    assert (args.use_fsdp, args.multi_gpu, args.use_cpu, args.mixed_precision) == (
+        sharded,
+        not sharded,
+        False,
+        "no",
+    )
     env = environment(args)
-    if two: assert (args.nnodes, args.nproc_per_node, args.node_rank, args.rdzv_backend, args.rdzv_endpoint) == ("2", "4", 1, "static", "10.0.0.1:29511")
-    else: assert args.nproc_per_node == "8" and int(args.master_port) > 1023
+    if two:
+        assert (args.nnodes, args.nproc_per_node, args.node_rank, args.rdzv_backend, args.rdzv_endpoint) == (
+            "2",
+            "4",
+            1,
+            "static",
+            "10.0.0.1:29511",
+        )
+    else:
+        assert args.nproc_per_node == "8" and int(args.master_port) > 1023
     assert ("ACCELERATE_USE_FSDP" in env) == sharded
+
 
 @pytest.mark.parametrize("name", ["fsdp_qlora", "fsdp_qlora_two_nodes"])
 def test_the_fsdp_files_ask_for_what_check_ready_wants_and_accelerate_builds_it(tmp_path, monkeypatch, name):
     import nli_ft.model as model
     from nli_ft.train_sft import _missing_for_fsdp
-    env = environment(launch_args("--config_file", root/f"nli_ft/configs/accelerate/{name}.yaml", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"))
+
+    env = environment(
+        launch_args(
+            "--config_file",
+            root / f"nli_ft/configs/accelerate/{name}.yaml",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--main_process_port",
+            "0",
+        )
+    )
     for k, v in env.items():
-        if k.startswith(("ACCELERATE", "FSDP")): monkeypatch.setenv(k, v)
+        if k.startswith(("ACCELERATE", "FSDP")):
+            monkeypatch.setenv(k, v)
     monkeypatch.setenv("WORLD_SIZE", "2")
     from accelerate import FullyShardedDataParallelPlugin
-    p = FullyShardedDataParallelPlugin()
-    assert (p.fsdp_version, p.sharding_strategy.name, p.use_orig_params, p.state_dict_type.name, p.backward_prefetch.name) == (1, "FULL_SHARD", False, "FULL_STATE_DICT", "BACKWARD_PRE")
-    assert not (p.cpu_ram_efficient_loading or p.sync_module_states or p.cpu_offload.offload_params or p.activation_checkpointing) and p.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
-    assert model.sharded() and ["FSDP needs CUDA GPUs" in l for l in _missing_for_fsdp(tiny(tmp_path))] == [True] # nothing else
 
-@pytest.mark.parametrize("env, said", [({}, "FSDP needs CUDA GPUs"), (dict(FSDP_VERSION="2"), "Set fsdp_version to 1"), (dict(FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT"), "FULL_STATE_DICT"),
-                                       (dict(FSDP_CPU_RAM_EFFICIENT_LOADING="true"), "Set it to false")])
+    p = FullyShardedDataParallelPlugin()
+    assert (
+        p.fsdp_version,
+        p.sharding_strategy.name,
+        p.use_orig_params,
+        p.state_dict_type.name,
+        p.backward_prefetch.name,
+    ) == (1, "FULL_SHARD", False, "FULL_STATE_DICT", "BACKWARD_PRE")
+    assert (
+        not (
+            p.cpu_ram_efficient_loading
+            or p.sync_module_states
+            or p.cpu_offload.offload_params
+            or p.activation_checkpointing
+        )
+        and p.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
+    )
+    assert model.sharded() and ["FSDP needs CUDA GPUs" in l for l in _missing_for_fsdp(tiny(tmp_path))] == [
+        True
+    ]  # nothing else
+
+
+@pytest.mark.parametrize(
+    "env, said",
+    [
+        ({}, "FSDP needs CUDA GPUs"),
+        (dict(FSDP_VERSION="2"), "Set fsdp_version to 1"),
+        (dict(FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT"), "FULL_STATE_DICT"),
+        (dict(FSDP_CPU_RAM_EFFICIENT_LOADING="true"), "Set it to false"),
+    ],
+)
 def test_what_fsdp_lacks_is_said_before_anything_starts(tmp_path, monkeypatch, env, said):
     from nli_ft.train_sft import check_ready
-    for k, v in (dict(ACCELERATE_USE_FSDP="true", WORLD_SIZE="2") | env).items(): monkeypatch.setenv(k, v)
-    with pytest.raises(ConfigError, match=said): check_ready(tiny(tmp_path))
+
+    for k, v in (dict(ACCELERATE_USE_FSDP="true", WORLD_SIZE="2") | env).items():
+        monkeypatch.setenv(k, v)
+    with pytest.raises(ConfigError, match=said):
+        check_ready(tiny(tmp_path))
     monkeypatch.setenv("WORLD_SIZE", "1")
-    check_ready(tiny(tmp_path)) # one process has nothing to shard
+    check_ready(tiny(tmp_path))  # one process has nothing to shard
+
 
 @pytest.mark.parametrize("gpus", [1, 2, 8])
 def test_all_gpus_means_a_process_for_each_that_torch_sees_and_one_trains_here(tmp_path, monkeypatch, gpus):
     "What run_training.sh --all-gpus passes on, --distributed_training true, on machines with one GPU and more."
     import torch
     from nli_ft.train_sft import launch_command, step_counts, world_size
+
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     cfg = load_config("distributed", dict(runs_dir=str(tmp_path)))
-    assert world_size(cfg) == gpus and step_counts(cfg, 1000)["rows_per_step"] == 16*gpus
+    assert world_size(cfg) == gpus and step_counts(cfg, 1000)["rows_per_step"] == 16 * gpus
     from accelerate.commands.launch import launch_command_parser
-    cmd = launch_command(cfg, tmp_path/"run")
+
+    cmd = launch_command(cfg, tmp_path / "run")
     ns = launch_command_parser().parse_args(cmd[3:])
-    assert (ns.num_processes, ns.multi_gpu, ns.cpu, ns.num_machines, ns.main_process_port) == (gpus, gpus > 1, False, 1, 0) and cmd[-1] == "--only_train"
+    assert (ns.num_processes, ns.multi_gpu, ns.cpu, ns.num_machines, ns.main_process_port) == (
+        gpus,
+        gpus > 1,
+        False,
+        1,
+        0,
+    ) and cmd[-1] == "--only_train"
+
 
 # -- sharded and not, in two processes
 
-FSDP = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="1", FSDP_SHARDING_STRATEGY="FULL_SHARD", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
-            FSDP_USE_ORIG_PARAMS="false", FSDP_BACKWARD_PREFETCH="BACKWARD_PRE")
+FSDP = dict(
+    ACCELERATE_USE_FSDP="true",
+    FSDP_VERSION="1",
+    FSDP_SHARDING_STRATEGY="FULL_SHARD",
+    FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+    FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
+    FSDP_USE_ORIG_PARAMS="false",
+    FSDP_BACKWARD_PREFETCH="BACKWARD_PRE",
+)
+
 
 def two_processes(cfg, *, sharded, **env):
     "The script under torchrun; sharded by tests/fsdp_on_cpu.py."
     what = ["tests/fsdp_on_cpu.py"] if sharded else ["-m", "nli_ft.train_sft"]
-    return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *what, *cfg.to_args(), **(FSDP if sharded else {}), **env)
+    return python(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        *what,
+        *cfg.to_args(),
+        **(FSDP if sharded else {}),
+        **env,
+    )
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, quantization", [("fp32", "nf4"), ("fp32", "none"), ("bf16", "nf4")])
-def test_two_processes_with_or_without_shards_are_one_with_the_same_rows_a_step(tmp_path, dtype, quantization):
+def test_two_processes_with_or_without_shards_are_one_with_the_same_rows_a_step(
+    tmp_path, dtype, quantization
+):
     """Measured in fp32: losses differ by 1e-7 between one process and two, sharded or not; matrices of the adapter after four steps by 3e-5.
     In bf16 the norms of a sharded base are in bf16 too: losses differ by 1e-5, matrices by 1e-2."""
     from nli_ft.model import bf16_in_hardware
     import torch
-    if dtype == "bf16" and not bf16_in_hardware(torch.device("cpu")): pytest.skip("this CPU emulates bf16")
+
+    if dtype == "bf16" and not bf16_in_hardware(torch.device("cpu")):
+        pytest.skip("this CPU emulates bf16")
     kw = dict(compute_dtype=dtype, quantization=quantization, save_steps=2)
-    one = python("-m", "nli_ft.train_sft", *tiny(tmp_path/"one", batch_size=4, **kw).to_args())
+    one = python("-m", "nli_ft.train_sft", *tiny(tmp_path / "one", batch_size=4, **kw).to_args())
     assert one.returncode == 0, one.all[-3000:]
     for name, sharded in ("ddp", False), ("fsdp", True):
-        r = two_processes(tiny(tmp_path/name, batch_size=2, **kw), sharded=sharded, SHARDS_TO=str(tmp_path/"shards"))
+        r = two_processes(
+            tiny(tmp_path / name, batch_size=2, **kw), sharded=sharded, SHARDS_TO=str(tmp_path / "shards")
+        )
         assert r.returncode == 0, r.all[-4000:]
-    one, ddp, fsdp = (only_run(tmp_path/n) for n in ("one", "ddp", "fsdp"))
-    loss, matrix = (1e-6, 1e-3) if dtype == "fp32" else (1e-4, .1)
+    one, ddp, fsdp = (only_run(tmp_path / n) for n in ("one", "ddp", "fsdp"))
+    loss, matrix = (1e-6, 1e-3) if dtype == "fp32" else (1e-4, 0.1)
     for two in (ddp, fsdp):
         assert losses(two) == pytest.approx(losses(one), rel=loss) and len(losses(two)) == 4
         assert apart(saved(two), saved(one)) < matrix
         assert summary(two)["processes"] == 2 and summary(two)["after"]["n"] == 4
-        ids = [json.loads(l)["id"] for l in (two/"predictions.jsonl").read_text().splitlines()]
+        ids = [json.loads(l)["id"] for l in (two / "predictions.jsonl").read_text().splitlines()]
         assert len(ids) == len(set(ids)) == 4, "judged once each, by one process"
     assert summary(fsdp)["sharding"] == "fsdp" and "sharding" not in summary(ddp)
     # each process held half of every unit; the adapter and the rotary frequencies stayed in fp32 whatever the base is in
-    halves = [json.loads((tmp_path/f"shards.{rank}").read_text()) for rank in (0, 1)]
-    for h in halves: assert {d for _, d, trained, _ in h["units"] if trained} == {"torch.float32"} and h["rotary"] == ["torch.float32"]
-    assert {d for _, d, trained, _ in halves[0]["units"] if not trained} == {f"torch.{'float32' if dtype == 'fp32' else 'bfloat16'}"}
-    assert sum(n for _, _, trained, n in halves[0]["units"] if trained) == sum(t.numel() for t in saved(fsdp).values())/2
+    halves = [json.loads((tmp_path / f"shards.{rank}").read_text()) for rank in (0, 1)]
+    for h in halves:
+        assert {d for _, d, trained, _ in h["units"] if trained} == {"torch.float32"} and h["rotary"] == [
+            "torch.float32"
+        ]
+    assert {d for _, d, trained, _ in halves[0]["units"] if not trained} == {
+        f"torch.{'float32' if dtype == 'fp32' else 'bfloat16'}"
+    }
+    assert (
+        sum(n for _, _, trained, n in halves[0]["units"] if trained)
+        == sum(t.numel() for t in saved(fsdp).values()) / 2
+    )
     # a run that was cut off goes on from its shards to the same end
-    [at] = (tmp_path/"fsdp").glob("models/*/*/checkpoint-2")
-    r = two_processes(tiny(tmp_path/"on", batch_size=2, resume_from_checkpoint=str(at), **kw), sharded=True)
+    [at] = (tmp_path / "fsdp").glob("models/*/*/checkpoint-2")
+    r = two_processes(tiny(tmp_path / "on", batch_size=2, resume_from_checkpoint=str(at), **kw), sharded=True)
     assert r.returncode == 0, r.all[-4000:]
-    assert losses(only_run(tmp_path/"on")) == losses(fsdp) and apart(saved(only_run(tmp_path/"on")), saved(fsdp)) == 0
-    r = two_processes(tiny(tmp_path/"other", batch_size=2, resume_from_checkpoint=str(at), **kw), sharded=False)
+    assert (
+        losses(only_run(tmp_path / "on")) == losses(fsdp)
+        and apart(saved(only_run(tmp_path / "on")), saved(fsdp)) == 0
+    )
+    r = two_processes(
+        tiny(tmp_path / "other", batch_size=2, resume_from_checkpoint=str(at), **kw), sharded=False
+    )
     assert r.returncode != 0 and 'sharding: "fsdp" in the checkpoint, null now' in r.all
+
 
 # -- SLURM
 
@@ -166,186 +339,364 @@ while [[ $1 == --* ]]; do case $1 in --ntasks) n=$2; shift 2 ;; --*=*) shift ;; 
 for ((i = 0; i < n; i++)); do SLURM_PROCID=$i "$@"; done
 """
 
+
 @pytest.fixture
 def cluster(tmp_path):
     "A project's folder on a cluster of stand-ins: `submit(nodes, gpus, *args)` gives the commands that its nodes would run."
-    project, bin = tmp_path/"my project", tmp_path/"bin"
-    (project/"scripts").mkdir(parents=True), (project/".venv/bin").mkdir(parents=True), bin.mkdir()
-    shutil.copy(root/"settings.ini", project), shutil.copy(root/"scripts/slurm.sh", project/"scripts")
-    def script(path, text): path.write_text(text), path.chmod(0o755)
-    script(bin/"srun", SRUN)
-    script(bin/"scontrol", "#!/usr/bin/env bash\nseq -f node%g 7 20000\n")  # more than a pipe holds: who stops reading early breaks it
-    script(project/".venv/bin/accelerate", f"#!/usr/bin/env bash\nprintf '%s\\0' \"$PWD\" \"$@\" >>{shlex.quote(str(tmp_path))}/calls; echo >>{shlex.quote(str(tmp_path))}/calls\n")
+    project, bin = tmp_path / "my project", tmp_path / "bin"
+    (project / "scripts").mkdir(parents=True), (project / ".venv/bin").mkdir(parents=True), bin.mkdir()
+    shutil.copy(root / "settings.ini", project), shutil.copy(root / "scripts/slurm.sh", project / "scripts")
+
+    def script(path, text):
+        path.write_text(text), path.chmod(0o755)
+
+    script(bin / "srun", SRUN)
+    script(
+        bin / "scontrol", "#!/usr/bin/env bash\nseq -f node%g 7 20000\n"
+    )  # more than a pipe holds: who stops reading early breaks it
+    script(
+        project / ".venv/bin/accelerate",
+        f'#!/usr/bin/env bash\nprintf \'%s\\0\' "$PWD" "$@" >>{shlex.quote(str(tmp_path))}/calls; echo >>{shlex.quote(str(tmp_path))}/calls\n',
+    )
+
     def submit(nodes, gpus, *args, **env):
-        r = subprocess.run(["bash", str(project/"scripts/slurm.sh"), *args], cwd="/", capture_output=True, text=True, timeout=60,
-            env=dict(PATH=f"{bin}:/usr/bin:/bin", SLURM_JOB_ID="4711", SLURM_SUBMIT_DIR=str(project), SLURM_NNODES=str(nodes), SLURM_GPUS_ON_NODE=str(gpus), SLURM_JOB_NODELIST="node[7-9]") | env)
-        calls = (tmp_path/"calls").read_text() if (tmp_path/"calls").exists() else ""
+        r = subprocess.run(
+            ["bash", str(project / "scripts/slurm.sh"), *args],
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=dict(
+                PATH=f"{bin}:/usr/bin:/bin",
+                SLURM_JOB_ID="4711",
+                SLURM_SUBMIT_DIR=str(project),
+                SLURM_NNODES=str(nodes),
+                SLURM_GPUS_ON_NODE=str(gpus),
+                SLURM_JOB_NODELIST="node[7-9]",
+            )
+            | env,
+        )
+        calls = (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""
         return r, [c.split("\0")[:-1] for c in calls.split("\n") if c]
+
     return project, submit
 
-@pytest.mark.parametrize("nodes, kind, file", [(1, "ddp", "ddp"), (1, "fsdp_qlora", "fsdp_qlora"), (2, "ddp", "ddp_two_nodes"), (3, "fsdp_qlora", "fsdp_qlora_two_nodes")])
+
+@pytest.mark.parametrize(
+    "nodes, kind, file",
+    [
+        (1, "ddp", "ddp"),
+        (1, "fsdp_qlora", "fsdp_qlora"),
+        (2, "ddp", "ddp_two_nodes"),
+        (3, "fsdp_qlora", "fsdp_qlora_two_nodes"),
+    ],
+)
 def test_a_job_starts_one_launcher_a_node_which_accelerate_understands(cluster, nodes, kind, file):
     project, submit = cluster
-    r, calls = submit(nodes, 4, "--config", "distributed", "--wandb_run_name", "two words", NLI_ACCELERATE=kind)
+    r, calls = submit(
+        nodes, 4, "--config", "distributed", "--wandb_run_name", "two words", NLI_ACCELERATE=kind
+    )
     assert r.returncode == 0 and len(calls) == nodes, r.stderr
     for rank, (cwd, *argv) in enumerate(calls):
-        assert cwd == str(project) and argv[-6:] == ["-m", "nli_ft.train_sft", "--config", "distributed", "--wandb_run_name", "two words"]
+        assert cwd == str(project) and argv[-6:] == [
+            "-m",
+            "nli_ft.train_sft",
+            "--config",
+            "distributed",
+            "--wandb_run_name",
+            "two words",
+        ]
         assert argv[1:3] == ["--config_file", f"nli_ft/configs/accelerate/{file}.yaml"]
         from accelerate.commands.launch import launch_command_parser
-        ns = launch_command_parser().parse_args([a if not a.endswith(".yaml") else str(root/a) for a in argv[1:]])
-        assert (ns.num_machines, ns.num_processes, ns.machine_rank, ns.main_process_ip) == (nodes, 4*nodes, rank, "node7" if nodes > 1 else None)
+
+        ns = launch_command_parser().parse_args(
+            [a if not a.endswith(".yaml") else str(root / a) for a in argv[1:]]
+        )
+        assert (ns.num_machines, ns.num_processes, ns.machine_rank, ns.main_process_ip) == (
+            nodes,
+            4 * nodes,
+            rank,
+            "node7" if nodes > 1 else None,
+        )
         assert nodes == 1 or 1024 < ns.main_process_port < 65536
+
 
 def test_two_jobs_on_one_node_meet_at_different_ports(cluster):
     ports = [cluster[1](2, 4, "--config", "distributed", SLURM_JOB_ID=i)[1][-1] for i in ("4711", "4712")]
     ports = [p[p.index("--main_process_port") + 1] for p in ports]
     assert ports[0] != ports[1]
 
-@pytest.mark.parametrize("nodes, gpus, env, said", [(1, 4, dict(SLURM_JOB_ID=""), "sbatch scripts/slurm.sh"), (1, 0, {}, "--gpus-per-node"), (1, 1, {}, "one GPU needs no launcher"),
-    (1, 4, dict(NLI_ACCELERATE="ddpp"), "expected ddp or fsdp_qlora"), (1, 4, dict(SLURM_SUBMIT_DIR="/"), "submit from there")])
+
+@pytest.mark.parametrize(
+    "nodes, gpus, env, said",
+    [
+        (1, 4, dict(SLURM_JOB_ID=""), "sbatch scripts/slurm.sh"),
+        (1, 0, {}, "--gpus-per-node"),
+        (1, 1, {}, "one GPU needs no launcher"),
+        (1, 4, dict(NLI_ACCELERATE="ddpp"), "expected ddp or fsdp_qlora"),
+        (1, 4, dict(SLURM_SUBMIT_DIR="/"), "submit from there"),
+    ],
+)
 def test_a_job_that_cannot_be_meant_is_refused(cluster, nodes, gpus, env, said):
     r, calls = cluster[1](nodes, gpus, "--config", "distributed", **env)
     assert r.returncode == 2 and said in r.stderr and not calls
 
+
 def test_a_node_without_the_environment_says_so(cluster):
-    shutil.rmtree(cluster[0]/".venv")
+    shutil.rmtree(cluster[0] / ".venv")
     r, _ = cluster[1](1, 4)
     assert r.returncode == 2 and "no accelerate" in r.stderr
 
+
 def test_the_job_script_is_sound_and_asks_for_a_warning_before_its_time_is_up():
-    assert subprocess.run(["bash", "-n", str(root/"scripts/slurm.sh")]).returncode == 0
-    text = (root/"scripts/slurm.sh").read_text()
-    assert re.search(r"^#SBATCH --signal=TERM@\d+", text, re.M) and text.index("#SBATCH") < text.index("set -euo")
+    assert subprocess.run(["bash", "-n", str(root / "scripts/slurm.sh")]).returncode == 0
+    text = (root / "scripts/slurm.sh").read_text()
+    assert re.search(r"^#SBATCH --signal=TERM@\d+", text, re.M) and text.index("#SBATCH") < text.index(
+        "set -euo"
+    )
+
 
 # -- nli_run --engine
 
 OPEN = "from nli_ft.config_loader import load_config\nfrom nli_ft.records import append_metrics,finish_run,start_run,watch_cells\nrun = start_run(load_config(config, overrides), run_dir)\nwatch_cells(run)"
 CLOSE = "finish_run(run, after={'accuracy':.875, 'valid_rate':1., 'n':8})"
 
+
 @pytest.fixture
 def project(tmp_path):
     "An empty project whose train.ipynb is `cells`; commands run in it use this checkout's package."
     import nbformat
-    shutil.copy(root/"settings.ini", tmp_path)
-    (tmp_path/"nbs").mkdir()
+
+    shutil.copy(root / "settings.ini", tmp_path)
+    (tmp_path / "nbs").mkdir()
+
     def make(*cells):
-        nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
-        nb.cells = [nbformat.v4.new_code_cell(c) for c in ('config = "default"\noverrides = ""\nrun_dir = None', *cells)]
+        nb = nbformat.v4.new_notebook(
+            metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+        )
+        nb.cells = [
+            nbformat.v4.new_code_cell(c)
+            for c in ('config = "default"\noverrides = ""\nrun_dir = None', *cells)
+        ]
         nb.cells[0].metadata["tags"] = ["parameters"]
-        nbformat.write(nb, tmp_path/"nbs"/"train.ipynb")
+        nbformat.write(nb, tmp_path / "nbs" / "train.ipynb")
         return tmp_path
+
     return make
 
+
 def nli_run(cwd, *args, **env):
-    return subprocess.run([sys.executable, "-m", "nli_ft.records", *args], cwd=cwd, capture_output=True, text=True, timeout=400, env=ALONE | {"PYTHONPATH": str(root)} | env)
+    return subprocess.run(
+        [sys.executable, "-m", "nli_ft.records", *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=ALONE | {"PYTHONPATH": str(root)} | env,
+    )
+
 
 HERE = ["--engine", "submitit", "--engine_args", "cluster=local timeout_min=9"]
 
+
 def test_each_run_is_a_job_and_a_failed_one_is_told_beside_the_others(project):
     pytest.importorskip("submitit")
-    there = project(OPEN, "if '7' in overrides: raise RuntimeError('the disk is on fire')", "import os\nif '8' in overrides: os.kill(os.getppid(), 9)", CLOSE)
-    (there/"deep").mkdir()
-    r = nli_run(there/"deep", "--config", "minimal_test", "--seeds", "1,7,8", *HERE)
+    there = project(
+        OPEN,
+        "if '7' in overrides: raise RuntimeError('the disk is on fire')",
+        "import os\nif '8' in overrides: os.kill(os.getppid(), 9)",
+        CLOSE,
+    )
+    (there / "deep").mkdir()
+    r = nli_run(there / "deep", "--config", "minimal_test", "--seeds", "1,7,8", *HERE)
     assert r.returncode == 1, r.stdout + r.stderr
     assert r.stdout.count("] job ") == 3 and "nli_run --config minimal_test --seed=7" in r.stdout
-    table = r.stdout[r.stdout.rindex("] job "):].splitlines()[1:]
+    table = r.stdout[r.stdout.rindex("] job ") :].splitlines()[1:]
     found = {summary(p)["seed"]: p for p in records(there)}
-    assert summary(found[1])["status"] == "done" and any(found[1].name in l and "done" in l and "0.875" in l for l in table)
-    assert summary(found[7])["status"] == "failed" and any(found[7].name in l and "failed" in l for l in table) and "RuntimeError: the disk is on fire" in r.stderr
-    assert any("minimal_test seed 8   failed   job " in l and "ended without a result" in l and ".jobs" in l for l in table), "killed from outside: no record can tell of it"
+    assert summary(found[1])["status"] == "done" and any(
+        found[1].name in l and "done" in l and "0.875" in l for l in table
+    )
+    assert (
+        summary(found[7])["status"] == "failed"
+        and any(found[7].name in l and "failed" in l for l in table)
+        and "RuntimeError: the disk is on fire" in r.stderr
+    )
+    assert any(
+        "minimal_test seed 8   failed   job " in l and "ended without a result" in l and ".jobs" in l
+        for l in table
+    ), "killed from outside: no record can tell of it"
     from nli_ft.records import list_runs
-    assert len(list_runs(there/"runs")) == 3, "submitit's own files are no records"
+
+    assert len(list_runs(there / "runs")) == 3, "submitit's own files are no records"
+
 
 def test_a_job_that_is_told_to_end_interrupts_its_run_which_closes_its_record(project):
     "What SLURM does before the time is up: SIGUSR2, to the job and perhaps to its children."
-    there = project(OPEN, "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGUSR2)\n    os.kill(os.getppid(), signal.SIGUSR2)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    finish_run(run, 'interrupted', saved_step=7); raise")
+    there = project(
+        OPEN,
+        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGUSR2)\n    os.kill(os.getppid(), signal.SIGUSR2)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    finish_run(run, 'interrupted', saved_step=7); raise",
+    )
     r = nli_run(there, "--config", "minimal_test")
     assert r.returncode == 128 + signal.SIGUSR2, r.stderr
     assert [(summary(p)["status"], summary(p)["saved_step"]) for p in records(there)] == [("interrupted", 7)]
 
-@pytest.mark.parametrize("args, said", [
-    (["--engine", "submitit"], "timeout_min is missing"), (["--engine_args", "timeout_min=5"], "--engine submitit"),
-    (["--engine", "submitit", "--engine_args", "timeout_min=5"], "cluster=local"), (["--engine", "submitit", "--engine_args", "cluster=local timeout_min=five"], "timeout_min"),
-    (["--engine", "submitit", "--engine_args", "cluster=local timeout_min=5 slurm_partitions=gpu"], "slurm_partitions"), (["--engine", "submitit", "--engine_args", "cluster=local timeout_min"], "name=value"),
-    (["--engine", "submitit", "--engine_args", "cluster=local timeout_min=5 nodes=2"], "slurm.sh"), (["--engine", "submitit", "--engine_args", "cluster=pbs timeout_min=5"], "pbs")])
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--engine", "submitit"], "timeout_min is missing"),
+        (["--engine_args", "timeout_min=5"], "--engine submitit"),
+        (["--engine", "submitit", "--engine_args", "timeout_min=5"], "cluster=local"),
+        (["--engine", "submitit", "--engine_args", "cluster=local timeout_min=five"], "timeout_min"),
+        (
+            ["--engine", "submitit", "--engine_args", "cluster=local timeout_min=5 slurm_partitions=gpu"],
+            "slurm_partitions",
+        ),
+        (["--engine", "submitit", "--engine_args", "cluster=local timeout_min"], "name=value"),
+        (["--engine", "submitit", "--engine_args", "cluster=local timeout_min=5 nodes=2"], "slurm.sh"),
+        (["--engine", "submitit", "--engine_args", "cluster=pbs timeout_min=5"], "pbs"),
+    ],
+)
 def test_engine_arguments_that_cannot_be_meant_start_nothing(project, args, said):
     pytest.importorskip("submitit")
     there = project(OPEN, CLOSE)
     r = nli_run(there, "--config", "minimal_test", *args, PATH="/nowhere")
-    assert r.returncode == 2 and r.stderr.startswith("error: ") and said in r.stderr and not records(there), r.stderr
+    assert r.returncode == 2 and r.stderr.startswith("error: ") and said in r.stderr and not records(there), (
+        r.stderr
+    )
+
 
 def test_without_submitit_the_extra_is_named_and_runs_here_need_it_not(project, tmp_path):
     there = project(OPEN, CLOSE)
-    (tmp_path/"gone").mkdir()
-    (tmp_path/"gone"/"submitit.py").write_text("raise ImportError('not installed')")
-    env = dict(PYTHONPATH=f"{tmp_path/'gone'}{os.pathsep}{root}")
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "submitit.py").write_text("raise ImportError('not installed')")
+    env = dict(PYTHONPATH=f"{tmp_path / 'gone'}{os.pathsep}{root}")
     r = nli_run(there, "--config", "minimal_test", *HERE, **env)
     assert r.returncode == 2 and "pip install -e .[slurm]" in r.stderr and not records(there)
     assert nli_run(there, "--config", "minimal_test", **env).returncode == 0
 
+
 def test_partition_time_and_gpus_reach_sbatch(project, tmp_path):
     pytest.importorskip("submitit")
-    there, bin = project(OPEN, CLOSE), tmp_path/"bin"
+    there, bin = project(OPEN, CLOSE), tmp_path / "bin"
     bin.mkdir()
-    for name, text in dict(srun="", sacct="", sbatch=f'cp "${{@: -1}}" {shlex.quote(str(tmp_path))}/job.sh; echo "sbatch: error: invalid partition specified: gpu" >&2; exit 1').items():
-        (bin/name).write_text(f"#!/usr/bin/env bash\n{text}\n"), (bin/name).chmod(0o755)
-    r = nli_run(there, "--config", "minimal_test", "--seeds", "1,2", "--engine", "submitit", "--engine_args", "slurm_partition=gpu timeout_min=240 gpus_per_node=1 slurm_setup='[\"module load cuda\"]'",
-                PATH=f"{bin}:/usr/bin:/bin")
-    assert r.returncode == 2 and "the cluster refused the jobs" in r.stderr and "invalid partition specified: gpu" in r.stderr, r.stderr
-    job = (tmp_path/"job.sh").read_text()
-    for line in ("--partition=gpu", "--time=240", "--gpus-per-node=1", "--job-name=nli_ft", "--array=0-1%"): assert f"#SBATCH {line}" in job, line
+    for name, text in dict(
+        srun="",
+        sacct="",
+        sbatch=f'cp "${{@: -1}}" {shlex.quote(str(tmp_path))}/job.sh; echo "sbatch: error: invalid partition specified: gpu" >&2; exit 1',
+    ).items():
+        (bin / name).write_text(f"#!/usr/bin/env bash\n{text}\n"), (bin / name).chmod(0o755)
+    r = nli_run(
+        there,
+        "--config",
+        "minimal_test",
+        "--seeds",
+        "1,2",
+        "--engine",
+        "submitit",
+        "--engine_args",
+        "slurm_partition=gpu timeout_min=240 gpus_per_node=1 slurm_setup='[\"module load cuda\"]'",
+        PATH=f"{bin}:/usr/bin:/bin",
+    )
+    assert (
+        r.returncode == 2
+        and "the cluster refused the jobs" in r.stderr
+        and "invalid partition specified: gpu" in r.stderr
+    ), r.stderr
+    job = (tmp_path / "job.sh").read_text()
+    for line in ("--partition=gpu", "--time=240", "--gpus-per-node=1", "--job-name=nli_ft", "--array=0-1%"):
+        assert f"#SBATCH {line}" in job, line
     assert "module load cuda" in job
+
 
 @pytest.mark.slow
 def test_two_real_runs_as_jobs_leave_the_records_that_they_leave_here(tmp_path):
     pytest.importorskip("submitit")
-    args = lambda where: ["--seeds", "1,2", *(a for a in tiny(tmp_path/where, max_steps=2).to_args())]
+    args = lambda where: ["--seeds", "1,2", *(a for a in tiny(tmp_path / where, max_steps=2).to_args())]
     for where, more in ("here", []), ("jobs", HERE):
         r = nli_run(root, *args(where), *more)
         assert r.returncode == 0, r.stdout[-2000:] + r.stderr[-2000:]
-    here, jobs = ({summary(p)["seed"]: p for p in records(tmp_path/w)} for w in ("here", "jobs"))
+    here, jobs = ({summary(p)["seed"]: p for p in records(tmp_path / w)} for w in ("here", "jobs"))
     assert set(here) == set(jobs) == {1, 2}
     for seed in here:
         a, b = here[seed], jobs[seed]
         assert sorted(f.name for f in a.iterdir()) == sorted(f.name for f in b.iterdir())
-        assert losses(a) == losses(b) and summary(a)["adapter_sha256"] == summary(b)["adapter_sha256"] and summary(b)["status"] == "done"
-        assert (a/"config.json").read_text().replace("here", "jobs") == (b/"config.json").read_text()
+        assert (
+            losses(a) == losses(b)
+            and summary(a)["adapter_sha256"] == summary(b)["adapter_sha256"]
+            and summary(b)["status"] == "done"
+        )
+        assert (a / "config.json").read_text().replace("here", "jobs") == (b / "config.json").read_text()
+
 
 # -- trackers
 
-def test_a_tracker_that_transformers_does_not_know_or_that_is_not_installed_is_said_before_anything_starts(tmp_path):
+
+def test_a_tracker_that_transformers_does_not_know_or_that_is_not_installed_is_said_before_anything_starts(
+    tmp_path,
+):
     from nli_ft.train_sft import check_ready
-    with pytest.raises(ConfigError, match="knows no tracker 'tensorbord'; it knows .*mlflow.*tensorboard"): check_ready(tiny(tmp_path, report_to="tensorbord"))
-    with pytest.raises(ConfigError, match=r"clearml is not installed here \(`pip install clearml`\)"): check_ready(tiny(tmp_path, report_to="clearml"))
-    with pytest.raises(ConfigError, match="Set use_wandb to true"): tiny(tmp_path, report_to="tensorboard,wandb")
+
+    with pytest.raises(ConfigError, match="knows no tracker 'tensorbord'; it knows .*mlflow.*tensorboard"):
+        check_ready(tiny(tmp_path, report_to="tensorbord"))
+    with pytest.raises(ConfigError, match=r"clearml is not installed here \(`pip install clearml`\)"):
+        check_ready(tiny(tmp_path, report_to="clearml"))
+    with pytest.raises(ConfigError, match="Set use_wandb to true"):
+        tiny(tmp_path, report_to="tensorboard,wandb")
+
 
 def test_tensorboard_gets_the_curve_into_the_record_and_no_path_or_host_of_this_machine(tmp_path):
     pytest.importorskip("tensorboardX")
     r = python("-m", "nli_ft.train_sft", *tiny(tmp_path, max_steps=3, report_to="tensorboard").to_args())
     assert r.returncode == 0, r.all[-3000:]
     run = only_run(tmp_path)
-    [events] = (run/"tensorboard").iterdir()
+    [events] = (run / "tensorboard").iterdir()
     sent = events.read_bytes()
     assert b"train/loss" in sent and b"train/loss_label" in sent and b"eval/loss" in sent
     assert not found_in(sent, tmp_path) and not found_in(events.name.encode(), tmp_path)
-    assert not list((root/"runs").glob("events*")) and not (root/"tensorboard").exists()
+    assert not list((root / "runs").glob("events*")) and not (root / "tensorboard").exists()
+
 
 def found_in(sent, tmp_path):
     "What tells of this machine. A path from the project's folder (../../tmp/…) is what the config itself says."
-    return [p for p in (str(tmp_path), str(root), str(Path.home()), *[h for h in [socket.gethostname()] if len(h) > 4]) if re.search(rb"(?<!\.\.)" + re.escape(p.encode()), sent)]
+    return [
+        p
+        for p in (
+            str(tmp_path),
+            str(root),
+            str(Path.home()),
+            *[h for h in [socket.gethostname()] if len(h) > 4],
+        )
+        if re.search(rb"(?<!\.\.)" + re.escape(p.encode()), sent)
+    ]
 
-@pytest.mark.parametrize("report_to, wants", [("mlflow", dict(MLFLOW_EXPERIMENT_NAME="minimal_test")), ("swanlab", dict(SWANLAB_MODE="local")), ("trackio,comet_ml", dict(COMET_START_ONLINE="0"))])
-def test_every_tracker_is_given_a_place_in_the_record_unless_the_user_has_one(tmp_path, monkeypatch, report_to, wants):
+
+@pytest.mark.parametrize(
+    "report_to, wants",
+    [
+        ("mlflow", dict(MLFLOW_EXPERIMENT_NAME="minimal_test")),
+        ("swanlab", dict(SWANLAB_MODE="local")),
+        ("trackio,comet_ml", dict(COMET_START_ONLINE="0")),
+    ],
+)
+def test_every_tracker_is_given_a_place_in_the_record_unless_the_user_has_one(
+    tmp_path, monkeypatch, report_to, wants
+):
     from nli_ft.train_sft import _in_the_record
+
     for k in list(os.environ):
-        if k.startswith(("MLFLOW", "SWANLAB", "COMET", "TRACKIO")): monkeypatch.delenv(k)
+        if k.startswith(("MLFLOW", "SWANLAB", "COMET", "TRACKIO")):
+            monkeypatch.delenv(k)
     before = dict(os.environ)
-    with _in_the_record(tiny(tmp_path, report_to=report_to), tmp_path/"run"):
+    with _in_the_record(tiny(tmp_path, report_to=report_to), tmp_path / "run"):
         new = {k: v for k, v in os.environ.items() if k not in before}
-        assert wants.items() <= new.items() and any(str(tmp_path/"run") in v for v in new.values())
+        assert wants.items() <= new.items() and any(str(tmp_path / "run") in v for v in new.values())
     assert dict(os.environ) == before
-    for k in new: monkeypatch.setenv(k, "mine")
-    with _in_the_record(tiny(tmp_path, report_to=report_to), tmp_path/"run"): assert all(os.environ[k] == "mine" for k in new)
+    for k in new:
+        monkeypatch.setenv(k, "mine")
+    with _in_the_record(tiny(tmp_path, report_to=report_to), tmp_path / "run"):
+        assert all(os.environ[k] == "mine" for k in new)
+
 
 def test_wandb_is_sent_no_path_or_host_of_this_machine_and_goes_on_with_a_run(tmp_path):
     "Read from the bytes that `wandb sync` would send."
@@ -353,7 +704,12 @@ def test_wandb_is_sent_no_path_or_host_of_this_machine_and_goes_on_with_a_run(tm
     r = python("-m", "nli_ft.train_sft", *tiny(tmp_path, **kw).to_args(), WANDB_MODE="offline")
     assert r.returncode == 0, r.all[-3000:]
     [at] = tmp_path.glob("models/*/*/checkpoint-2")
-    r = python("-m", "nli_ft.train_sft", *tiny(tmp_path, **kw, resume_from_checkpoint=str(at)).to_args(), WANDB_MODE="offline")
+    r = python(
+        "-m",
+        "nli_ft.train_sft",
+        *tiny(tmp_path, **kw, resume_from_checkpoint=str(at)).to_args(),
+        WANDB_MODE="offline",
+    )
     assert r.returncode == 0, r.all[-3000:]
     for run in records(tmp_path):
         [kept] = run.glob("wandb/offline-run-*-abc123/*.wandb")

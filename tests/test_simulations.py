@@ -2,13 +2,23 @@
 
 Every cell counts studies with at least one false "can be told from noise": the share may be .06 at most, beyond what the number of studies leaves open.
 The short table runs always. The long one: python -m pytest tests/test_simulations.py -m simulation -n 2 -s"""
+
 import numpy as np
 import pytest
 
 from nli_ft import data, evaluate as ev, records
-from studies import DIFFERENCES, DIFFICULTY, INDEPENDENT, STRONG, clusters, of_clusters, right_answers, rows_of
+from studies import (
+    DIFFERENCES,
+    DIFFICULTY,
+    INDEPENDENT,
+    STRONG,
+    clusters,
+    of_clusters,
+    right_answers,
+    rows_of,
+)
 
-LIMIT = .06
+LIMIT = 0.06
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +27,8 @@ def no_collection(monkeypatch):
     monkeypatch.setattr("gc.collect", lambda *args: 0)
 
 
-def error(share, n): return (max(share, LIMIT) * (1 - max(share, LIMIT)) / n)**.5
+def error(share, n):
+    return (max(share, LIMIT) * (1 - max(share, LIMIT)) / n) ** 0.5
 
 
 def report(what, share, n):
@@ -35,7 +46,7 @@ def told_configs(rng, seeds, accuracies, sd, groups, kind):
     "Which configs a study tells from its first, over seeds whose accuracies vary with this standard deviation."
     arms = []
     for n, mean in zip(seeds, accuracies):
-        of_seeds = np.clip(mean + sd * rng.standard_normal(n), .02, .98)
+        of_seeds = np.clip(mean + sd * rng.standard_normal(n), 0.02, 0.98)
         arms.append(right_answers(rng, of_seeds, groups, **kind))
     return [bool(r and r["told"]) for r in records.over_seeds(arms, list(groups))]
 
@@ -46,13 +57,13 @@ def false_share(study, n):
 
 
 def check_runs(name, groups, kind, comparisons, n):
-    found = false_share(lambda rng: told_runs(rng, [.8] * (comparisons + 1), groups, kind), n)
+    found = false_share(lambda rng: told_runs(rng, [0.8] * (comparisons + 1), groups, kind), n)
     assert report(f"{name}, {comparisons} comparisons, false", found, n) <= LIMIT + 2 * error(found, n)
 
 
 def check_configs(name, seeds, sd, groups, kind, n):
-    found = false_share(lambda rng: told_configs(rng, seeds, [.8] * len(seeds), sd, groups, kind), n)
-    assert report(f"{name}, seeds {seeds}, sd {100*sd:.0f}, false", found, n) <= LIMIT + 2 * error(found, n)
+    found = false_share(lambda rng: told_configs(rng, seeds, [0.8] * len(seeds), sd, groups, kind), n)
+    assert report(f"{name}, seeds {seeds}, sd {100 * sd:.0f}, false", found, n) <= LIMIT + 2 * error(found, n)
 
 
 RUNS = {
@@ -63,39 +74,45 @@ RUNS = {
     "unequal clusters": (clusters(240, [1, 1, 2, 4, 12]), DIFFERENCES),
     "2 clusters": (of_clusters(240, 2), DIFFERENCES),
     "5 clusters": (of_clusters(240, 5), DIFFERENCES),
-    "10 clusters": (of_clusters(240, 10), DIFFERENCES)}
+    "10 clusters": (of_clusters(240, 10), DIFFERENCES),
+}
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_equal_runs_are_rarely_told_apart(name): check_runs(name, *RUNS[name], comparisons=1, n=200)
+def test_equal_runs_are_rarely_told_apart(name):
+    check_runs(name, *RUNS[name], comparisons=1, n=200)
 
 
 @pytest.mark.parametrize("name", ["clustered differences", "strongly clustered differences"])
-def test_nor_are_fourteen_runs_of_one_family(name): check_runs(name, *RUNS[name], comparisons=14, n=60)
+def test_nor_are_fourteen_runs_of_one_family(name):
+    check_runs(name, *RUNS[name], comparisons=14, n=60)
 
 
 @pytest.mark.parametrize("seeds", [(3, 3), (2, 5), (3, 3, 3, 3, 3)])
-@pytest.mark.parametrize("sd", [.01, .05])
-def test_equal_configs_are_rarely_told_apart(seeds, sd): check_configs("400 items", seeds, sd, clusters(400, 4), DIFFERENCES, n=200)
+@pytest.mark.parametrize("sd", [0.01, 0.05])
+def test_equal_configs_are_rarely_told_apart(seeds, sd):
+    check_configs("400 items", seeds, sd, clusters(400, 4), DIFFERENCES, n=200)
 
 
 @pytest.mark.parametrize("seeds", [(3, 1), (1, 3), (1, 1)])
 def test_one_seed_never_gives_a_verdict_on_a_config(seeds):
     rng = np.random.default_rng(0)
-    assert not any(told_configs(rng, seeds, [.5, .9], .02, clusters(400, 4), DIFFERENCES)[0] for _ in range(20))
+    assert not any(
+        told_configs(rng, seeds, [0.5, 0.9], 0.02, clusters(400, 4), DIFFERENCES)[0] for _ in range(20)
+    )
 
 
-@pytest.mark.parametrize("kind, least", [(INDEPENDENT, .65), (DIFFERENCES, .4)])
+@pytest.mark.parametrize("kind, least", [(INDEPENDENT, 0.65), (DIFFERENCES, 0.4)])
 def test_runs_ten_points_apart_are_mostly_told(kind, least):
     rng, groups = np.random.default_rng(12), clusters(240, 4)
-    seen = np.mean([told_runs(rng, [.75, .85], groups, kind)[0] for _ in range(150)])
+    seen = np.mean([told_runs(rng, [0.75, 0.85], groups, kind)[0] for _ in range(150)])
     assert report("10 points on 240 items, seen", seen, 150) > least
 
 
 def test_configs_six_points_apart_are_mostly_told():
     rng, groups = np.random.default_rng(13), clusters(2000, 4)
-    seen = np.mean([told_configs(rng, (3, 3), [.8, .86], .02, groups, DIFFERENCES)[0] for _ in range(100)])
-    assert report("6 points over 3 and 3 seeds, seen", seen, 100) > .55
+    seen = np.mean([told_configs(rng, (3, 3), [0.8, 0.86], 0.02, groups, DIFFERENCES)[0] for _ in range(100)])
+    assert report("6 points over 3 and 3 seeds, seen", seen, 100) > 0.55
 
 
 @pytest.mark.parametrize("kind", [INDEPENDENT, DIFFERENCES, STRONG])
@@ -103,9 +120,9 @@ def test_intervals_of_shares_hold_the_truth(kind):
     rng, groups = np.random.default_rng(14), clusters(240, 4)
     held = []
     for _ in range(400):
-        low, high = data.share_right(right_answers(rng, [.8], groups, **kind)[0], groups)["accuracy_ci"]
-        held.append(low <= .8 <= high)
-    assert report("coverage", np.mean(held), 400) > .92
+        low, high = data.share_right(right_answers(rng, [0.8], groups, **kind)[0], groups)["accuracy_ci"]
+        held.append(low <= 0.8 <= high)
+    assert report("coverage", np.mean(held), 400) > 0.92
 
 
 # --- the long table
@@ -113,7 +130,8 @@ def test_intervals_of_shares_hold_the_truth(kind):
 LONG_RUNS = RUNS | {
     "1000 items, clustered differences": (clusters(1000, 4), DIFFERENCES),
     "1000 items, independent": (clusters(1000, 1), INDEPENDENT),
-    "30 clusters": (of_clusters(120, 30), DIFFERENCES)}
+    "30 clusters": (of_clusters(120, 30), DIFFERENCES),
+}
 
 
 @pytest.mark.simulation
@@ -124,8 +142,28 @@ def test_size_of_the_verdict_on_runs(name, comparisons):
 
 
 @pytest.mark.simulation
-@pytest.mark.parametrize("sd", [.01, .02, .05])
-@pytest.mark.parametrize("seeds", [(3, 3), (2, 2), (5, 5), (3, 2), (2, 3), (2, 5), (5, 2), (3, 5), (3, 10), (2, 10), (10, 2), (3, 1), (1, 3), (3,) * 5, (3,) * 15, (2, 3, 5, 3, 1)])
+@pytest.mark.parametrize("sd", [0.01, 0.02, 0.05])
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        (3, 3),
+        (2, 2),
+        (5, 5),
+        (3, 2),
+        (2, 3),
+        (2, 5),
+        (5, 2),
+        (3, 5),
+        (3, 10),
+        (2, 10),
+        (10, 2),
+        (3, 1),
+        (1, 3),
+        (3,) * 5,
+        (3,) * 15,
+        (2, 3, 5, 3, 1),
+    ],
+)
 def test_size_of_the_verdict_on_configs(seeds, sd):
     n = 800 if len(seeds) < 10 else 300
     check_configs("2000 items", seeds, sd, clusters(2000, 4), DIFFERENCES, n)
@@ -133,28 +171,50 @@ def test_size_of_the_verdict_on_configs(seeds, sd):
 
 @pytest.mark.simulation
 @pytest.mark.parametrize("name", RUNS)
-def test_size_of_the_verdict_on_configs_by_items(name): check_configs(name, (3, 3), .02, *RUNS[name], n=1000)
+def test_size_of_the_verdict_on_configs_by_items(name):
+    check_configs(name, (3, 3), 0.02, *RUNS[name], n=1000)
 
 
 @pytest.mark.simulation
-@pytest.mark.parametrize("name, least", [("independent items", .65), ("clustered difficulty", .85), ("clustered differences", .5), ("unequal clusters", .3), ("10 clusters", .05)])
+@pytest.mark.parametrize(
+    "name, least",
+    [
+        ("independent items", 0.65),
+        ("clustered difficulty", 0.85),
+        ("clustered differences", 0.5),
+        ("unequal clusters", 0.3),
+        ("10 clusters", 0.05),
+    ],
+)
 @pytest.mark.parametrize("comparisons", [1, 4])
 def test_power_of_the_verdict_on_runs(name, least, comparisons):
     rng, (groups, kind) = np.random.default_rng(15), RUNS[name]
-    seen = np.mean([told_runs(rng, [.75] * comparisons + [.85], groups, kind)[-1] for _ in range(500)])
-    assert report(f"{name}, 10 points, {comparisons} comparisons, seen", seen, 500) > (least if comparisons == 1 else least / 2)
+    seen = np.mean([told_runs(rng, [0.75] * comparisons + [0.85], groups, kind)[-1] for _ in range(500)])
+    assert report(f"{name}, 10 points, {comparisons} comparisons, seen", seen, 500) > (
+        least if comparisons == 1 else least / 2
+    )
 
 
 @pytest.mark.simulation
-@pytest.mark.parametrize("seeds, sd, least", [((3, 3), .01, .9), ((3, 3), .02, .6), ((5, 5), .02, .9), ((3, 5), .02, .6), ((3, 3), .05, .1), ((10, 10), .05, .6)])
+@pytest.mark.parametrize(
+    "seeds, sd, least",
+    [
+        ((3, 3), 0.01, 0.9),
+        ((3, 3), 0.02, 0.6),
+        ((5, 5), 0.02, 0.9),
+        ((3, 5), 0.02, 0.6),
+        ((3, 3), 0.05, 0.1),
+        ((10, 10), 0.05, 0.6),
+    ],
+)
 def test_power_of_the_verdict_on_configs(seeds, sd, least):
     rng, groups = np.random.default_rng(16), clusters(2000, 4)
-    seen = np.mean([told_configs(rng, seeds, [.8, .86], sd, groups, DIFFERENCES)[0] for _ in range(400)])
-    assert report(f"6 points, seeds {seeds}, sd {100*sd:.0f}, seen", seen, 400) > least
+    seen = np.mean([told_configs(rng, seeds, [0.8, 0.86], sd, groups, DIFFERENCES)[0] for _ in range(400)])
+    assert report(f"6 points, seeds {seeds}, sd {100 * sd:.0f}, seen", seen, 400) > least
 
 
 @pytest.mark.simulation
-@pytest.mark.parametrize("share", [.6, .8, .9, .97])
+@pytest.mark.parametrize("share", [0.6, 0.8, 0.9, 0.97])
 @pytest.mark.parametrize("name", [n for n in RUNS if n not in ("2 clusters", "5 clusters")])
 def test_coverage_of_the_intervals_of_shares(name, share):
     rng, (groups, kind) = np.random.default_rng(17), RUNS[name]
@@ -162,7 +222,7 @@ def test_coverage_of_the_intervals_of_shares(name, share):
     for _ in range(1000):
         low, high = data.share_right(right_answers(rng, [share], groups, **kind)[0], groups)["accuracy_ci"]
         held.append(low <= share <= high)
-    least = .92 if share < .95 else .9                                 # with two clusters wrong, their design effect is a guess
+    least = 0.92 if share < 0.95 else 0.9  # with two clusters wrong, their design effect is a guess
     assert report(f"{name}, share {share}, coverage", np.mean(held), 1000) > least
 
 
@@ -172,7 +232,7 @@ def test_coverage_of_the_intervals_of_differences(name):
     rng, (groups, kind) = np.random.default_rng(18), RUNS[name]
     held = []
     for _ in range(1000):
-        a, b = right_answers(rng, [.75, .85], groups, **kind)
+        a, b = right_answers(rng, [0.75, 0.85], groups, **kind)
         low, high = ev.paired_test(a, b, groups).interval()
-        held.append(low <= .1 <= high)
-    assert report(f"{name}, 10 points, coverage", np.mean(held), 1000) > .92
+        held.append(low <= 0.1 <= high)
+    assert report(f"{name}, 10 points, coverage", np.mean(held), 1000) > 0.92

@@ -1,4 +1,5 @@
 """What `nli_compare`, tables, plots and model cards say of runs and configs: records in a project of their own, commands in this process."""
+
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     "An empty project."
-    for name in ("settings.ini", "requirements.txt"): shutil.copy(ROOT / name, tmp_path)
+    for name in ("settings.ini", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "nbs").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -22,17 +24,41 @@ def project(tmp_path, monkeypatch):
 
 def row(i, label, said, group):
     completion = json.dumps(dict(thought_process="so", predicted_label=said))
-    return dict(id=i, premise=f"p {group}", hypothesis=f"h {i}", label=label, predicted_label=said, outcome="strict", repairs=[], completion=completion,
-                thought_process="so", p_entail=.5, n_tokens=9, finish="stop", seconds=.1, mode="cot", prompt_hash="x", group_id=group)
+    return dict(
+        id=i,
+        premise=f"p {group}",
+        hypothesis=f"h {i}",
+        label=label,
+        predicted_label=said,
+        outcome="strict",
+        repairs=[],
+        completion=completion,
+        thought_process="so",
+        p_entail=0.5,
+        n_tokens=9,
+        finish="stop",
+        seconds=0.1,
+        mode="cot",
+        prompt_hash="x",
+        group_id=group,
+    )
 
 
-def record(right=lambda i: i % 4 > 0, config="minimal_test", overrides="", seed=42, n=60, size=2, label=lambda i: i % 2):
+def record(
+    right=lambda i: i % 4 > 0,
+    config="minimal_test",
+    overrides="",
+    seed=42,
+    n=60,
+    size=2,
+    label=lambda i: i % 2,
+):
     "A finished record: item i has this label and is answered right or wrong; `size` items form a group."
     run = records.start_run(load_config(config, overrides).replace(seed=seed))
     gold = [label(i) for i in range(n)]
     rows = [row(i, y, y if right(i) else 1 - y, i // size) for i, y in enumerate(gold)]
     (run / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    records.append_metrics(run, {"step": 1, "loss": 1.})
+    records.append_metrics(run, {"step": 1, "loss": 1.0})
     records.finish_run(run, after=ev.score(rows))
     return run
 
@@ -44,18 +70,34 @@ def compare(capsys, *args):
 
 
 def test_mcnemars_p_is_printed_and_the_clusters_decide(project):
-    for size, told in ((2, True), (6, True), (10, None), (60, None)):            # 30, 10, 6 and 1 clusters of the same 60 items
-        _, r = records.compare_runs([record(lambda i: i % 2 == 0, size=size), record(lambda i: True, size=size, seed=1)])
+    for size, told in (
+        (2, True),
+        (6, True),
+        (10, None),
+        (60, None),
+    ):  # 30, 10, 6 and 1 clusters of the same 60 items
+        _, r = records.compare_runs(
+            [record(lambda i: i % 2 == 0, size=size), record(lambda i: True, size=size, seed=1)]
+        )
         assert r["p_mcnemar"] == pytest.approx(2 / 2**30) and r["n_clusters"] == 60 / size
-        assert r["p"] == pytest.approx(2 / 2**(60 / size)) and r["told"] is told
-        if told is None: assert r["verdict"].startswith("+50.0 points: no verdict at n=60 (") and "at least 10 such clusters" in r["verdict"]
+        assert r["p"] == pytest.approx(2 / 2 ** (60 / size)) and r["told"] is told
+        if told is None:
+            assert (
+                r["verdict"].startswith("+50.0 points: no verdict at n=60 (")
+                and "at least 10 such clusters" in r["verdict"]
+            )
 
 
 def test_a_single_run_is_never_worded_as_a_config(project, capsys):
     a, b = record(), record(lambda i: True, "cpu_demo")
     out = compare(capsys, a, b)
-    assert f"run {records.read_run(b).name} against run {records.read_run(a).name}, on these items: +25.0 points: can be told from noise at n=60 (30 clusters)" in out
-    said = next(line for line in out.splitlines() if line.startswith("config cpu_demo against config minimal_test"))
+    assert (
+        f"run {records.read_run(b).name} against run {records.read_run(a).name}, on these items: +25.0 points: can be told from noise at n=60 (30 clusters)"
+        in out
+    )
+    said = next(
+        line for line in out.splitlines() if line.startswith("config cpu_demo against config minimal_test")
+    )
     assert "no verdict on the config" in said and "can be told" not in said
     assert "minimal_test and cpu_demo have one seed, and at least 2 are needed in each trained arm" in said
     assert "`nli_run --config minimal_test --seeds 1,2` and `nli_run --config cpu_demo --seeds 1,2`" in said
@@ -66,35 +108,53 @@ def test_three_seeds_against_one_give_no_verdict_on_the_config(project, capsys):
     one = record(lambda i: True, overrides="lora_r=4", seed=1)
     first, r = records.compare_configs([*three, one])
     assert r["told"] is None is r["ci"] is r["accuracy_ci"] and first["accuracy_ci"]
-    assert "minimal_test has one seed" in r["verdict"] and "`nli_run --config minimal_test --lora_r=4 --seeds 2,3`" in r["verdict"]
+    assert (
+        "minimal_test has one seed" in r["verdict"]
+        and "`nli_run --config minimal_test --lora_r=4 --seeds 2,3`" in r["verdict"]
+    )
     assert "no verdict on the config" in compare(capsys, *three, one)
 
 
 def test_three_seeds_against_the_untrained_model_give_one(project):
     three = [record(lambda i: i % 5 > 0 or i % 3 == s, seed=s) for s in (0, 1, 2)]
-    for run in three: shutil.copy(record(lambda i: i % 3 == 1, seed=9) / "predictions.jsonl", run / "predictions_before.jsonl")
+    for run in three:
+        shutil.copy(
+            record(lambda i: i % 3 == 1, seed=9) / "predictions.jsonl", run / "predictions_before.jsonl"
+        )
     _, r = records.compare_configs([f"{three[0]}:before", *three])
     assert r["told"] and "over 1 and 3 seeds" in r["verdict"]
 
 
 def test_the_majority_line_stands_in_every_comparison_and_format(project, capsys):
-    runs = [record(lambda i: (i + s) % 5 > 0, overrides=f"lora_r={r}", seed=s) for s in (1, 2) for r in (2, 4)]
-    assert compare(capsys, *runs, "--out", "t.md").count("majority label (0)") == 2          # by config and by run
+    runs = [
+        record(lambda i: (i + s) % 5 > 0, overrides=f"lora_r={r}", seed=s) for s in (1, 2) for r in (2, 4)
+    ]
+    assert compare(capsys, *runs, "--out", "t.md").count("majority label (0)") == 2  # by config and by run
     assert (project / "t.md").read_text().count("| majority label (0) |") == 2
     compare(capsys, *runs, "--out", "t.csv")
-    assert "majority label (0),,60,30,\"0.500 [" in (project / "t.csv").read_text()
+    assert 'majority label (0),,60,30,"0.500 [' in (project / "t.csv").read_text()
     said = json.loads(compare(capsys, *runs, "--json"))
-    assert said["runs"][0]["majority"]["accuracy"] == .5 == said["configs"][0]["majority"]["accuracy"]
+    assert said["runs"][0]["majority"]["accuracy"] == 0.5 == said["configs"][0]["majority"]["accuracy"]
 
 
 def test_a_gain_in_accuracy_that_is_a_loss_on_the_rare_class_is_said(project):
-    rare = lambda i: int(i >= 50)                                                # 10 items of 60
+    rare = lambda i: int(i >= 50)  # 10 items of 60
     fair = lambda i: i >= 50 or i % 4 > 0
     for seeds in ((1,), (1, 2)):
-        arms = [record(right, overrides=f"lora_r={r}", seed=s, label=rare) for r, right in ((2, fair), (4, lambda i: i < 50)) for s in seeds]
+        arms = [
+            record(right, overrides=f"lora_r={r}", seed=s, label=rare)
+            for r, right in ((2, fair), (4, lambda i: i < 50))
+            for s in seeds
+        ]
         _, r = records.compare_runs([arms[0], arms[-1]])
-        assert r["difference"] > 0 and "; but the other way by macro-F1 -" in r["verdict"] and " and MCC -" in r["verdict"]
-    row = records._config_row([(records.read_run(a), records.read_run(a).predictions(), "x") for a in arms[:2]])
+        assert (
+            r["difference"] > 0
+            and "; but the other way by macro-F1 -" in r["verdict"]
+            and " and MCC -" in r["verdict"]
+        )
+    row = records._config_row(
+        [(records.read_run(a), records.read_run(a).predictions(), "x") for a in arms[:2]]
+    )
     assert row["macro_f1"] == pytest.approx(ev.score(records.read_run(arms[0]).predictions())["macro_f1"])
 
 
@@ -107,12 +167,18 @@ def test_a_verdict_on_configs_says_the_other_way_too(project):
 
 
 def test_gold_of_one_class_breaks_no_table_card_or_plot(project, capsys):
-    runs = [record(lambda i: i != s, overrides=f"lora_r={r}", seed=s, label=lambda i: 0) for s in (1, 2) for r in (2, 4)]
+    runs = [
+        record(lambda i: i != s, overrides=f"lora_r={r}", seed=s, label=lambda i: 0)
+        for s in (1, 2)
+        for r in (2, 4)
+    ]
     assert "undefined" in compare(capsys, *runs, "--out", "t.md")
-    for form in ("json", "csv"): compare(capsys, *runs, "--out", f"t.{form}")
+    for form in ("json", "csv"):
+        compare(capsys, *runs, "--out", f"t.{form}")
     assert "| MCC | undefined (one class) |" in records.model_card(runs[0])
     rows, by, _ = records.full_comparison(runs)
-    for shown in (rows, by): records.plot_differences(shown).canvas.draw()
+    for shown in (rows, by):
+        records.plot_differences(shown).canvas.draw()
     assert rows[0]["mcc"] is None is by[0]["macro_f1"]
     ev.save_report(project / "report", records.read_run(runs[0]).predictions())
     assert json.loads((project / "report/report.json").read_text())["scores"]["macro_f1"] is None
@@ -120,7 +186,13 @@ def test_gold_of_one_class_breaks_no_table_card_or_plot(project, capsys):
 
 def test_the_plot_is_blue_where_told_and_hollow_where_there_is_no_verdict(project):
     for size, colors in ((2, [False, True]), (20, [False, False])):
-        rows = records.compare_runs([record(size=size), record(lambda i: True, seed=1, size=size), record(lambda i: (i + 1) % 4 > 0, seed=2, size=size)])
+        rows = records.compare_runs(
+            [
+                record(size=size),
+                record(lambda i: True, seed=1, size=size),
+                record(lambda i: (i + 1) % 4 > 0, seed=2, size=size),
+            ]
+        )
         points = [line for line in records.plot_differences(rows).axes[0].lines if line.get_marker() == "o"]
         assert [line.get_color() == ev.BLUE for line in points] == colors
         assert [line.get_markerfacecolor() == "white" for line in points] == [size == 20] * 2
