@@ -328,7 +328,7 @@ def read_spec(
         raise ConfigError(f"{path}: {what} must be a table, not a {type(spec).__name__}")
     return spec
 
-
+# %% ../nbs/04_augment.ipynb #e685d962
 def read_prompt(
     path: str | Path,  # .json or .toml file with `user` and maybe `system`
     stage: Stage,  # THINK or REFLECT
@@ -468,7 +468,7 @@ def read_prices(
         )
     return dict(input=price["input"], output=price["output"])
 
-
+# %% ../nbs/04_augment.ipynb #c55de777
 def cost(
     usage: dict,  # prompt_tokens and completion_tokens
     prices: dict | None,  # from `read_prices`
@@ -607,7 +607,7 @@ class Guards:
     blind: bool = True  # is it judged once more by the same model without gold?
     samples: int = 0  # answers without gold and without the reasoning, to be compared with gold
 
-
+# %% ../nbs/04_augment.ipynb #22f12c69
 class Session:
     "State of one run against one endpoint."
 
@@ -875,7 +875,7 @@ def judge(self: Session, row, trail):
         raise Unfit(why)
     return trail.answer
 
-
+# %% ../nbs/04_augment.ipynb #165a6636
 USELESS = 20  # replies in a row without a single good one: then it is not the rows
 ELSEWHERE = dict(
     content="see --prompt and the model's chat template, or take another model",
@@ -1053,7 +1053,7 @@ def content_part(row) -> bytes:
     "The content half of a row's key."
     return bytes.fromhex(row["key"].split("-")[1])
 
-
+# %% ../nbs/04_augment.ipynb #f65d2e79
 def is_written(row) -> bool:
     "Does a row hold what the next start reads of it? Raises for one that is no such row at all."
     p, amounts = (
@@ -1069,7 +1069,7 @@ def is_written(row) -> bool:
         x is None or type(x) in (int, float) and abs(x) < 2**63 for x in amounts
     )  # NaN is in no range
 
-
+# %% ../nbs/04_augment.ipynb #897cf284
 def iter_written(
     path: Path,  # output or failed file of an earlier run
 ):
@@ -1133,7 +1133,7 @@ def read_before(
     b.cost += sum(c for _, c in b.failures.values())
     return b
 
-
+# %% ../nbs/04_augment.ipynb #45561814
 def settings_differ(output, n, was, now) -> str:
     "The refusal, with the difference shown."
     rows = "\n".join(f"  {k}: {was[k]} there, {now[k]} now" for k in now if was[k] != now[k])
@@ -1254,12 +1254,12 @@ class Run:
         self.settings = settings(session.stage, session.endpoint)
         self.prefix = digest(self.settings, 6)
 
-
+# %% ../nbs/04_augment.ipynb #d991d0fe
 def calls_a_row(guards) -> int:  # of the model, where nothing is asked again
     "The question itself, the blind pass and the samples."
     return 1 + guards.blind + guards.samples if guards else 1
 
-
+# %% ../nbs/04_augment.ipynb #31cdaa36
 def failed_path(output) -> Path:
     "Where rows that stayed bad are written."
     return Path(f"{output}.failed.jsonl")
@@ -1568,7 +1568,7 @@ def summary(run: Run, sv: Survey) -> dict:
         exit_code=code,
     )
 
-
+# %% ../nbs/04_augment.ipynb #31299c89
 def say_summary(r: dict, run: Run):
     "The closing lines on stderr."
     say = partial(print, file=sys.stderr)
@@ -1601,7 +1601,7 @@ def cut_torn(path: Path):
         os.truncate(path, whole)
         print(f"{path}: cut off an unfinished last line; its row is done again", file=sys.stderr)
 
-
+# %% ../nbs/04_augment.ipynb #5a9ca5c4
 def look_before(stage, source, output, endpoint, allow_mixed, allow_eval):
     "Earlier rows and what is left to do; says what a reader should know."
     if output.is_dir():

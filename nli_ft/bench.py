@@ -159,7 +159,7 @@ def bench_config(
         fixed["model_id"] = model or "smollm2-135m"
     return load_config(config or "default", fixed | {k: v for k, v in changes.items() if v is not None})
 
-
+# %% ../nbs/09_bench.ipynb #e2845b81
 def variant_config(
     cfg: Config,  # from `bench_config`
     name: str,  # a variant
@@ -238,7 +238,7 @@ def shapes_model(
             os.rename(f"{tmp}/{name}", d)
     return d
 
-
+# %% ../nbs/09_bench.ipynb #ce083620
 def with_weights(
     cfg: Config,  # whose model_id may be a key of `SHAPES`
 ) -> Config:
@@ -268,7 +268,7 @@ def peak_memory(dev) -> float:  # torch.device -> GiB
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
-
+# %% ../nbs/09_bench.ipynb #cc8e5978
 def reset_peak(dev) -> float:  # torch.device -> GiB in use now
     "Start counting the peak anew, for what comes on top of a loaded model; on a CPU this needs Linux."
     if dev.type == "cuda":
@@ -406,7 +406,7 @@ def _plain_trainer(cfg, model, tok, encs, options, out, steps):
                 p.data = exact[n]
     return trainer
 
-
+# %% ../nbs/09_bench.ipynb #afa412fd
 def _our_trainer(cfg, model, tok, encs, options, out, steps):
     "The trainer of `train_sft.fit`, saving nothing."
     args = training_args(cfg.replace(max_steps=steps), out, False)
@@ -418,7 +418,7 @@ def _our_trainer(cfg, model, tok, encs, options, out, steps):
         _score_everywhere(trainer.model)
     return trainer
 
-
+# %% ../nbs/09_bench.ipynb #5a0b9267
 def _score_everywhere(model):
     "Let the head score every position through the same kernel; the loss still takes the trained ones."
     import types
@@ -434,7 +434,7 @@ def _score_everywhere(model):
 
     base.forward = types.MethodType(forward, base)
 
-
+# %% ../nbs/09_bench.ipynb #e186f920
 def _keep_order(trainer):
     "Let a trainer read the rows as they come, whatever order it would choose."
     from torch.utils.data import SequentialSampler
@@ -446,7 +446,7 @@ def _keep_order(trainer):
     trainer.order = InOrder(trainer.train_dataset)  # our trainer tells its order which epoch it is
     trainer._get_train_sampler = lambda rows=None: trainer.order
 
-
+# %% ../nbs/09_bench.ipynb #fb622d68
 def build_trainer(
     cfg: Config,  # from `variant_config`
     name: str,  # a variant
@@ -465,7 +465,7 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     return trainer
 
-
+# %% ../nbs/09_bench.ipynb #b191bed7
 @contextlib.contextmanager
 def without_ours(
     name: str,  # a variant or an answerer
@@ -487,7 +487,7 @@ def without_ours(
             undo.enter_context(mock.patch.object(model, "dequantised_once", contextlib.nullcontext))
         yield
 
-
+# %% ../nbs/09_bench.ipynb #03d75853
 def load_model(cfg: Config, name: str = "ours"):  # from `variant_config`; a variant -> a PeftModel
     "The base and the seeded adapter that every contestant starts from."
     from nli_ft.model import load_base, seeded_lora
@@ -516,7 +516,7 @@ def positions(
         scored=int(padded - batches) if everywhere else trained,
     )
 
-
+# %% ../nbs/09_bench.ipynb #6e31c44b
 def train_once(
     cfg: Config,  # from `bench_config`
     name: str,  # a variant
@@ -557,7 +557,7 @@ def train_once(
         estimate_gib=None if VARIANTS[name]["trl"] else estimate_memory(prep)["total"],
     )
 
-
+# %% ../nbs/09_bench.ipynb #99c01c32
 def _quiet():
     "Only results and errors are of interest here."
     import warnings, datasets, transformers
@@ -575,7 +575,7 @@ def _job(fn):
     JOBS[fn.__name__.strip("_")] = fn
     return fn
 
-
+# %% ../nbs/09_bench.ipynb #1d4f1d9a
 def child_main(orders, result):  # paths of JSON files
     "What a child process runs."
     o = json.loads(Path(orders).read_text(encoding="utf-8"))
@@ -585,7 +585,7 @@ def child_main(orders, result):  # paths of JSON files
         made = dict(died=str(e), refused=True)  # something the user can put right: all of its text counts
     Path(result).write_text(json.dumps(made), encoding="utf-8")
 
-
+# %% ../nbs/09_bench.ipynb #dce0227b
 def child_command(job: str, arguments: dict, orders, result) -> list:  # argv
     "How a child is started."
     return [
@@ -596,7 +596,7 @@ def child_command(job: str, arguments: dict, orders, result) -> list:  # argv
         str(result),
     ]
 
-
+# %% ../nbs/09_bench.ipynb #ccbda913
 def run_child(
     job: str,  # a key of `JOBS`
     cfg: Config,
@@ -618,7 +618,7 @@ def run_child(
             return json.loads(result.read_text(encoding="utf-8"))
         return dict(died=cause_of_death(rc, log.read_text(encoding="utf-8", errors="replace")))
 
-
+# %% ../nbs/09_bench.ipynb #44239ff3
 def cause_of_death(
     rc: int,  # exit code of a child; negative for a signal
     log: str,  # what it printed
@@ -662,7 +662,7 @@ def _plan(cfg):
         cuda=dev.type == "cuda",
     )
 
-
+# %% ../nbs/09_bench.ipynb #fcdb1953
 def _device_name(dev):
     if dev.type == "cuda":
         import torch
@@ -680,7 +680,7 @@ def _device_name(dev):
     )
     return names[0] if names else platform.processor() or platform.machine()
 
-
+# %% ../nbs/09_bench.ipynb #f02981ad
 @_job
 def _matmul(cfg, tokens):
     from nli_ft.model import compute_dtype, device, product
@@ -693,7 +693,7 @@ def _matmul(cfg, tokens):
         for k, f in (("flops_per_s", None), ("ours", product))
     }
 
-
+# %% ../nbs/09_bench.ipynb #bfaec6d0
 @_job
 def _train(cfg, **arguments):
     return train_once(cfg, **arguments)
@@ -709,16 +709,16 @@ def text_table(
     ).rstrip()
     return "\n".join([line(head), *map(line, rows)])
 
-
+# %% ../nbs/09_bench.ipynb #6e484497
 def _spread(xs, digits=1):
     "median (min–max)"
     return f"{statistics.median(xs):.{digits}f} ({min(xs):.{digits}f}–{max(xs):.{digits}f})"
 
-
+# %% ../nbs/09_bench.ipynb #67ba94de
 def _died(runs):
     return next((r["died"] for r in runs if "died" in r), None)
 
-
+# %% ../nbs/09_bench.ipynb #d63048d2
 def _paired(runs, name, first, value):
     "Median over pairs of this contestant's value over the first one's; None where no pair has both."
     by = {(r["pair"], r["name"]): value(r) for r in runs if "died" not in r}
@@ -804,15 +804,15 @@ def summarise_train(
     lost = [n for n in names if rows[n]["died"]]
     return dict(contestants=rows, tolerance=tolerance, different=bad, died=lost, ok=not bad and not lost)
 
-
+# %% ../nbs/09_bench.ipynb #e21ae42d
 def _threads(facts):
     return "" if facts["cuda"] else f", {facts['threads']} thread" + "s" * (facts["threads"] > 1)
 
-
+# %% ../nbs/09_bench.ipynb #28bef792
 def _number(x, form):
     return "–" if x is None else format(x, form)
 
-
+# %% ../nbs/09_bench.ipynb #6abed4ff
 def train_text(
     settings: dict, facts: dict, summary: dict
 ) -> str:  # what was asked; the plan; `summarise_train`
@@ -886,7 +886,7 @@ def train_text(
         lines.append("* another number format: shown, not judged")
     return "\n".join(lines)
 
-
+# %% ../nbs/09_bench.ipynb #b06ae4ae
 def _verdict(summary, facts):
     judged = {
         n: c["max_loss_difference"] for n, c in summary["contestants"].items() if c["compared"] and c["pairs"]
@@ -905,7 +905,7 @@ def alternating(
     for p in range(pairs):
         yield from ((p, n) for n in (names if p % 2 == 0 else names[::-1]))
 
-
+# %% ../nbs/09_bench.ipynb #f1b27ab7
 def run_all(
     job: str,
     names: list,
@@ -927,14 +927,14 @@ def run_all(
         say(f"pair {pair + 1}/{pairs}  {name}: {made.get('died') or f'{time.time() - start:.0f} s'}")
     return runs
 
-
+# %% ../nbs/09_bench.ipynb #c028f1ae
 def _lived(made):
     "What a child made, or the error that ended it."
     if "died" in made:
         raise (ConfigError if made.get("refused") else RuntimeError)(made["died"])
     return made
 
-
+# %% ../nbs/09_bench.ipynb #07b5788a
 def plan(cfg: Config) -> dict:  # facts of rows, model and device
     "What is to be measured; raises `ConfigError` when something is missing."
     return _lived(run_child("plan", cfg))
@@ -1018,7 +1018,7 @@ def plain_answers(
         tokens += new.numel()
     return labels, tokens
 
-
+# %% ../nbs/09_bench.ipynb #c836cc2c
 def our_answers(model, tok, rows: list, cfg: Config, mode: str) -> tuple:  # -> as `plain_answers`
     "Labels by `predict_rows`, written to a file as in an evaluation."
     with tempfile.TemporaryDirectory() as d:
@@ -1027,7 +1027,7 @@ def our_answers(model, tok, rows: list, cfg: Config, mode: str) -> tuple:  # -> 
         )
     return [p["predicted_label"] for p in preds], sum(p["n_tokens"] for p in preds)
 
-
+# %% ../nbs/09_bench.ipynb #7139378f
 def random_adapter(cfg: Config):  # -> a PeftModel in eval mode
     "The base with a seeded adapter that changes it a little: for speed and equality, not for scores."
     import torch
@@ -1040,7 +1040,7 @@ def random_adapter(cfg: Config):  # -> a PeftModel in eval mode
                 p.normal_(std=0.01)
     return model.eval()
 
-
+# %% ../nbs/09_bench.ipynb #f88609b0
 def _answer(name, model, tok, rows, cfg, mode):
     if name.startswith("plain"):
         return plain_answers(model, tok, rows, cfg, name == "plain-to-limit")
@@ -1048,7 +1048,7 @@ def _answer(name, model, tok, rows, cfg, mode):
         return our_answers(model, tok, rows, cfg.replace(completion="label_only"), "forced")
     return our_answers(model, tok, rows, cfg, mode)
 
-
+# %% ../nbs/09_bench.ipynb #6da3958b
 def generate_once(
     cfg: Config,
     name: str,  # one of `ANSWERERS`
@@ -1072,7 +1072,7 @@ def generate_once(
     labels, tokens = _answer(name, model, tok, rows, cfg, mode)
     return dict(seconds=time.perf_counter() - start, labels=labels, tokens=tokens, peak_gib=peak_memory(dev))
 
-
+# %% ../nbs/09_bench.ipynb #851ced81
 def _own_layout(model):
     "Undo `keep_unpacked`: what bitsandbytes does where nobody tells it otherwise."
     from bitsandbytes.functional import has_avx512bf16
@@ -1081,12 +1081,12 @@ def _own_layout(model):
         if type(m).__name__ == "Linear4bit":
             m.support_avx512bf16_for_cpu = has_avx512bf16()
 
-
+# %% ../nbs/09_bench.ipynb #4be56b29
 @_job
 def _generate(cfg, **arguments):
     return generate_once(cfg, **arguments)
 
-
+# %% ../nbs/09_bench.ipynb #201e01a0
 @_job
 def _plan_generate(cfg, template):
     check_ready(cfg := with_weights(cfg))
@@ -1110,7 +1110,7 @@ SAME_LABELS = 0.95  # share of labels that must be the same; below 1 because a n
 def _references(names):
     return [n for n in names if n.startswith("plain")] or names[:1]
 
-
+# %% ../nbs/09_bench.ipynb #096473ff
 def summarise_generate(
     runs: list,  # of `generate_once`, each with `name` and `pair`
 ) -> dict:  # contestants: name -> figures; ok
@@ -1145,7 +1145,7 @@ def summarise_generate(
     died = [n for n in names if rows[n]["died"]]
     return dict(contestants=rows, different=other, died=died, ok=not other and not died)
 
-
+# %% ../nbs/09_bench.ipynb #79b44c92
 def generate_text(
     settings: dict, facts: dict, summary: dict
 ) -> str:  # what was asked; the plan; `summarise_generate`
@@ -1201,7 +1201,7 @@ def generate_text(
     ]
     return "\n".join(lines)
 
-
+# %% ../nbs/09_bench.ipynb #3183f46f
 def bench_generate(
     cfg: Config,  # whose eval_data is judged
     contestants: list = (
@@ -1247,7 +1247,7 @@ def exponent(
     pairs = [(s, v) for s, v in zip(sizes, values) if v is not None and v > 0]
     return float(np.polyfit(*np.log(np.array(pairs)).T, 1)[0]) if len(pairs) > 1 else None
 
-
+# %% ../nbs/09_bench.ipynb #1c4c1d3a
 def random_rows(
     n: int,
     length: int,  # rows; tokens of each
@@ -1263,7 +1263,7 @@ def random_rows(
         for r in ids
     ]
 
-
+# %% ../nbs/09_bench.ipynb #76724c90
 @_job
 def _grow_rows(cfg, rows):
     "Seconds and GiB to read and encode a file of so many rows."
@@ -1283,7 +1283,7 @@ def _grow_rows(cfg, rows):
             rows=len(prep.train),
         )
 
-
+# %% ../nbs/09_bench.ipynb #1d2a8451
 @_job
 def _grow_step(cfg, length, batch, rank, steps):
     "Median seconds of an optimizer step, and GiB on top of the loaded model."
@@ -1354,7 +1354,7 @@ def bench_growth(
         axes=found,
     )
 
-
+# %% ../nbs/09_bench.ipynb #8f051d04
 def growth_text(made: dict) -> str:  # from `bench_growth`
     "The table for a terminal or a log."
     usual, facts = made["settings"]["usual"], made["facts"]
@@ -1517,7 +1517,7 @@ def _parser():
     w.add_argument("--steps", type=int, default=3, metavar="K", help="timed optimizer steps a point [3]")
     return p
 
-
+# %% ../nbs/09_bench.ipynb #6ac7d5c0
 def _names(text, known):
     names = [n.strip() for n in text.split(",") if n.strip()]
     if odd := [n for n in names if n not in known]:
@@ -1526,7 +1526,7 @@ def _names(text, known):
         raise ConfigError(f"--variants {text!r}: name each contestant once")
     return names
 
-
+# %% ../nbs/09_bench.ipynb #2992e303
 def _sizes(ns):
     axes = {}
     for axis in ("rows", "length", "batch", "rank"):
@@ -1546,7 +1546,7 @@ def _sizes(ns):
             axes[axis] = sizes
     return axes
 
-
+# %% ../nbs/09_bench.ipynb #381494b2
 def _at_least(ns, **least):
     for k, n in least.items():
         if (v := getattr(ns, k)) is not None and v < n:
@@ -1570,7 +1570,7 @@ def _train_command(ns):
     made = bench_train(cfg, names, ns.steps, ns.rows_per_step, ns.micro_batch, ns.pairs)
     return made, train_text(made["settings"], made["facts"], made["summary"])
 
-
+# %% ../nbs/09_bench.ipynb #c02a629a
 def _generate_config(ns):
     "(Config, adapter or None, prompt wording) of `nli_bench generate`."
     if ns.run and (ns.config or ns.model):
@@ -1593,7 +1593,7 @@ def _generate_config(ns):
     _, cfg, adapter, template = open_run(ns.run, **changes)
     return cfg.replace(eval_data=str(Path(ns.data).resolve())) if ns.data else cfg, adapter, template
 
-
+# %% ../nbs/09_bench.ipynb #37628cac
 def _generate_command(ns):
     names = _names(ns.variants, ANSWERERS)
     _at_least(ns, pairs=1, rows=1)
@@ -1601,7 +1601,7 @@ def _generate_command(ns):
     made = bench_generate(cfg, names, ns.pairs, ns.mode, ns.run, adapter, template)
     return made, generate_text(made["settings"], made["facts"], made["summary"])
 
-
+# %% ../nbs/09_bench.ipynb #07c3502e
 def _growth_command(ns):
     _at_least(ns, steps=2)
     cfg = bench_config(
@@ -1610,7 +1610,7 @@ def _growth_command(ns):
     made = bench_growth(cfg, _sizes(ns), ns.steps)
     return made, growth_text(made)
 
-
+# %% ../nbs/09_bench.ipynb #d25d9757
 @command
 def bench_cli(argv=None) -> int:
     "Measure this package beside the plain recipe."

@@ -85,7 +85,7 @@ def _signals_interrupt():
 class ReaderLeft(BrokenPipeError):
     "Nobody reads the standard output any more, as after `| head`."
 
-
+# %% ../nbs/00_config_loader.ipynb #36b7f73e
 class Spoken:
     "A text stream whose reader may leave. `piped`: a closed pipe is no reason to end, either."
 
@@ -143,7 +143,7 @@ def _is_the_command() -> bool:  # not a notebook, a test or somebody's script th
         spec is not None and spec.name.startswith("nli_ft.")
     )
 
-
+# %% ../nbs/00_config_loader.ipynb #eb33dd03
 def _start_in_utf8():
     "Start this command again in Python's UTF-8 mode where the locale's encoding is another. Children inherit it."
     asked_otherwise = "utf8" in sys._xoptions
@@ -154,7 +154,7 @@ def _start_in_utf8():
         return
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
-
+# %% ../nbs/00_config_loader.ipynb #b2cb92aa
 @contextlib.contextmanager
 def _streams_hold():
     "Neither a character nor a reader that left ends a command."
@@ -177,7 +177,7 @@ def _streams_hold():
             s.reconfigure(errors=errors)
         sys.stdout, sys.stderr = old
 
-
+# %% ../nbs/00_config_loader.ipynb #372fbd80
 @contextlib.contextmanager
 def outlives_its_reader():
     "For work that goes into a record: what is printed meanwhile may find no reader."
@@ -219,7 +219,7 @@ def can_be_written(
         path = path.parent
     return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
 
-
+# %% ../nbs/00_config_loader.ipynb #04489037
 def _own_temporary_folder() -> Path:  # of this user; another user of the machine cannot have made it
     import tempfile
 
@@ -259,7 +259,7 @@ def _homeless() -> dict:  # variable -> where its files cannot be; HOME among th
         lost["HOME"] = home
     return lost
 
-
+# %% ../nbs/00_config_loader.ipynb #d3ca34a2
 def settle():
     "Give a user without a name one, and caches without a home a folder of their own. Does nothing, quickly, where both are there."
     import getpass
@@ -339,7 +339,7 @@ def _ended(fn, argv) -> int:  # 0, or `SystemExit`
         print(said, file=sys.stderr)
     return sys.exit(code) if code else 0
 
-
+# %% ../nbs/00_config_loader.ipynb #14e0db88
 def _system_error(e: OSError) -> tuple:  # (line, exit code), or (None, 1) where only a traceback helps
     if e.errno == errno.ENOENT and "temporary directory" in str(e):
         return "error: there is no temporary folder that can be written: set TMPDIR to one", 2

@@ -191,18 +191,18 @@ def truth_models(names: str = "bcd") -> list:
     beliefs = [g for x in names for g in (("true", x), ("not", ("true", x)))]
     return [dict(true=t, held=h) for t in subsets(names) for h in subsets(beliefs)]
 
-
+# %% ../nbs/02_corpus.ipynb #f031a08c
 def world_models(names: str = "bc") -> list:
     "What is the case (`true`), and the situations that are possible as far as is known; what is the case is one of them."
     facts = subsets(names)
     return [dict(true=now, worlds=[now, *others]) for now in facts for others in subsets_of(facts)]
 
-
+# %% ../nbs/02_corpus.ipynb #1b8995c4
 def subsets_of(items: list) -> list:  # of lists
     "Every sublist of a list whose members cannot be hashed."
     return [[x for x, b in zip(items, bits) if b] for bits in product((0, 1), repeat=len(items))]
 
-
+# %% ../nbs/02_corpus.ipynb #ce54fb9f
 def thing_models(
     props: str,  # property names besides A, one letter each
     most: int = 4,  # largest number of individuals
@@ -277,7 +277,7 @@ def normal(f: tuple) -> tuple:  # an equivalent meaning without needless negatio
         return ("this", ("B",) if g[1] == ("-B",) else ("-B",))
     return ("q", CONTRADICTORY[g[1]], *g[2:]) if g[0] == "q" else ("not", g)
 
-
+# %% ../nbs/02_corpus.ipynb #36a9351b
 def framed(s: Says, variant: str, deniable: bool = True) -> list:  # of Says
     "`s` alone, affirmed, and denied."
     yes, no = (
@@ -299,7 +299,7 @@ COVER = dict(entailment="covers", neutral="splits", contradiction="misses")
 def compared(rel):
     return f"so they {COMPARE[rel]} and it {VERDICTS[rel]}"
 
-
+# %% ../nbs/02_corpus.ipynb #87f798b4
 def lined_up(
     thought: str, rel: str
 ) -> str:  # a skeleton of two clauses with the same words, ending in `compared(rel)`
@@ -310,16 +310,16 @@ def lined_up(
         f". First {{{first}}} then {{{second}}}: {'same' if first == second else 'different'}, so it {VERDICTS[rel]}",
     )
 
-
+# %% ../nbs/02_corpus.ipynb #23fcc069
 def covered(premise, needed, rel):
     return f"the premise allows {premise}. The hypothesis needs {needed}, which {COVER[rel]} it, so it {VERDICTS[rel]}"
 
-
+# %% ../nbs/02_corpus.ipynb #5196bc32
 def facts_of(f: tuple) -> tuple:  # the facts `f` states
     "The conjuncts of `f`, or `f` alone."
     return f[1:] if f[0] == "and" else (f,)
 
-
+# %% ../nbs/02_corpus.ipynb #1fb35839
 def deny(f: tuple) -> tuple:
     return f[1] if f[0] == "not" else ("not", f)
 
@@ -369,7 +369,7 @@ def role_plain(x: str, y: str, variant: str) -> list:  # of Says
         ]
     return [Says(f, t) for t in yes] + [Says(("not", f), t) for t in no]
 
-
+# %% ../nbs/02_corpus.ipynb #4cd39189
 def role_both(x: str, y: str, variant: str) -> list:
     "Both directions at once: one way only, each other, neither."
     X, Y, f, g = f"{{{x}}}", f"{{{y}}}", ("did", x, y), ("did", y, x)
@@ -405,7 +405,7 @@ def role_deep(names="abc") -> list:
                 )
     return out
 
-
+# %% ../nbs/02_corpus.ipynb #b2abd0fd
 def role_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of role swap."
     names = "abc" if variant == "depth3" else "ab"
@@ -436,7 +436,7 @@ def order_clause(x: str, y: str, pole: str = "more") -> str:
     "x ranks above y, said with either word of the pair: *taller* or *shorter*."
     return f"{{{x}}} is {{more}} than {{{y}}}" if pole == "more" else f"{{{y}}} is {{less}} than {{{x}}}"
 
-
+# %% ../nbs/02_corpus.ipynb #9717685e
 def order_demo(x: str, y: str) -> list:
     "One comparison in four wordings. (Antonyms of unseen words are no task for the demo.)"
     texts = (
@@ -447,7 +447,7 @@ def order_demo(x: str, y: str) -> list:
     )
     return [Says(("more", x, y), t, "more", h) for t, h in zip(texts, DEMO_HALVES)]
 
-
+# %% ../nbs/02_corpus.ipynb #82d6724b
 def order_plain(x: str, y: str, variant: str) -> list:
     "One comparison with either word of the pair, in two wordings."
 
@@ -470,7 +470,7 @@ def order_plain(x: str, y: str, variant: str) -> list:
         for t in worded(top, low, word)
     ]
 
-
+# %% ../nbs/02_corpus.ipynb #13b41de4
 def order_joined(edges: tuple, variant: str) -> list:
     "Two or three comparisons in one sentence."
     form = ("and", *(("more",) + e for e in edges))
@@ -535,7 +535,7 @@ def time_edges(
         return [{(x, y, True)}] if yes else [{(y, x, False)}]
     return [{(x, y, False), (y, x, False)}] if yes else [{(x, y, True)}, {(y, x, True)}]
 
-
+# %% ../nbs/02_corpus.ipynb #cbc308bb
 def runs_in_circles(edges: set) -> bool:
     "Do the steps lead back to where they began, with a strict one among them?"
     reach = set(edges)
@@ -543,7 +543,7 @@ def runs_in_circles(edges: set) -> bool:
         reach |= new
     return any(x == y and strict for x, y, strict in reach)
 
-
+# %% ../nbs/02_corpus.ipynb #c3c8e719
 @lru_cache(None)
 def time_rule(p: tuple, h: tuple) -> str:
     "Entailment where the denied hypothesis makes time run in circles, contradiction where the hypothesis does."
@@ -554,7 +554,7 @@ def time_rule(p: tuple, h: tuple) -> str:
 
     return "entailment" if clashes(deny(h)) else "contradiction" if clashes(h) else "neutral"
 
-
+# %% ../nbs/02_corpus.ipynb #4f4011dc
 def time_plain(x: str, y: str, variant: str) -> list:  # of Says
     "x before y, at the same time, or not, each in two wordings."
     X, Y = f"{{{x}}}", f"{{{y}}}"
@@ -576,7 +576,7 @@ def time_plain(x: str, y: str, variant: str) -> list:  # of Says
         Says(("not", first), f"{Y} did not {{base}} after {X}"),
     ]
 
-
+# %% ../nbs/02_corpus.ipynb #a49ac1be
 def time_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of temporal order: one relation, or two that share a person."
     hs = [s for x, y in permutations("bcd", 2) for s in time_plain(x, y, variant)]
@@ -587,13 +587,13 @@ def time_says(variant: str) -> tuple:  # premises, hypotheses
                 two.append(Says(("and", s.form, t.form), f"{s.text}, and {t.text}"))
     return [*time_plain("b", "c", variant), *time_plain("c", "b", variant), *two], hs
 
-
+# %% ../nbs/02_corpus.ipynb #369687a7
 def time_clause(f: tuple) -> str:
     "Canonical words of a temporal fact."
     yes, (op, x, y) = f[0] != "not", f[1] if f[0] == "not" else f
     return f"{{{x}}} {'comes' if yes else 'does not come'} {'before' if op == 'before' else 'with'} {{{y}}}"
 
-
+# %% ../nbs/02_corpus.ipynb #1e690016
 def time_thought(p: Says, h: Says, rel: str) -> str:
     "Say what the premise makes of the two times, then what the hypothesis says."
     _, x, y = h.form[1] if h.form[0] == "not" else h.form
@@ -673,7 +673,7 @@ def moved(args: tuple, way: str) -> list:  # of arguments
         else []
     )
 
-
+# %% ../nbs/02_corpus.ipynb #e6c92734
 def steps(f: tuple) -> list:  # meanings that follow in one step
     "One-step consequences of a quantified meaning."
     if f[0] == "this":
@@ -701,14 +701,14 @@ def consequences(f: tuple) -> frozenset:  # meanings, `f` among them
         todo += new
     return frozenset(out)
 
-
+# %% ../nbs/02_corpus.ipynb #04426429
 def excludes(f: tuple, g: tuple) -> bool:
     "Do `f` and `g` clash outright: the same arguments under quantifiers that exclude each other?"
     if "this" in (f[0], g[0]):
         return f[0] == g[0] and {f[1], g[1]} == {("B",), ("-B",)}
     return f[2:] == g[2:] and ((f[1], g[1]) in EXCLUDES or (g[1], f[1]) in EXCLUDES)
 
-
+# %% ../nbs/02_corpus.ipynb #6225d1e6
 @lru_cache(None)
 def quantifier_rule(p: tuple, h: tuple) -> str:
     "Monotonicity calculus: reachable is entailment, reachable clash is contradiction, else neutral."
@@ -747,7 +747,7 @@ def q_text(
     }
     return new[q] if variant == "templates" else plain.get(q, f"{q} {noun} {one}")
 
-
+# %% ../nbs/02_corpus.ipynb #7020cab6
 LEVELS = {
     "{past}": ("B",),
     "{past} {adv}": ("B", "Y"),
@@ -798,7 +798,7 @@ def quantifiers_in(category: str, variant: str) -> list:
     counted = [q for q in QUANTIFIERS if q not in ("most", "few", "at most half", "at least half")]
     return [q for q in counted if variant == "pairs" or q not in HELD_OUT[category]]
 
-
+# %% ../nbs/02_corpus.ipynb #d1a87bb6
 def quantifier_says(category: str, variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of monotonicity in the restrictor (by adjectives, or by a more general noun) or in the scope."
     s = [
@@ -837,7 +837,7 @@ def act_text(
     "The details of an event in words."
     return "".join(" " + DETAILS[d] for d in details[1:])
 
-
+# %% ../nbs/02_corpus.ipynb #88af8545
 def detail_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of one event with up to three details, affirmed and denied."
     who = "{a} is someone who" if variant == "templates" else "{a}"
@@ -851,12 +851,12 @@ def detail_says(variant: str) -> tuple:  # premises, hypotheses
             )
     return out, out
 
-
+# %% ../nbs/02_corpus.ipynb #f4d17254
 def act_parts(f: tuple) -> tuple:  # (details, affirmed?)
     "What is said of the event, and whether it is affirmed."
     return (f[1][1], False) if f[0] == "not" else (f[1], True)
 
-
+# %% ../nbs/02_corpus.ipynb #85aa609d
 def act_rule(p: tuple, h: tuple) -> str:
     "Fewer details follow from an affirmed event, more from a denied one."
     (a, yes), (b, also) = act_parts(p), act_parts(h)
@@ -865,7 +865,7 @@ def act_rule(p: tuple, h: tuple) -> str:
         return "neutral"
     return "entailment" if yes == also else "contradiction"
 
-
+# %% ../nbs/02_corpus.ipynb #73a553ad
 def detail_thought(p: Says, h: Says, rel: str) -> str:
     "Cite the step between the details, and what an affirmed or a denied event does with it."
     (a, yes), (b, also) = act_parts(p.form), act_parts(h.form)
@@ -954,7 +954,7 @@ def count_says(variant: str) -> tuple:  # premises, hypotheses
     ]
     return s, s
 
-
+# %% ../nbs/02_corpus.ipynb #8429fa78
 def count_name(f: tuple) -> str:
     "An interval in words."
     a, b = interval(f)
@@ -966,7 +966,7 @@ def count_name(f: tuple) -> str:
         else f"{NUMBERS[b]} or fewer"
     )
 
-
+# %% ../nbs/02_corpus.ipynb #555e5378
 def count_thought(p: Says, h: Says, rel: str) -> str:
     return covered(count_name(p.form), count_name(h.form), rel)
 
@@ -982,7 +982,7 @@ def clauses(f: tuple, sign: bool = True) -> set:  # of frozensets of (atom, sign
         return set().union(*parts)
     return {frozenset().union(*choice) for choice in product(*parts)}
 
-
+# %% ../nbs/02_corpus.ipynb #c69f2f2a
 def refuted(cs: set) -> bool:
     "Does resolution reach the empty clause?"
     cs = set(cs)
@@ -995,7 +995,7 @@ def refuted(cs: set) -> bool:
         cs |= new
     return True
 
-
+# %% ../nbs/02_corpus.ipynb #6b286771
 @lru_cache(None)
 def resolution_rule(p: tuple, h: tuple) -> str:
     "Entailment where premise and denied hypothesis are refuted, contradiction where premise and hypothesis are."
@@ -1008,7 +1008,7 @@ def frameable(text: str) -> bool:
     "Is it clear what *it is false that* would deny? Not before a comma or a second clause."
     return not re.search(r",|^it is|^either|did not \{base\} or|\} or \{.\} did not", text)
 
-
+# %% ../nbs/02_corpus.ipynb #61c93d56
 def pair_says(x: str, y: str, variant: str) -> list:
     "What can be said about two people and one verb."
     X, Y, p, q = f"{{{x}}}", f"{{{y}}}", ("true", x), ("true", y)
@@ -1082,7 +1082,7 @@ def logic_says(variant: str) -> tuple:  # premises, hypotheses
 def atoms(f: tuple) -> set:
     return {f[1]} if f[0] == "true" else set().union(*(atoms(g) for g in f[1:]))
 
-
+# %% ../nbs/02_corpus.ipynb #b1c58854
 def cases(f: tuple, x: str, y: str) -> str:  # e.g. "all but neither"
     "The combinations of x and y that `f` leaves possible, in words."
     names = {(1, 1): "both", (1, 0): f"only {{{x}}}", (0, 1): f"only {{{y}}}", (0, 0): "neither"}
@@ -1097,7 +1097,7 @@ def cases(f: tuple, x: str, y: str) -> str:  # e.g. "all but neither"
         else " or ".join(named)
     )
 
-
+# %% ../nbs/02_corpus.ipynb #b789c72d
 def logic_thought(p: Says, h: Says, rel: str) -> str:
     "Compare the cases the premise allows with those the hypothesis needs."
     rest = sorted(atoms(p.form) - atoms(h.form)) + [
@@ -1114,7 +1114,7 @@ def mode(f: tuple) -> tuple:  # (strength, literal)
     "How strongly a sentence speaks of a fact."
     return (MODES.index(f[0]), f[1]) if f[0] in DUALS else (1, f)
 
-
+# %% ../nbs/02_corpus.ipynb #071312ef
 def modal_rule(p: tuple, h: tuple) -> str:
     "The stronger gives the weaker; opposite literals clash where together they are strong enough."
     for f in facts_of(p):
@@ -1125,7 +1125,7 @@ def modal_rule(p: tuple, h: tuple) -> str:
             return "contradiction" if k + n >= 2 else "neutral"
     return "neutral"
 
-
+# %% ../nbs/02_corpus.ipynb #a30e8f05
 def modal_text(f: tuple, variant: str = "plain") -> str:  # a sentence
     "A fact that must, might or cannot be, or just is."
     if f[0] not in DUALS:
@@ -1142,7 +1142,7 @@ def modal_text(f: tuple, variant: str = "plain") -> str:  # a sentence
     denied = f[1][0] == "not"
     return f"{words[f[0]][denied]} {fact(('true', atoms(f).copy().pop()))}"
 
-
+# %% ../nbs/02_corpus.ipynb #67de1514
 def modal_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of certainty and possibility about two people."
 
@@ -1163,7 +1163,7 @@ def modal_says(variant: str) -> tuple:  # premises, hypotheses
     ]
     return ps, [Says(f, text(f)) for x in "bc" for f in ways(x)]
 
-
+# %% ../nbs/02_corpus.ipynb #011ad1ec
 def modal_thought(p: Says, h: Says, rel: str) -> str:
     "Cite the sentence about the same person, and compare how strongly both speak."
     x = next(iter(atoms(h.form)))
@@ -1202,7 +1202,7 @@ def signature(f: tuple) -> tuple | None:  # (fact, sign), or None for what is no
     if f[0] == "not" and f[1][0] in SIGNATURES:
         return f[1][1], SIGNATURES[f[1][0]][1]
 
-
+# %% ../nbs/02_corpus.ipynb #04b50c3e
 def projected(p: tuple) -> set:  # literals that follow
     "Facts that follow from what the premise states, embeds and conditions."
     known, rules = set(), []
@@ -1219,7 +1219,7 @@ def projected(p: tuple) -> set:  # literals that follow
         known |= new
     return known
 
-
+# %% ../nbs/02_corpus.ipynb #649850db
 def embedding_rule(p: tuple, h: tuple) -> str:
     "Does the projection hold the hypothesis, its denial, or neither?"
     known = projected(p)
@@ -1230,7 +1230,7 @@ def fact(f: tuple) -> str:
     "An atomic fact or its denial in words."
     return f"{{{f[1][1]}}} did not {{base}}" if f[0] == "not" else f"{{{f[1]}}} {{past}}"
 
-
+# %% ../nbs/02_corpus.ipynb #a8073921
 def attitude(
     op: str, f: tuple, variant: str = "plain", who: str = "{a} "
 ) -> str:  # e.g. "{a} {knows} that {b} {past}"
@@ -1256,7 +1256,7 @@ def attitude(
 def literals(names: str) -> list:
     return [g for x in names for g in (("true", x), ("not", ("true", x)))]
 
-
+# %% ../nbs/02_corpus.ipynb #ecae46f0
 def said_of(words, names: str, variant: str) -> list:  # of Says
     "A fact or its denial in `words`, plain or framed."
     lead = "in fact, " if variant == "templates" else ""
@@ -1267,11 +1267,11 @@ def said_of(words, names: str, variant: str) -> list:  # of Says
         for g in [Says(f, lead + words(f)), *framed(Says(f, words(f)), variant)[1:]]
     ]
 
-
+# %% ../nbs/02_corpus.ipynb #d7883110
 def embedding_hyps(names: str, variant: str) -> list:
     return said_of(fact, names, variant)
 
-
+# %% ../nbs/02_corpus.ipynb #fbdc8424
 def conditional(f: tuple, g: tuple, extra: tuple, variant: str) -> Says:
     "If f, then g. And, in a sentence of its own, a further fact: after a comma it could belong to the condition's consequence."
     t = (
@@ -1298,7 +1298,7 @@ def embedding_deep(names: str = "bcd") -> list:
                 out.append(Says(("and", ("if", i, j), ("if", k, l), extra), t))
     return out
 
-
+# %% ../nbs/02_corpus.ipynb #4debbd10
 def embedding_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of factive and conditional embedding."
     if variant == "depth3":
@@ -1324,7 +1324,7 @@ def report_thought(text, words, p: Says, h: Says, rel: str) -> str:
     op, yes = (f[1][0], False) if f[0] == "not" else (f[0], True)
     return f"the premise says {text(op, x, yes, 'plain')}. This {SAYS[signature(f)[1]]}, {compared(rel)}"
 
-
+# %% ../nbs/02_corpus.ipynb #cc2372a4
 def embedding_thought(p: Says, h: Says, rel: str) -> str:
     "Cite the attitude or the conditional that decides, and what it makes of the fact."
     x = next(iter(atoms(h.form)))
@@ -1362,13 +1362,13 @@ def implicative_text(op: str, x: str, yes: bool, variant: str) -> str:  # a sent
         return f"{lead}{{{x}}} was {'' if yes else 'not '}forced to {{base}}"
     return f"{lead}{{{x}}} {VERBS[op] if yes else 'did not ' + op} to {{base}}"
 
-
+# %% ../nbs/02_corpus.ipynb #3e2cf619
 def adjective_text(op: str, x: str, yes: bool, variant: str) -> str:
     "What kind of a … x is."
     link = "counts as" if variant == "templates" else "is"
     return f"{{{x}}} {link} a {ADJECTIVE_WORDS[op]} {{noun}}"
 
-
+# %% ../nbs/02_corpus.ipynb #c0f8e9fc
 def two_reports(
     clauses: list,  # (name -> (meaning, text))
     names: str = "bc",
@@ -1381,7 +1381,7 @@ def two_reports(
             out.append(Says(("and", f, g), f"{s}. {t}"))
     return out
 
-
+# %% ../nbs/02_corpus.ipynb #227e6a74
 def report_clauses(ops: list, text, deniable: bool, variant: str) -> list:  # of functions
     "The affirmed reports, and the denied ones."
 
@@ -1394,19 +1394,19 @@ def report_clauses(ops: list, text, deniable: bool, variant: str) -> list:  # of
 
     return [clause(op, yes) for op in ops for yes in ((True, False) if deniable and op != "try" else (True,))]
 
-
+# %% ../nbs/02_corpus.ipynb #6147d6ab
 def implicative_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of implicative verbs."
     return two_reports(report_clauses(list(IMPLICATIVES), implicative_text, True, variant)), embedding_hyps(
         "bc", variant
     )
 
-
+# %% ../nbs/02_corpus.ipynb #5fa72277
 def is_one(f: tuple) -> str:
     "x is, or is not, one."
     return f"{{{f[1][1]}}} is not a {{noun}}" if f[0] == "not" else f"{{{f[1]}}} is a {{noun}}"
 
-
+# %% ../nbs/02_corpus.ipynb #e01b000b
 def adjective_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of adjectives that keep their noun, take it away or leave it open."
     clauses = report_clauses(list(ADJECTIVE_WORDS), adjective_text, False, variant)
@@ -1430,7 +1430,7 @@ def focus_text(f: tuple, variant: str) -> str:  # a sentence
         "first": (f"{{{x}}} {{past}} for the first time", f"{{{x}}} {{past}} for the very first time"),
     }[op][new]
 
-
+# %% ../nbs/02_corpus.ipynb #511a2dca
 def presupposed(f: tuple) -> tuple:  # of literals; a capital is the earlier time
     "What *only* and *again* say, and what they take for granted: the latter outlives denial (Horn 1969; Heim 1983)."
     if f[0] in ("true", "not"):
@@ -1447,13 +1447,13 @@ def presupposed(f: tuple) -> tuple:  # of literals; a capital is the earlier tim
         else (("not", now), before)
     )
 
-
+# %% ../nbs/02_corpus.ipynb #6d43c100
 def focus_rule(p: tuple, h: tuple) -> str:
     "Is the hypothesis, or its denial, among what the premise says or takes for granted?"
     known = {g for f in facts_of(p) for g in presupposed(f)}
     return "entailment" if h in known else "contradiction" if deny(h) in known else "neutral"
 
-
+# %% ../nbs/02_corpus.ipynb #5c8616bf
 def focus_fact(f: tuple, variant: str = "plain") -> str:
     "A fact about this time or an earlier one."
     yes, x = f[0] != "not", atoms(f).copy().pop()
@@ -1462,7 +1462,7 @@ def focus_fact(f: tuple, variant: str = "plain") -> str:
         when = ("on an earlier day" if yes else "on any earlier day") if x.isupper() else "that time"
     return f"{{{x.lower()}}} {'{past}' if yes else 'did not {base}'} {'' if variant == 'templates' or not x.isupper() else 'at '}{when}"
 
-
+# %% ../nbs/02_corpus.ipynb #0491ab85
 def focus_says(variant: str) -> tuple:  # premises, hypotheses
     "Skeletons of *only* and *again*."
 
@@ -1479,7 +1479,7 @@ def focus_says(variant: str) -> tuple:  # premises, hypotheses
     hyps = [g for x in "bcBC" for f in literals(x) for g in framed(Says(f, focus_fact(f, variant)), variant)]
     return two_reports(again) + only, hyps
 
-
+# %% ../nbs/02_corpus.ipynb #8cb2331b
 def focus_thought(p: Says, h: Says, rel: str) -> str:
     "Cite the sentence that is about the fact, and what it says or takes for granted."
     x = next(iter(atoms(h.form)))
@@ -1491,7 +1491,7 @@ def focus_thought(p: Says, h: Says, rel: str) -> str:
         f"the premise says {focus_text(f, 'plain')}. For {{{x.lower()}}} this {SAYS[sign]}, {compared(rel)}"
     )
 
-
+# %% ../nbs/02_corpus.ipynb #1a32d691
 def focus_models() -> list:
     return [dict(true=t) for t in subsets("bcBC")]
 
@@ -1578,13 +1578,13 @@ def plural(noun: str) -> str:
         return noun[:-1] + "ies"
     return noun + ("es" if re.search(r"(s|x|ch|sh|potato)$", noun) else "s")
 
-
+# %% ../nbs/02_corpus.ipynb #b23ca38e
 @lru_cache(None)
 def lexicon(split: str) -> dict:  # kind -> list of words
     "The words of a split as lists."
     return {k: v.split() for k, v in LEXICON[split].items()}
 
-
+# %% ../nbs/02_corpus.ipynb #6693b69a
 NO_TITLE = ("child", "neighbor", "tourist", "visitor")  # nobody is a former child or a fake neighbor
 
 
@@ -1636,7 +1636,7 @@ class Category:
     turns: bool = False  # in the direction of a step
     binds: bool = False  # in who did what: both premises have the same words, and both hypotheses
 
-
+# %% ../nbs/02_corpus.ipynb #e739eda1
 def _monotone(category: str, props: str) -> Category:
     "A category of quantified sentences in which one argument moves."
     return Category(
@@ -1698,19 +1698,19 @@ MODIFIERS = "XZYWV"  # letters of a meaning that stand for a modifier (or for a 
 def words(text: str) -> list:
     return re.findall(r"\{?\w+\}?", text.lower())
 
-
+# %% ../nbs/02_corpus.ipynb #e505fa2f
 def named(text: str) -> list:  # slots of people, in order of first mention
     "The people a skeleton names."
     return list(dict.fromkeys(re.findall(r"\{[abcd]\}", text)))
 
-
+# %% ../nbs/02_corpus.ipynb #0c6cd432
 def bared(f) -> tuple:  # meaning
     "A meaning without its modifiers: what a reader sees who deletes every adjective and adverb."
     if not isinstance(f, tuple):
         return f
     return tuple(bared(x) for x in f if not (isinstance(x, str) and len(x) == 1 and x in MODIFIERS))
 
-
+# %% ../nbs/02_corpus.ipynb #21d45b1f
 @lru_cache(None)
 def features(p: str, h: str) -> dict:  # name -> value
     "What a shallow reader sees of a pair: shared words, negation words, difference in length (`shape`: all three at once), whether the same person comes first."
@@ -1783,19 +1783,19 @@ def gap(pairs: tuple, mixed: bool) -> tuple:  # ((feature, value), surplus)
             out["relation"] += 1 if rel == "neutral" else -1  # demo has one kind per category
     return tuple(sorted(((k, v) for k, v in out.items() if v), key=str))
 
-
+# %% ../nbs/02_corpus.ipynb #f73ad802
 def is_held(s: Says, category: str) -> bool:
     "Does the sentence use a quantifier held out of this category, in words or in meaning?"
     return any(
         f[0] == "q" and f[1] in HELD_OUT.get(category, ()) for f in (s.form, s.form[1], normal(s.form))
     )
 
-
+# %% ../nbs/02_corpus.ipynb #eb58694d
 def moving(f: tuple):  # the arguments of a quantified meaning, the details of an event
     "What of a meaning a step can move."
     return act_parts(f)[0] if f[0] in ("act", "not") else normal(f)[2:]
 
-
+# %% ../nbs/02_corpus.ipynb #8d43eca5
 def about(category: str, p: Says, h: Says) -> bool:
     "Is the step from `p` to `h` what the category is about? (Monotonicity asks that an argument moves.)"
     return not CATEGORIES[category].turns or moving(normal(p.form)) != moving(normal(h.form))
@@ -1830,13 +1830,13 @@ def wording(text: str) -> str:  # e.g. "every <adj> <noun> <verb>"
     "A skeleton's words, with the part of speech where a content word goes."
     return re.sub(r"\{(\w+)\}", lambda m: f"<{PART.get(m[1], m[1])}>", text)
 
-
+# %% ../nbs/02_corpus.ipynb #f9e8d161
 @lru_cache(None)
 def colour(text: str, place: str) -> int:  # 0 or 1
     "The colour of a wording as premise (`p`) or hypothesis (`h`)."
     return sha256(f"{SALT} {place} {wording(text)}".encode()).digest()[0] & 1
 
-
+# %% ../nbs/02_corpus.ipynb #85d43810
 def half(p: Says, h: Says) -> int:  # 0: may be trained on; 1: only judged
     "Which half of the pairs of wordings a pair belongs to."
     if p.halves:
@@ -1854,7 +1854,7 @@ def bag(s: Says) -> tuple:  # sorted words
     "A skeleton's words without their order, and without who is who."
     return tuple(sorted(words(re.sub(r"\{[abcd]\}", "", s.text))))
 
-
+# %% ../nbs/02_corpus.ipynb #03a23067
 def crossed(category: str, variant: str, rel: dict, thought: dict, rng: Random):
     "Yield, per pair of premises, the pairs of hypotheses that make a crossed quadruple with it."
     ps, hs = ({pair[i]: 0 for pair in thought} for i in (0, 1))
@@ -1888,11 +1888,11 @@ def reversal(category: str, pair: tuple, rel: dict) -> str:  # "down", "up" or "
         (way for a, b in zip(_arguments(f), _arguments(g)) if (way := direction(a, b)) in ("up", "down")), ""
     )
 
-
+# %% ../nbs/02_corpus.ipynb #0f33f520
 def _arguments(f: tuple) -> tuple:
     return (act_parts(f)[0],) if f[0] in ("act", "not") else f[2:]
 
-
+# %% ../nbs/02_corpus.ipynb #0ddfde8a
 def octuples(category: str, variant: str, rel: dict, thought: dict, rng: Random, tries: int = 60_000):
     "Yield octuples: four premises and four hypotheses in a ring, as lists."
     ps = {p: 0 for p, _ in thought}
@@ -1930,7 +1930,7 @@ def lead(s: Says) -> str:  # "it is true that", "it is false that" or nothing
     "The frame a sentence stands in."
     return s.text[:16] if s.text.startswith("it is ") else ""
 
-
+# %% ../nbs/02_corpus.ipynb #afaf435d
 def is_minimal(category: str, p: Says, h: Says) -> bool:
     "Do the two sentences differ in one modifier (or one more special noun) and nothing else? Such pairs are never trained on."
     f, g = normal(p.form), normal(h.form)
@@ -1943,7 +1943,7 @@ def is_minimal(category: str, p: Says, h: Says) -> bool:
         and abs(len(moves[0][0]) - len(moves[0][1])) == 1
     )
 
-
+# %% ../nbs/02_corpus.ipynb #02f2e491
 def minimal(category: str, rel: dict, thought: dict):
     "Yield quadruples of two minimal pairs, each in both directions: one where deleting is safe, one where adding is."
     kept = [pair for pair in thought if is_minimal(category, *pair) and rel[pair] == "entailment"]
@@ -2013,7 +2013,7 @@ def cost(total: Counter, change: dict) -> float:
         {"relation": 9, "thought": 1 / 9}.get(k, 1) * v * (2 * total[k] + v) for k, v in change.items()
     )
 
-
+# %% ../nbs/02_corpus.ipynb #a56ec991
 WEAR = 24  # uses of one pair of skeletons at most: a noun and its antonyms fill it 48 times, and all pairs of a quadruple must be new at once
 
 
@@ -2158,7 +2158,7 @@ def word_kinds() -> dict:  # word -> kind
                 kinds.setdefault(plural(word), kind)
     return kinds
 
-
+# %% ../nbs/02_corpus.ipynb #43ae977e
 def stripped(text: str) -> list:  # words
     "A sentence without its modifiers."
     bare = re.sub(
@@ -2166,7 +2166,7 @@ def stripped(text: str) -> list:  # words
     )
     return ["a" if w == "an" else w for w in words(bare) if word_kinds().get(w) not in MODIFIER_KINDS]
 
-
+# %% ../nbs/02_corpus.ipynb #a724e983
 def delexed(row: dict) -> tuple:  # (premise, hypothesis)
     "A pair with numbered kinds of words in place of its content words."
     names = {}
@@ -2177,13 +2177,13 @@ def delexed(row: dict) -> tuple:  # (premise, hypothesis)
 
     return tuple(" ".join(map(one, words(row[key]))) for key in ("premise", "hypothesis"))
 
-
+# %% ../nbs/02_corpus.ipynb #d1d0e050
 @lru_cache(None)
 def _follows_bared(category: str, meaning: str) -> bool:
     p, h = (bared(normal(f)) for f in as_meaning(meaning))
     return CATEGORIES[category].rule(p, h) == "entailment"
 
-
+# %% ../nbs/02_corpus.ipynb #8f723239
 def _even(row, of):
     return sum(w in of for key in ("premise", "hypothesis") for w in words(row[key])) % 2 == 0
 
@@ -2216,7 +2216,7 @@ class Lookup:
         "The commoner label of a pair that was seen, 0 for others."
         return [self.seen[key].most_common(1)[0][0] if (key := delexed(r)) in self.seen else 0 for r in rows]
 
-
+# %% ../nbs/02_corpus.ipynb #e5a888a0
 def shortcuts(
     train: list,  # rows to learn from
     rows: list,  # rows of one file
@@ -2240,7 +2240,7 @@ def shortcuts(
         out[category] = dict(n=len(rs), **{name: k / len(rs) for name, k in right.items()})
     return out
 
-
+# %% ../nbs/02_corpus.ipynb #90c9a38c
 def check_shortcuts(
     corpus: dict,  # split -> rows, as from `generate`
 ) -> dict:  # split -> what `shortcuts` finds
@@ -2321,11 +2321,11 @@ def write_corpus(
         )
     return written
 
-
+# %% ../nbs/02_corpus.ipynb #7b3b5d90
 def _rounded(found):
     return {c: {k: round(v, 3) for k, v in values.items()} for c, values in found.items()}
 
-
+# %% ../nbs/02_corpus.ipynb #53b42147
 def outdated(
     folder,  # of a corpus
     size: str,

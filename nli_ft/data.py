@@ -178,7 +178,7 @@ def class_number(
     if isinstance(value, str) and _whole.fullmatch(value.strip()):
         return int(float(value))
 
-
+# %% ../nbs/01_data.ipynb #52b38e48
 def relation_name(
     value,  # a label as a file holds it
 ) -> str | None:  # one of `RELATIONS`, "non-entailment", or None where it names none
@@ -190,11 +190,11 @@ def relation_name(
         return "non-entailment"
     return name if name in RELATIONS else None
 
-
+# %% ../nbs/01_data.ipynb #879d191d
 class NoGold(ValueError):
     "A row whose annotators agreed on no label, or whose label is withheld."
 
-
+# %% ../nbs/01_data.ipynb #cc3782e9
 def read_label(
     value,  # what the file holds
     contract: str | None = None,  # a name in `CONTRACTS`; needed for relation names
@@ -254,7 +254,7 @@ def wide_encoding(
     if all(odd) and not any(even):
         return "UTF-16BE"
 
-
+# %% ../nbs/01_data.ipynb #f015bb2c
 def recode(
     path,
     encoding: str,  # as iconv calls it
@@ -263,7 +263,7 @@ def recode(
     name = Path(path).name
     return f"iconv -f {encoding} -t UTF-8 {shlex.quote(name)} > {shlex.quote('utf8_' + name)}"
 
-
+# %% ../nbs/01_data.ipynb #4bf362bd
 def open_data(
     path,  # a file, plain or gzip
 ):  # binary file object with `peek`
@@ -365,7 +365,7 @@ def whole_json(
         return None
     return values[0] if len(values) == 1 and isinstance(values[0], list) else values
 
-
+# %% ../nbs/01_data.ipynb #bfcb4fd4
 def line_records(
     raw: bytes,  # one line, maybe of a file whose lines end in a carriage return only
 ):  # yields records or the ValueError that says why not
@@ -384,7 +384,7 @@ def line_records(
             records = records[1:] if isinstance(records[1], dict) else records[:1]
     yield from records
 
-
+# %% ../nbs/01_data.ipynb #98a26e4a
 def jsonl_records(
     path,  # JSON Lines
     whole: bool = False,  # read also one array, or objects that stand over several lines?
@@ -408,7 +408,7 @@ def jsonl_records(
             if raw.strip():
                 yield from ((n, record) for record in line_records(raw))
 
-
+# %% ../nbs/01_data.ipynb #a4f2900c
 def spread_json(
     path,
     first: bytes,  # its first line that is not blank
@@ -425,7 +425,7 @@ def spread_json(
         if whole_json(path):
             return "holds objects over several lines where one object a line was expected", f"jq -c . {name}"
 
-
+# %% ../nbs/01_data.ipynb #0fbb4477
 def whole_records(path):  # yields (number of the value, record or ValueError)
     "The records of a JSON file that is no JSON Lines. Raises `DataError` where it cannot be read."
     values = whole_json(path)
@@ -490,7 +490,7 @@ def split_line(line: str, delimiter: str) -> list:  # cells
     except csv.Error:
         return [line]
 
-
+# %% ../nbs/01_data.ipynb #b5705ff6
 def table_dialect(
     line: str,  # the first line that is not blank
     name: str,  # of the file
@@ -585,7 +585,7 @@ def quoted_rows(
         elif cells:
             yield taken[0][0], cells
 
-
+# %% ../nbs/01_data.ipynb #704db42c
 def swallows(
     taken: list,  # (line number, line) pairs that the reader took for one row
     header: list | None,  # names in lower case
@@ -603,7 +603,7 @@ def table_text(path, newline: str):  # text file object
     # surrogateescape: an invalid byte spoils its own row only; `clean_text` finds it there
     return io.TextIOWrapper(open_data(path), encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
-
+# %% ../nbs/01_data.ipynb #cde7adc3
 def table_start(
     path,
 ) -> tuple | None:  # (line number of the header, its dialect, what ends a line), None for a blank file
@@ -626,7 +626,7 @@ def table_start(
         "\r" if b"\r" in head and b"\n" not in head else "\n",
     )
 
-
+# %% ../nbs/01_data.ipynb #171a12c9
 def table_rows(
     path,
 ):  # yields (line number, cells or the ValueError that says why not); the header comes first
@@ -655,7 +655,7 @@ def width_fault(cells: list, header: list) -> str:
         return f"{fault}: the labels of several annotators stand in it; take the set's .jsonl file"
     return fault
 
-
+# %% ../nbs/01_data.ipynb #a4ce6104
 def csv_records(path):  # yields (line number, record or the ValueError that says why not)
     "The records of a CSV or TSV file with a header."
     header = None
@@ -681,7 +681,7 @@ def parquet_file(path):  # pyarrow.parquet.ParquetFile
     except (pyarrow.ArrowException, OSError, ValueError) as e:
         raise DataError(f"{path}: cannot be read as Parquet: {(str(e).splitlines() or [''])[0]}") from e
 
-
+# %% ../nbs/01_data.ipynb #ebf19d1a
 def parquet_records(path):  # yields (row number from 1, record)
     """The records of a Parquet file with the values that stand in it.
 
@@ -709,7 +709,7 @@ def first_line(path) -> bytes:  # b"" where there is none
                 return raw
     return b""
 
-
+# %% ../nbs/01_data.ipynb #031c7d19
 def file_format(path) -> str:  # "json", "table" or "parquet"
     """The format of a file: by its name, by its first line where the name leaves it open.
 
@@ -735,7 +735,7 @@ def file_format(path) -> str:  # "json", "table" or "parquet"
         f"it to .csv or .tsv"
     )
 
-
+# %% ../nbs/01_data.ipynb #79def3d3
 def records(
     path,  # JSON Lines, CSV, TSV or Parquet, plain or gzip
     whole: bool = False,  # read also JSON that does not keep to one object a line?
@@ -745,7 +745,7 @@ def records(
     No value is converted: what stands between two commas is text. Raises `DataError` on a file that cannot be read."""
     yield from faults_named(path, _records(path, whole))
 
-
+# %% ../nbs/01_data.ipynb #0db62456
 def _records(path, whole):
     kind = file_format(path)
     if kind == "json":
@@ -753,7 +753,7 @@ def _records(path, whole):
     else:
         yield from dict(table=csv_records, parquet=parquet_records)[kind](path)
 
-
+# %% ../nbs/01_data.ipynb #d181b2b1
 def faults_named(path, rows):  # yields the rows
     "Rows as they are read from a file. Raises `DataError` where the file is damaged or its disk is."
     try:
@@ -928,7 +928,7 @@ def check_gold(row: dict, label: int, contract: str | None = None):
                 f"and says so"
             )
 
-
+# %% ../nbs/01_data.ipynb #ab663488
 def check_writable(row: dict):
     "Raises `ValueError` where a value could not be written again: half a surrogate pair (from an escape, or a spoilt byte in CSV), or too deep nesting."
     for k, v in row.items():
@@ -945,7 +945,7 @@ def check_writable(row: dict):
         if not s.isascii() and re.search("[\ud800-\udfff]", s):
             raise ValueError(f"{k!a} holds invalid UTF-8")
 
-
+# %% ../nbs/01_data.ipynb #2e522b1f
 def clean_row(
     row: dict,  # a record
     kind: str,  # a name in `KINDS`
@@ -1104,7 +1104,7 @@ def find_column(
         if alike:
             return alike[0]
 
-
+# %% ../nbs/01_data.ipynb #02cd328e
 def file_kind(
     path,
     recs: list,  # the first (line, record) of the file
@@ -1126,7 +1126,7 @@ def file_kind(
         f"{', '.join(map(str, found)) or 'none'}" + columns_hint(found, kind)
     )
 
-
+# %% ../nbs/01_data.ipynb #50d7d84b
 def columns_hint(found: list, kind: str) -> str:  # the end of a sentence
     "How a file of pairs in other columns becomes a file of pairs."
     if kind != "pair":
@@ -1168,7 +1168,7 @@ def other_spellings(
     columns = {name: find_column(found, [name], path) for name in _renamed}
     return {column: name for name, column in columns.items() if column and column != name}
 
-
+# %% ../nbs/01_data.ipynb #466ae6d4
 def one_spelling(
     label,  # as the file has it
     line: int,
@@ -1186,7 +1186,7 @@ def one_spelling(
             f"numbers mean; nli_data download --names does"
         )
 
-
+# %% ../nbs/01_data.ipynb #8f7b5800
 def rename(rec, names: dict):  # the record under our names
     return rec if isinstance(rec, ValueError) else {names.get(k, k): v for k, v in rec.items()}
 
@@ -1367,7 +1367,7 @@ def seal(folder) -> dict:  # relative name -> SHA-256
         json.dump(files, f, indent=1)
     return files
 
-
+# %% ../nbs/01_data.ipynb #b5a742c0
 def damage(folder) -> str | None:  # None: every file is as it was written
     "What is wrong with a folder that `seal` should have sealed."
     folder = Path(folder)
@@ -1397,7 +1397,7 @@ def _drop_marks(text):
         if c in kept or unicodedata.category(c)[0] not in "PZC" and unicodedata.category(c) != "Sk"
     )
 
-
+# %% ../nbs/01_data.ipynb #70c69506
 def norm_text(text: str) -> str:
     """A text's key for comparing: two spellings of one sentence have one key, whatever their case, blanks and punctuation.
 
@@ -1414,7 +1414,7 @@ def norm_text(text: str) -> str:
         key = _drop_marks(key)
     return key or " ".join(text.split())
 
-
+# %% ../nbs/01_data.ipynb #0be796e6
 def pair_key(row: dict) -> str:
     "The keys of premise and hypothesis as one key."
     return norm_text(row["premise"]) + "\n" + norm_text(row["hypothesis"])
@@ -1439,7 +1439,7 @@ def parse_splits(
         )
     return shares
 
-
+# %% ../nbs/01_data.ipynb #51c54577
 def split_of(
     premise: str,  # as in the row
     shares: list,  # from `parse_splits`
@@ -1516,7 +1516,7 @@ def suspect_path(reflections) -> Path:
     "Where `nli_reflect` sets apart the reflections on rows whose gold label it doubts."
     return Path(f"{reflections}.suspects.jsonl")
 
-
+# %% ../nbs/01_data.ipynb #9d29018b
 def use_reflections(
     rows, path, known: Seen, counts: Counter, drop_wrong: bool = False, max_bad: float = 0.0
 ):  # yields (row, thought, source)
@@ -1765,7 +1765,7 @@ def _near(one, other, threshold):
     (p, h, key), (p2, h2, key2) = one[4:], other[4:]
     return key != key2 and jaccard(set(p), set(p2)) >= threshold and jaccard(set(h), set(h2)) >= threshold
 
-
+# %% ../nbs/01_data.ipynb #194efa37
 def near_duplicates(
     sample: NearSample,
     threshold: float = 0.8,  # Jaccard of both premise and hypothesis
@@ -1823,7 +1823,7 @@ def wilson(
     worth = max(1.0, n / deff * _few_clusters(n, clusters, alpha))
     return [float(x) for x in proportion_confint(right / n * worth, worth, alpha=alpha, method="wilson")]
 
-
+# %% ../nbs/01_data.ipynb #38a40245
 def _few_clusters(n, clusters, alpha):
     "Squared ratio of the t quantiles of n trials and of so many clusters; 1 for trials of their own."
     from scipy.stats import t
@@ -1844,7 +1844,7 @@ def cluster_codes(
     codes = {}
     return np.array([codes.setdefault(g, len(codes)) for g in groups], int)
 
-
+# %% ../nbs/01_data.ipynb #1f39a081
 def design_effect(
     right,
     groups,  # 1/0 per row; its cluster
@@ -1866,7 +1866,7 @@ def design_effect(
     )  # change of the share without one cluster
     return max(1.0, (count - 1) / count * float(left_out @ left_out) / binomial), count, worth
 
-
+# %% ../nbs/01_data.ipynb #4ff2f484
 def share_right(
     right,
     groups,  # 1/0 per row; its cluster
@@ -1908,7 +1908,7 @@ def negations(
     "Negation words, counted; *n't* arrives as the word *t*."
     return sum(w in NEGATIONS for w in words)
 
-
+# %% ../nbs/01_data.ipynb #8cae2800
 def order_features(
     row: dict,  # with premise and hypothesis
 ) -> list:  # 11 numbers
@@ -2373,7 +2373,7 @@ def render_report(
 def _contracts(rows):
     return sorted({str(r.get("contract") or "not recorded") for r in rows})
 
-
+# %% ../nbs/01_data.ipynb #fa3c08bb
 def _candidates(train, judged, threshold=0.8):
     "Training rows that can be a near-copy of a judged row: of both texts at least `threshold` of the bigrams occur in judged rows."
     known = {k: {b for r in judged for b in bigrams(r[k])} for k in ("hypothesis", "premise")}
@@ -2384,7 +2384,7 @@ def _candidates(train, judged, threshold=0.8):
 
     return [r for r in train if covered(r, "hypothesis") and covered(r, "premise")]
 
-
+# %% ../nbs/01_data.ipynb #79ca3b4c
 def leakage(
     train: list,  # rows that are trained on
     judged: list,  # rows that are scored
@@ -2462,7 +2462,7 @@ def leakage_text(
         said.append(f"No near-copies were found{where}.")
     return said
 
-
+# %% ../nbs/01_data.ipynb #74508df2
 def refuse_leaked(
     leaks: dict,  # from `leakage`
     train,
@@ -2474,7 +2474,7 @@ def refuse_leaked(
             f"all {leaks['judged']:,} evaluation pairs of {judged} are among the training rows of {train}: the score would measure memory. Evaluate on rows that are not trained on"
         )
 
-
+# %% ../nbs/01_data.ipynb #b001caa7
 def refuse_equal_files(
     train,
     judged,  # paths of training and evaluation rows
@@ -2580,7 +2580,7 @@ def write_stats(
     write_images(images, [Path(p).name for p in paths], out)
     return stats
 
-
+# %% ../nbs/01_data.ipynb #8fab173a
 def write_images(images: list, names: list, out: Path):
     "PNG images as one file: stacked (.png) or in a page (.html)."
     if out.suffix == ".html":
@@ -2685,7 +2685,7 @@ def read_names(
         )
     return tuple(known[n] for n in names)
 
-
+# %% ../nbs/01_data.ipynb #b32ae77d
 def read_words(
     words: dict | None,  # spelling -> relation, as a user writes them
 ) -> dict:  # spelling in lower case -> relation, or "-" for no gold label
@@ -2699,7 +2699,7 @@ def read_words(
         )
     return read
 
-
+# %% ../nbs/01_data.ipynb #af8eae40
 def source_of(
     dataset: str,  # a name in `SOURCES`, a hub id, or what a local file shall be called
     contract: str | None = None,  # needed where the set is not in `SOURCES`
@@ -2785,7 +2785,7 @@ def source_columns(
     kept = {name: find_column(found, [name], path) for name in src["keep"]}
     return cols | dict(keep={k: c for k, c in kept.items() if c})
 
-
+# %% ../nbs/01_data.ipynb #72b9f060
 def id_columns(
     found: list,
     wanted,  # names, or tuples of names that make an id together
@@ -2799,7 +2799,7 @@ def id_columns(
             return columns
     return []
 
-
+# %% ../nbs/01_data.ipynb #00b6061e
 def source_id(
     rec: dict,
     names: list,  # columns whose values make the id
@@ -2810,7 +2810,7 @@ def source_id(
         return None
     return parts[0] if len(parts) == 1 else "-".join(map(str, parts))
 
-
+# %% ../nbs/01_data.ipynb #4f6417da
 def source_row(
     rec: dict,
     cols: dict,  # from `source_columns`
@@ -2919,13 +2919,13 @@ def with_header(
     for n, rec in records:
         yield n, rec if isinstance(rec, ValueError) else dict(zip(bare, rec.values()))
 
-
+# %% ../nbs/01_data.ipynb #7ed5a10d
 def label_spelling(value) -> str:
     "A label as `--map` and `--names` know it: 1 for 1.0, lower case."
     number = class_number(value)
     return str(value if number is None else number).strip().lower()
 
-
+# %% ../nbs/01_data.ipynb #20736a3b
 def check_used(
     path,
     given: dict,  # names and words of the command line
@@ -2945,13 +2945,13 @@ def check_used(
             f"{path}: --map explains labels that do not occur ({', '.join(given['words'])}); labels: {met}"
         )
 
-
+# %% ../nbs/01_data.ipynb #c27e2e9a
 def other_gold(found: list, label: str | None) -> str | None:  # a column
     "The column that might be taken for the label too: a gold column beats `label`, unless --columns says otherwise."
     names = [find_column(found, [name]) for name in ("gold_label", "gold", "label")]
     return next((c for c in names if c and c != label), None)
 
-
+# %% ../nbs/01_data.ipynb #b8ff35c6
 def says_other(value, row: dict, src: dict, dataset: str) -> bool:
     "Does a second column of labels disagree with a row?"
     try:
@@ -2959,7 +2959,7 @@ def says_other(value, row: dict, src: dict, dataset: str) -> bool:
     except ValueError:
         return True
 
-
+# %% ../nbs/01_data.ipynb #cf485e34
 def source_rows(
     records,  # (line, record or ValueError) pairs
     src: dict,
@@ -3010,7 +3010,7 @@ def source_rows(
     refuse(path, bad, good, max_bad)
     check_used(path, src["given"], used)
 
-
+# %% ../nbs/01_data.ipynb #9c131364
 def number_row(
     row: dict,
     place: list,  # set, split or None, number of the record
@@ -3027,7 +3027,7 @@ def number_row(
     while ids.add(repr(row["id"]), line) is not None:
         row["id"] += "+"
 
-
+# %% ../nbs/01_data.ipynb #2f4a9e46
 def no_gold_hint(cols: dict, found: list) -> str:  # the end of a sentence
     said = (
         f"{cols['label']} is -1 or - in each"
@@ -3045,7 +3045,7 @@ def split_in_name(path) -> str | None:  # "train", "dev", "test", …
     said = set(re.split(r"[^a-z]+", Path(path).name.lower())).intersection(_split_words)
     return said.pop() if len(said) == 1 else None
 
-
+# %% ../nbs/01_data.ipynb #5eb37139
 def source_records(
     src: dict, dataset: str, split: str | None = None, from_file=None, config: str | None = None
 ) -> tuple:  # ((line, record) pairs, layout)
@@ -3067,7 +3067,7 @@ def source_records(
         )
     return found, src | dict(names=declared)
 
-
+# %% ../nbs/01_data.ipynb #5a42c994
 def source_pairs(
     path,  # a file in a set's own columns
     dataset: str | None = None,  # a name in `SOURCES`; None: any other file
@@ -3087,7 +3087,7 @@ def source_pairs(
     counts, bad = (Counter() if counts is None else counts), (BadRows() if bad is None else bad)
     yield from source_rows(found, src, name, split or split_in_name(path), bad, counts, max_bad, path)
 
-
+# %% ../nbs/01_data.ipynb #9f503c92
 def download(
     output,  # file to write
     dataset: str | None = None,  # a name in `SOURCES`, a hub id; None: a local file of no public set
@@ -3200,7 +3200,7 @@ def _prepare_args(p):
     p.add_argument("--overwrite", action="store_true", help="replace existing files")
     p.set_defaults(fn=_prepare)
 
-
+# %% ../nbs/01_data.ipynb #765a1959
 def _prepare(ns) -> int:
     counts = prepare(
         ns.thoughts,
@@ -3281,7 +3281,7 @@ def column_option(
         )
     return {k.strip(): v.strip() for k, _, v in parts}
 
-
+# %% ../nbs/01_data.ipynb #9580f6de
 def word_option(
     text: str,  # "entails=entailment,neutral=neutral"
 ) -> dict:
@@ -3291,14 +3291,14 @@ def word_option(
         raise argparse.ArgumentTypeError(f"{text!r} is not like entails=entailment,contradicts=contradiction")
     return {k.strip(): v.strip() for k, _, v in parts}
 
-
+# %% ../nbs/01_data.ipynb #6dc6aba1
 def name_option(
     text: str,  # "entailment,neutral,contradiction"
 ) -> tuple:
     "The value of --names."
     return tuple(n.strip() for n in text.split(","))
 
-
+# %% ../nbs/01_data.ipynb #cd1881f2
 def layout_args(p):
     "Options that say how a file in its own columns is read; `nli_evaluate` has them too."
     p.add_argument(
@@ -3321,7 +3321,7 @@ def layout_args(p):
         help="class names of integer labels, class 0 first; they replace the set's own",
     )
 
-
+# %% ../nbs/01_data.ipynb #f936c01c
 def _download_args(p):
     p.add_argument("--dataset", help=f"{', '.join(SOURCES)}, or a hub id; not needed for a file of your own")
     p.add_argument(
@@ -3345,7 +3345,7 @@ def _download_args(p):
     p.add_argument("--overwrite", action="store_true", help="replace an existing file")
     p.set_defaults(fn=_download)
 
-
+# %% ../nbs/01_data.ipynb #85ebf3b7
 def _download(ns) -> int:
     counts = download(
         ns.output,

@@ -114,7 +114,7 @@ def _hidden_ids(tok):
     marks = {i for i in special if marks_thinking(tok.convert_ids_to_tokens(i))}
     return special - marks if marks else None
 
-
+# %% ../nbs/06_evaluate.ipynb #fbfcd32f
 def _decode(tok, ids):
     "The text of generated ids, without special tokens, but with the marks of thinking: what stands between them is no answer."
     hidden = _hidden_ids(tok)
@@ -124,7 +124,7 @@ def _decode(tok, ids):
         [i for i in ids if i not in hidden], skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
 
-
+# %% ../nbs/06_evaluate.ipynb #3453bf99
 def label_step(
     tok,  # tokenizer
     ids: list,  # generated token ids of one completion
@@ -190,7 +190,7 @@ def stop_rule(
 
     return closed
 
-
+# %% ../nbs/06_evaluate.ipynb #91954323
 def json_stopper(
     tok,
     start: int,  # tokenizer; width of the padded prompts
@@ -220,7 +220,7 @@ def _inner(model):
     "The causal language model below a PEFT wrapper (LoRA layers live inside it, so it generates with the adapter)."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-
+# %% ../nbs/06_evaluate.ipynb #56c16ca9
 @contextmanager
 def for_inference(model, generation=None):  # model, PEFT or plain; GenerationConfig to use meanwhile
     "Eval mode, cache on, checkpointing off, no gradients; everything as before on leaving, also after an error."
@@ -269,7 +269,7 @@ def recurrent(
     kinds = getattr(conf, "layer_types", None) or getattr(conf, "layers_block_type", None) or []
     return bool(inner._is_stateful) or any("attention" not in k or "linear" in k for k in kinds)
 
-
+# %% ../nbs/06_evaluate.ipynb #9dd10dd0
 def takes(
     model,
     name: str,  # PEFT or plain; an argument such as position_ids
@@ -277,7 +277,7 @@ def takes(
     "Asked of the signature, as `generate` does."
     return name in inspect.signature(_inner(model).forward).parameters
 
-
+# %% ../nbs/06_evaluate.ipynb #76e17f99
 def left_pad(
     prompts: list,
     pad_id: int,
@@ -324,7 +324,7 @@ class SharedStart:
         cache.batch_repeat_interleave(n)
         return cache
 
-
+# %% ../nbs/06_evaluate.ipynb #425a6e1f
 def _window(model):
     "The narrowest window of attention in a model, in tokens; infinite where every layer sees all."
     conf = _inner(model).config.get_text_config()
@@ -337,7 +337,7 @@ def _window(model):
     )
     return min([v for k in keys if isinstance(v := getattr(conf, k, None), int) and v > 0], default=math.inf)
 
-
+# %% ../nbs/06_evaluate.ipynb #6a8c260c
 def shared_start(
     model,
     prompts: list,  # model; lists of token ids
@@ -366,7 +366,7 @@ def _unpadded(model, lengths):
         return [list(range(len(lengths)))]
     return [[i for i, n in enumerate(lengths) if n == width] for width in sorted(set(lengths), reverse=True)]
 
-
+# %% ../nbs/06_evaluate.ipynb #9729270c
 def generate_batch(
     model,
     tok,
@@ -429,7 +429,7 @@ def generate_batch(
         for i, (row, n) in enumerate(zip(new, stop.length))
     ]
 
-
+# %% ../nbs/06_evaluate.ipynb #0233adf6
 def _completion(tok, pairs, ids, digits, cut, style):
     text = _decode(tok, ids)
     return dict(
@@ -589,7 +589,7 @@ def prompt_hash(
     "Fingerprint of a question, the same whatever model answers it."
     return hashlib.sha256(json.dumps(messages, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
-
+# %% ../nbs/06_evaluate.ipynb #b286a45d
 def prediction_row(
     row: dict,  # the evaluation row
     made: dict,  # what was generated for it: text, n_tokens, finish, p_entail (and seconds)
@@ -676,7 +676,7 @@ class Recorded:
     def finished(self):
         return bool(self.seal or self.scores)
 
-
+# %% ../nbs/06_evaluate.ipynb #c266d47f
 def _object_in(path):
     "The JSON object in a file, {} where there is none; `RecordError` for anything else."
     try:
@@ -691,11 +691,11 @@ def _object_in(path):
         raise RecordError(f"{path} holds {type(found).__name__}, not an object")
     return found
 
-
+# %% ../nbs/06_evaluate.ipynb #adaa3393
 def _part(obj, key):  # an object within an object; {} for anything else
     return obj[key] if isinstance(obj.get(key), dict) else {}
 
-
+# %% ../nbs/06_evaluate.ipynb #fb0238b4
 # file of a run -> the key of its scores in summary.json
 SCORED = {
     "predictions.jsonl": "after",
@@ -744,7 +744,7 @@ def counted(
         outcomes=dict(Counter(p["outcome"] for p in preds)),
     )
 
-
+# %% ../nbs/06_evaluate.ipynb #01a495d5
 def _score_faults(preds, scores):
     "Lines on recorded scores that are not those of the rows."
     if any(p["label"] is None for p in preds) or not preds:
@@ -779,7 +779,7 @@ def _exact(text, style):
     keys = {"predicted_label"} if style == "label_only" else {"predicted_label", "thought_process"}
     return isinstance(obj, dict) and set(obj) == keys and type(obj["predicted_label"]) is int
 
-
+# %% ../nbs/06_evaluate.ipynb #9c8b32a2
 def read_again(
     p: dict,  # prediction row
     style: str = "cot",  # of the completions, as in the config
@@ -801,7 +801,7 @@ def read_again(
             now["generated_outcome"] = found.outcome
     return {k: (p[k], v) for k, v in now.items() if k in p and p[k] != v}
 
-
+# %% ../nbs/06_evaluate.ipynb #0a400258
 def _label_faults(preds, style, same_rules):
     "(rows that cannot be what the run wrote, rows that its rules may have read otherwise), each as lines."
     wrong, other = [], []
@@ -872,7 +872,7 @@ def _json_lines(path, torn_ok):
             whole += len(line)
     return rows, whole
 
-
+# %% ../nbs/06_evaluate.ipynb #78e37e58
 def read_predictions(
     path,  # a predictions.jsonl
 ) -> list:  # its checked rows
@@ -927,7 +927,7 @@ def _answer_cot(model, tok, rows, prompts, cfg, mode, start):
     made = generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion, start=start)
     return [prediction_row(r, m, cfg.completion, mode) for r, m in zip(rows, made)]
 
-
+# %% ../nbs/06_evaluate.ipynb #185aeef3
 def partial_thought(
     text: str,  # a completion, perhaps cut off
 ) -> str:  # its reasoning as far as it got, unescaped; "" when none began
@@ -941,7 +941,7 @@ def partial_thought(
     except ValueError:
         return ""
 
-
+# %% ../nbs/06_evaluate.ipynb #2942dfda
 def _answer_forced(model, tok, rows, prompts, cfg, mode, start):
     nothing = dict(text="", n_tokens=0, finish="stop", p_entail=None)
     made = (
@@ -953,7 +953,7 @@ def _answer_forced(model, tok, rows, prompts, cfg, mode, start):
         model, tok, rows, [prediction_row(r, m, cfg.completion, mode) for r, m in zip(rows, made)], cfg, start
     )
 
-
+# %% ../nbs/06_evaluate.ipynb #ed4d8a59
 def _forced(model, tok, rows, preds, cfg, start):
     "Prediction rows, changed in place, whose label is the more probable one after the thought that they hold."
     asked, at = [], []
@@ -1061,7 +1061,7 @@ def predict_rows(
             out,
         )
 
-
+# %% ../nbs/06_evaluate.ipynb #bbeb3907
 def force_predictions(
     model,
     tok,
@@ -1086,7 +1086,7 @@ def force_predictions(
     with fast_weights(model, cfg), autocast(cfg):
         return _answer_in_batches(answer, rows, prompts, done, cfg.eval_batch_size, progress, out)
 
-
+# %% ../nbs/06_evaluate.ipynb #ad34a877
 def _answer_in_batches(answer, rows, prompts, done, batch_size, progress, out):
     "All predictions in the order of `rows`: those in `done`, the others from `answer` (rows, prompts -> prediction rows), appended to `out` batch by batch."
     left = [i for i, r in enumerate(rows) if r["id"] not in done]
@@ -1105,7 +1105,7 @@ def _answer_in_batches(answer, rows, prompts, done, batch_size, progress, out):
         _write_in_order(out, preds)
     return preds
 
-
+# %% ../nbs/06_evaluate.ipynb #f6fdd36c
 def _append(path, rows):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as f:
@@ -1205,7 +1205,7 @@ class VllmEngine:
     settings: dict  # for `vllm.LLM`
     adapter: Path | None  # None: the untuned base
 
-
+# %% ../nbs/06_evaluate.ipynb #449b10cd
 def vllm_engine(
     cfg,  # Config of the run
     adapter_dir=None,  # folder with adapter_model.safetensors; None for the untuned base
@@ -1321,7 +1321,7 @@ def _labelled(preds):
         [NO_ANSWER if p["predicted_label"] is None else p["predicted_label"] for p in preds]
     )
 
-
+# %% ../nbs/06_evaluate.ipynb #89e684b6
 def groups_of(preds: list) -> list:  # one cluster name a row
     "The cluster of each row: its `group_id` where it has one, else its premise up to case and blanks, else the row alone."
 
@@ -1332,7 +1332,7 @@ def groups_of(preds: list) -> list:  # one cluster name a row
 
     return [cluster(i, p) for i, p in enumerate(preds)]
 
-
+# %% ../nbs/06_evaluate.ipynb #5d71dc28
 def accuracy(
     preds: list,  # prediction rows
 ) -> dict:  # n, right, accuracy (no answer is wrong), accuracy_ci (95 %), deff, n_clusters
@@ -1344,7 +1344,7 @@ def accuracy(
 def _or_none(x):
     return None if math.isnan(x) else float(x)
 
-
+# %% ../nbs/06_evaluate.ipynb #17f5ce8c
 def class_scores(
     y,
     a,  # gold labels; answers, no answer as 2
@@ -1671,7 +1671,7 @@ class Shown:
     def __repr__(self):
         return self.text
 
-
+# %% ../nbs/06_evaluate.ipynb #01321f37
 def show_examples(
     preds: list,  # prediction rows
     n: int = 3,  # how many right and how many wrong ones
@@ -1712,7 +1712,7 @@ def ece(
     conf, right = np.asarray(conf, float), np.asarray(right, float)
     return float(_bin_errors(conf, right[None], n_bins)[0])
 
-
+# %% ../nbs/06_evaluate.ipynb #d25728cf
 def _bin_errors(conf, rights, n_bins):
     "ECE of each row of `rights`, a (draws, n) array."
     bins = equal_mass_bins(conf, n_bins)
@@ -1720,7 +1720,7 @@ def _bin_errors(conf, rights, n_bins):
     starts = np.unique(bins[order], return_index=True)[1]
     return np.abs(np.add.reduceat((rights - conf)[:, order], starts, axis=1)).sum(1) / len(conf)
 
-
+# %% ../nbs/06_evaluate.ipynb #adbb4c34
 def calibrated_ece(
     conf,
     n_bins: int = 15,  # confidence in each answer; bins
@@ -1735,7 +1735,7 @@ def calibrated_ece(
     found = np.concatenate(found)
     return float(found.mean()), float(np.quantile(found, 0.95))
 
-
+# %% ../nbs/06_evaluate.ipynb #4508effa
 def _chunks(n_samples, width, cells=4_000_000):
     "Sizes of pieces that keep a (samples, width) array small."
     step = max(1, min(n_samples, cells // max(width, 1)))
@@ -1954,11 +1954,11 @@ class PairedTest:
         found = max(least, float(brentq(spare, 0, 1)))
         return found if found < 1 else None
 
-
+# %% ../nbs/06_evaluate.ipynb #b4b60dbc
 def _least_differing(alpha):
     return math.ceil(math.log2(2 / alpha))
 
-
+# %% ../nbs/06_evaluate.ipynb #113fb976
 def _first_beyond(values, weight, alpha):
     "The smallest value up to which there is more than `alpha` of the weight."
     order = np.argsort(values)
@@ -1987,7 +1987,7 @@ def paired_test(
     p = 1.0 if as_far.all() else float(weight[as_far].sum())
     return PairedTest(float((b - a).mean()), p, len(sizes), sums, sizes, (flipped, flipped_sizes, weight))
 
-
+# %% ../nbs/06_evaluate.ipynb #f0a80a6f
 def _flips(alike, n_flips, seed):
     "(kinds, flips) array: how many clusters of each kind change their sign; and the weight of each flip."
     from scipy.stats import binom
@@ -2008,7 +2008,7 @@ def holm(
 
     return [float(p) for p in multipletests(pvalues, method="holm")[1]] if len(pvalues) else []
 
-
+# %% ../nbs/06_evaluate.ipynb #ffdf212b
 def decide(
     tests: list,  # one family: `PairedTest` or `SeedTest`, each against the same baseline
     alpha: float = 0.05,  # chance of any false verdict in the family
@@ -2053,14 +2053,14 @@ def verdict(
         return f"{points}: can be told from noise at {where}{doubt}"
     return f"{points}: cannot be told from noise at {where}; {unseen(r['detectable'])}{doubt}"
 
-
+# %% ../nbs/06_evaluate.ipynb #9390bf14
 def unseen(detectable: float | None) -> str:  # of `decide`
     "What a difference that cannot be told from noise leaves open."
     if detectable is None:
         return "even a very large difference would mostly go unseen"
     return f"a difference below {100 * detectable:.1f} points would mostly go unseen"
 
-
+# %% ../nbs/06_evaluate.ipynb #0e6c03d8
 def other_way(
     better: dict,
     baseline: dict,  # accuracy, macro_f1 and mcc of both
@@ -2131,7 +2131,7 @@ class SeedTest:
         found = float(t.ppf(1 - alpha / 2, self.df) + t.ppf(power, self.df)) * self.se if self.se else None
         return found if found is not None and found < 1 else None
 
-
+# %% ../nbs/06_evaluate.ipynb #6dc54c60
 def seed_test(
     base,
     runs,  # (seeds, items) arrays of right/wrong, on the same items
@@ -2161,14 +2161,14 @@ def seed_test(
         df = min(df, 2.0)
     return SeedTest(float(difference.mean()), math.sqrt(seeds + items[0]), df, int(codes.max()) + 1)
 
-
+# %% ../nbs/06_evaluate.ipynb #ec38d2b2
 def _seed_variance(arm):
     "(variance of the mean over seeds, degrees of freedom), or None for one seed."
     if len(arm) < 2:
         return None
     return float(arm.mean(1).var(ddof=1)) / len(arm), len(arm) - 1
 
-
+# %% ../nbs/06_evaluate.ipynb #5cb0a6fb
 def _cluster_variance(values, codes):
     "(variance of the mean over clusters by the jackknife, degrees of freedom), as in `design_effect`."
     size = np.bincount(codes)
@@ -2178,7 +2178,7 @@ def _cluster_variance(values, codes):
     left_out = np.bincount(codes, values - values.mean()) / (n - size)
     return (count - 1) / count * float(left_out @ left_out), max(1.0, n**2 / float(size @ size) - 1)
 
-
+# %% ../nbs/06_evaluate.ipynb #9bcaf56e
 def _satterthwaite(parts):
     "Degrees of freedom of a sum of variances; those that are 0 say nothing."
     parts = [(v, f) for v, f in parts if v > 0]
@@ -2227,11 +2227,11 @@ def surface_features(premise: str, hypothesis: str) -> list:  # six numbers
         float(p != h),
     ]
 
-
+# %% ../nbs/06_evaluate.ipynb #d18132c3
 def _fitted(model, x, y, x_new):
     return [int(v) for v in model.fit(x, y).predict(x_new)]
 
-
+# %% ../nbs/06_evaluate.ipynb #6aef3fac
 def baseline_labels(
     train: list,  # rows with premise, hypothesis, label, to learn from
     rows: list,  # rows to answer
@@ -2258,7 +2258,7 @@ def baseline_labels(
     found["boosted_tree"] = BoostedTree().fit(train).predict(rows)
     return found
 
-
+# %% ../nbs/06_evaluate.ipynb #2136f576
 def _terms(text):
     "Words and neighbouring pairs of words."
     w = words(text)
@@ -2337,7 +2337,7 @@ def grounded_share(
     known = set(words(p["premise"]) + words(p["hypothesis"]))
     return sum(w in known for w in content) / len(content) if content else None
 
-
+# %% ../nbs/06_evaluate.ipynb #7362b23a
 def reasoning(
     preds: list,  # prediction rows
 ) -> dict:  # n (rows with a thought), mean_words, stated, agreement, grounded, grounded_right, grounded_wrong
@@ -2373,7 +2373,7 @@ def altered_thoughts(
         removed=[""] * len(thoughts),
     )
 
-
+# %% ../nbs/06_evaluate.ipynb #250c1c3f
 def probe_thoughts(
     model,
     tok,
@@ -2456,15 +2456,15 @@ def report(
 def _number(x, digits=3):
     return "–" if x is None else f"{x:.{digits}f}"
 
-
+# %% ../nbs/06_evaluate.ipynb #40fbfbc0
 def _interval(ci):
     return f"[{ci[0]:.3f}, {ci[1]:.3f}]"
 
-
+# %% ../nbs/06_evaluate.ipynb #4a685df6
 def _defined(x):
     return "undefined (one class)" if x is None else f"{x:.3f}"
 
-
+# %% ../nbs/06_evaluate.ipynb #e45ec782
 def report_text(
     r: dict,  # from `report`
 ) -> str:  # a page of plain text
@@ -2502,7 +2502,7 @@ def report_text(
     ]
     return "\n".join(lines)
 
-
+# %% ../nbs/06_evaluate.ipynb #d2c0c7c7
 def _baseline_lines(baselines):
     if not baselines:
         return []
@@ -2579,7 +2579,7 @@ def open_run(
         changes = dict(model_revision=summary["base"]["commit"]) | changes
     return run, cfg.replace(**changes) if changes else cfg, project_root() / summary["adapter"], template
 
-
+# %% ../nbs/06_evaluate.ipynb #be6003c0
 def asked_wording(
     run: Path,  # a run's folder
 ) -> (
@@ -2598,7 +2598,7 @@ def asked_wording(
 
     return next((t for t in PROMPTS if all(asked(p, t) for p in preds)), None)
 
-
+# %% ../nbs/06_evaluate.ipynb #ce8cd8d4
 def _taught_wording(cfg):
     "The wording of the run's training rows, where they are still there."
     if not cfg.path("train_data").is_file():
@@ -2607,7 +2607,7 @@ def _taught_wording(cfg):
         r for r in read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows) if "prompt" in r
     )
 
-
+# %% ../nbs/06_evaluate.ipynb #54e62669
 def check_recorded_base(run: Path, cfg):  # a run's folder; its Config
     "Raise `RecordError` where `model_id` no longer holds the weights that a record was made with; older records name none."
     from nli_ft.model import check_base
@@ -2627,7 +2627,7 @@ def question(
     _refuse_unnamed(template)
     return dict(row, prompt=prompt_messages(row["premise"], row["hypothesis"], template))
 
-
+# %% ../nbs/06_evaluate.ipynb #a1d32c2a
 def _refuse_unnamed(template):
     if template != "auto":
         return
@@ -2638,7 +2638,7 @@ def _refuse_unnamed(template):
         "give rows that carry their `prompt` to nli_evaluate"
     )
 
-
+# %% ../nbs/06_evaluate.ipynb #9525196a
 def evaluation_rows(
     path,  # data file: SFT rows, `text` rows, or labelled pairs
     cfg,
@@ -2678,7 +2678,7 @@ def evaluation_dir(
     )
     return run / "evaluations" / "-".join(name)
 
-
+# %% ../nbs/06_evaluate.ipynb #a5cac993
 def _changes(ns):
     return {
         k: v
@@ -2686,7 +2686,7 @@ def _changes(ns):
         if (v := getattr(ns, k, None)) is not None
     }
 
-
+# %% ../nbs/06_evaluate.ipynb #cca25741
 def _model_args(p):
     p.add_argument("--run", required=True, metavar="DIR", help="a run's folder, runs/<config>/<run_id>")
     p.add_argument(
@@ -2778,7 +2778,7 @@ def evaluate_cli(argv=None) -> int:
     print(f"\n{os.path.relpath(out)}: predictions.jsonl, report.json and plots")
     return 0
 
-
+# %% ../nbs/06_evaluate.ipynb #4690b8db
 def _learnt_pairs(cfg):
     "The pairs the run learnt from, so that the baselines learn from no others."
     rows = read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows)
@@ -2787,7 +2787,7 @@ def _learnt_pairs(cfg):
         cfg.max_train_samples,
     )
 
-
+# %% ../nbs/06_evaluate.ipynb #6a935097
 def _predict_and_probe(cfg, adapter, rows, out, ns):
     "Predictions and what else the report says; the model is loaded only when something is left to ask."
     path, mode = out / "predictions.jsonl", ns.mode
@@ -2811,7 +2811,7 @@ def _predict_and_probe(cfg, adapter, rows, out, ns):
     except DataError as e:
         return preds, extra | dict(probe=dict(n=0, why=str(e)))  # the scores stand without it
 
-
+# %% ../nbs/06_evaluate.ipynb #cf0a8722
 def _probe_text(probe):
     if not probe["n"]:
         return f"no probe: {probe['why']}"
@@ -2857,7 +2857,7 @@ def read_pairs(
             row[want] = row.get(column, "")
     return names, rows
 
-
+# %% ../nbs/06_evaluate.ipynb #e70cd631
 def _pair_column(names, want, columns, path):
     "The column that holds the premise or hypothesis."
     wanted = [columns[want]] if want in columns else PAIR_NAMES[want]
@@ -2870,7 +2870,7 @@ def _pair_column(names, want, columns, path):
         "say which is which with --columns premise=…,hypothesis=…"
     )
 
-
+# %% ../nbs/06_evaluate.ipynb #b528bdfe
 def _table_pairs(path):
     "Column names and rows of a table. A row wider or narrower than the header keeps the cells that have a column."
     names, rows = None, []
@@ -2894,11 +2894,11 @@ def _table_pairs(path):
         rows.append(row | dict(problem=f"line {line}: {fault}") if fault else row)
     return names or [], rows
 
-
+# %% ../nbs/06_evaluate.ipynb #1e72fbce
 def _cell(value):
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
-
+# %% ../nbs/06_evaluate.ipynb #76b106c6
 def _record_pairs(path):
     "Column names and rows of JSON Lines or Parquet; what is no text becomes JSON."
     rows = []
@@ -3012,7 +3012,7 @@ def _asked_pairs(ns):
         raise DataError("give --premise and --hypothesis, or --csv and --output")
     return [], [{k: typed_text(getattr(ns, k), f"--{k}") for k in ("premise", "hypothesis")}]
 
-
+# %% ../nbs/06_evaluate.ipynb #e5751bdf
 def _one_answer(a):
     if a["predicted_label"] is None:
         return f"no answer ({a['outcome']}): {a['problem']}"
@@ -3021,7 +3021,7 @@ def _one_answer(a):
         [label, f"p(entailment): {_number(a['p_entail'])}", f"reasoning: {a['thought_process'] or '–'}"]
     )
 
-
+# %% ../nbs/06_evaluate.ipynb #25539937
 def _write_answers(path, names, pairs, answers):
     part = Path(f"{path}.part")
     with open(part, "w", newline="", encoding="utf-8") as f:

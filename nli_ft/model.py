@@ -51,7 +51,7 @@ def bf16_in_hardware(dev) -> bool:  # whether bfloat16 arithmetic is native ther
     caps = torch.cpu.get_capabilities()
     return bool(caps.get("avx512_bf16") or caps.get("amx_bf16"))
 
-
+# %% ../nbs/05_model.ipynb #75306c0e
 def compute_dtype(
     cfg,  # Config with `compute_dtype`
     dev=None,  # torch.device, the config's by default
@@ -65,7 +65,7 @@ def compute_dtype(
         raise ConfigError("compute_dtype=fp16 on a CPU is neither fast nor stable; use auto or fp32")
     return dtype
 
-
+# %% ../nbs/05_model.ipynb #6f4dccec
 def autocast(cfg):  # Config
     "Context in which every forward pass runs, training and evaluation alike."
     dev = device(cfg)
@@ -105,7 +105,7 @@ def attention(
         return "flash_attention_2"
     return "sdpa" if "sdpa" in has else "eager"
 
-
+# %% ../nbs/05_model.ipynb #07b46ca0
 def _attentions(family):
     "The names in `attn_implementation` that a class of models says it supports."
     flash = getattr(family, "_compatible_flash_implementations", None) or ["flash_attention_2"]
@@ -168,7 +168,7 @@ class _BlockedAttention(torch.autograd.Function):
             dk[:, :, :hi] += ds.transpose(2, 3) @ qb
         return dq, dk, dv, None
 
-
+# %% ../nbs/05_model.ipynb #ff311af1
 def blocked_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kw):
     "An attention function of transformers: blocks for plain causal training, its SDPA function for everything else (judging, a cache, dropout, soft caps)."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -191,7 +191,7 @@ def blocked_attention(module, query, key, value, attention_mask, dropout=0.0, sc
         q = (query * (scaling or query.shape[-1] ** -0.5)).to(dtype).transpose(1, 2).contiguous()
         return _BlockedAttention.apply(q, key.to(dtype), value.to(dtype), attention_mask), None
 
-
+# %% ../nbs/05_model.ipynb #0c6ca9dc
 def register_blocked_attention():  # for `attn_implementation`
     "Make `blocked_attention` known to transformers, with the masks that SDPA gets; returns its name."
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -213,7 +213,7 @@ def held_back():  # fp32 products of this CPU
         and "AuthenticAMD" in info.read_text(encoding="utf-8", errors="replace")
     )
 
-
+# %% ../nbs/05_model.ipynb #fd703c14
 class _Convolution(torch.autograd.Function):
     "A product with frozen weights as a convolution; `conv2d`'s own gradient would keep the input, for that of the weights."
 
@@ -243,7 +243,7 @@ class _Convolution(torch.autograd.Function):
             None,
         )
 
-
+# %% ../nbs/05_model.ipynb #e673391a
 def product(x, w, b=None):  # (..., K); frozen (M, K); frozen (M,) or None
     "`torch.nn.functional.linear`, or where that is `held_back` the same by oneDNN, which torch uses for convolutions."
     if w.dtype != torch.float32 or w.device.type != "cpu" or not x.numel() or not held_back():
@@ -288,7 +288,7 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx, up):
         return (ctx.saved_tensors[0] * up[:, None]).to(ctx.saved_tensors[0].dtype), None, None, None
 
-
+# %% ../nbs/05_model.ipynb #c0be6d87
 def scored_here(
     head,  # the model's output head
 ) -> bool:  # whether `target_log_probs` takes it
@@ -297,7 +297,7 @@ def scored_here(
         type(head) is torch.nn.Linear and head.weight.device.type == "cpu" and not head.weight.requires_grad
     )
 
-
+# %% ../nbs/05_model.ipynb #be3eee02
 def target_log_probs(
     hidden,
     head,
@@ -340,7 +340,7 @@ def _find_gguf():
         )
     return path
 
-
+# %% ../nbs/05_model.ipynb #d542298e
 def _make_smollm2(out):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -353,7 +353,7 @@ def _make_smollm2(out):
     model.save_pretrained(out)
     tok.save_pretrained(out)
 
-
+# %% ../nbs/05_model.ipynb #0fc2a3c4
 def _make_tiny_mistral(out):
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -389,7 +389,7 @@ def _intact(d):
         return not _seen_intact.add(state)
     return False
 
-
+# %% ../nbs/05_model.ipynb #9cb88ac8
 from safetensors import SafetensorError
 
 
@@ -420,7 +420,7 @@ def embedded_model(
                 shutil.rmtree(tmp, ignore_errors=True)
     return d
 
-
+# %% ../nbs/05_model.ipynb #ba83479d
 def _kept_by_others(d):
     "The model of a cache that can only be read."
     if d.is_dir() and _intact(d):
@@ -436,7 +436,7 @@ def model_source(cfg) -> str:  # a folder or a hub id
         return str(embedded_model(cfg.model_id))
     return str(cfg.path("model_id")) if cfg.model_id.startswith((".", "/", "~")) else cfg.model_id
 
-
+# %% ../nbs/05_model.ipynb #b61bc0b3
 def cached_commit(
     cfg,
 ) -> str | None:  # 40 hex digits; None for a folder, an embedded model, or where the cache has none
@@ -448,12 +448,12 @@ def cached_commit(
     found = try_to_load_from_cache(cfg.model_id, "config.json", revision=cfg.model_revision)
     return Path(found).parent.name if isinstance(found, str) else None
 
-
+# %% ../nbs/05_model.ipynb #d052a566
 def pinned(cfg) -> str | None:  # a `revision` of transformers
     "The commit in the cache where there is one: a branch that moves on the hub does not change what is loaded."
     return cached_commit(cfg) or cfg.model_revision
 
-
+# %% ../nbs/05_model.ipynb #fb83817d
 def load_tokenizer(cfg):
     "The model's tokenizer, right-padding, with a pad token that is not EOS wherever the vocabulary has one."
     from transformers import AutoTokenizer
@@ -487,7 +487,7 @@ def base_config(cfg):  # a transformers config
             f"model_id = {cfg.model_id}: transformers cannot read its config.json ({why[0] if why else type(e).__name__:.300})"
         ) from e
 
-
+# %% ../nbs/05_model.ipynb #b83264ee
 def base_class(conf):  # of `base_config` -> a class, or None
     "The causal language model of transformers for a configuration."
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -497,7 +497,7 @@ def base_class(conf):  # of `base_config` -> a class, or None
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(conf)]
     return found[0] if isinstance(found, (list, tuple)) else found
 
-
+# %% ../nbs/05_model.ipynb #bab64446
 def empty_model(conf):  # of `base_config`
     "The model without memory for its weights: its layers and their shapes."
     from transformers import AutoModelForCausalLM
@@ -505,7 +505,7 @@ def empty_model(conf):  # of `base_config`
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(conf)
 
-
+# %% ../nbs/05_model.ipynb #ccce4495
 def model_folder(cfg) -> Path:  # of config.json, weights and tokenizer
     "Where the files of a base lie, for a hub id in the local cache; raises an error of huggingface_hub where they are not there."
     source = model_source(cfg)
@@ -537,7 +537,7 @@ def _no_model_folder(folder):
         return "this folder holds a GGUF file and no config.json; get the model as safetensors"
     return "this folder has no config.json, so it holds no model of transformers"
 
-
+# %% ../nbs/05_model.ipynb #8aa2179e
 def _needs_own_code(folder):
     "Whether the model's classes come with it, as Python; None is run here."
     from transformers import CONFIG_MAPPING
@@ -548,7 +548,7 @@ def _needs_own_code(folder):
         return False  # `base_config` says it
     return "auto_map" in conf and conf.get("model_type") not in CONFIG_MAPPING
 
-
+# %% ../nbs/05_model.ipynb #19d284fa
 def _no_decoder(conf, family):
     "Why a known configuration is not that of a decoder of text, or None."
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
@@ -567,7 +567,7 @@ def _no_decoder(conf, family):
         return f"{kind}, an encoder, which sees what it should predict; choose a decoder-only model"
     return None
 
-
+# %% ../nbs/05_model.ipynb #e839d39b
 # transformers lists them among its causal models; they permute the order, read the prompt in both directions, or read pictures
 _NOT_CAUSAL = ("xlnet", "cpmant", "trocr", "git")
 # found with transformers 5.23
@@ -592,7 +592,7 @@ def _quantised(conf):
         "Give the same model in bf16, fp16 or fp32: quantization=nf4 quantises it here"
     )
 
-
+# %% ../nbs/05_model.ipynb #f76abc81
 def _no_weights(folder):
     "What is wrong with a folder's safetensors, or None; their headers are read, the weights are not."
     from safetensors import SafetensorError, safe_open
@@ -627,7 +627,7 @@ def _no_weights(folder):
             return f"{f.name} is no whole safetensors file ({e}); get it again"
     return None
 
-
+# %% ../nbs/05_model.ipynb #ed2566a9
 def _no_tokenizer(cfg, rows):
     "What a tokenizer lacks for training, or None. `rows`: of the model's embedding."
     try:
@@ -647,7 +647,7 @@ def _no_tokenizer(cfg, rows):
         return f"the token {tok.convert_ids_to_tokens(end)!r} that ends an answer has the id {end}, and the model embeds {rows} tokens only"
     return None
 
-
+# %% ../nbs/05_model.ipynb #676f629d
 def why_unusable(
     cfg,  # Config: model_id, quantization, target_modules, gradient_checkpointing
 ) -> str | None:  # a sentence that names the model and what to do; None where it can be trained
@@ -684,7 +684,7 @@ def why_unusable(
         return str(e)
     return None
 
-
+# %% ../nbs/05_model.ipynb #57dd6e75
 def _more_than_text(model):
     "Why a model with a part for images or sound is not trained on, or None."
     if model.config.get_text_config() is model.config:
@@ -694,7 +694,7 @@ def _more_than_text(model):
         "Save its text part by itself, or choose the family's model for text"
     )
 
-
+# %% ../nbs/05_model.ipynb #7be95dc6
 def _untrainable(model, cfg):
     "What the config asks of a family that it cannot do, or None."
     name = type(model).__name__
@@ -722,13 +722,13 @@ def _base_files(d):
         }
     return sorted(p for p in names if p.is_file())
 
-
+# %% ../nbs/05_model.ipynb #7d490ea9
 @functools.lru_cache(maxsize=4096)
 def _hash_once(path, size, changed):
     "`data_hash`; what has the same size and time as before is not read again by this process."
     return data_hash(path)
 
-
+# %% ../nbs/05_model.ipynb #1302945d
 def _file_hash(p):
     if p.name not in _SETTINGS:
         stat = p.stat()
@@ -736,7 +736,7 @@ def _file_hash(p):
     said = {k: v for k, v in json.loads(p.read_text(encoding="utf-8")).items() if k != "transformers_version"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
-
+# %% ../nbs/05_model.ipynb #a5af7e82
 def base_facts(
     cfg,
 ) -> dict:  # `commit`, or `files` as name -> SHA-256; empty for a hub model that is not in the cache
@@ -753,7 +753,7 @@ def base_facts(
             f"model_id = {cfg.model_id}: its files cannot be read ({e}); save the model again"
         ) from e
 
-
+# %% ../nbs/05_model.ipynb #4df3df6a
 def base_changes(then: dict, now: dict) -> list:  # one line for each difference
     "How two `base_facts` differ, in words. Nothing where one of them says nothing."
 
@@ -769,7 +769,7 @@ def base_changes(then: dict, now: dict) -> list:  # one line for each difference
     pairs = [(n, then["files"].get(n), now["files"].get(n)) for n in names]
     return [f"{n}: SHA-256 {short(a)} then, {short(b)} now" for n, a, b in pairs if a != b]
 
-
+# %% ../nbs/05_model.ipynb #ac22493b
 def check_base(
     cfg,  # Config of the run
     then: dict | None,  # its `base_facts` when it was trained; None where nothing was noted
@@ -800,7 +800,7 @@ def sharded() -> bool:  # whether the model will be sharded over the processes
         and int(os.environ.get("WORLD_SIZE", 1)) > 1
     )
 
-
+# %% ../nbs/05_model.ipynb #a8de6d74
 def load_sharded_adapter(plugin, accelerator, model, folder, **_):
     """In place of accelerate's `load_fsdp_model`, which restores an adapter in the first process only: there alone peft sees the names of the
     weights. FSDP puts each name's whole weight into the shards of all processes."""
@@ -817,7 +817,7 @@ def load_sharded_adapter(plugin, accelerator, model, folder, **_):
     accelerator.wait_for_everyone()
     return found
 
-
+# %% ../nbs/05_model.ipynb #f053fd66
 def find_sharded_adapter():
     """peft 0.21 looks for the adapter in a gathered state under the names of FSDP's wrappers, which a gathered state does not have: it would
     find nothing, and save an empty file without a word. This gives it the names without the wrappers, and mends loading as well."""
@@ -862,7 +862,7 @@ def _never_quantised(conf, family):
     layers, head = _read_by_kernels(model, linear_layers(model)), model.get_output_embeddings()
     return [*sorted(layers), *(n for n, m in model.named_modules() if m is head)] if layers else None
 
-
+# %% ../nbs/05_model.ipynb #3341d9bd
 def load_base(
     cfg,  # Config
     train: bool = True,  # prepare it for training (norms in fp32, checkpointing as configured)
@@ -942,19 +942,19 @@ def linear_layers(model) -> dict:  # name -> module
         n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head
     }
 
-
+# %% ../nbs/05_model.ipynb #deb16214
 def _quantisable(m):
     "Whether bitsandbytes puts a 4-bit layer in its place: subclasses (Falcon's) it leaves alone."
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(m, Conv1D) or type(m) is torch.nn.Linear
 
-
+# %% ../nbs/05_model.ipynb #4805c38e
 def stacked_experts(model) -> dict:  # name -> parameter
     "The weights of a mixture of experts that transformers keeps in one three-dimensional tensor a layer."
     return {n: p for n, p in model.named_parameters() if p.ndim == 3 and "expert" in n}
 
-
+# %% ../nbs/05_model.ipynb #3280dd69
 # the layers of a block of experts, by the names that peft would turn into adapters of the stacked tensors
 _EXPERT_LAYERS = ("gate", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
 
@@ -1003,13 +1003,13 @@ def lora_targets(
         )
     return list(said)
 
-
+# %% ../nbs/05_model.ipynb #469bc4fb
 def _read_by_kernels(model, layers):
     "Names of the linear layers in Mamba's mixers (known by their convolution and their skip weights D), but for in_proj."
     mixers = {n for n, m in model.named_modules() if hasattr(m, "conv1d") and hasattr(m, "D")}
     return {n for n in layers if n.rpartition(".")[0] in mixers and not n.endswith(".in_proj")}
 
-
+# %% ../nbs/05_model.ipynb #c2b3850d
 def _routers(model, layers):
     "Names of the linear layers that choose between experts."
     conf = model.config.get_text_config()
@@ -1022,7 +1022,7 @@ def _routers(model, layers):
         if n.rpartition(".")[2] in short and getattr(m, "out_features", None) in experts
     }
 
-
+# %% ../nbs/05_model.ipynb #8d2179e6
 def add_lora(
     model,  # a base from `load_base`
     cfg,  # Config: lora_r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora
@@ -1051,7 +1051,7 @@ def add_lora(
         )
     return model
 
-
+# %% ../nbs/05_model.ipynb #966b7741
 def seeded_lora(model, cfg):
     "`add_lora` with the adapter's random start fixed by the config's seed, whatever was drawn before."
     from transformers import set_seed
@@ -1096,7 +1096,7 @@ def check_adapter(
         _say_unknown_base(cfg, d)
     return conf
 
-
+# %% ../nbs/05_model.ipynb #ee8c1f09
 _said_unknown = set()  # adapters
 
 
@@ -1110,7 +1110,7 @@ def _say_unknown_base(cfg, d):
         file=sys.stderr,
     )
 
-
+# %% ../nbs/05_model.ipynb #8477768b
 def load_for_inference(
     cfg,  # Config of the run
     adapter_dir=None,  # folder with adapter_model.safetensors; None for the untuned base
@@ -1131,7 +1131,7 @@ def load_for_inference(
         ) from e
     return model.eval()
 
-
+# %% ../nbs/05_model.ipynb #87a355d7
 def save_adapter(
     model,  # a PeftModel
     tok,  # its tokenizer
@@ -1184,7 +1184,7 @@ def _plain_weight(m):
             w = w + m.get_delta_weight(name).to(torch.float32)
     return w.T if isinstance(base, Conv1D) else w, base.bias  # GPT-2's own layer keeps (in, out)
 
-
+# %% ../nbs/05_model.ipynb #c6cdfef7
 def _linear_layers(model):
     "(name, module) of every linear layer that is quantised or carries LoRA; a LoRA layer stands for the base layer inside it."
     from peft.tuners.lora import LoraLayer
@@ -1198,7 +1198,7 @@ def _linear_layers(model):
             inner.add(id(m.base_layer))
         yield name, m
 
-
+# %% ../nbs/05_model.ipynb #43d6deab
 @contextlib.contextmanager
 def _forwards(pairs):
     "Context in which modules have other forwards; `pairs` of (module, function)."
@@ -1215,13 +1215,13 @@ def _forwards(pairs):
             else:
                 m.forward = old
 
-
+# %% ../nbs/05_model.ipynb #dbf8336e
 def _linear(w, b):
     "A linear layer's forward with these weights, in and out in the input's dtype as bitsandbytes does it."
     b = b if b is None else b.to(w.dtype)
     return lambda x, *_, **__: product(x.to(w.dtype), w, b).to(x.dtype)
 
-
+# %% ../nbs/05_model.ipynb #11ede6d3
 def _head(head, dtype):
     """The output head with its weights cast once instead of at every call, its input as a matrix: for a slice of a three-dimensional one
     (`logits_to_keep`) torch copies the weights once a row of the batch."""
@@ -1230,7 +1230,7 @@ def _head(head, dtype):
         *x.shape[:-1], -1
     )
 
-
+# %% ../nbs/05_model.ipynb #81bd89aa
 @contextlib.contextmanager
 def merged(
     model,  # a base or PeftModel
@@ -1250,7 +1250,7 @@ def merged(
     with _forwards(layers):
         yield model
 
-
+# %% ../nbs/05_model.ipynb #31e824f2
 @contextlib.contextmanager
 def as_loaded(model):  # a base or PeftModel
     """Context in which what `prepare_model_for_kbit_training` made fp32 (embeddings, norms, head) has the dtype again in which it was loaded.
@@ -1267,7 +1267,7 @@ def as_loaded(model):  # a base or PeftModel
         for p in widened:
             p.data = p.data.float()
 
-
+# %% ../nbs/05_model.ipynb #5de8c8dc
 @contextlib.contextmanager
 def fast_weights(model, cfg):
     """Context for judging: the weights as they are when the saved adapter is loaded again, and on a CPU `merged`. On a GPU plain weights may not

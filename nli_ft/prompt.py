@@ -62,7 +62,7 @@ def _knows_inst(tok):
     "Does the vocabulary hold Mistral's control tokens? Asked once: a tokenizer builds the whole dictionary anew at every call."
     return {"[INST]", "[/INST]"} <= tok.get_vocab().keys()
 
-
+# %% ../nbs/03_prompt.ipynb #881aa38c
 @lru_cache(maxsize=8)
 def _takes_system(tok, template):  # the template is part of the cache's key only
     "Does the chat template write a system turn out? Some refuse one, some lose it without a word."
@@ -76,7 +76,7 @@ def _takes_system(tok, template):  # the template is part of the cache's key onl
     ):  # a template raises what it likes; what it refuses without a system turn, `encode_prompt` says
         return False
 
-
+# %% ../nbs/03_prompt.ipynb #4ae16456
 def prompt_form(
     tok,  # a tokenizer
 ) -> str:  # "chat_template", "chat_template_without_system" or "mistral_instruct"
@@ -101,14 +101,14 @@ def _control_re(tok):
     }
     return re.compile("|".join(re.escape(n) for n in sorted(names, key=len, reverse=True)))
 
-
+# %% ../nbs/03_prompt.ipynb #d9e24db6
 def _whole(text):
     "`text` with U+FFFD for each half of a surrogate pair that stands alone: JSON can spell one, and neither a file nor a tokenizer can hold it."
     return (
         text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     )
 
-
+# %% ../nbs/03_prompt.ipynb #fe8b93be
 def refuse_control_tokens(
     tok,  # the tokenizer whose control tokens count
     text: str,  # any text of a row
@@ -135,7 +135,7 @@ def _system_with_user(messages):
     first = dict(others[0], content="\n\n".join([*system, others[0]["content"]]))
     return [first, *others[1:]]
 
-
+# %% ../nbs/03_prompt.ipynb #26ed5eea
 def encode_prompt(
     tok,  # a tokenizer
     messages: list,  # [{role, content}, …] ending with the user's turn
@@ -383,7 +383,7 @@ def _is_inside(text, tag, start):
             return True
     return False
 
-
+# %% ../nbs/03_prompt.ipynb #b329d0e2
 def outside_thinking(
     text: str,  # what a model wrote
 ) -> tuple:  # (parts as (start, end), does the text end inside its thinking?)
@@ -443,7 +443,7 @@ def _written_labels(text):
     'Digits that stand literally in the place of a label: `-0` and `"\\u0031"` are a 0 and a 1 to a JSON reader only.'
     return {m[2] for m in re.finditer(r'"predicted_label"\s*:\s*("?)([01])\1\s*[,}]', text)}
 
-
+# %% ../nbs/03_prompt.ipynb #80a219ab
 @dataclass(frozen=True)
 class Found:
     "The answer's object in a text, or why there is none."
@@ -454,7 +454,7 @@ class Found:
     repairs: tuple = ()  # what had to be mended
     why: str = ""  # in words for whoever wrote the text
 
-
+# %% ../nbs/03_prompt.ipynb #9386d637
 def _objects(text, parts):
     "(start, end) of each object in `parts`, and what it is: (object, repairs), or the error of one that is no JSON."
     for a, b in parts:
@@ -468,11 +468,11 @@ def _objects(text, parts):
                 found = e
             yield a + start, a + end, found
 
-
+# %% ../nbs/03_prompt.ipynb #474d50f8
 def _is_prose(raw, found):
     return isinstance(found, Exception) and ":" not in raw
 
-
+# %% ../nbs/03_prompt.ipynb #c40ec18f
 def _labels(raw, found):
     "The labels that an object gives, as text."
     if isinstance(found, Exception):
@@ -480,7 +480,7 @@ def _labels(raw, found):
     label = found[0].get("predicted_label")
     return {str(label)} if type(label) in (int, str) and str(label) in ("0", "1") else set()
 
-
+# %% ../nbs/03_prompt.ipynb #47abc0ec
 def _around(text, parts, start, end, forms):
     "Names for what stands around the answer."
     said = (
@@ -536,7 +536,7 @@ def find_answer(
     outcome = "thinking" if thinking else "echo" if forms else "wrong_schema" if written else "empty"
     return Found(None, None, outcome, why=_WHY[outcome])
 
-
+# %% ../nbs/03_prompt.ipynb #e95ca435
 def json_closed(
     text: str,  # a completion so far
 ) -> bool:  # is its answer complete?

@@ -67,13 +67,13 @@ def _secrets():
     with suppress(OSError, UnicodeDecodeError):
         yield "hub token", Path(hub).read_text(encoding="utf-8").strip()
 
-
+# %% ../nbs/07_records.ipynb #c9ca3dbc
 def _home():
     "The home folder as text, or the root folder where there is none, as in a container under a foreign user id."
     home = os.path.expanduser("~")
     return home if os.path.isabs(home) else os.sep
 
-
+# %% ../nbs/07_records.ipynb #0b6bfa96
 def redact(
     text: str,  # what is about to be written
 ) -> str:  # the same without credentials and without the paths of this machine
@@ -285,7 +285,7 @@ def _data(cfg, key):
         sha256=data_hash(path), rows=len(rows), contracts=count("contract"), sources=count("source")
     )
 
-
+# %% ../nbs/07_records.ipynb #90bbacaa
 def _prompt(cfg):
     "Name and hash of the prompt wording. `auto` is looked up in the training rows, then in the evaluation rows, and stays auto where neither says."
     name = cfg.prompt_template
@@ -426,7 +426,7 @@ def _read_json(path):
         raise RecordError(f"{path} holds {type(obj).__name__}, not an object")
     return obj
 
-
+# %% ../nbs/07_records.ipynb #862f8195
 def _seals(run, summary):
     "Hashes of the predictions whose scores are being recorded."
     from nli_ft.evaluate import SCORED, predictions_seal
@@ -437,7 +437,7 @@ def _seals(run, summary):
         if key in summary and (run / name).is_file()
     }
 
-
+# %% ../nbs/07_records.ipynb #cd945bc9
 def note(
     run_dir,  # a run's folder
     **facts,  # merged into summary.json, e.g. `leakage=…`
@@ -446,7 +446,7 @@ def note(
     path = Path(run_dir) / "summary.json"
     _write_json(path, _read_json(path) | facts)
 
-
+# %% ../nbs/07_records.ipynb #5618caaf
 def finish_run(
     run_dir,  # a run's folder
     status: str = "done",  # done, failed or interrupted
@@ -613,7 +613,7 @@ def _miscounted(scores):
         return f"says n={n} and another number in its confusion"
     return None
 
-
+# %% ../nbs/07_records.ipynb #242b55bf
 def _listed(path):
     "One row of `list_runs`."
     row = dict(
@@ -674,7 +674,7 @@ def _listed(path):
         row["why"] = f"{path / 'summary.json'} is no summary ({e})"
     return row
 
-
+# %% ../nbs/07_records.ipynb #509daf8d
 def list_runs(
     runs_dir=None,  # folder of all records; None: the default config's
 ) -> list[
@@ -733,7 +733,7 @@ def _kernel_group(made):
     "The process group of the kernel that was started last, or None."
     return getattr(made[-1].provisioner, "pgid", None) if made else None
 
-
+# %% ../nbs/07_records.ipynb #51231a1a
 @contextmanager
 def _stop_on_signal(made, asked):
     """From the first cell to the closed record: the first signal interrupts the kernel, the second ends it. They are noted in `asked`.
@@ -763,7 +763,7 @@ def _stop_on_signal(made, asked):
         for s, h in old.items():
             signal.signal(s, h)
 
-
+# %% ../nbs/07_records.ipynb #6074ebf1
 @contextmanager
 def _kernel_guard(made):
     "No process of a kernel is left behind."
@@ -812,7 +812,7 @@ def _tidy(path, root):
             nb["metadata"]["papermill"][k] = os.path.relpath(nb["metadata"]["papermill"][k], root)
     _write_text(path, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
 
-
+# %% ../nbs/07_records.ipynb #32eacb50
 def _execute(notebook, run, params, made):
     "Execute `notebook` into `<run>/train.ipynb` on this Python, from the project's folder, its output shown as it comes. The kernel is put into `made`."
     import papermill
@@ -942,7 +942,7 @@ def _run_all(cfgs):
                 break
     return done, _worst(codes)
 
-
+# %% ../nbs/07_records.ipynb #5821c629
 def _worst(codes):
     "The exit code of several runs: of an interruption, else of a failure, else of a refusal, else 0."
     if max(codes) > 128:
@@ -1028,7 +1028,7 @@ def _job_outcome(job):
             f"job {job.job_id} ended without a result ({job.state}; {why[-1].strip() if why else type(e).__name__}). Its log: {os.path.relpath(job.paths.stderr)}",
         )
 
-
+# %% ../nbs/07_records.ipynb #a39b646a
 def _submit_all(cfgs, executor):
     "Submit a job for each run, all at once, and wait; `(records or messages, exit code)` as `_run_all`."
     from nli_ft.records import run_as_job  # not of __main__, which a job does not have
@@ -1298,7 +1298,7 @@ _WORDING = (
 def _number(x):
     return x if isinstance(x, (int, float)) and not isinstance(x, bool) else None
 
-
+# %% ../nbs/07_records.ipynb #566fdcbc
 def _amounts(run):
     "Optimizer steps done, rows and tokens that went through them; None where neither summary.json nor metrics.jsonl says so."
     steps, rows, tokens = (_number(run.summary.get(k)) for k in ("steps", "rows_trained", "tokens_trained"))
@@ -1309,7 +1309,7 @@ def _amounts(run):
         tokens = sum(r["tokens"] for r in logged if _number(r.get("tokens")) is not None) or None
     return dict(steps=steps, rows=rows, tokens=tokens)
 
-
+# %% ../nbs/07_records.ipynb #293af969
 def _amount_entry(a, b, keys):
     """`(key or None, text)` of what was trained more or less, or None: "steps 40 → 400 (rows 640 → 6,400)", and the setting that means it.
 
@@ -1329,7 +1329,7 @@ def _amount_entry(a, b, keys):
     meant = _SCHEDULE + (_WORDING if changed[0].startswith("tokens") else ())
     return next((k for k in keys if k in meant), None), text
 
-
+# %% ../nbs/07_records.ipynb #2a31989a
 def _device_kind(run):
     "Name of the GPU, or the CPU's architecture; None where it is not recorded."
     if isinstance(said := run.summary.get("device"), str):
@@ -1340,20 +1340,20 @@ def _device_kind(run):
     names = sorted({g["name"] for g in device["gpus"]}) if run.cfg.device != "cpu" else []
     return ", ".join(names) or f"{device.get('machine', '')} CPU".strip()
 
-
+# %% ../nbs/07_records.ipynb #cfe32656
 def _processes(run):
     said = _number(run.summary.get("processes"))
     if said is not None:
         return said
     return run.cfg.num_processes if run.cfg.distributed_training else 1
 
-
+# %% ../nbs/07_records.ipynb #c63746dc
 def _contract(run, use):
     "Label contracts of a data file, or None where the file was not there."
     found = run.environment["data"].get(use, {}).get("contracts")
     return None if found is None else ", ".join(sorted(found)) or "not recorded"
 
-
+# %% ../nbs/07_records.ipynb #6dbca10f
 def _shares(preds, key, default):
     "What the rows say under `key`: one word, or each with its number of rows."
     found = Counter(str(p.get(key) or default) for p in preds)
@@ -1377,7 +1377,7 @@ def _package_entry(a, b, engines):
     ]
     return f"packages ({', '.join(changed)})" if changed else None
 
-
+# %% ../nbs/07_records.ipynb #103df570
 def _code(run):
     "`(commit, is it the whole truth?)`: a checkout with uncommitted changes is not its commit."
     git = run.environment.get("git")
@@ -1389,7 +1389,7 @@ def _code(run):
     )  # no more than 20 are recorded
     return git["commit"], not git.get("dirty") or aside
 
-
+# %% ../nbs/07_records.ipynb #71baadd7
 def _code_entry(a, b):
     "What differs in the code, None where nothing does,  where that is not recorded."
     (one, clean), (two, clean2) = _code(a), _code(b)
@@ -1420,7 +1420,7 @@ def _files(a, b):
             found.append(f"label contract of {use}_data {contracts[0]} → {contracts[1]}")
     return found
 
-
+# %% ../nbs/07_records.ipynb #bb79a474
 def _circumstances(one, other):
     "`(what the runs ran in and differs, what of it is not recorded)`."
     (a, pa, _), (b, pb, _) = one, other
@@ -1449,7 +1449,7 @@ def _circumstances(one, other):
             unknown.append(name)
     return found, unknown
 
-
+# %% ../nbs/07_records.ipynb #cb018351
 def differing(
     one,
     other,  # entries of `load_compared`
@@ -1478,7 +1478,7 @@ def differing(
             keys.append(f"processes {p or 'not recorded'} → {q or 'not recorded'}")
     return keys + found + ([f"not recorded: {', '.join(unknown)}"] if unknown else [])
 
-
+# %% ../nbs/07_records.ipynb #28cc4a46
 def explains(
     differs,  # from `differing`
 ) -> list[str]:  # those entries that can be the cause of another score
@@ -1532,7 +1532,7 @@ def _scores(entry):
         seconds=s["mean_seconds"],
     )
 
-
+# %% ../nbs/07_records.ipynb #5a2668ba
 def _majority(preds):
     "Scores of always answering the more frequent label of these items."
     from nli_ft.evaluate import score
@@ -1543,7 +1543,7 @@ def _majority(preds):
         k: s[k] for k in ("n", "accuracy", "accuracy_ci", "deff", "n_clusters", "macro_f1", "mcc")
     } | dict(label=gold[0][0])
 
-
+# %% ../nbs/07_records.ipynb #0a9376e6
 def _first(got, baseline):
     "Entries with the baseline in front: a run folder or name, or a config's name for its first run; None keeps the order."
     if baseline is None:
@@ -1594,7 +1594,7 @@ def _configs(entries):
             g.append(e)
     return groups
 
-
+# %% ../nbs/07_records.ipynb #886b562a
 def _answers(entry):
     "Hash of what a model answered, whatever the time it took."
     kept = [
@@ -1602,7 +1602,7 @@ def _answers(entry):
     ]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
-
+# %% ../nbs/07_records.ipynb #17cb164e
 def _rerun(entries):
     "`{id(entry): why}` of runs that were made again with the same config and seed: the last one counts."
     why = {}
@@ -1615,7 +1615,7 @@ def _rerun(entries):
         }
     return why
 
-
+# %% ../nbs/07_records.ipynb #32a26f54
 def _twins(entries):
     "`{id(entry): why}` of runs whose adapter or whose answers are those of an earlier run: another seed in config.json makes no repetition."
     why, adapters = {}, {}
@@ -1633,7 +1633,7 @@ def _twins(entries):
                 )
     return why
 
-
+# %% ../nbs/07_records.ipynb #39fc603e
 def distinct_entries(
     entries,  # of `load_compared`
 ) -> tuple:  # (entries that are runs of their own, {id(entry): why another is not})
@@ -1653,7 +1653,7 @@ def distinct_entries(
     why |= rerun | _twins(left)
     return [e for e in entries if id(e) not in why], why
 
-
+# %% ../nbs/07_records.ipynb #a1cd61c2
 def _repetitions(
     entries,
 ):  # of `load_compared` -> lists of those that nothing but the seed tells apart, one run a seed
@@ -1678,7 +1678,7 @@ def over_seeds(
     decisions = iter(decide([t for t in tests if t]))
     return [next(decisions) if t else None for t in tests]
 
-
+# %% ../nbs/07_records.ipynb #3f9fe220
 def compare_configs(
     run_dirs,  # run folders of several seeds of several configs
     baseline=None,  # config name; None: that of the first run
@@ -1706,7 +1706,7 @@ def compare_configs(
         row["verdict"] = _no_config_verdict(few) if few else _config_verdict(row, rows[0])
     return rows
 
-
+# %% ../nbs/07_records.ipynb #2eaca8ca
 def _config_row(es):
     "What a config's runs have in common, and the means of their scores; None where one of them is undefined."
     scores = [_scores(e) for e in es]
@@ -1720,7 +1720,7 @@ def _config_row(es):
         mcc=mean("mcc"),
     )
 
-
+# %% ../nbs/07_records.ipynb #3ccbb088
 def _config_verdict(row, base):
     "The verdict on a config, over seeds and items."
     from nli_ft.evaluate import MIN_CLUSTERS, unseen
@@ -1736,14 +1736,14 @@ def _config_verdict(row, base):
         return f"no difference {where}"
     return f"{points}: cannot be told from noise {where}; {unseen(row['detectable'])}{row['doubt']}"
 
-
+# %% ../nbs/07_records.ipynb #ae6b7e2f
 def _no_config_verdict(few):
     "What is missing for a verdict on a config."
     names = " and ".join(es[0][0].config["name"] for es in few)
     commands = " and ".join(dict.fromkeys(f"`{_more_seeds(es)}`" for es in few))
     return f"no verdict on the config: {names} {'have' if len(few) > 1 else 'has'} one seed, and at least 2 are needed in each trained arm, 3 are better: {commands}"
 
-
+# %% ../nbs/07_records.ipynb #5dda5252
 def _more_seeds(es):
     "The command that makes three seeds of a config that has one."
     words = [w for w in shlex.split(run_command(es[0][0].cfg)) if not w.startswith("--seed=")]
@@ -1758,20 +1758,20 @@ def _interval(x, ci):
         return ""
     return f"{x:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")
 
-
+# %% ../nbs/07_records.ipynb #d8051ec8
 def _fixed(x, form):
     return "" if x is None else format(x, form)
 
-
+# %% ../nbs/07_records.ipynb #630bd632
 def _defined(x):
     return "undefined" if x is None else f"{x:.3f}"
 
-
+# %% ../nbs/07_records.ipynb #63439b77
 def _seen_difference(r, first):
     "What differs, in words for the last column."
     return ", ".join(r["differs"]) or ("seed only" if r["seed"] != first["seed"] else "nothing")
 
-
+# %% ../nbs/07_records.ipynb #0ab8e6ca
 def run_table(
     rows,  # from `compare_runs`
 ) -> tuple:  # (head, cells as text)
@@ -1829,7 +1829,7 @@ def run_table(
         ]
     ]
 
-
+# %% ../nbs/07_records.ipynb #485e13b8
 def config_table(
     rows,  # from `compare_configs`
 ) -> tuple:  # (head, cells as text)
@@ -1901,7 +1901,7 @@ def remarks(
     said += [f"warning: {r['run']} is {r['status']}, not done" for r in rows if r["status"] != "done"]
     return said
 
-
+# %% ../nbs/07_records.ipynb #bbb5af1c
 def markdown(
     head,
     cells,  # from `run_table` or `config_table`
@@ -1943,7 +1943,7 @@ def plot_differences(
     )
     return fig
 
-
+# %% ../nbs/07_records.ipynb #621d6267
 def plot_losses(
     runs,  # list of `Run`
 ):  # Figure
@@ -1973,7 +1973,7 @@ def newest(
         )
     return found if every else found[-1:]
 
-
+# %% ../nbs/07_records.ipynb #99449fa7
 def _entries(refs):
     "Entries that may hold copies, the rows of all in the order of the first."
     got = [_entry(r) for r in refs]
@@ -1982,7 +1982,7 @@ def _entries(refs):
     order = {p["id"]: i for i, p in enumerate(got[0][1])} if got else {}
     return [(run, sorted(preds, key=lambda p: order[p["id"]]), name) for run, preds, name in got]
 
-
+# %% ../nbs/07_records.ipynb #beba69d6
 def distinct(
     refs,  # run folders; `<folder>:before` is the untrained model of that run
 ) -> tuple:  # (folders that are runs of their own, [(folder, why it is not)])
@@ -1993,7 +1993,7 @@ def distinct(
     left_out = [(ref, why[id(e)]) for ref, e in zip(refs, entries) if id(e) in why]
     return [ref for ref, e in zip(refs, entries) if id(e) not in why], left_out
 
-
+# %% ../nbs/07_records.ipynb #7287b4c8
 def comparable(
     run_dirs,  # run folders
 ) -> tuple:  # (folders that share one evaluation, [(folder, why it does not)])
@@ -2009,7 +2009,7 @@ def comparable(
     kept, left_out = distinct(good[::-1])
     return [ref for ref in good[::-1] if str(ref) in kept], bad[::-1] + left_out
 
-
+# %% ../nbs/07_records.ipynb #472be829
 def record_notes(
     refs,  # run folders, as for `compare_runs`
 ) -> list[str]:  # sentences
@@ -2039,7 +2039,7 @@ def full_comparison(
     repeated = len(by) > 1 and max(len(r["seeds"]) for r in by) > 1
     return rows, by if repeated else [], said + remarks(rows)
 
-
+# %% ../nbs/07_records.ipynb #2cf5b825
 def _save(path, rows, by, said):
     "Write the comparison as Markdown, CSV or JSON, by the ending of `path`."
     path = Path(path)
@@ -2137,7 +2137,7 @@ def _card_data(env):
         for which, d in env["data"].items()
     ]
 
-
+# %% ../nbs/07_records.ipynb #4fb6fbcd
 def _limits(run, s):
     "Sentences that follow from the record."
     lo, hi = s["accuracy_ci"]

@@ -116,7 +116,7 @@ def _info(folder):
     except (OSError, ValueError):
         return None
 
-
+# %% ../nbs/08_train_sft.ipynb #ef25638e
 def step_of(
     folder,
 ) -> int:  # of `checkpoint-10` 10; -1 where the name says none, as that of a copy `checkpoint-10.bak`
@@ -124,12 +124,12 @@ def step_of(
     number = re.fullmatch(r"checkpoint-(\d+)", Path(folder).name)
     return int(number[1]) if number else -1
 
-
+# %% ../nbs/08_train_sft.ipynb #baa06c5a
 def _saved(folder):
     "When a checkpoint was saved by its own account, else when its folder was changed."
     return (_info(folder) or {}).get("saved", folder.stat().st_mtime)
 
-
+# %% ../nbs/08_train_sft.ipynb #80b5629e
 def newest_checkpoint(
     folders,  # checkpoint folders
     say=print,  # called with a line for every newer one that is passed over
@@ -146,7 +146,7 @@ def newest_checkpoint(
             return f
         say(f"passed over {os.path.relpath(f, project_root())}: {wrong}")
 
-
+# %% ../nbs/08_train_sft.ipynb #a73794c2
 def rotate_checkpoints(
     folder,  # of a run's checkpoints
     limit: int | None,  # how many are kept; None: all
@@ -164,7 +164,7 @@ def rotate_checkpoints(
     for f in old[: max(0, len(old) - room)]:
         shutil.rmtree(f, ignore_errors=True)
 
-
+# %% ../nbs/08_train_sft.ipynb #9973ee5d
 def find_checkpoint(cfg: Config, say=lambda line: None):  # Path, or None where nothing is to be resumed
     "The folder that `resume_from_checkpoint` means; `latest` is the newest whole checkpoint of this config and seed. Raises `ConfigError`."
     want = cfg.resume_from_checkpoint
@@ -200,7 +200,7 @@ def _on_cpu():
 
     return [n for n in config_names() if load_config(n, check=False).model_id in EMBEDDED]
 
-
+# %% ../nbs/08_train_sft.ipynb #d40e948a
 def _missing_data(cfg, key):
     path = cfg.path(key)
     if os.path.isfile(path) or path.parent == embedded_data():
@@ -210,7 +210,7 @@ def _missing_data(cfg, key):
         "`nli_data download --published --output FILE` fetches the published ones (DATA.md)"
     ]
 
-
+# %% ../nbs/08_train_sft.ipynb #7c6a5248
 def _missing_model(cfg):
     from nli_ft.model import EMBEDDED, embedded_model
 
@@ -235,7 +235,7 @@ def _missing_model(cfg):
         ]
     return []
 
-
+# %% ../nbs/08_train_sft.ipynb #7e1f438c
 def _missing_or_unusable_model(cfg):
     from nli_ft.model import why_unusable
 
@@ -244,7 +244,7 @@ def _missing_or_unusable_model(cfg):
     why = why_unusable(cfg)
     return [why] if why else []
 
-
+# %% ../nbs/08_train_sft.ipynb #350bbae6
 def _missing_device(cfg):
     import torch
     from nli_ft.model import EMBEDDED
@@ -259,7 +259,7 @@ def _missing_device(cfg):
         return [f"optim = {cfg.optim} needs a CUDA GPU; use optim=auto"]
     return []
 
-
+# %% ../nbs/08_train_sft.ipynb #51c5af9e
 def _unwritable(cfg, key):
     "Tried, not asked: permissions alone do not tell of a read-only file system or a full disk. Leaves nothing behind."
     there = cfg.path(key)
@@ -274,14 +274,14 @@ def _unwritable(cfg, key):
         ]
     return []
 
-
+# %% ../nbs/08_train_sft.ipynb #99da8b5e
 def trackers(cfg: Config) -> list:  # as transformers calls them
     "Where metrics are sent beside the record."
     return ["wandb"] * cfg.use_wandb + [t.strip() for t in (cfg.report_to or "").split(",")] * (
         cfg.report_to is not None
     )
 
-
+# %% ../nbs/08_train_sft.ipynb #8369939c
 def _missing_trackers(cfg):
     if cfg.report_to is None:
         return []
@@ -305,7 +305,7 @@ def _missing_trackers(cfg):
             )
     return lacks
 
-
+# %% ../nbs/08_train_sft.ipynb #76f0cb39
 def _missing_for_fsdp(cfg):
     "What FSDP needs where the launcher asks for it. accelerate itself would say nothing on a CPU, and lose the 4-bit weights' scales with FSDP 2."
     from nli_ft.model import device, sharded
@@ -335,7 +335,7 @@ def _missing_for_fsdp(cfg):
         )
     return lacks
 
-
+# %% ../nbs/08_train_sft.ipynb #dcd3c7ef
 def _missing_checkpoint(cfg):
     try:
         find_checkpoint(cfg)
@@ -348,7 +348,7 @@ def embedded_data() -> Path:  # data/embedded
     "Folder of the synthetic corpus that the CPU configs train on; generated on first use."
     return project_root() / "data" / "embedded"
 
-
+# %% ../nbs/08_train_sft.ipynb #5863a83e
 def set_aside(
     folder: Path,  # data/embedded
     why: str,  # what is not as the generator would write it
@@ -364,7 +364,7 @@ def set_aside(
     )
     return there
 
-
+# %% ../nbs/08_train_sft.ipynb #bd27e99e
 def make_embedded_data(cfg: Config):
     """Generate the synthetic corpus if the config wants it and this version's is not there yet; another version's is set aside, never mixed in.
     Safe against two processes at once."""
@@ -390,7 +390,7 @@ def make_embedded_data(cfg: Config):
             write_corpus(tmp, size="demo")
             tmp.rename(d)
 
-
+# %% ../nbs/08_train_sft.ipynb #ec75425c
 _gpu = None  # the GPU this process was given
 
 
@@ -409,7 +409,7 @@ def choose_gpu(cfg: Config):
     if visible != "":
         os.environ["CUDA_VISIBLE_DEVICES"] = _gpu
 
-
+# %% ../nbs/08_train_sft.ipynb #4c0cbad6
 def check_ready(cfg: Config):
     "Raise `ConfigError` listing everything the run needs and does not have: GPU, weights, data. The embedded corpus is generated here."
     choose_gpu(cfg)
@@ -509,14 +509,14 @@ def _worst(prep, bad):
         return True, f"all {len(prep.train)} training rows"
     return False, f"{len(bad)} of {len(prep.train)} rows, first: row {prep.train_rows[bad[0]]['id']!r}"
 
-
+# %% ../nbs/08_train_sft.ipynb #93e85d83
 def _writes_bos(tok):
     "Whether prompts begin with BOS. Many chat templates (Granite's, Phi's) write none, though the tokenizer names one."
     if prompt_form(tok) == "mistral_instruct":
         return True
     return tok.apply_chat_template([dict(role="user", content="x")], tokenize=False).startswith(tok.bos_token)
 
-
+# %% ../nbs/08_train_sft.ipynb #fa8a29a6
 def proofs(prep: Prepared) -> dict:  # what is proved -> (holds, detail)
     "Check the encoded training rows against what tokenizer and model say about themselves; see the keys."
     from nli_ft.model import base_config
@@ -583,13 +583,13 @@ def linear_shapes(cfg: Config) -> tuple:
     total = sum(p.numel() for p in model.parameters())
     return linear, total - sum(a * b for a, b in linear.values()), model.config.get_text_config()
 
-
+# %% ../nbs/08_train_sft.ipynb #c27d128e
 def _empty(cfg):
     from nli_ft.model import base_config, empty_model
 
     return empty_model(base_config(cfg))
 
-
+# %% ../nbs/08_train_sft.ipynb #70d711b9
 def _shapes(model):
     "Linear layers as {name: (out, in)}; GPT-2's own kind keeps its weights the other way round."
     from nli_ft.model import linear_layers
@@ -600,7 +600,7 @@ def _shapes(model):
         for n, m in linear_layers(model).items()
     }
 
-
+# %% ../nbs/08_train_sft.ipynb #93870eab
 def estimate_memory(
     prep: Prepared,
 ) -> dict:  # part -> GiB, and "total", which is None for a model whose shapes are not understood
@@ -613,7 +613,7 @@ def estimate_memory(
     except (AttributeError, KeyError, TypeError, ZeroDivisionError):
         return {"total": None}  # no reason to refuse a run
 
-
+# %% ../nbs/08_train_sft.ipynb #2f99b128
 def _estimated(prep):
     import torch
     from nli_ft.model import (
@@ -689,7 +689,7 @@ def _estimated(prep):
     parts = {k: v / 2**30 for k, v in parts.items()}
     return parts | {"total": sum(parts.values())}
 
-
+# %% ../nbs/08_train_sft.ipynb #57e1eae9
 def _known_block(linear, conf):
     "Whether the blocks are those of Llama and Mistral, whose activations are counted one by one."
     block = {n.rpartition(".")[2] for n in linear if ".layers.0." in n}
@@ -698,7 +698,7 @@ def _known_block(linear, conf):
         and conf.num_key_value_heads is not None
     )
 
-
+# %% ../nbs/08_train_sft.ipynb #c046432b
 def _rough_activations(model, linear, conf, wide):
     "Bytes that an average block keeps of a token: what goes into its linear layers and experts and comes out, and four times the residual stream."
     from nli_ft.model import stacked_experts
@@ -708,14 +708,14 @@ def _rough_activations(model, linear, conf, wide):
     values += chosen * sum(sum(p.shape[1:]) for p in stacked_experts(model).values())
     return values / conf.num_hidden_layers * wide + 4 * conf.hidden_size * 4
 
-
+# %% ../nbs/08_train_sft.ipynb #4ed7229c
 def _changes_logits(conf):
     "Whether a config names a scale or a cap of the logits."
     return any(
         "logit" in k and type(v) in (int, float) and v not in (0, 1) for k, v in conf.to_dict().items()
     )
 
-
+# %% ../nbs/08_train_sft.ipynb #de8d827f
 def _activations(cfg, linear, conf, hit, dtype, cpu):
     "Bytes that one block keeps of a token for its backward pass."
     import torch
@@ -852,7 +852,7 @@ def preflight_text(
     lines += textwrap.wrap(f"memory     {need}", 110, subsequent_indent=" " * 11, break_long_words=False)
     return "\n".join(lines)
 
-
+# %% ../nbs/08_train_sft.ipynb #3037e05d
 def refuse_failed_proofs(
     p: dict,  # from `preflight`
 ):
@@ -863,7 +863,7 @@ def refuse_failed_proofs(
             + "; ".join(f"{k} ({v['detail']})" for k, v in p["proofs"].items() if not v["holds"])
         )
 
-
+# %% ../nbs/08_train_sft.ipynb #bea6aa9a
 def plot_lengths(prep: Prepared):  # a matplotlib Figure
     "Histogram of row lengths in tokens by label; the limit is drawn where rows come near it."
     fig, ax = new_figure(6, 2.6)
@@ -901,7 +901,7 @@ def _completion_forward(self, plain, scored, input_ids=None, labels=None, comple
         kw["attention_mask"] = None
     return {"log_probs": _SCORED[scored](self, plain, input_ids, labels, kw)}
 
-
+# %% ../nbs/08_train_sft.ipynb #d76c7fe4
 def _by_plain_head(self, plain, input_ids, labels, kw):
     "Hidden states times a plain head: here on a CPU, by TRL elsewhere."
     from nli_ft import model
@@ -914,7 +914,7 @@ def _by_plain_head(self, plain, input_ids, labels, kw):
     mask = target != -100
     return model.target_log_probs(hidden[mask], head, target[mask])
 
-
+# %% ../nbs/08_train_sft.ipynb #af167c0b
 def _by_trl(self, plain, input_ids, labels, kw):
     "TRL's fused head, which also knows the common ways of scaling and capping logits."
     # a loss that spreads tokens over experts is no likelihood, and the router is frozen
@@ -923,7 +923,7 @@ def _by_trl(self, plain, input_ids, labels, kw):
     out = plain(input_ids=input_ids, labels=labels, fused_lm_head=True, **kw)
     return out.log_probs[out.label_mask]
 
-
+# %% ../nbs/08_train_sft.ipynb #dd559a1c
 def _by_own_logits(self, plain, input_ids, labels, kw):
     "The model's own logits, all of them in memory: what no other way reproduces."
     import torch
@@ -933,7 +933,7 @@ def _by_own_logits(self, plain, input_ids, labels, kw):
     logits = plain(input_ids=input_ids, use_cache=False, **kw).logits[:, :-1][mask].float()
     return -torch.nn.functional.cross_entropy(logits, target[mask], reduction="none")
 
-
+# %% ../nbs/08_train_sft.ipynb #93ffd7be
 _SCORED = dict(plain=_by_plain_head, trl=_by_trl, own=_by_own_logits)
 
 
@@ -974,7 +974,7 @@ def scoring(
     finally:
         hook.remove()
 
-
+# %% ../nbs/08_train_sft.ipynb #95f210be
 def patch_forward(model):
     "Let `model(..., completion_loss=True)` return log-probabilities of the trained tokens."
     import functools, types
@@ -1243,7 +1243,7 @@ def resume_facts(prep: Prepared) -> dict:  # ready for JSON
         **(dict(sharding="fsdp") if sharded() else {}),
     )
 
-
+# %% ../nbs/08_train_sft.ipynb #a0a8711a
 def changed_facts(then: dict, now: dict) -> list:  # one line each
     "Differences between two `resume_facts`, in words. Older checkpoints do not say their base, and nothing is said of it then."
     from nli_ft.model import base_changes
@@ -1291,7 +1291,7 @@ def resume_point(prep: Prepared, say=lambda line: None):  # Path, or None
         )
     return found
 
-
+# %% ../nbs/08_train_sft.ipynb #2ce5c462
 def _refuse_lost_best(checkpoint):
     "Early stopping ends by loading the best checkpoint so far, which may lie in the folder of the run that was cut off."
     best = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")).get(
@@ -1302,12 +1302,12 @@ def _refuse_lost_best(checkpoint):
             f"{checkpoint} needs the best checkpoint before it, {best}, and {wrong}. Restore it, or start afresh"
         )
 
-
+# %% ../nbs/08_train_sft.ipynb #9fc4c601
 def weights_of(cfg: Config, run) -> Path:  # the record's folder -> that of its checkpoints and adapter
     "`<output_dir>/<config>/<run_id>`."
     return cfg.path("output_dir") / cfg.name / Path(run).name
 
-
+# %% ../nbs/08_train_sft.ipynb #bc1bf685
 def how_to_go_on(
     cfg: Config,
     weights,  # folder of this run's checkpoints
@@ -1329,7 +1329,7 @@ def resolved_optim(cfg: Config) -> str:  # an `optim` of transformers
         return "adamw_torch"  # the states of bitsandbytes' optimizers cannot be gathered into a checkpoint
     return "paged_adamw_8bit" if device(cfg).type == "cuda" else "adamw_torch"
 
-
+# %% ../nbs/08_train_sft.ipynb #3677cfcd
 def training_args(
     cfg: Config, out, evaluates: bool
 ):  # folder of checkpoints; whether there are rows for an evaluation loss
@@ -1413,7 +1413,7 @@ def to_dataset(
 
     return pack_dataset(ds, cfg.max_seq_length, "bfd")
 
-
+# %% ../nbs/08_train_sft.ipynb #6ba2f9d7
 def print_log(logs: dict):
     "One line of progress."
     if logs.get("earlier") or ("loss" not in logs and "eval_loss" not in logs):
@@ -1590,7 +1590,7 @@ def fit(
         | (dict(sharding="fsdp") if sharded() else {})
     )
 
-
+# %% ../nbs/08_train_sft.ipynb #32b2380a
 def _rows_trained(prep, steps, epochs):
     "Rows that went through so many steps, each as often as it was trained on; the last step of an epoch may hold fewer."
     n, count = len(prep.train), step_counts(prep.cfg, len(prep.train))
@@ -1599,12 +1599,12 @@ def _rows_trained(prep, steps, epochs):
     whole, rest = divmod(steps, count["steps_per_epoch"])
     return whole * n + min(rest * count["rows_per_step"], n)
 
-
+# %% ../nbs/08_train_sft.ipynb #3923a93a
 def _say():
     "`print` for lines that every process of a run would say."
     return (lambda line: None) if int(os.environ.get("RANK", 0)) else functools.partial(print, flush=True)
 
-
+# %% ../nbs/08_train_sft.ipynb #2d2dbff1
 def never_fatal(
     callback,  # a tracker's `TrainerCallback`, changed in place
 ):
@@ -1629,7 +1629,7 @@ def never_fatal(
     for name in [n for n in dir(callback) if n.startswith("on_")]:
         setattr(callback, name, guarded(getattr(callback, name)))
 
-
+# %% ../nbs/08_train_sft.ipynb #05248351
 @contextlib.contextmanager
 def _as_configured(cfg, args, model):
     "While a tracker reads them, folder and base have the names of the config and not their paths on this machine."
@@ -1650,7 +1650,7 @@ def _as_configured(cfg, args, model):
         for o, k, old, _ in shown:
             setattr(o, k, old)
 
-
+# %% ../nbs/08_train_sft.ipynb #5096f06e
 def tell_as_configured(
     callback,  # a tracker's `TrainerCallback`, changed in place
     cfg: Config,
@@ -1667,7 +1667,7 @@ def tell_as_configured(
     for name in ("on_train_begin", "on_log"):
         setattr(callback, name, told(getattr(callback, name)))
 
-
+# %% ../nbs/08_train_sft.ipynb #0ede28c6
 def _trainer(prep, model, out, log):
     from transformers import EarlyStoppingCallback
     from transformers.trainer_callback import PrinterCallback
@@ -1697,7 +1697,7 @@ def _trainer(prep, model, out, log):
     trainer.facts = resume_facts(prep)
     return trainer
 
-
+# %% ../nbs/08_train_sft.ipynb #15f77871
 def _mean_loss(history):
     "Mean training loss over all steps, those before a resume too: each log holds the mean since the one before."
     total = last = 0
@@ -1706,7 +1706,7 @@ def _mean_loss(history):
             total, last = total + row["loss"] * (row["step"] - last), row["step"]
     return total / max(last, 1)
 
-
+# %% ../nbs/08_train_sft.ipynb #d76f44c3
 def _not_finite(e, prep):
     "What to say of a step that was not finite, with the ids of its rows."
     seen = [array("i", r).tobytes() for r in e.rows]  # padded, or several rows packed into one
@@ -1718,7 +1718,7 @@ def _not_finite(e, prep):
     clip = "" if prep.cfg.max_grad_norm else " or set max_grad_norm=1.0"
     return f"{e}; the step was not taken. Rows of the batch: {', '.join(ids)}. Look at them; if they are sound, lower learning_rate (now {prep.cfg.learning_rate:g}){clip}."
 
-
+# %% ../nbs/08_train_sft.ipynb #2f2301aa
 def _save_whole(trainer, prep, folder, state=None):
     "The adapter, sealed, so that a later change of a bit is noticed."
     from nli_ft.model import save_adapter
@@ -1859,7 +1859,7 @@ class Session:
         self.model = load_for_inference(self.cfg, self.weights / "adapter")
         return result
 
-
+# %% ../nbs/08_train_sft.ipynb #5d7197aa
 def _adapter_hash(folder):
     "SHA-256 of the adapter's weights, for the record; None in a process that did not write them."
     path = folder / MANIFEST
@@ -1879,7 +1879,7 @@ def _device_gib(cfg):
         else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     ) / 2**30
 
-
+# %% ../nbs/08_train_sft.ipynb #8e34ae52
 def smaller_configs(cfg: Config):  # yields dicts of changes, each smaller than the one before
     "Ways to need less memory that leave the rows of a step as they are, cheapest first: recompute activations, then smaller batches, more often."
     changes = {}
@@ -1898,7 +1898,7 @@ def smaller_configs(cfg: Config):  # yields dicts of changes, each smaller than 
             )
         )
 
-
+# %% ../nbs/08_train_sft.ipynb #f660893d
 def memory_advice(
     prep: Prepared,
     have: float | None = None,  # GiB of the device; None: ask it
@@ -1923,7 +1923,7 @@ def memory_advice(
         )
     return said + "No batch size makes it fit: lower max_seq_length or lora_r, or choose a smaller model. "
 
-
+# %% ../nbs/08_train_sft.ipynb #295d3f7a
 @contextlib.contextmanager
 def explained_memory(
     advice,  # text, or a function that gives it
@@ -1965,7 +1965,7 @@ def tracker(cfg: Config, run):  # the record's folder
     ):
         yield
 
-
+# %% ../nbs/08_train_sft.ipynb #08027178
 @contextlib.contextmanager
 def _in_the_record(cfg, run):
     "Trackers keep their files in the record and call the run as W&B does, each by its own environment variables; one that the user has set is left alone."
@@ -1999,7 +1999,7 @@ def _in_the_record(cfg, run):
         for f in (run / "tensorboard").glob("events.*"):
             f.rename(f.with_name(f.name.replace(f".{platform.node()}", "")))  # no host in a record
 
-
+# %% ../nbs/08_train_sft.ipynb #34c305a6
 @contextlib.contextmanager
 def _wandb(cfg, run):
     import wandb
@@ -2048,7 +2048,7 @@ def _wandb(cfg, run):
         for log in [*run.glob("wandb/debug*.log"), *run.glob("wandb/*run-*/logs/debug*.log")]:
             log.unlink()  # they name folders of this machine; `wandb sync` needs none
 
-
+# %% ../nbs/08_train_sft.ipynb #a239b2c4
 def _netrc_has_wandb():
     import netrc
 
@@ -2089,7 +2089,7 @@ def launch_command(cfg: Config, run) -> list:  # argv
         "--only_train",
     ]
 
-
+# %% ../nbs/08_train_sft.ipynb #ab89acfe
 def launch(cfg: Config, run, on_log=print_log) -> dict:  # what `fit` returned in the children
     """Run `launch_command`, stream its output, end the whole group if anything fails. Raises `TrainingStopped` with the last lines, and
     `Interrupted` after ctrl-c or another signal that asks to end, when the children have finished their step and saved."""
@@ -2134,7 +2134,7 @@ def launch(cfg: Config, run, on_log=print_log) -> dict:  # what `fit` returned i
         raise TrainingStopped(_why_failed(cfg, run, child.returncode, last))
     return result
 
-
+# %% ../nbs/08_train_sft.ipynb #f8fbebdc
 def _workers(pid):
     "The training processes below a launcher. Not the launcher: it would give them 30 s, and a step may take longer."
     import psutil
@@ -2147,7 +2147,7 @@ def _workers(pid):
 
     return [p for p in psutil.Process(pid).children(recursive=True) if ranked(p) and not ranked(p.parent())]
 
-
+# %% ../nbs/08_train_sft.ipynb #e8436ebe
 def _why_failed(cfg, run, code, lines):
     "The message for children that failed: the reason in front, their last lines behind it."
     # torchrun lists the processes that it had to end too; the one that ended first is under this heading
@@ -2173,7 +2173,7 @@ def _asked_processes():
         if name == "__num_processes":
             return int(value or argv[i + 1])
 
-
+# %% ../nbs/08_train_sft.ipynb #4a22d9fb
 def join_cpu_processes(argv):
     """`accelerate launch --cpu --num_processes 2` (1.15) starts *one* process and only sets the master address. Several were asked for, so this
     process becomes their launcher (`torchrun`); it would otherwise train alone without a word."""
@@ -2230,7 +2230,7 @@ def _shared_run(cfg, given):
     broadcast_object_list(box)
     return state, Path(box[0])
 
-
+# %% ../nbs/08_train_sft.ipynb #9a03a3d3
 def run_training(
     cfg: Config,
     run_dir=None,  # an open record, or None to open one
@@ -2258,7 +2258,7 @@ def run_training(
             model_card(run)
     return run
 
-
+# %% ../nbs/08_train_sft.ipynb #39644a8c
 def _whole_run(cfg, run, state, only_train, summary):
     "Everything between opening and closing a record; what was reached goes into `summary` as it is reached."
     main = state.is_main_process
@@ -2281,7 +2281,7 @@ def _whole_run(cfg, run, state, only_train, summary):
         summary["after"] = score(ses.judge("after"))
     state.wait_for_everyone()
 
-
+# %% ../nbs/08_train_sft.ipynb #afe26c78
 @contextlib.contextmanager
 def sigterm_interrupts():
     """SIGTERM and SIGHUP end a run as ctrl-c does, with its record closed; while it trains, `stop_requests` takes over.
@@ -2303,7 +2303,7 @@ def sigterm_interrupts():
         for s, h in old.items():
             signal.signal(s, h)
 
-
+# %% ../nbs/08_train_sft.ipynb #122107f0
 def _named(e, processes):
     "The error, or what it means where another process of the run ended and this one noticed by its connection."
     if (
@@ -2360,7 +2360,7 @@ def train_cli(argv=None) -> int:
         print(f"record: {os.path.relpath(run)}")
     return 0
 
-
+# %% ../nbs/08_train_sft.ipynb #7b094e68
 def _preflight_only(cfg):
     check_ready(cfg)
     refuse_equal_files(cfg.path("train_data"), cfg.path("eval_data"))
@@ -2424,7 +2424,7 @@ def merge_agreement(
         logit_difference=dict(mean=apart.mean().item(), max=apart.max().item()),
     )
 
-
+# %% ../nbs/08_train_sft.ipynb #e263e33e
 @command
 def merge_cli(argv=None) -> int:
     "Merge a run's adapter into its dequantised base and save a plain safetensors model with its tokenizer."
