@@ -24,16 +24,16 @@ readme = here / "README.md"
 
 commands = dict(
     nli_train="train_sft:train_cli",
-    nli_run="records:run_cli",
-    nli_runs="records:runs_cli",
-    nli_compare="records:compare_cli",
+    nli_run="launch:run_cli",
+    nli_runs="commands:runs_cli",
+    nli_compare="compare:compare_cli",
     nli_bench="bench:bench_cli",
-    nli_data="data:data_cli",
+    nli_data="commands:data_cli",
     nli_corpus="corpus:corpus_cli",
-    nli_think="augment:think_cli",
-    nli_reflect="augment:reflect_cli",
-    nli_evaluate="evaluate:evaluate_cli",
-    nli_predict="evaluate:predict_cli",
+    nli_think="teacher:think_cli",
+    nli_reflect="teacher:reflect_cli",
+    nli_evaluate="ask:evaluate_cli",
+    nli_predict="ask:predict_cli",
     nli_merge="train_sft:merge_cli",
 )
 

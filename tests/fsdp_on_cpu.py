@@ -10,9 +10,11 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-import nli_ft.train_sft as t
+import nli_ft.fit
+import nli_ft.ready
+import nli_ft.train_sft
 
-start, barrier, missing = AcceleratorState.__init__, torch.distributed.barrier, t._missing_for_fsdp
+start, barrier, missing = AcceleratorState.__init__, torch.distributed.barrier, nli_ft.ready._missing_for_fsdp
 
 
 def with_plugin(self, *a, fsdp_plugin=None, **kw):
@@ -31,11 +33,11 @@ def with_plugin(self, *a, fsdp_plugin=None, **kw):
 AcceleratorState.__init__ = functools.wraps(start)(with_plugin)
 torch.distributed.barrier = lambda *a, device_ids=None, **kw: barrier(*a, **kw)
 FlatParamHandle.to_cpu = lambda self: contextlib.nullcontext()
-t._missing_for_fsdp = lambda cfg: [l for l in missing(cfg) if "needs CUDA" not in l]
-t._missing_device = lambda cfg: []
+nli_ft.ready._missing_for_fsdp = lambda cfg: [l for l in missing(cfg) if "needs CUDA" not in l]
+nli_ft.ready._missing_device = lambda cfg: []
 
 if os.environ.get("SHARDS_TO"):  # leave a note of what was sharded, and how
-    made = t._trainer
+    made = nli_ft.fit._trainer
 
     def noted(*a, **kw):
         trainer = made(*a, **kw)
@@ -56,6 +58,6 @@ if os.environ.get("SHARDS_TO"):  # leave a note of what was sharded, and how
         trainer.add_callback(Note())
         return trainer
 
-    t._trainer = noted
+    nli_ft.fit._trainer = noted
 
-t.train_cli(sys.argv[1:])
+nli_ft.train_sft.train_cli(sys.argv[1:])

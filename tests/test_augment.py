@@ -4,14 +4,20 @@ import asyncio, json, os, random, re, signal, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
 
+from swap import swap
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_endpoint import FakeEndpoint, Reply
-from nli_ft import augment as A
-from nli_ft.augment import REFLECT, THINK, USELESS, Endpoint, Guards, augment, failed_path
-from nli_ft.config_loader import ConfigError, DataError
-from nli_ft.data import iter_rows, write_jsonl
+import nli_ft.sft_rows
+import nli_ft.teacher_files
+import nli_ft.teacher_session
+from nli_ft.teacher_replies import REFLECT, THINK
+from nli_ft.teacher_session import USELESS, Endpoint, Guards
+from nli_ft.teacher import augment, failed_path
+from nli_ft.process import ConfigError, DataError
+from nli_ft.rows import iter_rows
+from nli_ft.files import write_jsonl
 
 THOUGHT = "Step 1: A Robin is a bird. Step 2: So it follows."
 DENIAL = "Step 1: A Robin is a bird. Step 2: So it cannot be inferred."
@@ -407,7 +413,7 @@ def test_back_off_grows_and_is_jittered():
         outcome = Outcome()
 
     async def waits():
-        s, st = A.Session(THINK, Endpoint(backoff=1.0, max_backoff=20.0)), State()
+        s, st = nli_ft.teacher_session.Session(THINK, Endpoint(backoff=1.0, max_backoff=20.0)), State()
         out = []
         for st.attempt_number in range(1, 9):
             out.append([s.pause(st) for _ in range(20)])
@@ -626,8 +632,8 @@ def test_a_second_writer_is_refused(files):
 
 def test_rows_are_forced_to_disk_in_batches(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(A.os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
-    j = A.Journal(tmp_path / "x", batch=4, every=60)
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+    j = nli_ft.teacher_files.Journal(tmp_path / "x", batch=4, every=60)
     for i in range(10):
         j.append(dict(i=i))
         assert (
@@ -650,7 +656,7 @@ def test_a_full_disk_ends_the_run_and_leaves_whole_lines(files, monkeypatch):
             return real(fd, bytes(data)[:50])  # room for half a line
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(A.os, "write", write)
+    monkeypatch.setattr(os, "write", write)
     r, calls, out, _ = go(good, files, 20, workers=3)
     assert "No space left on device" in r["reason"] and r["exit_code"] == 1 and len(out) == 4
     monkeypatch.undo()
@@ -661,7 +667,7 @@ def test_a_full_disk_ends_the_run_and_leaves_whole_lines(files, monkeypatch):
 
 def test_no_more_rows_are_read_than_are_being_worked_on(files, monkeypatch):
     read, n = [0], 120
-    real = A.wanted_rows
+    real = nli_ft.teacher_files.wanted_rows
 
     def counting(*a, **k):
         for row in real(*a, **k):
@@ -674,7 +680,7 @@ def test_no_more_rows_are_read_than_are_being_worked_on(files, monkeypatch):
         ahead.append(read[0] - n - k)  # rows of the second pass that were taken, less calls so far
         return Reply(thought())
 
-    monkeypatch.setattr(A, "wanted_rows", counting)
+    swap(monkeypatch, "nli_ft.teacher_files.wanted_rows", counting)
     go(script, files, n, workers=4)
     assert len(ahead) == n and max(ahead) <= 5
 
@@ -761,7 +767,7 @@ def test_money_spent_on_failures_counts_against_the_budget_of_later_starts(files
 def test_a_dry_run_sends_nothing_and_writes_nothing(files, capsys):
     inp, out = files(10)
     r = augment(THINK, inp, out, Endpoint(model="m"), prices=PRICES, dry_run=True)
-    per = A.estimate_tokens(THINK.messages(pair(0)))
+    per = nli_ft.teacher_session.estimate_tokens(THINK.messages(pair(0)))
     assert (
         r["todo"] == 10
         and r["prompt_tokens"] == 10 * per
@@ -787,7 +793,7 @@ def test_a_price_file_that_does_not_price_the_model_is_refused(tmp_path):
     ):
         (tmp_path / "p.json").write_text(text)
         with pytest.raises(ConfigError, match="p.json"):
-            A.read_prices(tmp_path / "p.json", "m")
+            nli_ft.teacher_session.read_prices(tmp_path / "p.json", "m")
     with pytest.raises(ConfigError, match="needs --prices"):
         augment(THINK, "x", "y", Endpoint("http://x", "m"), max_cost=1.0)
 
@@ -832,7 +838,7 @@ def command(inp, out, url, *more, stage="think", **kw):
         [
             sys.executable,
             "-m",
-            "nli_ft.augment",
+            "nli_ft.teacher",
             stage,
             "--input",
             inp,
@@ -863,7 +869,7 @@ def finish(p, timeout=60):
 
 def test_help_loads_no_client_and_nothing_slow():
     code = (
-        "import sys; import nli_ft.augment as a\ntry: a.think_cli(['--help'])\nexcept SystemExit: pass\n"
+        "import sys; import nli_ft.teacher as a\ntry: a.think_cli(['--help'])\nexcept SystemExit: pass\n"
         "print([m for m in ('openai', 'torch', 'transformers', 'pandas', 'datasets') if m in sys.modules])"
     )
     out = subprocess.run(
@@ -919,7 +925,7 @@ def test_twenty_kills_lose_nothing_and_repeat_only_what_was_in_flight(files):
 
     with FakeEndpoint(script) as server:
         for _ in range(kills):
-            before, done = len(server.calls), {r["id"] for _, r in A.iter_written(out)}
+            before, done = len(server.calls), {r["id"] for _, r in nli_ft.teacher_files.iter_written(out)}
             p = command(inp, out, server.url, "--workers", workers, "--max_reprompts", 0)
             enough = before + rng.randint(3, 15)
             wait_for(lambda: len(server.calls) >= enough or p.poll() is not None)
@@ -957,7 +963,7 @@ def test_a_users_prompt_is_sent_word_for_word_and_rows_of_another_prompt_are_ref
         cmd = [
             sys.executable,
             "-m",
-            "nli_ft.augment",
+            "nli_ft.teacher",
             "think",
             "--input",
             inp,
@@ -1089,7 +1095,7 @@ def test_the_blind_pass_sees_no_gold_and_its_doubt_sets_the_row_apart_for_good(f
 
     three = [wrong_thought(i) for i in range(3)]
     r, calls, out, failed = go(script, files, three, REFLECT, kw=dict(guards=Guards()))
-    doubted = rows(A.suspect_path(files(three)[1]))
+    doubted = rows(nli_ft.sft_rows.suspect_path(files(three)[1]))
     assert sorted(x["id"] for x in out) == [1, 2] and [x["id"] for x in doubted] == [0] and not failed
     assert "gold is 0" in doubted[0]["suspicion"][0] and (r["suspects"], r["written"], r["exit_code"]) == (
         1,
@@ -1115,7 +1121,7 @@ def test_the_blind_pass_sees_no_gold_and_its_doubt_sets_the_row_apart_for_good(f
 def test_a_reflection_without_a_reason_is_asked_again_and_then_set_apart(files, text, why):
     row = [wrong_thought(1, label=1)]
     r, calls, out, failed = go(lambda c, n: Reply(reflection(1, text)), files, row, REFLECT)
-    doubted = rows(A.suspect_path(files(row)[1]))
+    doubted = rows(nli_ft.sft_rows.suspect_path(files(row)[1]))
     assert len(calls) == 3 and why in calls[1].body["messages"][-1]["content"]
     assert (len(out), len(failed), r["suspects"], r["not_argued"]) == (0, 0, 1, 3) and why in doubted[0][
         "suspicion"
@@ -1131,7 +1137,8 @@ def test_samples_without_gold_set_apart_what_they_outvote(files):
     assert (
         r["suspects"] == 1
         and len(calls) == 4
-        and "0 of 3 answers without gold" in rows(A.suspect_path(files(row)[1]))[0]["suspicion"][0]
+        and "0 of 3 answers without gold"
+        in rows(nli_ft.sft_rows.suspect_path(files(row)[1]))[0]["suspicion"][0]
     )
 
 

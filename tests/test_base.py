@@ -5,12 +5,20 @@ import json, shutil
 import pytest
 from tiny_models import box_rows, save_model
 
-from nli_ft.config_loader import ConfigError, DataError, RecordError, load_config, project_root
-from nli_ft.data import seal, write_jsonl
-from nli_ft.evaluate import evaluate_cli, open_run, predict_cli, predict_rows, read_predictions
-from nli_ft.model import base_facts, load_base, load_for_inference, load_tokenizer, save_adapter, seeded_lora
-from nli_ft.records import list_runs, model_card, read_run, show_runs, start_run
-from nli_ft.train_sft import Session, changed_facts, merge_cli, prepare, run_training
+from nli_ft.process import ConfigError, DataError, RecordError, project_root
+from nli_ft.config_loader import load_config
+from nli_ft.rows import seal
+from nli_ft.files import write_jsonl
+from nli_ft.ask import evaluate_cli, open_run, predict_cli
+from nli_ft.predict import predict_rows
+from nli_ft.predictions import read_predictions
+from nli_ft.bases import base_facts, load_tokenizer
+from nli_ft.model import load_base, load_for_inference, save_adapter, seeded_lora
+from nli_ft.records import list_runs, read_run, show_runs, start_run
+from nli_ft.card import model_card
+from nli_ft.train_sft import Session, merge_cli, run_training
+from nli_ft.fit import changed_facts
+from nli_ft.preflight import prepare
 
 PAIR = ["--premise", "The red box holds a blue ball.", "--hypothesis", "The blue ball is in the red box."]
 

@@ -2,28 +2,29 @@
 
 import json, os, signal, subprocess, sys, time
 
+from swap import swap
 import pytest
 import torch
 
-from nli_ft import bench
-from nli_ft.bench import (
+import nli_ft.bench
+import nli_ft.bench_parts
+import nli_ft.bench_train
+import nli_ft.cpu_speed
+from nli_ft.bench_parts import (
     VARIANTS,
-    bench_cli,
     bench_config,
-    bench_growth,
-    build_trainer,
-    growth_text,
-    load_model,
     same_mathematics,
     shapes_model,
     step_order,
-    train_once,
     variant_config,
     with_weights,
 )
-from nli_ft.config_loader import ConfigError, project_root
-from nli_ft.data import sft_row, write_jsonl
-from nli_ft.train_sft import prepare
+from nli_ft.bench import bench_cli, bench_growth, growth_text
+from nli_ft.bench_train import build_trainer, load_model, train_once
+from nli_ft.process import ConfigError, project_root
+from nli_ft.rows import sft_row
+from nli_ft.files import write_jsonl
+from nli_ft.preflight import prepare
 
 root = project_root()
 
@@ -64,10 +65,13 @@ def losses(cfg, name):
 def test_every_variant_of_the_same_mathematics_has_the_same_losses_and_runs_what_its_name_says(
     cfg, monkeypatch
 ):
-    import nli_ft.model, trl.kernels.chunked_logprob as kernel
+    import trl.kernels.chunked_logprob as kernel
+    import nli_ft.bench_parts
+    import nli_ft.bench_train
+    import nli_ft.cpu_speed
 
     seen = []
-    for head in (kernel.ChunkedLogProbFunction, nli_ft.model._FrozenHead):
+    for head in (kernel.ChunkedLogProbFunction, nli_ft.cpu_speed._FrozenHead):
         monkeypatch.setattr(
             head,
             "forward",
@@ -145,10 +149,10 @@ def test_plain_is_trls_own_trainer_and_ours_is_the_one_that_nli_train_uses(cfg, 
 def test_random_weights_of_a_models_shapes_train_like_any_other_model(cfg, tmp_path, monkeypatch):
     monkeypatch.setenv("NLI_FT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(
-        bench.SHAPES,
+        nli_ft.bench_parts.SHAPES,
         "tiny-shapes",
         dict(
-            bench.SHAPES["mistral-7b-shapes"],
+            nli_ft.bench_parts.SHAPES["mistral-7b-shapes"],
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=2,
@@ -224,7 +228,7 @@ def pretend(monkeypatch):
                 made,
             ]
 
-        monkeypatch.setattr(bench, "child_command", argv)
+        swap(monkeypatch, "nli_ft.bench_train.child_command", argv)
 
     return start
 
@@ -263,7 +267,7 @@ def test_a_tampered_loss_ends_with_1_and_is_named(pretend, capsys, tampered):
 
 def test_a_loss_that_differs_in_a_later_pair_only_is_noticed(pretend, capsys, monkeypatch):
     pretend()
-    real, n = bench.run_child, []
+    real, n = nli_ft.bench_train.run_child, []
 
     def third(job, cfg, **kw):
         made = real(job, cfg, **kw)
@@ -271,7 +275,7 @@ def test_a_loss_that_differs_in_a_later_pair_only_is_noticed(pretend, capsys, mo
             made["losses"][1] *= 1.01
         return made
 
-    monkeypatch.setattr(bench, "run_child", third)
+    swap(monkeypatch, "nli_ft.bench_train.run_child", third)
     code, out, _ = run(capsys, "train", "--steps", "3", "--pairs", "3")
     assert code == 1 and "LOSSES DIFFER: ours" in out
 
@@ -347,20 +351,24 @@ def test_json_and_output_hold_everything_and_nothing_is_overwritten(pretend, cap
     ],
 )
 def test_mistakes_in_the_arguments_start_nothing(pretend, capsys, args, said, monkeypatch):
-    monkeypatch.setattr(bench, "run_child", lambda *a, **k: pytest.fail("a child was started"))
+    swap(monkeypatch, "nli_ft.bench_train.run_child", lambda *a, **k: pytest.fail("a child was started"))
     code, _, err = run(capsys, *args)
     assert code == 2 and said in err
 
 
 def test_what_is_missing_is_said_in_full_by_the_child_that_looks(capsys, tmp_path):
-    made = bench.run_child(
+    made = nli_ft.bench_train.run_child(
         "plan", bench_config(model="tiny-mistral", data=tmp_path / "nowhere.jsonl", device="cpu")
     )
     assert made["refused"] and "train_data" in made["died"] and "eval_data" in made["died"]
 
 
 def test_growth_measures_every_axis(cfg, monkeypatch):
-    monkeypatch.setattr(bench, "run_child", lambda job, cfg, **kw: bench.JOBS[job](cfg, **kw))
+    swap(
+        monkeypatch,
+        "nli_ft.bench_train.run_child",
+        lambda job, cfg, **kw: nli_ft.bench_train.JOBS[job](cfg, **kw),
+    )
     made = bench_growth(cfg, dict(rows=[8, 16], length=[16, 32], batch=[1, 2], rank=[2, 4]), steps=2)
     assert {
         k: (len(a["seconds"]), all(t > 0 for t in a["seconds"])) for k, a in made["axes"].items()

@@ -6,11 +6,15 @@ and words stand in the message of a refusal."""
 import csv, gzip, json, shlex
 from pathlib import Path
 
+from swap import swap
 import pytest
 
-from nli_ft import evaluate as ev
-from nli_ft.config_loader import DataError, load_config
-from nli_ft.data import SOURCES, data_cli, download, read_rows
+import nli_ft.ask
+from nli_ft.process import DataError
+from nli_ft.config_loader import load_config
+from nli_ft.public_sets import SOURCES, download
+from nli_ft.commands import data_cli
+from nli_ft.rows import read_rows
 
 CASES = Path(__file__).parent / "cases"
 
@@ -171,7 +175,7 @@ def test_a_file_of_pairs_is_read_or_refused_with_the_cure(name, contract, outcom
 
 @pytest.mark.parametrize("name,hypotheses", [(name, rest) for name, *rest in table(PREDICT)])
 def test_nli_predict_reads_what_nli_data_reads_and_a_ragged_row_is_one_bad_row(name, hypotheses):
-    names, rows = ev.read_pairs(CASES / name)
+    names, rows = nli_ft.ask.read_pairs(CASES / name)
     assert ["!" if "problem" in row else row["hypothesis"] for row in rows] == hypotheses
     assert all(
         "fields where the header has" in row.get("problem", "fields where the header has") for row in rows
@@ -213,7 +217,7 @@ def test_class_names_of_the_hub_and_of_the_command_line_must_agree(tmp_path, mon
         features = dict(label=type("ClassLabel", (), dict(names=["entailment", "not_entailment"])))
 
     hub = Hub([dict(sentence1="P", sentence2="H", label=0)])
-    monkeypatch.setattr("nli_ft.data.load_records", lambda *args: hub)
+    swap(monkeypatch, "nli_ft.public_sets.load_records", lambda *args: hub)
     assert download(tmp_path / "o.jsonl", "glue/rte", contract="binary")["label 1"] == 1
     with pytest.raises(DataError, match="and --names says non-entailment, entailment"):
         download(tmp_path / "p.jsonl", "glue/rte", contract="binary", names=("not_entailment", "entailment"))
@@ -335,7 +339,7 @@ def test_a_broken_file_is_refused_in_words_by_every_door(tmp_path, name, ending)
             read()
         assert path.name in str(e.value)
     try:
-        ev.read_pairs(path)
+        nli_ft.ask.read_pairs(path)
     except DataError:
         pass
     own = ".jsonl" if raw[:1] in (b"{", b"[") else ".csv"
@@ -369,7 +373,9 @@ def test_every_dialect_of_csv_gives_the_same_row(tmp_path, text):
     (tmp_path / "a.csv").write_text(text, newline="")
     (row,) = read_rows(tmp_path / "a.csv")
     assert (row["premise"], row["hypothesis"], row["label"]) == ("P", "H", 1)
-    assert [(r["premise"], r["hypothesis"]) for r in ev.read_pairs(tmp_path / "a.csv")[1]] == [("P", "H")]
+    assert [(r["premise"], r["hypothesis"]) for r in nli_ft.ask.read_pairs(tmp_path / "a.csv")[1]] == [
+        ("P", "H")
+    ]
 
 
 def test_a_table_that_pandas_wrote_with_tabs_is_not_taken_for_one_without_quotes(tmp_path):
@@ -404,7 +410,7 @@ def test_evaluation_rows_are_read_under_a_contract_and_from_a_sets_own_columns()
     cfg = load_config("cpu_demo", check=False)
 
     def read(name, **kw):
-        return labels(ev.evaluation_rows(CASES / name, cfg, "brief", **kw))
+        return labels(nli_ft.ask.evaluation_rows(CASES / name, cfg, "brief", **kw))
 
     assert read("lingnli_val.jsonl", contract="entailment") == "100100"
     assert read("SICK.txt", layout=dict(dataset="sick")) == "100100"
@@ -419,12 +425,12 @@ def test_evaluation_rows_are_read_under_a_contract_and_from_a_sets_own_columns()
 
 
 def test_answers_come_back_with_every_row_and_column_as_they_were(tmp_path):
-    names, rows = ev.read_pairs(CASES / "predict_ragged.csv")
-    answers = [dict.fromkeys(ev.ANSWER_COLUMNS) | dict(problem=row.get("problem")) for row in rows]
-    ev._write_answers(tmp_path / "o.csv", names, rows, answers)
+    names, rows = nli_ft.ask.read_pairs(CASES / "predict_ragged.csv")
+    answers = [dict.fromkeys(nli_ft.ask.ANSWER_COLUMNS) | dict(problem=row.get("problem")) for row in rows]
+    nli_ft.ask._write_answers(tmp_path / "o.csv", names, rows, answers)
     got = list(csv.DictReader(open(tmp_path / "o.csv", newline="", encoding="utf-8")))
     assert (
-        list(got[0]) == ["premise", "hypothesis", *ev.ANSWER_COLUMNS]
+        list(got[0]) == ["premise", "hypothesis", *nli_ft.ask.ANSWER_COLUMNS]
         and got[1]["hypothesis"] == "A cat runs."
     )
     assert "A dog moves." in got[0]["problem"]

@@ -2,16 +2,14 @@
 
 import json, os, pickle, re, subprocess, sys, textwrap
 from argparse import ArgumentParser
-from pathlib import Path
 
+from swap import swap
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from nli_ft import config_loader as cl
 from nli_ft.config_loader import (
     KEYS,
     Config,
-    ConfigError,
     add_config_args,
     config_from_args,
     config_from_json,
@@ -20,9 +18,9 @@ from nli_ft.config_loader import (
     load_config,
     one_factor,
     print_config,
-    project_root,
     read_config_file,
 )
+from nli_ft.process import ConfigError, project_root
 
 ROOT = project_root()
 CONFIGS = ROOT / "nli_ft" / "configs"
@@ -462,7 +460,7 @@ def test_arguments_for_a_child_give_the_same_config_from_another_folder(tmp_path
 )
 def test_a_command_ends_with_its_exit_code_even_where_nobody_calls_sys_exit(body, code, stderr):
     p = subprocess.run(
-        [sys.executable, "-c", f"import nli_ft.config_loader as cl\n@cl.command\ndef f(argv): {body}\nf()"],
+        [sys.executable, "-c", f"import nli_ft.process as cl\n@cl.command\ndef f(argv): {body}\nf()"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -738,7 +736,7 @@ def test_a_key_missing_from_default_is_an_error_not_a_hidden_default(monkeypatch
     (tmp_path / "configs").mkdir()
     text = (CONFIGS / "default.py").read_text()
     (tmp_path / "configs" / "default.py").write_text(re.sub(r"(?m)^seed = .*\n", "", text))
-    monkeypatch.setattr(cl, "_package_dir", lambda: tmp_path)
+    swap(monkeypatch, "nli_ft.process._package_dir", lambda: tmp_path)
     with pytest.raises(ConfigError, match="default.py: seed missing"):
         load_config()
     (tmp_path / "configs" / "default.py").write_text(text + 'base = "default"\n')
@@ -808,7 +806,7 @@ def test_the_hash_does_not_depend_on_the_order_of_keys_or_on_where_values_came_f
 def test_the_hash_does_not_depend_on_where_a_key_is_declared(monkeypatch):
     c = load_config("ablation2")
     before = config_hash(c)
-    monkeypatch.setattr(cl, "KEYS", dict(reversed(KEYS.items())))
+    swap(monkeypatch, "nli_ft.config_loader.KEYS", dict(reversed(KEYS.items())))
     assert list(c.to_dict())[0] == list(KEYS)[-1] and config_hash(c) == before
 
 

@@ -4,31 +4,22 @@ import json, re, subprocess, sys
 from collections import Counter, defaultdict
 from functools import lru_cache
 
+from swap import swap
 import pytest
 
-from nli_ft import corpus
-from nli_ft.config_loader import ConfigError, DataError
-from nli_ft.data import check_files, render_report, write_jsonl
-from nli_ft.corpus import (
-    CATEGORIES,
-    HARDER,
-    HELD_OUT,
-    LEXICON,
-    LIMIT,
-    SIZES,
-    TURNS,
-    VARIANTS,
-    Lookup,
-    as_meaning,
-    check_shortcuts,
-    generate,
-    model_relation,
-    normal,
-    outdated,
-    quads,
-    shortcuts,
-    write_corpus,
-)
+import nli_ft.lexicon
+import nli_ft.logic
+import nli_ft.quadruples
+import nli_ft.quantifiers
+import nli_ft.relations
+from nli_ft.process import ConfigError, DataError
+from nli_ft.check import check_files, render_report
+from nli_ft.files import write_jsonl
+from nli_ft.quadruples import CATEGORIES, HARDER, SIZES, TURNS, VARIANTS, generate, quads
+from nli_ft.quantifiers import HELD_OUT
+from nli_ft.lexicon import LEXICON
+from nli_ft.corpus import write_corpus
+from nli_ft.meanings import as_meaning, model_relation, normal
 
 # Closed-class words and the vocabulary of quantity, attitude and framing: shared by all splits because it is what is taught.
 SHARED = set(
@@ -99,25 +90,25 @@ def test_every_label_is_what_the_rule_says(category):
 
 @pytest.mark.parametrize("variant,category", [(v, c) for v, cs in VARIANTS.items() for c in cs])
 def test_rule_and_models_agree_on_every_pair_that_could_be_generated(variant, category):
-    assert corpus.checked_relations(category, variant)
+    assert nli_ft.quadruples.checked_relations(category, variant)
 
 
 BROKEN = {  # category -> (name in the module, what to put there)
-    "restrictor": ("MONOTONE", corpus.MONOTONE | {"some": ("down", "up")}),
-    "scope": ("MONOTONE", corpus.MONOTONE | {"at least two": ("up", "down")}),
-    "antonyms": ("DUAL", corpus.DUAL | {"some": "every"}),
-    "embedding": ("PROJECTS", corpus.PROJECTS | {"thinks": 1}),
+    "restrictor": ("MONOTONE", nli_ft.quantifiers.MONOTONE | {"some": ("down", "up")}),
+    "scope": ("MONOTONE", nli_ft.quantifiers.MONOTONE | {"at least two": ("up", "down")}),
+    "antonyms": ("DUAL", nli_ft.quantifiers.DUAL | {"some": "every"}),
+    "embedding": ("PROJECTS", nli_ft.logic.PROJECTS | {"thinks": 1}),
     "counting": ("interval", lambda f: (f[2], 99) if f[1] == "more than" else (0, f[2])),
     "comparatives": ("closure", lambda edges: edges),
     "connectives": ("refuted", lambda cs: frozenset() in cs),
     "role_swap": ("deny", lambda f: ("not", f[1]) if f[0] == "not" else f),
-    "hypernymy": ("MONOTONE", corpus.MONOTONE | {"no": ("up", "up")}),
+    "hypernymy": ("MONOTONE", nli_ft.quantifiers.MONOTONE | {"no": ("up", "up")}),
     "detail": ("act_parts", lambda f: (f[1], True) if f[0] != "not" else (f[1][1], True)),
     "temporal": ("runs_in_circles", lambda edges: any((y, x, s) in edges for x, y, s in edges if s)),
     "modals": ("MODES", ("is", "might", "must")),
-    "most": ("MONOTONE", corpus.MONOTONE | {"few": ("nowhere", "up")}),
-    "implicatives": ("SIGNATURES", corpus.SIGNATURES | {"refuse": (-1, 1)}),
-    "adjectives": ("SIGNATURES", corpus.SIGNATURES | {"alleged": (1, 0)}),
+    "most": ("MONOTONE", nli_ft.quantifiers.MONOTONE | {"few": ("nowhere", "up")}),
+    "implicatives": ("SIGNATURES", nli_ft.logic.SIGNATURES | {"refuse": (-1, 1)}),
+    "adjectives": ("SIGNATURES", nli_ft.logic.SIGNATURES | {"alleged": (1, 0)}),
     "only_again": ("presupposed", lambda f: (("true", f[1]),) if f[0] not in ("true", "not") else (f,)),
 }
 
@@ -126,19 +117,19 @@ BROKEN = {  # category -> (name in the module, what to put there)
 def test_a_wrong_rule_is_caught_by_the_models(category, monkeypatch):
     def forget():
         for f in (
-            corpus.consequences,
-            corpus.quantifier_rule,
-            corpus.resolution_rule,
-            corpus.time_rule,
-            corpus.checked_relations,
+            nli_ft.quantifiers.consequences,
+            nli_ft.quantifiers.quantifier_rule,
+            nli_ft.logic.resolution_rule,
+            nli_ft.relations.time_rule,
+            nli_ft.quadruples.checked_relations,
         ):
             f.cache_clear()
 
-    monkeypatch.setattr(corpus, *BROKEN[category])
+    swap(monkeypatch, *BROKEN[category])
     forget()
     try:
         with pytest.raises(AssertionError, match="the rule says"):
-            corpus.checked_relations(category, "plain")
+            nli_ft.quadruples.checked_relations(category, "plain")
     finally:
         forget()
 
@@ -177,7 +168,7 @@ def test_active_passive_and_cleft_say_who_did_it_to_whom():
 def test_counts_read_from_the_words_give_the_label():
     def allowed(s):
         m = re.match(r"(exactly|at least|at most|more than|fewer than) (\w+)", s.lower())
-        k = corpus.NUMBERS.index(m[2])
+        k = nli_ft.quantifiers.NUMBERS.index(m[2])
         return {
             n
             for n in range(40)
@@ -200,7 +191,7 @@ def test_labels_are_exactly_balanced_per_category_and_split_and_relations_where_
     for split, rows in made(size).items():
         n = SIZES[size]["test" if split in HARDER else split]
         count = Counter((r["category"], r["relation"]) for r in rows)
-        for c in set(VARIANTS[HARDER.get(split, "plain")]) - set(corpus.NOT_JUDGED.get(split, ())):
+        for c in set(VARIANTS[HARDER.get(split, "plain")]) - set(nli_ft.quadruples.NOT_JUDGED.get(split, ())):
             e, other, clash = (count[c, rel] for rel in ("entailment", "neutral", "contradiction"))
             assert (e, other + clash) == (2 * n, 2 * n), (split, c)
             if c in TURNS:
@@ -316,7 +307,10 @@ def test_lexicons_share_no_word_with_each_other_or_with_the_closed_class():
     for split, words in vocabulary.items():
         assert words & SHARED == set(), split
         assert all(
-            not {w, corpus.plural(w)} & other for s, other in vocabulary.items() if s != split for w in words
+            not {w, nli_ft.lexicon.plural(w)} & other
+            for s, other in vocabulary.items()
+            if s != split
+            for w in words
         ), split
 
 
@@ -425,7 +419,7 @@ def test_sentences_are_grammatical():
 
 def test_plural_follows_a_quantifier_that_needs_it():
     lex = {w for kinds in LEXICON.values() for w in kinds["nouns"].split()}
-    many, one = {corpus.plural(n) for n in lex}, lex
+    many, one = {nli_ft.lexicon.plural(n) for n in lex}, lex
     for _, r in all_rows():
         for text in (r["premise"], r["hypothesis"]):
             if r["category"] not in ("restrictor", "scope"):

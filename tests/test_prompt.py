@@ -1,26 +1,23 @@
 "Token ids against mistral-common's own encoder, masks on real rows, and a parser that invents nothing."
 
-import json
-
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from nli_ft.config_loader import load_config, project_root
-from nli_ft.corpus import generate
-from nli_ft.data import PROMPTS, read_rows, render_completion, sft_row
+from nli_ft.config_loader import load_config
+from nli_ft.process import project_root
+from nli_ft.quadruples import generate
+from nli_ft.rows import PROMPTS, read_rows, render_completion, sft_row
 from nli_ft.prompt import (
     LABEL,
-    OUTCOMES,
     THOUGHT,
     encode_prompt,
     encode_row,
     encode_rows,
     end_of_turn,
-    json_closed,
     mistral_reference,
     mistral_v3_tokenizer,
-    parse_completion,
 )
+from nli_ft.answers import OUTCOMES, json_closed, parse_completion
 
 real = project_root().parent / "shared" / "data" / "mistral_nli_sample" / "sample_ft.jsonl"
 needs_real = pytest.mark.skipif(not real.exists(), reason="the real NLI sample is not here")
@@ -33,7 +30,7 @@ def mistral():
 
 @pytest.fixture(scope="module")
 def smollm2():
-    from nli_ft.model import load_tokenizer
+    from nli_ft.bases import load_tokenizer
 
     return load_tokenizer(load_config("minimal_test"))
 

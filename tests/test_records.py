@@ -5,8 +5,15 @@ from pathlib import Path
 
 import nbformat, pytest
 
-from nli_ft import records
-from nli_ft.config_loader import RecordError, load_config
+from swap import swap
+import nli_ft.card
+import nli_ft.commands
+import nli_ft.compare
+import nli_ft.differences
+import nli_ft.records
+import nli_ft.seeds
+from nli_ft.process import RecordError
+from nli_ft.config_loader import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 OPEN = (
@@ -44,7 +51,7 @@ def notebook(project, *cells, tag="parameters"):
 
 def nli_run(*args, cwd=None, **env):
     return subprocess.run(
-        [sys.executable, "-m", "nli_ft.records", *args],
+        [sys.executable, "-m", "nli_ft.launch", *args],
         cwd=cwd,
         env=os.environ | env,
         capture_output=True,
@@ -54,7 +61,7 @@ def nli_run(*args, cwd=None, **env):
 
 
 def runs(project):
-    return records.list_runs(project / "runs")
+    return nli_ft.records.list_runs(project / "runs")
 
 
 def left_behind(project):
@@ -86,11 +93,11 @@ def test_runs_started_in_the_same_second_by_many_processes_never_share_a_folder(
 
 def test_of_several_runs_that_adopt_one_folder_only_the_first_gets_it(project):
     cfg = load_config("minimal_test")
-    run = records.new_run_dir(cfg)
-    assert records.start_run(cfg, run) == run
+    run = nli_ft.records.new_run_dir(cfg)
+    assert nli_ft.records.start_run(cfg, run) == run
     before = (run / "config.json").read_text()
     with pytest.raises(RecordError, match="already holds a run"):
-        records.start_run(cfg, run)
+        nli_ft.records.start_run(cfg, run)
     assert (run / "config.json").read_text() == before
 
 
@@ -98,12 +105,12 @@ def test_a_folder_with_other_files_is_not_adopted(project):
     (project / "precious").mkdir()
     (project / "precious" / "thesis.tex").write_text("x")
     with pytest.raises(RecordError, match="thesis.tex"):
-        records.start_run(load_config("minimal_test"), "precious")
+        nli_ft.records.start_run(load_config("minimal_test"), "precious")
     assert os.listdir(project / "precious") == ["thesis.tex"]
 
 
 def test_a_full_disk_leaves_the_old_summary_and_no_litter(project, monkeypatch):
-    run = records.start_run(load_config("minimal_test"), command="x")
+    run = nli_ft.records.start_run(load_config("minimal_test"), command="x")
     before = (run / "summary.json").read_text()
 
     def full(fd):
@@ -111,26 +118,26 @@ def test_a_full_disk_leaves_the_old_summary_and_no_litter(project, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        records.finish_run(run, after={"accuracy": 1.0})
+        nli_ft.records.finish_run(run, after={"accuracy": 1.0})
     assert (run / "summary.json").read_text() == before and not list(run.glob(".*"))
 
 
 def test_metrics_are_readable_after_every_cut(project):
-    run = records.new_run_dir(load_config("minimal_test"), "runs")
+    run = nli_ft.records.new_run_dir(load_config("minimal_test"), "runs")
     for i in range(3):
-        records.append_metrics(run, {"step": i, "text": "é"})
+        nli_ft.records.append_metrics(run, {"step": i, "text": "é"})
     whole = (run / "metrics.jsonl").read_bytes()
     for cut in range(len(whole) + 1):
         (run / "metrics.jsonl").write_bytes(whole[:cut])
         kept = whole[:cut].count(b"\n")
-        records.append_metrics(run, {"step": 99})
-        assert [r["step"] for r in records.read_metrics(run)] == [*range(kept), 99]
+        nli_ft.records.append_metrics(run, {"step": 99})
+        assert [r["step"] for r in nli_ft.records.read_metrics(run)] == [*range(kept), 99]
 
 
 def test_a_run_whose_process_is_gone_is_listed_as_died_and_a_living_one_as_running(project):
     code = "from nli_ft.config_loader import load_config\nfrom nli_ft.records import start_run\nstart_run(load_config('minimal_test'))"
     subprocess.run([sys.executable, "-c", code], check=True)
-    mine = records.start_run(load_config("minimal_test"))
+    mine = nli_ft.records.start_run(load_config("minimal_test"))
     by_id = {r["run_id"]: r["status"] for r in runs(project)}
     assert by_id.pop(mine.name) == "running" and list(by_id.values()) == ["died"]
 
@@ -140,8 +147,8 @@ def test_a_run_whose_process_is_gone_is_listed_as_died_and_a_living_one_as_runni
     ["", "{", "[]", "null", '{"status":"done"}', '{"status":"done","started":"x","after":3}', "\x00\xff"],
 )
 def test_an_unreadable_record_is_listed_with_the_reason_and_hides_no_other(project, text):
-    good = records.start_run(load_config("minimal_test"))
-    records.finish_run(good, after={"accuracy": 0.5})
+    good = nli_ft.records.start_run(load_config("minimal_test"))
+    nli_ft.records.finish_run(good, after={"accuracy": 0.5})
     bad = project / "runs" / "c" / "r"
     bad.mkdir(parents=True)
     (bad / "summary.json").write_bytes(text.encode("latin1"))
@@ -152,7 +159,7 @@ def test_an_unreadable_record_is_listed_with_the_reason_and_hides_no_other(proje
         and "summary.json" in rows["r"]["why"]
     )
     with pytest.raises(RecordError, match="config.json"):
-        records.read_run(bad)
+        nli_ft.records.read_run(bad)
 
 
 def test_environment_names_versions_and_hashes_but_no_value_host_or_path(project, monkeypatch):
@@ -160,7 +167,7 @@ def test_environment_names_versions_and_hashes_but_no_value_host_or_path(project
     data.mkdir(parents=True)
     (data / "dev_ft.jsonl").write_text('{"id":"1","premise":"p","hypothesis":"h","label":1}\n')
     monkeypatch.setenv("HF_TOKEN", "planted-secret-1")
-    env = records.environment(load_config("default", "prompt_template=brief"))
+    env = nli_ft.records.environment(load_config("default", "prompt_template=brief"))
     text = json.dumps(env)
     assert (
         env["env"]["HF_TOKEN"] is True
@@ -205,7 +212,7 @@ def test_a_run_is_recorded_by_this_python_and_its_scores_are_reported(project):
     assert out.returncode == 0, out.stderr
     assert "step 1 of 1" in out.stdout and "0.125" in out.stdout and "0.875" in out.stdout
     [row] = runs(project)
-    run = records.read_run(row["path"])
+    run = nli_ft.records.read_run(row["path"])
     assert run.metrics == [{"exe": sys.executable, "cwd": "."}]
     assert run.cfg.learning_rate == 1e-4 and run.cfg.train_data == "elsewhere/mine.jsonl"
     assert row["path"].removeprefix(str(project) + "/") in out.stdout and row["status"] == "done"
@@ -238,16 +245,14 @@ def test_a_failed_run_keeps_its_notebook_with_the_error_and_the_next_one_still_r
 
 
 def test_bad_data_found_by_the_notebook_is_exit_code_2(project):
-    notebook(project, "from nli_ft.config_loader import DataError\nraise DataError('no such rows: x.jsonl')")
+    notebook(project, "from nli_ft.process import DataError\nraise DataError('no such rows: x.jsonl')")
     out = nli_run("--config", "minimal_test")
     assert out.returncode == 2 and "no such rows: x.jsonl" in out.stderr
     assert [(r["status"], r["why"]) for r in runs(project)] == [("failed", "no such rows: x.jsonl")]
 
 
 def test_the_same_error_after_training_began_is_exit_code_1(project):
-    notebook(
-        project, OPEN, STEP, "from nli_ft.config_loader import DataError\nraise DataError('rows went away')"
-    )
+    notebook(project, OPEN, STEP, "from nli_ft.process import DataError\nraise DataError('rows went away')")
     assert nli_run("--config", "minimal_test").returncode == 1
 
 
@@ -273,7 +278,7 @@ def _started(project, cells):
     "A running `nli_run` that has reached its training cell."
     notebook(project, *cells)
     p = subprocess.Popen(
-        [sys.executable, "-m", "nli_ft.records", "--config", "minimal_test"],
+        [sys.executable, "-m", "nli_ft.launch", "--config", "minimal_test"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -300,7 +305,7 @@ def test_a_signal_reaches_the_kernel_which_closes_its_record(project, sig):
     out, err = p.communicate(timeout=60)
     assert p.returncode == 128 + sig, err
     [row] = runs(project)
-    assert row["status"] == "interrupted" and records.read_run(row["path"]).summary["saved_step"] == 7
+    assert row["status"] == "interrupted" and nli_ft.records.read_run(row["path"]).summary["saved_step"] == 7
     assert "KeyboardInterrupt" in (Path(row["path"]) / "train.ipynb").read_text() and not left_behind(project)
 
 
@@ -455,18 +460,18 @@ def finished(
     **changed,
 ):
     "A finished record of the project of now; `changed` replaces keys of every prediction row, `facts` go into its summary."
-    from nli_ft.evaluate import counted
+    from nli_ft.predictions import counted
 
-    run = records.start_run(load_config(config, overrides).replace(seed=seed))
+    run = nli_ft.records.start_run(load_config(config, overrides).replace(seed=seed))
     rows = order(said_rows(right, n, next(DRAWS) if draw is None else draw, **changed))
     put_rows(run / "predictions.jsonl", rows)
-    records.append_metrics(run, {"step": 1, "loss": 1.0})
-    records.finish_run(run, after=counted(rows), **facts)
+    nli_ft.records.append_metrics(run, {"step": 1, "loss": 1.0})
+    nli_ft.records.finish_run(run, after=counted(rows), **facts)
     return run
 
 
 def nli_compare(*args):
-    code = "import sys; from nli_ft.records import compare_cli; sys.exit(compare_cli(sys.argv[1:]))"
+    code = "import sys; from nli_ft.compare import compare_cli; sys.exit(compare_cli(sys.argv[1:]))"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=120
     )
@@ -485,12 +490,12 @@ def test_runs_on_another_task_are_not_compared(project, changed, why):
     if "label" in changed:
         changed = changed | dict(completion=answer(1), thought_process="so")
     with pytest.raises(RecordError, match=f"different {why}"):
-        records.compare_runs([finished(), finished(**changed)])
+        nli_ft.differences.compare_runs([finished(), finished(**changed)])
 
 
 def test_runs_on_other_ids_are_not_compared_however_many_they_share(project):
     with pytest.raises(RecordError, match="60 and 59; 1 of them, such as '59'"):
-        records.compare_runs([finished(), finished(n=59)])
+        nli_ft.differences.compare_runs([finished(), finished(n=59)])
 
 
 @pytest.mark.parametrize(
@@ -515,8 +520,9 @@ def test_runs_on_other_ids_are_not_compared_however_many_they_share(project):
         ),
         (lambda r: shutil.rmtree(r), "no folder"),
         (
-            lambda r: records._write_json(
-                r / "summary.json", records._read_json(r / "summary.json") | records._running(load_config())
+            lambda r: nli_ft.records._write_json(
+                r / "summary.json",
+                nli_ft.records._read_json(r / "summary.json") | nli_ft.records._running(load_config()),
             ),
             "still going",
         ),
@@ -539,7 +545,8 @@ def test_row_order_in_the_predictions_file_does_not_matter(project):
     )
     apart = ("run", "seconds")
     one, other = (
-        {k: v for k, v in records.compare_runs([a, x])[1].items() if k not in apart} for x in (b, c)
+        {k: v for k, v in nli_ft.differences.compare_runs([a, x])[1].items() if k not in apart}
+        for x in (b, c)
     )
     assert one == other
 
@@ -554,7 +561,7 @@ def test_the_comparison_equals_one_worked_out_by_hand(project):
         finished(right=lambda i: i not in only_a, overrides="lora_r=4"),
     )
     c = finished(right=lambda i: i not in only_b, overrides="lora_r=2")
-    _, rb, rc = records.compare_runs([a, b, c])
+    _, rb, rc = nli_ft.differences.compare_runs([a, b, c])
     p = 2 * sum(math.comb(12, k) for k in range(3)) / 2**12
     assert (
         abs(rb["difference"] - 8 / 60) < 1e-12
@@ -578,7 +585,7 @@ def test_a_training_file_that_changed_under_its_name_is_a_difference_and_a_moved
     one, moved = finished(overrides="train_data=a.jsonl"), finished(overrides="train_data=b.jsonl")
     (project / "a.jsonl").write_text('{"id":1,"premise":"p","hypothesis":"h","label":0}\n')
     changed = finished(overrides="train_data=a.jsonl")
-    assert [r["differs"] for r in records.compare_runs([one, moved, changed])[1:]] == [
+    assert [r["differs"] for r in nli_ft.differences.compare_runs([one, moved, changed])[1:]] == [
         [],
         ["train_data (same path, other content)"],
     ]
@@ -610,13 +617,13 @@ def test_runs_on_copies_of_the_same_data_are_repetitions_of_one_config(project):
             '{"id":1,"premise":"p","hypothesis":"h","label":%d}\n' % (name == "c")
         )
     runs = [finished(seed=s, overrides=f"train_data={f}.jsonl") for s, f in ((1, "a"), (2, "b"), (3, "c"))]
-    assert [r["seeds"] for r in records.compare_configs(runs)] == [[1, 2], [3]]
+    assert [r["seeds"] for r in nli_ft.seeds.compare_configs(runs)] == [[1, 2], [3]]
 
 
 def test_the_untrained_model_of_a_run_can_be_its_baseline(project):
     run = finished()
     put_rows(run / "predictions_before.jsonl", said_rows(lambda i: False))
-    rows = records.compare_runs([f"{run}:before", run])
+    rows = nli_ft.differences.compare_runs([f"{run}:before", run])
     assert rows[0]["run"].endswith(":before") and rows[1]["differs"] == ["training"]
 
 
@@ -627,7 +634,7 @@ def test_a_model_card_says_only_what_the_record_says(project):
         )
 
     run = finished(order=lambda rows: [mended(r) for r in rows])
-    card = records.model_card(run)
+    card = nli_ft.card.model_card(run)
     for said in (
         "0.750 [0.625, 0.844]",
         "n=60",
@@ -645,11 +652,11 @@ def test_a_model_card_says_only_what_the_record_says(project):
 def test_the_model_card_is_a_command_too(project, capsys):
     run = finished()
     assert (
-        records.runs_cli([str(run), "--card"]) == 0
+        nli_ft.commands.runs_cli([str(run), "--card"]) == 0
         and capsys.readouterr().out.strip() == (run / "MODEL_CARD.md").read_text().strip()
     )
     with pytest.raises(SystemExit) as e:
-        records.runs_cli(["--card"])
+        nli_ft.commands.runs_cli(["--card"])
     assert e.value.code == 2 and "name the record's folder" in capsys.readouterr().err
 
 
@@ -678,7 +685,7 @@ def test_the_comparison_notebook_runs_whatever_there_is(project, make):
 
 
 def seeds_of(*runs):
-    return [r["seeds"] for r in records.compare_configs(list(map(str, runs)))]
+    return [r["seeds"] for r in nli_ft.seeds.compare_configs(list(map(str, runs)))]
 
 
 def test_runs_of_one_seed_count_once_and_the_last_of_them(project):
@@ -699,10 +706,10 @@ def test_a_copied_folder_is_no_run_whatever_its_name_and_seed(project):
     for c in copies:
         shutil.copytree(one, c)
     with pytest.raises(RecordError, match="is a copy of"):
-        records.compare_runs([one, copies[0], two])
+        nli_ft.differences.compare_runs([one, copies[0], two])
     out = nli_compare(one, *copies, two)
     assert out.returncode == 0 and out.stdout.count("is a copy of") == 2
-    assert records.distinct([one, *copies, two])[0] == [str(one), str(two)]
+    assert nli_ft.compare.distinct([one, *copies, two])[0] == [str(one), str(two)]
     out = nli_compare(one, copies[0])
     assert out.returncode == 2 and "fewer than two runs" in out.stderr and "is a copy of" in out.stderr
 
@@ -726,18 +733,18 @@ def test_a_copy_with_another_seed_and_another_run_id_is_known_by_its_adapter_or_
         finished(seed=1, facts=facts),
         finished(seed=2, right=lambda i: i % 7 > 0, facts=facts),
     )
-    kept, left = records.distinct([one, same_adapter])
+    kept, left = nli_ft.compare.distinct([one, same_adapter])
     assert kept == [str(one)] and "has the adapter of" in left[0][1]
     three = [finished("cpu_demo", seed=s, draw=9) for s in (1, 2, 3)]
     put_rows(three[1] / "predictions.jsonl", get_rows(three[1] / "predictions.jsonl"))
-    kept, left = records.distinct(three)
+    kept, left = nli_ft.compare.distinct(three)
     assert kept == [str(three[0])] and all("exactly the answers" in why for _, why in left)
     assert seeds_of(*three, one) == [[1], [1]]
 
 
 def test_answers_that_took_another_time_are_the_same_answers(project):
     runs = [finished(seed=s, draw=9, seconds=s / 10) for s in (1, 2)]
-    assert records.distinct(runs)[0] == [str(runs[0])]
+    assert nli_ft.compare.distinct(runs)[0] == [str(runs[0])]
 
 
 def test_runs_made_again_are_compared_where_there_is_nothing_else(project):
@@ -771,7 +778,7 @@ def test_both_doors_leave_out_the_same(project):
 
 def apart(a, b):
     "`differing` of two records whose rows are in one order."
-    return records.differing(*records._entries([a, b]))
+    return nli_ft.differences.differing(*nli_ft.compare._entries([a, b]))
 
 
 def rewrite(path, change):
@@ -801,7 +808,7 @@ def test_steps_rows_and_tokens_that_were_done_are_a_difference(project):
 def test_a_schedule_that_was_asked_for_and_its_steps_are_one_entry(project):
     a = finished(overrides="max_steps=40", facts=dict(steps=40))
     b = finished(overrides="max_steps=400", facts=dict(steps=400))
-    assert records.explains(apart(a, b)) == ["max_steps (steps 40 → 400)"]
+    assert nli_ft.differences.explains(apart(a, b)) == ["max_steps (steps 40 → 400)"]
 
 
 def test_correct_only_is_said_to_have_trained_less(project):
@@ -809,13 +816,13 @@ def test_correct_only_is_said_to_have_trained_less(project):
         finished("ablation2", facts=dict(steps=45, rows_trained=720)),
         finished("correct_only", facts=dict(steps=30, rows_trained=480)),
     )
-    assert records.explains(apart(a, b)) == ["data_strategy", "steps 45 → 30 (rows 720 → 480)"]
+    assert nli_ft.differences.explains(apart(a, b)) == ["data_strategy", "steps 45 → 30 (rows 720 → 480)"]
     assert "warning" in nli_compare(a, b).stdout
 
 
 def test_steps_of_older_records_are_read_from_their_metrics(project):
     a, b = finished(), finished()
-    records.append_metrics(b, {"step": 7, "loss": 0.5})
+    nli_ft.records.append_metrics(b, {"step": 7, "loss": 0.5})
     assert "steps 1 → 7" in apart(a, b)
     (b / "metrics.jsonl").unlink()
     assert apart(a, b) == ["not recorded: steps"]
@@ -872,7 +879,7 @@ def test_what_a_run_ran_in_is_a_difference(project, change, said, capsys):
     rewrite(b / "environment.json", change)
     found = apart(a, b)
     assert found == [] if said is None else len(found) == 1 and said in found[0]
-    records.compare_cli([str(a), str(b)])
+    nli_ft.compare.compare_cli([str(a), str(b)])
     shown = capsys.readouterr().out
     assert ("nothing" in shown) == (said is None), shown
 
@@ -975,7 +982,7 @@ def unsealed(change):
 
 def covered_up(run):
     "The edited file's own counts and no hash: only the completions still tell."
-    from nli_ft.evaluate import counted
+    from nli_ft.predictions import counted
 
     flip(run)
     rewrite(
@@ -986,7 +993,7 @@ def covered_up(run):
 
 def sealed_again(run):
     "The edited file's own counts and hash."
-    from nli_ft.evaluate import counted, predictions_seal
+    from nli_ft.predictions import counted, predictions_seal
 
     flip(run)
     path = run / "predictions.jsonl"
@@ -1018,33 +1025,33 @@ def test_an_edited_record_is_refused_by_every_reader(project, name, capsys):
     good, bad = finished(seed=1), finished(seed=2)
     edit(bad)
     with pytest.raises(RecordError, match="is not what") as e:
-        records.read_run(bad).predictions()
+        nli_ft.records.read_run(bad).predictions()
     assert why in str(e.value) and "predictions.jsonl" in str(e.value) and "Restore" in str(e.value)
     for argv in ([str(bad)], [str(bad), "--card"]):
         with pytest.raises(SystemExit) as e:
-            records.runs_cli(argv)
+            nli_ft.commands.runs_cli(argv)
         assert e.value.code == 2 and why in capsys.readouterr().err
     with pytest.raises(SystemExit) as e:
-        records.compare_cli([str(good), str(bad)])
+        nli_ft.compare.compare_cli([str(good), str(bad)])
     assert e.value.code == 2 and why in capsys.readouterr().err
-    kept, left = records.comparable([good, bad])
+    kept, left = nli_ft.compare.comparable([good, bad])
     assert [str(k) for k in kept] == [str(good)] and why in left[0][1]
     assert not (bad / "MODEL_CARD.md").exists()
 
 
 def test_an_edited_file_of_the_untrained_model_is_refused(project, capsys):
-    from nli_ft.evaluate import counted
+    from nli_ft.predictions import counted
 
     run, rows = finished(), said_rows(lambda i: i % 2 > 0)
     put_rows(run / "predictions_before.jsonl", rows)
-    records.finish_run(run, before=counted(rows))
+    nli_ft.records.finish_run(run, before=counted(rows))
     put_rows(run / "predictions_before.jsonl", said_rows(lambda i: False))
     for argv in ([str(run)], [str(run), "--card"]):
         with pytest.raises(SystemExit) as e:
-            records.runs_cli(argv)
+            nli_ft.commands.runs_cli(argv)
         assert e.value.code == 2 and "predictions_before.jsonl is not what" in capsys.readouterr().err
     with pytest.raises(RecordError, match="predictions_before"):
-        records.load_compared([f"{run}:before"])
+        nli_ft.differences.load_compared([f"{run}:before"])
 
 
 def test_counts_that_contradict_each_other_are_listed_as_unreadable_without_reading_predictions(project):
@@ -1061,8 +1068,8 @@ def test_listing_runs_reads_no_predictions(project, monkeypatch):
     def never(*a, **k):
         raise AssertionError("predictions were read")
 
-    monkeypatch.setattr("nli_ft.evaluate.read_predictions", never)
-    monkeypatch.setattr("nli_ft.evaluate.check_record", never)
+    swap(monkeypatch, "nli_ft.predictions.read_predictions", never)
+    swap(monkeypatch, "nli_ft.predictions.check_record", never)
     assert [r["accuracy"] for r in runs(project)] == [0.75]
 
 
@@ -1076,7 +1083,7 @@ def test_older_completions_that_todays_rules_read_otherwise_are_told_and_not_ref
         )
         for r in said_rows(lambda i: True)
     ]
-    from nli_ft.evaluate import counted, read_predictions
+    from nli_ft.predictions import counted, read_predictions
 
     run = finished()
     put_rows(run / "predictions.jsonl", loose)
@@ -1085,18 +1092,18 @@ def test_older_completions_that_todays_rules_read_otherwise_are_told_and_not_ref
     said = capsys.readouterr().err
     assert "60 rows would be read otherwise" in said
     assert "its completion says" in said and "The recorded values are used" in said
-    assert any("no hash" in n for n in records.record_notes([run]))
+    assert any("no hash" in n for n in nli_ft.compare.record_notes([run]))
 
 
 def test_the_committed_record_opens_and_says_that_it_has_no_hash_or_has_it():
     for run in (ROOT / "runs" / "cpu_demo").iterdir():
-        checks = records.read_run(run).checks()
+        checks = nli_ft.records.read_run(run).checks()
         assert {"predictions.jsonl", "predictions_before.jsonl"} <= set(checks)
         assert all("120 rows read again" in c for c in checks.values())
 
 
 def test_leakage_is_in_the_card_and_below_the_table(project):
-    from nli_ft.data import leakage
+    from nli_ft.check import leakage
 
     row = dict(id=0, premise="A dog 's tail .", hypothesis="It is a tail .", label=1, contract="course")
     found = leakage(
@@ -1107,12 +1114,12 @@ def test_leakage_is_in_the_card_and_below_the_table(project):
         ],
     )
     leaky, plain = finished(facts=dict(leakage=found)), finished(seed=7, right=lambda i: i % 5 > 0)
-    card = records.model_card(leaky)
+    card = nli_ft.card.model_card(leaky)
     for said in (
         "1 of 2 evaluation pairs are among the training rows",
         "Label contracts differ: course in training, entailment in evaluation",
     ):
         assert said in card
-    assert "was not looked for" in records.model_card(plain)
+    assert "was not looked for" in nli_ft.card.model_card(plain)
     out = nli_compare(leaky, plain).stdout
     assert f"{leaky.parent.name}/{leaky.name}: 1 of 2 evaluation pairs" in out and "was not looked for" in out

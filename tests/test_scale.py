@@ -1,11 +1,12 @@
 "Several processes, several machines, several trackers: accelerate's files, SLURM, `nli_run --engine`, sharding, and what leaves the machine."
 
-import argparse, json, os, re, shlex, shutil, signal, socket, subprocess, sys
+import json, os, re, shlex, shutil, signal, socket, subprocess, sys
 from pathlib import Path
 
 import pytest
 
-from nli_ft.config_loader import ConfigError, load_config, project_root
+from nli_ft.process import ConfigError, project_root
+from nli_ft.config_loader import load_config
 
 root = project_root()
 YAML = sorted((root / "nli_ft" / "configs" / "accelerate").glob("*.yaml"))
@@ -159,8 +160,8 @@ def test_the_number_of_processes_must_be_said_and_the_rest_follows(path, monkeyp
 
 @pytest.mark.parametrize("name", ["fsdp_qlora", "fsdp_qlora_two_nodes"])
 def test_the_fsdp_files_ask_for_what_check_ready_wants_and_accelerate_builds_it(tmp_path, monkeypatch, name):
-    import nli_ft.model as model
-    from nli_ft.train_sft import _missing_for_fsdp
+    import nli_ft.model
+    from nli_ft.ready import _missing_for_fsdp
 
     env = environment(
         launch_args(
@@ -197,9 +198,9 @@ def test_the_fsdp_files_ask_for_what_check_ready_wants_and_accelerate_builds_it(
         )
         and p.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
     )
-    assert model.sharded() and ["FSDP needs CUDA GPUs" in l for l in _missing_for_fsdp(tiny(tmp_path))] == [
-        True
-    ]  # nothing else
+    assert nli_ft.model.sharded() and [
+        "FSDP needs CUDA GPUs" in l for l in _missing_for_fsdp(tiny(tmp_path))
+    ] == [True]  # nothing else
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_the_fsdp_files_ask_for_what_check_ready_wants_and_accelerate_builds_it(
     ],
 )
 def test_what_fsdp_lacks_is_said_before_anything_starts(tmp_path, monkeypatch, env, said):
-    from nli_ft.train_sft import check_ready
+    from nli_ft.ready import check_ready
 
     for k, v in (dict(ACCELERATE_USE_FSDP="true", WORLD_SIZE="2") | env).items():
         monkeypatch.setenv(k, v)
@@ -226,7 +227,8 @@ def test_what_fsdp_lacks_is_said_before_anything_starts(tmp_path, monkeypatch, e
 def test_all_gpus_means_a_process_for_each_that_torch_sees_and_one_trains_here(tmp_path, monkeypatch, gpus):
     "What run_training.sh --all-gpus passes on, --distributed_training true, on machines with one GPU and more."
     import torch
-    from nli_ft.train_sft import launch_command, step_counts, world_size
+    from nli_ft.train_sft import launch_command
+    from nli_ft.preflight import step_counts, world_size
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -282,7 +284,7 @@ def test_two_processes_with_or_without_shards_are_one_with_the_same_rows_a_step(
 ):
     """Measured in fp32: losses differ by 1e-7 between one process and two, sharded or not; matrices of the adapter after four steps by 3e-5.
     In bf16 the norms of a sharded base are in bf16 too: losses differ by 1e-5, matrices by 1e-2."""
-    from nli_ft.model import bf16_in_hardware
+    from nli_ft.bases import bf16_in_hardware
     import torch
 
     if dtype == "bf16" and not bf16_in_hardware(torch.device("cpu")):
@@ -487,7 +489,7 @@ def project(tmp_path):
 
 def nli_run(cwd, *args, **env):
     return subprocess.run(
-        [sys.executable, "-m", "nli_ft.records", *args],
+        [sys.executable, "-m", "nli_ft.launch", *args],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -635,7 +637,7 @@ def test_two_real_runs_as_jobs_leave_the_records_that_they_leave_here(tmp_path):
 def test_a_tracker_that_transformers_does_not_know_or_that_is_not_installed_is_said_before_anything_starts(
     tmp_path,
 ):
-    from nli_ft.train_sft import check_ready
+    from nli_ft.ready import check_ready
 
     with pytest.raises(ConfigError, match="knows no tracker 'tensorbord'; it knows .*mlflow.*tensorboard"):
         check_ready(tiny(tmp_path, report_to="tensorbord"))

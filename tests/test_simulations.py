@@ -6,7 +6,9 @@ The short table runs always. The long one: python -m pytest tests/test_simulatio
 import numpy as np
 import pytest
 
-from nli_ft import data, evaluate as ev, records
+import nli_ft.differences
+import nli_ft.paired
+import nli_ft.seeds
 from studies import (
     DIFFERENCES,
     DIFFICULTY,
@@ -39,7 +41,7 @@ def report(what, share, n):
 def told_runs(rng, accuracies, groups, kind):
     "Which runs a study tells from its first, by the verdict that is printed."
     base, *others = [rows_of(r, groups) for r in right_answers(rng, accuracies, groups, **kind)]
-    return [": can be told" in ev.verdict(r) for r in records.paired(base, others)]
+    return [": can be told" in nli_ft.paired.verdict(r) for r in nli_ft.differences.paired(base, others)]
 
 
 def told_configs(rng, seeds, accuracies, sd, groups, kind):
@@ -48,7 +50,7 @@ def told_configs(rng, seeds, accuracies, sd, groups, kind):
     for n, mean in zip(seeds, accuracies):
         of_seeds = np.clip(mean + sd * rng.standard_normal(n), 0.02, 0.98)
         arms.append(right_answers(rng, of_seeds, groups, **kind))
-    return [bool(r and r["told"]) for r in records.over_seeds(arms, list(groups))]
+    return [bool(r and r["told"]) for r in nli_ft.seeds.over_seeds(arms, list(groups))]
 
 
 def false_share(study, n):
@@ -120,7 +122,9 @@ def test_intervals_of_shares_hold_the_truth(kind):
     rng, groups = np.random.default_rng(14), clusters(240, 4)
     held = []
     for _ in range(400):
-        low, high = data.share_right(right_answers(rng, [0.8], groups, **kind)[0], groups)["accuracy_ci"]
+        low, high = nli_ft.paired.share_right(right_answers(rng, [0.8], groups, **kind)[0], groups)[
+            "accuracy_ci"
+        ]
         held.append(low <= 0.8 <= high)
     assert report("coverage", np.mean(held), 400) > 0.92
 
@@ -220,7 +224,9 @@ def test_coverage_of_the_intervals_of_shares(name, share):
     rng, (groups, kind) = np.random.default_rng(17), RUNS[name]
     held = []
     for _ in range(1000):
-        low, high = data.share_right(right_answers(rng, [share], groups, **kind)[0], groups)["accuracy_ci"]
+        low, high = nli_ft.paired.share_right(right_answers(rng, [share], groups, **kind)[0], groups)[
+            "accuracy_ci"
+        ]
         held.append(low <= share <= high)
     least = 0.92 if share < 0.95 else 0.9  # with two clusters wrong, their design effect is a guess
     assert report(f"{name}, share {share}, coverage", np.mean(held), 1000) > least
@@ -233,6 +239,6 @@ def test_coverage_of_the_intervals_of_differences(name):
     held = []
     for _ in range(1000):
         a, b = right_answers(rng, [0.75, 0.85], groups, **kind)
-        low, high = ev.paired_test(a, b, groups).interval()
+        low, high = nli_ft.paired.paired_test(a, b, groups).interval()
         held.append(low <= 0.1 <= high)
     assert report(f"{name}, 10 points, coverage", np.mean(held), 1000) > 0.92

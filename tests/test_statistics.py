@@ -5,8 +5,11 @@ import itertools, json, math, random
 import numpy as np
 import pytest
 
-from nli_ft import data, evaluate as ev
-from nli_ft.config_loader import DataError, RecordError
+import nli_ft.evaluate
+import nli_ft.paired
+import nli_ft.reasoning
+import nli_ft.report
+from nli_ft.process import DataError, RecordError
 
 
 def pred(i, label, said, p=None, **kw):
@@ -49,13 +52,13 @@ def random_preds(n=137, seed=0, failing=0.1):
 )
 def test_wilson_intervals_are_those_newcombe_published(right, n, low, high):
     # R. G. Newcombe (1998), Two-sided confidence intervals for the single proportion, Statistics in Medicine 17:857-872, table I, method 3
-    assert ev.wilson(right, n) == pytest.approx([low, high], abs=5e-5)
+    assert nli_ft.paired.wilson(right, n) == pytest.approx([low, high], abs=5e-5)
 
 
 def test_wilson_bounds_solve_the_score_equation():
     z = 1.959963984540054
     for right, n in ((0, 7), (3, 10), (1755, 1977)):
-        for bound in ev.wilson(right, n):
+        for bound in nli_ft.paired.wilson(right, n):
             assert (right / n - bound) ** 2 == pytest.approx(z * z * bound * (1 - bound) / n, abs=1e-9)
 
 
@@ -73,7 +76,7 @@ def from_table(both, only_a, only_b, neither):
 
 def test_mcnemar_on_agresti_approval_ratings():
     # A. Agresti, Categorical Data Analysis, table 10.1: 1,600 Britons asked twice; z = (86 - 150)/sqrt(236) = -4.17, so p is about 3e-5
-    r = ev.mcnemar(*from_table(794, 150, 86, 570))
+    r = nli_ft.paired.mcnemar(*from_table(794, 150, 86, 570))
     assert (r["only_a"], r["only_b"]) == (150, 86)
     assert r["p"] == pytest.approx(binomial_two_sided(86, 236), rel=1e-9)
     assert r["p"] == pytest.approx(
@@ -83,28 +86,28 @@ def test_mcnemar_on_agresti_approval_ratings():
 
 @pytest.mark.parametrize("only_a, only_b", [(1, 9), (0, 5), (5, 5), (12, 3), (1, 0)])
 def test_mcnemar_is_a_coin_toss_over_the_disagreements(only_a, only_b):
-    assert ev.mcnemar(*from_table(30, only_a, only_b, 4))["p"] == pytest.approx(
+    assert nli_ft.paired.mcnemar(*from_table(30, only_a, only_b, 4))["p"] == pytest.approx(
         binomial_two_sided(only_a, only_a + only_b)
     )
 
 
 def test_mcnemar_without_disagreement_says_nothing():
-    assert ev.mcnemar(*from_table(5, 0, 0, 5))["p"] == 1.0
+    assert nli_ft.paired.mcnemar(*from_table(5, 0, 0, 5))["p"] == 1.0
 
 
 def test_pairing_unequal_or_no_items_is_refused():
     for a, b in (([1, 0], [1]), ([], [])):
         with pytest.raises(RecordError, match="same items"):
-            ev.mcnemar(a, b)
+            nli_ft.paired.mcnemar(a, b)
         with pytest.raises(RecordError, match="same items"):
-            ev.paired_test(a, b)
+            nli_ft.paired.paired_test(a, b)
 
 
 def test_holm_steps_down_as_defined():
     # by hand from the definition in S. Holm (1979), Scand. J. Statist. 6:65-70: 4 × .005, 3 × .01, 2 × .03, then never falling
-    adjusted = ev.holm([0.01, 0.04, 0.03, 0.005])
+    adjusted = nli_ft.paired.holm([0.01, 0.04, 0.03, 0.005])
     assert adjusted == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert ev.holm([]) == [] and ev.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert nli_ft.paired.holm([]) == [] and nli_ft.paired.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 # --- the test that decides
@@ -136,13 +139,13 @@ UNEQUAL = (
 
 def test_p_is_the_share_of_all_flips_that_give_as_large_a_difference():
     a, b, groups = answers(*UNEQUAL)
-    t = ev.paired_test(a, b, groups)
+    t = nli_ft.paired.paired_test(a, b, groups)
     assert t.n_clusters == 12 and t.difference == pytest.approx(13 / 28)
     assert t.p == pytest.approx(all_flips(*UNEQUAL))
 
 
 def test_the_interval_holds_the_differences_that_flips_do_not_refuse():
-    t = ev.paired_test(*answers(*UNEQUAL))
+    t = nli_ft.paired.paired_test(*answers(*UNEQUAL))
     for alpha in (0.05, 0.2):
         low, high = t.interval(alpha)
         for inside in (low + 1e-6, high - 1e-6):
@@ -154,15 +157,15 @@ def test_the_interval_holds_the_differences_that_flips_do_not_refuse():
 def test_without_clusters_it_is_mcnemars_test():
     for only_a, only_b in ((1, 9), (0, 7), (12, 3), (5, 5)):
         a, b = from_table(8, only_a, only_b, 4)
-        assert ev.paired_test(a, b).p == pytest.approx(binomial_two_sided(only_a, only_a + only_b))
+        assert nli_ft.paired.paired_test(a, b).p == pytest.approx(binomial_two_sided(only_a, only_a + only_b))
 
 
 def test_random_flips_agree_with_all_flips_and_are_the_same_each_time():
     a, b, groups = answers(*UNEQUAL)
-    some = ev.paired_test(a, b, groups, n_flips=1000)
+    some = nli_ft.paired.paired_test(a, b, groups, n_flips=1000)
     assert (
         some.p == pytest.approx(all_flips(*UNEQUAL), abs=0.02)
-        and some.p == ev.paired_test(a, b, groups, n_flips=1000).p
+        and some.p == nli_ft.paired.paired_test(a, b, groups, n_flips=1000).p
     )
     assert some.p >= 1 / 1001  # what was seen is one of the flips
 
@@ -171,15 +174,15 @@ def test_the_names_of_clusters_and_the_order_of_items_do_not_matter():
     a, b, groups = map(np.array, answers(*UNEQUAL))
     order = np.random.default_rng(0).permutation(len(a))
     one, other = (
-        ev.paired_test(a, b, groups),
-        ev.paired_test(a[order], b[order], [f"group {g}" for g in groups[order]]),
+        nli_ft.paired.paired_test(a, b, groups),
+        nli_ft.paired.paired_test(a[order], b[order], [f"group {g}" for g in groups[order]]),
     )
     assert [one.p, *one.interval()] == pytest.approx([other.p, *other.interval()])
 
 
 def test_swapping_the_runs_turns_the_interval_round():
     a, b, groups = answers(*UNEQUAL)
-    one, other = ev.paired_test(a, b, groups), ev.paired_test(b, a, groups)
+    one, other = nli_ft.paired.paired_test(a, b, groups), nli_ft.paired.paired_test(b, a, groups)
     assert one.p == pytest.approx(other.p) and one.detectable() == pytest.approx(other.detectable())
     assert one.interval() == pytest.approx([-x for x in other.interval()[::-1]])
 
@@ -203,7 +206,7 @@ def test_swapping_the_runs_turns_the_interval_round():
 )
 @pytest.mark.parametrize("alpha", [0.05, 0.05 / 14])
 def test_p_interval_and_detectable_difference_never_contradict_each_other(sums, sizes, alpha):
-    t = ev.paired_test(*answers(sums, sizes))
+    t = nli_ft.paired.paired_test(*answers(sums, sizes))
     low, high = t.interval(alpha)
     assert -1 <= low <= t.difference <= high <= 1 and low < high
     assert (low > 0 or high < 0) == (t.p <= alpha)
@@ -213,7 +216,7 @@ def test_p_interval_and_detectable_difference_never_contradict_each_other(sums, 
 
 
 def test_equal_runs_have_p_1_and_no_difference_to_detect():
-    t = ev.paired_test([1, 0] * 20, [1, 0] * 20, [i // 4 for i in range(40)])
+    t = nli_ft.paired.paired_test([1, 0] * 20, [1, 0] * 20, [i // 4 for i in range(40)])
     assert (t.difference, t.p, t.detectable()) == (0.0, 1.0, None)
     assert t.interval() == pytest.approx(
         [-(1 - 0.05**0.1), 1 - 0.05**0.1]
@@ -222,7 +225,7 @@ def test_equal_runs_have_p_1_and_no_difference_to_detect():
 
 def test_one_cluster_that_holds_nearly_everything_tells_nothing():
     sums, sizes = [40] + [0] * 12, [50] + [1] * 12
-    t = ev.paired_test(*answers(sums, sizes))
+    t = nli_ft.paired.paired_test(*answers(sums, sizes))
     assert t.p == 1.0 and t.interval()[0] <= 0
 
 
@@ -231,24 +234,27 @@ def test_a_family_is_decided_as_holm_decides_and_each_interval_says_the_same():
     base = (rng.random(600) < 0.8).astype(int)
     groups = [i // 3 for i in range(600)]
     tests = [
-        ev.paired_test(base, (rng.random(600) < p).astype(int), groups) for p in (0.9, 0.8, 0.89, 0.81, 0.66)
+        nli_ft.paired.paired_test(base, (rng.random(600) < p).astype(int), groups)
+        for p in (0.9, 0.8, 0.89, 0.81, 0.66)
     ]
-    for r, p in zip(ev.decide(tests), ev.holm([t.p for t in tests])):
+    for r, p in zip(nli_ft.paired.decide(tests), nli_ft.paired.holm([t.p for t in tests])):
         assert r["p_holm"] == p and r["told"] == (p <= 0.05)
         assert r["told"] == (r["ci"][0] > 0 or r["ci"][1] < 0)
         assert r["told"] or abs(r["difference"]) < r["detectable"]
-    assert sum(r["told"] for r in ev.decide(tests)) >= 2
+    assert sum(r["told"] for r in nli_ft.paired.decide(tests)) >= 2
 
 
 def test_interval_and_detectable_difference_are_at_the_level_of_the_family():
     # nine items of forty, all one way: p = 2/2^9, enough alone and not among fourteen
     base, better = [0] * 40, [1] * 9 + [0] * 31
     lone, one_of_many = (
-        ev.paired_test(base, better),
-        ev.decide([ev.paired_test(base, better)] + [ev.paired_test(base, base)] * 13)[0],
+        nli_ft.paired.paired_test(base, better),
+        nli_ft.paired.decide(
+            [nli_ft.paired.paired_test(base, better)] + [nli_ft.paired.paired_test(base, base)] * 13
+        )[0],
     )
     assert lone.p == pytest.approx(2 / 2**9) and 0.05 / 14 < lone.p < 0.05
-    assert ev.decide([lone])[0]["told"] and lone.interval(0.05)[0] > 0
+    assert nli_ft.paired.decide([lone])[0]["told"] and lone.interval(0.05)[0] > 0
     assert (
         one_of_many["told"] is False
         and one_of_many["ci"][0] <= 0
@@ -258,18 +264,18 @@ def test_interval_and_detectable_difference_are_at_the_level_of_the_family():
 
 
 def test_what_was_seen_counts_among_the_random_flips():
-    assert ev.paired_test(
+    assert nli_ft.paired.paired_test(
         [0] * 600, [1] * 300 + [0] * 300, [i // 2 for i in range(600)], n_flips=99
     ).p == pytest.approx(1 / 100)
 
 
 def test_below_ten_clusters_there_is_no_verdict_however_small_p_is():
     for count, told in ((9, None), (10, True)):
-        [r] = ev.decide(
-            [ev.paired_test([0] * 4 * count, [1] * 4 * count, [i // 4 for i in range(4 * count)])]
+        [r] = nli_ft.paired.decide(
+            [nli_ft.paired.paired_test([0] * 4 * count, [1] * 4 * count, [i // 4 for i in range(4 * count)])]
         )
         assert r["p"] == pytest.approx(2 / 2**count) and r["told"] is told
-        said = ev.verdict(r | dict(n=4 * count, discordant=1.0))
+        said = nli_ft.paired.verdict(r | dict(n=4 * count, discordant=1.0))
         assert ("no verdict" in said) == (told is None) and f"({count} clusters)" in said
 
 
@@ -280,7 +286,7 @@ def test_the_detectable_difference_is_found_with_the_stated_power(n, size, share
     def study(d):
         up, down = ((share + d) / 2, (share - d) / 2)
         moved = rng.choice([1, -1, 0], n // size, p=[up, down, 1 - share]).repeat(size)
-        return ev.paired_test(moved < 0, moved > 0, groups)
+        return nli_ft.paired.paired_test(moved < 0, moved > 0, groups)
 
     d = np.mean([study(0).detectable() for _ in range(20)])
     seen = np.mean([study(d).p <= 0.05 for _ in range(300)])
@@ -293,7 +299,7 @@ def test_the_detectable_difference_is_found_with_the_stated_power(n, size, share
 def test_the_design_effect_agrees_with_its_definition_for_equal_clusters():
     rng = np.random.default_rng(4)
     right = (rng.random((60, 4)) < rng.beta(4, 1, 60)[:, None]).astype(int)
-    deff, count, worth = data.design_effect(right.ravel(), np.repeat(range(60), 4))
+    deff, count, worth = nli_ft.paired.design_effect(right.ravel(), np.repeat(range(60), 4))
     between = right.mean(1).var(ddof=1) / 60
     binomial = right.mean() * (1 - right.mean()) / 239
     assert (deff, count, worth) == (pytest.approx(between / binomial), 60, 60.0)
@@ -301,14 +307,14 @@ def test_the_design_effect_agrees_with_its_definition_for_equal_clusters():
 
 def test_a_share_of_rows_that_all_agree_counts_its_clusters():
     for value in (0, 1):
-        share = data.share_right([value] * 40, [i // 4 for i in range(40)])
-        assert share["deff"] == 4.0 and share["accuracy_ci"] != data.wilson(40 * value, 40)
-    assert data.share_right([1, 0, 1], [1, 2, 3])["accuracy_ci"] == data.wilson(2, 3)
+        share = nli_ft.paired.share_right([value] * 40, [i // 4 for i in range(40)])
+        assert share["deff"] == 4.0 and share["accuracy_ci"] != nli_ft.paired.wilson(40 * value, 40)
+    assert nli_ft.paired.share_right([1, 0, 1], [1, 2, 3])["accuracy_ci"] == nli_ft.paired.wilson(2, 3)
 
 
 def test_clusters_of_copies_give_the_interval_of_one_copy():
-    once = data.share_right([1] * 70 + [0] * 30, range(100))["accuracy_ci"]
-    copied = data.share_right(([1] * 70 + [0] * 30) * 3, list(range(100)) * 3)
+    once = nli_ft.paired.share_right([1] * 70 + [0] * 30, range(100))["accuracy_ci"]
+    copied = nli_ft.paired.share_right(([1] * 70 + [0] * 30) * 3, list(range(100)) * 3)
     assert copied["deff"] == pytest.approx(3, abs=0.1) and copied["accuracy_ci"] == pytest.approx(
         once, abs=0.003
     )
@@ -316,16 +322,20 @@ def test_clusters_of_copies_give_the_interval_of_one_copy():
 
 def test_every_accuracy_interval_of_a_report_is_made_the_same_way():
     rows = [pred(i, 1, int(i % 12 > 3), 0.9, group_id=i // 4) for i in range(240)]
-    made = ev.report(rows)
-    whole = data.share_right([i % 12 > 3 for i in range(240)], [i // 4 for i in range(240)])
+    made = nli_ft.report.report(rows)
+    whole = nli_ft.paired.share_right([i % 12 > 3 for i in range(240)], [i // 4 for i in range(240)])
     for found in (
         made["scores"],
         made["slices"]["label"]["1"],
-        ev.reliability_bins(*ev.confidences(rows), 1, ev.groups_of(rows))[0],
+        nli_ft.evaluate.reliability_bins(
+            *nli_ft.evaluate.confidences(rows), 1, nli_ft.evaluate.groups_of(rows)
+        )[0],
     ):
         assert found["accuracy_ci"] == whole["accuracy_ci"] and found["deff"] == whole["deff"] > 3
-    assert made["consistency"]["4"]["accuracy_ci"] == data.wilson(40, 60)
-    assert f"n = 240 in 60 clusters (95 % Wilson at n / {whole['deff']:.2f}" in ev.report_text(made)
+    assert made["consistency"]["4"]["accuracy_ci"] == nli_ft.paired.wilson(40, 60)
+    assert f"n = 240 in 60 clusters (95 % Wilson at n / {whole['deff']:.2f}" in nli_ft.report.report_text(
+        made
+    )
 
 
 # --- seeds
@@ -337,7 +347,7 @@ def test_over_seeds_it_is_welchs_test_where_items_do_not_vary():
 
     means = ([0.60, 0.62, 0.67], [0.70, 0.71, 0.66])
     runs = [np.array([[1] * round(1000 * m) + [0] * round(1000 - 1000 * m) for m in arm]) for arm in means]
-    t = ev.seed_test(*runs)
+    t = nli_ft.paired.seed_test(*runs)
     items = t.se**2 - sum(np.var(m, ddof=1) / 3 for m in means)
     want = ttest_ind(means[1], means[0], equal_var=False)
     assert t.difference == pytest.approx(0.06) and 0 < items < 0.0002
@@ -351,33 +361,33 @@ def test_degrees_of_freedom_are_those_of_satterthwaite_and_no_more_than_the_smal
     va, vb, difference = a.mean(1).var(ddof=1) / 3, b.mean(1).var(ddof=1) / 3, b.mean(0) - a.mean(0)
     items = difference.var(ddof=1) / 400
     seeds_df = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 2)
-    t = ev.seed_test(a, b)
+    t = nli_ft.paired.seed_test(a, b)
     assert t.se**2 == pytest.approx(va + vb + items)
     assert t.df == pytest.approx((va + vb + items) ** 2 / ((va + vb) ** 2 / seeds_df + items**2 / 399))
     few, many = arm(3), arm(10)
     few[1:] = few[0]  # the three vary by nothing, the ten by much
     seeds, items = many.mean(1).var(ddof=1) / 10, (many.mean(0) - few.mean(0)).var(ddof=1) / 400
-    assert ev.seed_test(few, many).df == pytest.approx(
+    assert nli_ft.paired.seed_test(few, many).df == pytest.approx(
         (seeds + items) ** 2 / (seeds**2 / 4 + items**2 / 399)
     )  # Welch's would be 9, not 4
-    assert ev.seed_test(few[:2], many).df == ev.seed_test(arm(2), arm(2)).df == 2.0
+    assert nli_ft.paired.seed_test(few[:2], many).df == nli_ft.paired.seed_test(arm(2), arm(2)).df == 2.0
 
 
 def test_one_seed_in_either_arm_gives_no_test_and_an_untrained_model_needs_none():
     rng = np.random.default_rng(6)
     three, one = (rng.random((3, 90)) < 0.8), (rng.random((1, 90)) < 0.5)
-    assert ev.seed_test(one, three) is None is ev.seed_test(three, one)
-    assert ev.seed_test(one, three, seedless=(True, False)).p < 0.01
+    assert nli_ft.paired.seed_test(one, three) is None is nli_ft.paired.seed_test(three, one)
+    assert nli_ft.paired.seed_test(one, three, seedless=(True, False)).p < 0.01
     with pytest.raises(RecordError, match="not the same items"):
-        ev.seed_test(three, three[:, :9])
+        nli_ft.paired.seed_test(three, three[:, :9])
 
 
 def test_equal_arms_and_arms_without_any_variance_have_an_answer():
-    same = ev.seed_test([[1, 0] * 20] * 3, [[1, 0] * 20] * 3)
+    same = nli_ft.paired.seed_test([[1, 0] * 20] * 3, [[1, 0] * 20] * 3)
     assert (same.difference, same.p, same.detectable()) == (0.0, 1.0, None) and same.interval()[
         0
     ] < 0 < same.interval()[1]
-    apart = ev.seed_test([[0] * 40] * 2, [[1] * 40] * 2, [i // 4 for i in range(40)])
+    apart = nli_ft.paired.seed_test([[0] * 40] * 2, [[1] * 40] * 2, [i // 4 for i in range(40)])
     assert (apart.difference, apart.p) == (1.0, 2 / 2**10) and 0 < apart.interval()[0] < apart.interval()[
         1
     ] == 1.0
@@ -388,8 +398,10 @@ def test_seeds_that_differ_widen_the_interval_that_items_alone_would_give():
     apart = (rng.random((3, 400)) < [[0.6], [0.75], [0.9]]).astype(float)
     close = (rng.random((3, 400)) < 0.75).astype(float)
     width = lambda r: r["accuracy_ci"][1] - r["accuracy_ci"][0]
-    assert width(ev.seed_share(apart, range(400))) > 2 * width(ev.seed_share(close, range(400)))
-    assert ev.seed_share(apart, range(400))["sd"] == pytest.approx(apart.mean(1).std(ddof=1))
+    assert width(nli_ft.paired.seed_share(apart, range(400))) > 2 * width(
+        nli_ft.paired.seed_share(close, range(400))
+    )
+    assert nli_ft.paired.seed_share(apart, range(400))["sd"] == pytest.approx(apart.mean(1).std(ddof=1))
 
 
 # --- how many items a difference needs
@@ -398,7 +410,7 @@ def test_seeds_that_differ_widen_the_interval_that_items_alone_would_give():
 @pytest.mark.parametrize("n, discordant", [(300, 0.3), (2000, 0.1), (1977, 0.05)])
 def test_the_minimum_detectable_difference_is_found_with_the_stated_power(n, discordant):
     # second implementation: simulate paired answers with exactly this difference and count how often the McNemar z test sees it
-    d = ev.minimum_detectable_difference(n, discordant)
+    d = nli_ft.paired.minimum_detectable_difference(n, discordant)
     rng = np.random.default_rng(7)
     cells = rng.multinomial(n, [(discordant + d) / 2, (discordant - d) / 2, 1 - discordant], 20_000)
     z = np.abs(cells[:, 0] - cells[:, 1]) / np.sqrt(cells[:, 0] + cells[:, 1])
@@ -406,13 +418,17 @@ def test_the_minimum_detectable_difference_is_found_with_the_stated_power(n, dis
 
 
 def test_too_few_items_resolve_nothing():
-    assert ev.minimum_detectable_difference(10, 0.2) is None is ev.minimum_detectable_difference(100, 0.0)
+    assert (
+        nli_ft.paired.minimum_detectable_difference(10, 0.2)
+        is None
+        is nli_ft.paired.minimum_detectable_difference(100, 0.0)
+    )
 
 
 def test_half_a_point_on_two_thousand_items_is_not_resolvable():
     # 89.2 against 89.6 % on 1,977 items, as one published table ranks runs
     acc = 0.894
-    assert ev.minimum_detectable_difference(1977, 2 * acc * (1 - acc)) > 4 * 0.004
+    assert nli_ft.paired.minimum_detectable_difference(1977, 2 * acc * (1 - acc)) > 4 * 0.004
 
 
 # --- classification scores
@@ -425,7 +441,7 @@ def test_scores_by_hand_with_failures_as_misses():
             [(1, 1)] * 5 + [(1, 0)] * 2 + [(1, None)] * 3 + [(0, 0)] * 6 + [(0, 1)] * 2 + [(0, None)] * 2
         )
     ]
-    s = ev.score(rows)
+    s = nli_ft.evaluate.score(rows)
     assert (s["n"], s["accuracy"], s["coverage"], s["valid_rate"]) == (20, 11 / 20, 15 / 20, 15 / 20)
     assert s["parsed_accuracy"] == 11 / 15 and s["confusion"] == [[6, 2, 2], [2, 5, 3]]
     p1, r1, p0, r0 = 5 / 7, 5 / 10, 6 / 8, 6 / 10
@@ -448,20 +464,20 @@ def test_mcc_against_its_determinant_and_its_general_form():
         [(1, 1)] * 6 + [(1, 0)] * 2 + [(0, 1)] + [(0, 0)] * 3,
         [(1, 1)] * 4 + [(1, None)] * 2 + [(0, 0)] * 5 + [(0, 1)] + [(0, None)],
     ):
-        s = ev.score([pred(i, y, a) for i, (y, a) in enumerate(cells)])
+        s = nli_ft.evaluate.score([pred(i, y, a) for i, (y, a) in enumerate(cells)])
         assert s["mcc"] == pytest.approx(r_k(s["confusion"] + [[0, 0, 0]]))
 
 
 def test_what_one_class_leaves_undefined_is_none_and_breaks_nothing():
     rows = [pred(i, 0, 0, 0.1, premise=f"A dog runs {i}.") for i in range(12)]  # all gold 0, all right
-    made = ev.report(rows, train=[dict(premise="A", hypothesis="B", label=0)] * 3)
+    made = nli_ft.report.report(rows, train=[dict(premise="A", hypothesis="B", label=0)] * 3)
     s = made["scores"]
     assert (s["macro_f1"], s["macro_precision"], s["balanced_accuracy"], s["mcc"]) == (None,) * 4
     assert (
         s["per_class"]["1"] == dict(precision=None, recall=None, f1=None, n=0)
         and s["per_class"]["0"]["f1"] == 1.0
     )
-    text = ev.report_text(made)
+    text = nli_ft.report.report_text(made)
     assert (
         "macro-F1 undefined (one class), balanced accuracy undefined (one class), MCC undefined (one class)"
         in text
@@ -470,7 +486,7 @@ def test_what_one_class_leaves_undefined_is_none_and_breaks_nothing():
 
 
 def test_a_class_that_is_never_answered_has_no_precision_and_constant_answers_have_mcc_0():
-    s = ev.score([pred(i, i % 2, 1) for i in range(10)])
+    s = nli_ft.evaluate.score([pred(i, i % 2, 1) for i in range(10)])
     assert (s["per_class"]["0"]["precision"], s["macro_precision"], s["mcc"]) == (None, None, 0.0)
     assert (s["per_class"]["0"]["f1"], s["macro_f1"]) == (0.0, pytest.approx(1 / 3))
 
@@ -479,13 +495,16 @@ def test_a_gain_on_the_frequent_class_alone_is_called_one():
     gold = [0] * 180 + [1] * 20
     balanced = [0] * 150 + [1] * 30 + [1] * 18 + [0] * 2  # right on 168 of 200, both classes known
     rows = [pred(i, y, 0, group_id=i) for i, y in enumerate(gold)]  # always the frequent label: right on 180
-    found = ev.compare_answers(rows, dict(balanced=balanced))["balanced"]
+    found = nli_ft.reasoning.compare_answers(rows, dict(balanced=balanced))["balanced"]
     assert (
         found["difference"] > 0
         and "but the other way by macro-F1 -" in found["verdict"]
         and "MCC -" in found["verdict"]
     )
-    assert "other way" not in ev.compare_answers(rows, dict(wrong=[1 - y for y in gold]))["wrong"]["verdict"]
+    assert (
+        "other way"
+        not in nli_ft.reasoning.compare_answers(rows, dict(wrong=[1 - y for y in gold]))["wrong"]["verdict"]
+    )
 
 
 def test_the_valid_rate_counts_repairs_apart_and_coverage_counts_them_in():
@@ -495,7 +514,7 @@ def test_the_valid_rate_counts_repairs_apart_and_coverage_counts_them_in():
         pred(3, 1, None, outcome="wrong_schema"),
         pred(4, 1, None, outcome="empty"),
     ]
-    s = ev.score(rows)
+    s = nli_ft.evaluate.score(rows)
     assert (s["valid_rate"], s["coverage"], s["accuracy"]) == (0.25, 0.5, 0.5)
     assert s["outcomes"] == dict(strict=1, repaired=1, wrong_schema=1, empty=1)
 
@@ -515,20 +534,20 @@ def test_ece_against_a_plain_second_implementation():
         )
         / 150
     )
-    assert ev.ece(conf, right) == pytest.approx(want)
+    assert nli_ft.evaluate.ece(conf, right) == pytest.approx(want)
 
 
 def test_ece_does_not_depend_on_the_order_of_rows_even_with_ties():
     rows = random_preds(200, failing=0)
     shuffled = random.Random(2).sample(rows, len(rows))
-    assert ev.calibration(rows) == pytest.approx(ev.calibration(shuffled))
-    assert ev.ece([0.8] * 10, [1] * 8 + [0] * 2) == pytest.approx(0)
+    assert nli_ft.evaluate.calibration(rows) == pytest.approx(nli_ft.evaluate.calibration(shuffled))
+    assert nli_ft.evaluate.ece([0.8] * 10, [1] * 8 + [0] * 2) == pytest.approx(0)
 
 
 def test_brier_and_nll_by_their_definitions_over_answered_rows_only():
     rows = random_preds()
     has = [r for r in rows if r["p_entail"] is not None and 0 < r["p_entail"] < 1]
-    c = ev.calibration(has + [pred("x", 1, None)])
+    c = nli_ft.evaluate.calibration(has + [pred("x", 1, None)])
     assert c["n"] == len(has)
     assert c["brier"] == pytest.approx(sum((r["p_entail"] - r["label"]) ** 2 for r in has) / len(has))
     assert c["nll"] == pytest.approx(
@@ -552,11 +571,11 @@ def test_risk_coverage_is_the_mean_over_all_orders_of_ties():
         if all(sure(x) >= sure(y) for x, y in zip(order, order[1:])):
             wrong = list(itertools.accumulate(r["predicted_label"] != r["label"] for r in order))
             curves.append([w / k for k, w in enumerate(wrong, 1)])
-    coverage, risk = ev.risk_coverage(rows)
+    coverage, risk = nli_ft.evaluate.risk_coverage(rows)
     assert risk == pytest.approx(np.mean(curves, 0)) and coverage == pytest.approx(
         [k / 7 for k in range(1, 8)]
     )
-    assert ev.calibration(rows)["aurc"] == pytest.approx(np.mean(curves))
+    assert nli_ft.evaluate.calibration(rows)["aurc"] == pytest.approx(np.mean(curves))
 
 
 def test_perfect_ranking_has_the_aurc_of_its_closed_form():
@@ -564,14 +583,16 @@ def test_perfect_ranking_has_the_aurc_of_its_closed_form():
     rows = [pred(i, 1, 1, 0.99 - i / 1000) for i in range(80)] + [
         pred(100 + i, 0, 1, 0.6 - i / 1000) for i in range(20)
     ]
-    assert ev.calibration(rows)["aurc"] == pytest.approx(sum((k - 80) / k for k in range(81, 101)) / 100)
+    assert nli_ft.evaluate.calibration(rows)["aurc"] == pytest.approx(
+        sum((k - 80) / k for k in range(81, 101)) / 100
+    )
 
 
 def test_a_calibrated_model_is_off_by_as_much_as_its_simulated_ece_says():
     rng = np.random.default_rng(8)
     conf = rng.uniform(0.6, 1, 120)
-    expected, high = ev.calibrated_ece(conf)
-    honest = [ev.ece(conf, rng.random(120) < conf) for _ in range(400)]
+    expected, high = nli_ft.evaluate.calibrated_ece(conf)
+    honest = [nli_ft.evaluate.ece(conf, rng.random(120) < conf) for _ in range(400)]
     assert expected == pytest.approx(np.mean(honest), abs=0.004) and np.mean(
         np.array(honest) > high
     ) == pytest.approx(0.05, abs=0.035)
@@ -582,8 +603,8 @@ def test_a_random_ranking_has_the_aurc_that_stands_beside():
     rows = [pred(i, 1, int(rng.random() < 0.7), 0.0) for i in range(200)]
     for r in rows:
         r["p_entail"] = 0.5 + rng.random() / 2 if r["predicted_label"] else 0.5 - rng.random() / 2
-    c = ev.calibration(rows)
-    assert c["aurc_random"] == pytest.approx(1 - ev.accuracy(rows)["accuracy"])
+    c = nli_ft.evaluate.calibration(rows)
+    assert c["aurc_random"] == pytest.approx(1 - nli_ft.evaluate.accuracy(rows)["accuracy"])
     assert c["aurc"] == pytest.approx(c["aurc_random"], abs=0.08)
 
 
@@ -595,10 +616,10 @@ def test_slices_partition_the_rows_and_add_up():
         r | dict(category="ab"[i % 2], thought_process="w " * (i % 13), premise="word " * (i % 5 + 1))
         for i, r in enumerate(random_preds())
     ]
-    for name, values in ev.slices(rows).items():
+    for name, values in nli_ft.evaluate.slices(rows).items():
         assert sum(v["n"] for v in values.values()) == len(rows), name
-        assert sum(v["right"] for v in values.values()) == ev.accuracy(rows)["right"], name
-    assert not {"relation", "hans"} & set(ev.slices(rows))
+        assert sum(v["right"] for v in values.values()) == nli_ft.evaluate.accuracy(rows)["right"], name
+    assert not {"relation", "hans"} & set(nli_ft.evaluate.slices(rows))
 
 
 def test_neutral_and_contradiction_are_told_apart_inside_label_0():
@@ -608,7 +629,7 @@ def test_neutral_and_contradiction_are_told_apart_inside_label_0():
         pred(3, 0, 0, relation="contradiction"),
         pred(4, 1, 1, relation="entailment"),
     ]
-    found = ev.slices(rows)["relation"]
+    found = nli_ft.evaluate.slices(rows)["relation"]
     assert {k: v["accuracy"] for k, v in found.items()} == dict(
         neutral=0.5, contradiction=1.0, entailment=1.0
     )
@@ -624,7 +645,7 @@ def test_quadruples_need_all_four_right_and_pairs_are_counted_apart():
         pred(30, 1, 1, group_id="single"),
         pred(31, 1, 1),
     ]
-    found = ev.consistency(rows)
+    found = nli_ft.evaluate.consistency(rows)
     assert (found["4"]["n"], found["4"]["right"], found["2"]["accuracy"]) == (2, 1, 1.0) and set(found) == {
         "2",
         "4",
@@ -647,22 +668,24 @@ def test_baselines_find_planted_shortcuts_and_nothing_where_none_is():
     negated = lambda y: dict(hypothesis=f"The {noun()} is " + ("here" if y else "not here"))
     random_ = lambda y: dict(hypothesis=f"The {noun()} is here")
     test = rows(200, negated)
-    found = acc(ev.baseline_labels(rows(200, negated), test), test)
+    found = acc(nli_ft.reasoning.baseline_labels(rows(200, negated), test), test)
     assert (
         found["hypothesis_only"] == found["overlap_negation"] == found["boosted_tree"] == 1.0
         and found["majority"] < 0.65
     )
     test = rows(400, random_)
-    found = acc(ev.baseline_labels(rows(200, random_), test), test)
+    found = acc(nli_ft.reasoning.baseline_labels(rows(200, random_), test), test)
     assert all(0.35 < a < 0.65 for a in found.values())
-    assert set(ev.baseline_labels([dict(premise="a", hypothesis="b", label=1)] * 3, test)) == {"majority"}
+    assert set(nli_ft.reasoning.baseline_labels([dict(premise="a", hypothesis="b", label=1)] * 3, test)) == {
+        "majority"
+    }
     with pytest.raises(DataError, match="none"):
-        ev.baseline_labels([], test)
+        nli_ft.reasoning.baseline_labels([], test)
 
 
 def test_comparisons_with_baselines_are_paired_clustered_and_corrected():
     rows = [pred(i, i % 2, i % 2, group_id=i // 4) for i in range(40)]
-    found = ev.compare_answers(
+    found = nli_ft.reasoning.compare_answers(
         rows, dict(majority=[0] * 40, same=[r["predicted_label"] for r in rows], mute=[None] * 40)
     )
     assert (found["majority"]["difference"], found["same"]["p"], found["mute"]["accuracy"]) == (0.5, 1.0, 0.0)
@@ -678,11 +701,11 @@ def test_comparisons_with_baselines_are_paired_clustered_and_corrected():
 def test_an_untuned_model_on_other_items_is_not_compared():
     rows = [pred(i, 1, 1) for i in range(4)]
     assert (
-        ev.report(rows, before=rows[::-1])["baselines"]["untuned"]["difference"] == 0.0
+        nli_ft.report.report(rows, before=rows[::-1])["baselines"]["untuned"]["difference"] == 0.0
     )  # same items in another order are the same items
     for other in (rows[:3], [r | dict(label=0) for r in rows]):
         with pytest.raises(RecordError, match="other items or labels"):
-            ev.report(rows, before=other)
+            nli_ft.report.report(rows, before=other)
 
 
 def test_a_report_is_plain_json_also_for_the_poorest_rows():
@@ -693,8 +716,8 @@ def test_a_report_is_plain_json_also_for_the_poorest_rows():
         random_preds(),
         [pred(1, 1, 1, 1.0), pred(2, 0, 1, 1.0)],
     ):
-        json.dumps(ev.report(rows), allow_nan=False)
-        assert ev.report_text(ev.report(rows)).startswith("accuracy ")
+        json.dumps(nli_ft.report.report(rows), allow_nan=False)
+        assert nli_ft.report.report_text(nli_ft.report.report(rows)).startswith("accuracy ")
 
 
 @pytest.mark.parametrize(
@@ -715,16 +738,16 @@ def test_a_report_is_plain_json_also_for_the_poorest_rows():
     ],
 )
 def test_the_last_verdict_in_a_thought_is_the_one_it_states(thought, label):
-    assert ev.stated_label(thought) == label
+    assert nli_ft.reasoning.stated_label(thought) == label
 
 
 def test_reasoning_measures_see_a_thought_that_contradicts_its_label():
     rows = [pred(i, 1, 1, thought_process="The dog runs, so it can be inferred.") for i in range(3)] + [
         pred(9, 1, 1, thought_process="it cannot be inferred")
     ]
-    r = ev.reasoning(rows)
+    r = nli_ft.reasoning.reasoning(rows)
     assert (r["n"], r["stated"], r["agreement"]) == (4, 1.0, 0.75)
     assert (
-        ev.grounded_share(pred(1, 1, 1, thought_process="the dog flies")) == 0.5
-        and ev.grounded_share(pred(1, 1, 1, thought_process="the")) is None
+        nli_ft.reasoning.grounded_share(pred(1, 1, 1, thought_process="the dog flies")) == 0.5
+        and nli_ft.reasoning.grounded_share(pred(1, 1, 1, thought_process="the")) is None
     )

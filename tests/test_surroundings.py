@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nli_ft.config_loader import project_root
+from nli_ft.process import project_root
 
 root = project_root()
 bin = Path(sys.executable).parent
@@ -164,7 +164,7 @@ def test_bytes_that_are_no_text_are_refused_as_a_premise(tmp_path):
 
 
 def test_a_latin_argument_is_read_in_a_latin_locale(latin):
-    say = "import sys; from nli_ft.config_loader import typed_text; print(ascii(typed_text(sys.argv[1], '--premise')))"
+    say = "import sys; from nli_ft.process import typed_text; print(ascii(typed_text(sys.argv[1], '--premise')))"
     r = subprocess.run(
         [sys.executable, "-X", "utf8", "-c", say, b"caf\xe9"],
         cwd=root,
@@ -226,7 +226,7 @@ def test_a_command_without_a_home_says_once_where_its_caches_go(tmp_path):
 def settled(code, **env):
     "What a new process prints after `settle`; `code` comes before it."
     text = (
-        f"import getpass, os, pwd, tempfile, json\n{code}\nfrom nli_ft.config_loader import settle\nsettle()\n"
+        f"import getpass, os, pwd, tempfile, json\n{code}\nfrom nli_ft.process import settle\nsettle()\n"
         "print(json.dumps(dict(os.environ) | dict(user=getpass.getuser())))"
     )
     keep = {

@@ -4,27 +4,19 @@ import json, os, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 
+from swap import swap
 import pytest
 import torch
 
-from nli_ft.config_loader import ConfigError, DataError, load_config, project_root
-from nli_ft.data import read_rows, write_jsonl
-from nli_ft.model import dequantised_once, load_base, seeded_lora
-from nli_ft.prompt import encode_prompt
-from nli_ft.train_sft import (
-    KindCollator,
-    check_ready,
-    fit,
-    make_trainer_class,
-    patch_forward,
-    prepare,
-    preflight,
-    proofs,
-    refuse_failed_proofs,
-    step_counts,
-    to_dataset,
-    training_args,
-)
+from nli_ft.process import DataError, project_root
+from nli_ft.config_loader import load_config
+from nli_ft.files import write_jsonl
+from nli_ft.cpu_speed import dequantised_once
+from nli_ft.model import load_base, seeded_lora
+from nli_ft.trainer import make_trainer_class, patch_forward
+from nli_ft.ready import check_ready
+from nli_ft.fit import fit, to_dataset, training_args
+from nli_ft.preflight import prepare, preflight, proofs, refuse_failed_proofs, step_counts
 
 root = project_root()
 # fp32 and no dropout: what is compared here is arithmetic
@@ -65,7 +57,7 @@ GOLDEN = [10.384272, 10.385620, 10.327404, 10.241380]
 
 def golden_rows(path):
     "Rows of their own, so that a change of the corpus does not move the golden losses."
-    from nli_ft.data import sft_row
+    from nli_ft.rows import sft_row
 
     words = "red green blue black white grey brown pink".split()
     write_jsonl(
@@ -144,8 +136,9 @@ def test_loss_and_gradients_equal_the_models_own_completion_only_loss(tmp_path):
 )
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_memory_estimate_counts_what_a_block_keeps_for_its_backward_pass(tmp_path, dtype, change):
-    from nli_ft.model import autocast, bf16_between_products, compute_dtype
-    from nli_ft.train_sft import _activations, linear_shapes
+    from nli_ft.bases import autocast, compute_dtype
+    from nli_ft.cpu_speed import bf16_between_products
+    from nli_ft.preflight import _activations, linear_shapes
 
     cfg = tiny(tmp_path, compute_dtype=dtype, gradient_checkpointing=False, **change)
     model, kept = seeded_lora(load_base(cfg), cfg).train(), {}
@@ -189,7 +182,11 @@ def test_the_memory_estimate_counts_what_a_block_keeps_for_its_backward_pass(tmp
 def test_a_merged_run_is_checked_against_its_adapter_and_what_differs_ends_with_1(
     tmp_path, monkeypatch, capsys, computing
 ):
-    import nli_ft.evaluate, nli_ft.model
+    import nli_ft.config_loader
+    import nli_ft.cpu_speed
+    import nli_ft.generate
+    import nli_ft.model
+    import nli_ft.records
     from nli_ft.train_sft import merge_cli, run_training
 
     run = run_training(
@@ -232,7 +229,7 @@ def test_a_merged_run_is_checked_against_its_adapter_and_what_differs_ends_with_
     for last, want in ((1, 0), (0, 1)):
         texts = told(dict(text=f'{{"thought_process": "x", "predicted_label": {last}}}'))
         with monkeypatch.context() as m:
-            m.setattr(nli_ft.evaluate, "generate_completions", lambda *a, **k: next(texts))
+            swap(m, "nli_ft.generate.generate_completions", lambda *a, **k: next(texts))
             code, said = merge()
             assert (code, f"{1 - want / 8:.1%} of the greedy labels" in said) == (want, True)
     with monkeypatch.context() as m:
@@ -243,7 +240,7 @@ def test_a_merged_run_is_checked_against_its_adapter_and_what_differs_ends_with_
             model.model.layers[0].mlp.down_proj.weight.data.add_(0.05)
             return model
 
-        m.setattr(nli_ft.model, "merge_adapter", spoiled)
+        swap(m, "nli_ft.model.merge_adapter", spoiled)
         assert furthest(merge()[1]) > 1e-2
     assert merge(check="-1")[0] == 2 and not (tmp_path / f"merged{next(merges) - 1}").exists()
 
@@ -302,13 +299,19 @@ def test_a_quantised_models_adapter_is_trained_in_fp32(tmp_path):
 
 def test_the_head_is_applied_to_trained_positions_only(tmp_path, monkeypatch):
     "What makes it fast: the number of scored rows is the number of labels, not of tokens."
+    import nli_ft.config_loader
+    import nli_ft.cpu_speed
+    import nli_ft.generate
     import nli_ft.model
+    import nli_ft.records
 
     cfg = tiny(tmp_path)
     prep, model = prepare(cfg), seeded_lora(load_base(cfg), cfg)
-    seen, real = [], nli_ft.model.target_log_probs
+    seen, real = [], nli_ft.cpu_speed.target_log_probs
     monkeypatch.setattr(
-        nli_ft.model, "target_log_probs", lambda hidden, *a: (seen.append(len(hidden)), real(hidden, *a))[1]
+        nli_ft.cpu_speed,
+        "target_log_probs",
+        lambda hidden, *a: (seen.append(len(hidden)), real(hidden, *a))[1],
     )
     patch_forward(model)
     e = prep.train[0]
@@ -395,7 +398,7 @@ def test_older_text_rows_train_and_keep_their_own_wording(tmp_path):
 
 
 def test_training_and_evaluation_rows_worded_differently_are_refused(tmp_path):
-    from nli_ft.data import sft_row
+    from nli_ft.rows import sft_row
 
     for name, template in (("a", "standard"), ("b", "brief")):
         write_jsonl(
@@ -410,7 +413,7 @@ def test_training_and_evaluation_rows_worded_differently_are_refused(tmp_path):
 
 @pytest.mark.parametrize("strategy, kept", [("all", 6), ("correct_only", 3), ("shuffled", 6)])
 def test_data_strategies_choose_the_rows_they_name(tmp_path, strategy, kept):
-    from nli_ft.data import sft_row
+    from nli_ft.rows import sft_row
 
     rows = [
         sft_row(i, f"p{i}", "h", f"thought {i}", i % 2, "thought" if i < 3 else "reflection", "brief")
@@ -443,7 +446,7 @@ def test_preflight_refuses_rows_whose_proofs_fail(tmp_path):
 
 def rows_of(path, words, spelled=str):
     "Rows about boxes; `spelled` changes how premise and hypothesis are written."
-    from nli_ft.data import sft_row
+    from nli_ft.rows import sft_row
 
     write_jsonl(
         path,
@@ -477,7 +480,6 @@ def test_a_run_that_would_be_judged_on_its_training_rows_is_refused_before_a_mod
     tmp_path, monkeypatch, capsys, command, how, said
 ):
     from nli_ft.train_sft import train_cli
-    import nli_ft.model
 
     train, judged = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     rows_of(train, "red green blue black".split())
@@ -493,7 +495,7 @@ def test_a_run_that_would_be_judged_on_its_training_rows_is_refused_before_a_mod
     def never(*a, **k):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(nli_ft.model, "load_base", never)
+    swap(monkeypatch, "nli_ft.model.load_base", never)
     cfg = tiny(tmp_path).replace(train_data=str(train), eval_data=str(judged))
     with pytest.raises(SystemExit) as e:
         train_cli([*cfg.to_args(), *(["--preflight"] if command == "preflight" else [])])
@@ -502,7 +504,8 @@ def test_a_run_that_would_be_judged_on_its_training_rows_is_refused_before_a_mod
 
 def test_leakage_is_counted_before_training_and_written_into_the_record(tmp_path):
     from nli_ft.records import read_run, start_run
-    from nli_ft.train_sft import Session, preflight_text
+    from nli_ft.train_sft import Session
+    from nli_ft.preflight import preflight_text
 
     cfg = tiny(
         tmp_path,
@@ -553,7 +556,7 @@ def test_rows_trained_are_those_that_went_through_the_model(tmp_path, monkeypatc
         cls.compute_loss = compute_loss
         return cls
 
-    monkeypatch.setattr("nli_ft.train_sft.make_trainer_class", counting)
+    swap(monkeypatch, "nli_ft.trainer.make_trainer_class", counting)
     result = trained(cfg, tmp_path / "out")[2]
     assert (result["steps"], result["rows_trained"]) == (steps, rows)
     assert sum(n for n, _ in seen) == rows and sum(t for _, t in seen) == result["tokens_trained"]
@@ -789,7 +792,7 @@ def test_the_notebook_is_the_door_for_several_processes_too(tmp_path):
         [
             sys.executable,
             "-m",
-            "nli_ft.records",
+            "nli_ft.launch",
             *door_args(
                 tmp_path, "--distributed_training", "true", "--num_processes", "2", "--batch_size", "2"
             ),
@@ -834,17 +837,21 @@ class Watched:
 
 def test_a_run_reads_every_key(tmp_path, monkeypatch):
     "No key is decoration: the code of one run, tracked and saved, asks for each of them."
+    import nli_ft.config_loader
+    import nli_ft.cpu_speed
+    import nli_ft.generate
+    import nli_ft.model
     import nli_ft.records
     from nli_ft.config_loader import KEYS, print_config
     from nli_ft.train_sft import run_training
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(
-        nli_ft.records, "print_config", lambda c: print_config(c._cfg)
+    swap(
+        monkeypatch, "nli_ft.config_loader.print_config", lambda c: print_config(c._cfg)
     )  # printing the config would read all of it
-    monkeypatch.setattr(nli_ft.records, "config_hash", lambda c: "-")
-    monkeypatch.setattr(nli_ft.records, "run_command", lambda c: "-")
+    swap(monkeypatch, "nli_ft.config_loader.config_hash", lambda c: "-")
+    swap(monkeypatch, "nli_ft.records.run_command", lambda c: "-")
     seen = set()
     cfg = Watched(
         tiny(
@@ -852,11 +859,11 @@ def test_a_run_reads_every_key(tmp_path, monkeypatch):
         ),
         seen,
     )
-    monkeypatch.setattr("nli_ft.train_sft._gpu", None)  # a GPU is chosen once in a process
+    swap(monkeypatch, "nli_ft.ready._gpu", None)  # a GPU is chosen once in a process
     run = run_training(cfg)
     assert json.loads((run / "summary.json").read_text())["status"] == "done"
     # read only where several processes are asked for
-    from nli_ft.train_sft import world_size
+    from nli_ft.preflight import world_size
 
     world_size(Watched(tiny(tmp_path, distributed_training=True, num_processes=2), seen))
     assert set(KEYS) - seen == set()

