@@ -51,6 +51,7 @@ def cluster_codes(
     groups,  # a name per row, of any hashable kind
 ):  # int array: 0, 1, … in the order of first appearance
     "Number the clusters."
+    import numpy as np
 
     codes = {}
     return np.array([codes.setdefault(g, len(codes)) for g in groups], int)
@@ -61,6 +62,7 @@ def design_effect(
     groups,  # 1/0 per row; its cluster
 ) -> tuple:  # (design effect, clusters, equal clusters that they are worth)
     "By what factor clustering raises the variance of a share."
+    import numpy as np
 
     right = np.asarray(right, float)
     size = np.bincount(codes := cluster_codes(groups))
