@@ -9,7 +9,7 @@ from nli_ft.process import project_root
 
 root = project_root()
 numbered = sorted((root / "nbs").glob("[0-9][0-9]_*.ipynb"))
-runnable = [root / "nbs" / n for n in ("train.ipynb", "compare.ipynb")]
+runnable = [root / "nbs" / n for n in ("train.ipynb", "compare.ipynb", "explore.ipynb")]
 # rows for the embedded model are generated on first use, by a room that nothing else of the core needs
 ON_FIRST_USE = {("ready", "corpus")}
 order = {p.stem[3:]: int(p.stem[:2]) for p in numbered}
