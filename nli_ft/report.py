@@ -314,9 +314,12 @@ def predictions_frame(
 ):  # DataFrame, one row a prediction, in the order of `preds`
     """Prediction rows to filter and sort.
 
-    Columns: `id`, `premise`, `hypothesis`, `label` (gold), `predicted_label` (`<NA>` without an answer), `right` (no answer is wrong),
-    `confidence` (probability of the answered label, NaN where there is none), `p_entail`, `outcome`, `reasoning` (the thought; without one, the outcome
-    and the raw completion), `n_tokens`, and of `category`, `relation`, `group_id`, `source`, `heuristic`, `subcase` those that some row has."""
+    - `id`, `premise`, `hypothesis`, `label` (gold), `p_entail`, `outcome`, `n_tokens`: as in `predictions.jsonl`
+    - `predicted_label`: 0 or 1, `<NA>` without an answer
+    - `right`: whether it is the gold label; no answer is wrong
+    - `confidence`: probability of the label that was answered, NaN where there is none
+    - `reasoning`: the thought; without one, the outcome and the raw completion
+    - those of `category`, `relation`, `group_id`, `source`, `heuristic`, `subcase` that some row has"""
     import pandas as pd
 
     frame = pd.DataFrame(
@@ -338,8 +341,8 @@ def side_by_side(
 ):  # DataFrame, one row an item, in the order of `a`
     """What two models said about the same items.
 
-    Columns: `id`, `premise`, `hypothesis`, `label`, then `predicted_label`, `right`, `confidence` and `reasoning`, each for `_a` and `_b`.
-    Raises `RecordError` where the items or their labels differ."""
+    Columns: `id`, `premise`, `hypothesis`, `label`; then `predicted_label`, `right`, `confidence` and `reasoning`,
+    each for `_a` and `_b`. Raises `RecordError` where the items or their labels differ."""
     item = ["id", "premise", "hypothesis", "label"]
     answer = ["predicted_label", "right", "confidence", "reasoning"]
     one, other = predictions_frame(a)[item + answer], predictions_frame(b)[item + answer]
