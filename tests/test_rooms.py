@@ -9,7 +9,7 @@ from nli_ft.process import project_root
 
 root = project_root()
 numbered = sorted((root / "nbs").glob("[0-9][0-9]_*.ipynb"))
-runnable = [root / "nbs" / n for n in ("train.ipynb", "compare.ipynb", "tour.ipynb")]
+runnable = [root / "nbs" / n for n in ("train.ipynb", "compare.ipynb", "tour.ipynb", "explore.ipynb")]
 # they are read and run as they stand: papermill has nothing to fill in
 WITHOUT_PARAMETERS = {"tour.ipynb"}
 # rows for the embedded model are generated on first use, by a room that nothing else of the core needs

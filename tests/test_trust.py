@@ -143,7 +143,7 @@ def dangers(text, file="x.py"):
 def sources():
     for f in sorted(PACKAGE.glob("**/*.py")):
         yield f.name, f.read_text(encoding="utf-8")
-    for f in (ROOT / "nbs" / n for n in ("train.ipynb", "compare.ipynb")):
+    for f in (ROOT / "nbs" / n for n in ("train.ipynb", "compare.ipynb", "explore.ipynb", "tour.ipynb")):
         for cell in json.loads(f.read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "code":
                 yield (
