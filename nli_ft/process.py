@@ -179,6 +179,10 @@ def _streams_hold():
     try:
         yield
     finally:
+        # `reconfigure` flushes too, but as a plain stream: argparse leaves its help in the buffer
+        with contextlib.suppress(ReaderLeft):
+            if isinstance(sys.stdout, Spoken):
+                sys.stdout.flush()
         for s, errors in kept:
             s.reconfigure(errors=errors)
         sys.stdout, sys.stderr = old

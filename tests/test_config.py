@@ -903,6 +903,7 @@ READER_GONE = [
     "nli_compare --help",
     "nli_corpus --help",
     "python -m nli_ft.config_loader --config ablation2",
+    "nli_bench --help",
 ]
 
 
@@ -931,3 +932,11 @@ def test_a_command_may_be_cut_by_head():
     p = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
     *shown, code = p.stdout.splitlines()
     assert len(shown) == 3 and code in ("0", "141") and p.stderr == ""
+
+
+def test_a_command_that_fails_after_its_reader_left_still_says_why():
+    body = "print('half'); raise p.DataError('a.csv line 3: no label')"
+    code = f"import nli_ft.process as p\n@p.command\ndef f(argv): {body}\nf([])"
+    script = f"sleep .2; {shlex.quote(sys.executable)} -c {shlex.quote(code)}; echo $? >&2"
+    p = subprocess.run(["bash", "-c", f"{{ {script}; }} | true"], cwd=ROOT, capture_output=True, text=True)
+    assert p.stderr == "error: a.csv line 3: no label\n2\n"
