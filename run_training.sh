@@ -5,12 +5,13 @@
 #   ./run_training.sh --config ablation2 --gpu 0         in Docker, on one GPU
 #   ./run_training.sh --config distributed --gpus 0,1    in Docker, both GPUs through accelerate
 #
-#   --config NAME|PATH   a file of nli_ft/configs/ by name, or your own by path (default: default)
+#   --config NAME|PATH   a file of nli_ft/configs/ by name, or your own by path (default: default);
+#                        train/configs/NAME.py, as older instructions write it, means the config of that name
 #   --gpu N              use this GPU
 #   --gpus N,M           use these; more than one turns distributed_training on
 #   --all-gpus           use all of them, distributed
 #   --local              no Docker: the project's .venv, made when missing or when the pins changed (Python >= 3.11)
-#   --dry-run            print the exact command and stop
+#   --dry-run            check the config, print the exact command and stop; needs no Docker engine
 #   --help               this text
 #   --KEY VALUE          anything else goes on to nli_run as it is: every key of the config (--learning_rate 1e-4), --seeds 1,2,3
 #
@@ -76,8 +77,31 @@ while (($#)); do
   esac
 done
 
+# The configs once lay in train/configs/. A file that is there wins.
+if [[ $config =~ ^(\./)?train/configs/([A-Za-z0-9_]+)\.py$ && ! -e $config && -e $root/nli_ft/configs/${BASH_REMATCH[2]}.py ]]; then
+  echo "note: $config means the config ${BASH_REMATCH[2]} (nli_ft/configs/${BASH_REMATCH[2]}.py)" >&2
+  config=${BASH_REMATCH[2]}
+fi
+
 command=(nli_run --config "$config" "${overrides[@]}")
 [[ $gpus == all || $gpus == *,* ]] && command+=(--distributed_training true)
+
+# check_config: before a dry run prints a command, nli_run of .venv says whether it would take these arguments.
+check_config() {
+  local message status=0
+  if [[ ! -x $root/.venv/bin/nli_run ]]; then
+    echo "# the config is not checked: there is no .venv yet" >&2
+    return
+  fi
+  message=$(env -u PYTHONHOME -u PYTHONPATH PYTHONUTF8=1 "$root/.venv/bin/nli_run" "${command[@]:1}" --dry_run 2>&1 >/dev/null) || status=$?
+  case $status in
+    0) ;;
+    2) [[ -z $message ]] || echo "$message" >&2
+      exit 2 ;;
+    *) echo "# the config is not checked: nli_run in .venv does not start" >&2 ;;
+  esac
+}
+[[ -z $dry_run ]] || check_config
 
 # ---- on this machine ----
 if [[ -n $local_run ]]; then
@@ -98,7 +122,7 @@ fi
 if ! command -v docker >/dev/null; then problem="Docker is not installed"
 elif ! docker info >/dev/null 2>&1; then problem="Docker is installed, but its engine does not answer (docker info)"
 else problem=; fi
-[[ -z $problem ]] || die "$problem. Either" \
+[[ -z $problem || -n $dry_run ]] || die "$problem. Either" \
   "  - run without Docker, in a .venv of this project:  $(say "$0" --local "${given[@]}")" \
   "  - or get the engine: https://docs.docker.com/engine/install/ (for GPUs also the NVIDIA Container Toolkit), start it," \
   "    and let your user reach it: sudo systemctl start docker; sudo usermod -aG docker \$USER"
@@ -159,6 +183,7 @@ for name in HF_TOKEN WANDB_API_KEY HF_HUB_OFFLINE HF_ENDPOINT WANDB_MODE; do doc
 built=1
 docker image inspect "$image" >/dev/null 2>&1 || built=''
 if [[ -n $dry_run ]]; then
+  [[ -z $problem ]] || echo "# $problem: the command needs it" >&2
   [[ -n $built ]] || say "${build[@]}"
   say docker "${docker_args[@]}" "$image" "${command[@]}"
   exit 0

@@ -10,7 +10,7 @@ import html
 import json
 
 from .check import leakage_text
-from .records import _PACKAGES, _share, _write_text, before_text, read_run
+from .records import _PACKAGES, _share, _write_text, before_text, code_changed, read_run
 from .differences import _majority
 from .compare import _interval, markdown
 
@@ -51,7 +51,7 @@ def _limits(run, s):
         said.append(
             "The record has no hash of its predictions: an edit would show only in its counts and completions."
         )
-    if run.environment["git"] is None or run.environment["git"]["dirty"]:
+    if code_changed(run.environment["git"]):
         said.append("The code had uncommitted changes or no commit: the run cannot be repeated exactly.")
     return said
 

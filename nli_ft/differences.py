@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .process import RecordError
 from .config_loader import ModelKeys, one_factor
-from .records import read_run
+from .records import code_changed, read_run
 
 # %% ../nbs/26_differences.ipynb #b4346458
 def _entry(ref, runs_dir=None):
@@ -172,7 +172,6 @@ def _shares(preds, key, default):
 _NUMERIC = (
     "torch transformers trl peft bitsandbytes accelerate tokenizers safetensors numpy vllm".split()
 )  # packages whose version can change a number
-_ASIDE = ("runs/", "models/", "data/")  # changes below these folders are no changes of the code
 
 
 def _package_entry(a, b, engines):
@@ -192,11 +191,7 @@ def _code(run):
     git = run.environment.get("git")
     if not isinstance(git, dict) or not git.get("commit"):
         return None, False
-    changed = [p.strip('"') for p in git.get("changed") or []]
-    aside = (
-        all(p.startswith(_ASIDE) or p.endswith(".md") for p in changed) and len(changed) < 20
-    )  # no more than 20 are recorded
-    return git["commit"], not git.get("dirty") or aside
+    return git["commit"], not code_changed(git)
 
 # %% ../nbs/26_differences.ipynb #71baadd7
 def _code_entry(a, b):

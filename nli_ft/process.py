@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SaysItAll', 'NliError', 'ConfigError', 'DataError', 'RecordError', 'Interrupted', 'stop_signals', 'ReaderLeft',
-           'Spoken', 'escape_as_json', 'outlives_its_reader', 'typed_text', 'can_be_written', 'settle', 'command',
-           'project_root']
+           'Spoken', 'escape_as_json', 'outlives_its_reader', 'typed_text', 'still_bars', 'can_be_written', 'settle',
+           'command', 'project_root']
 
 # %% ../nbs/00_process.ipynb #4076fe4b
 import codecs
@@ -19,6 +19,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 # %% ../nbs/00_process.ipynb #905d0f39
@@ -178,6 +179,10 @@ def _streams_hold():
     try:
         yield
     finally:
+        # `reconfigure` flushes too, but as a plain stream: argparse leaves its help in the buffer
+        with contextlib.suppress(ReaderLeft):
+            if isinstance(sys.stdout, Spoken):
+                sys.stdout.flush()
         for s, errors in kept:
             s.reconfigure(errors=errors)
         sys.stdout, sys.stderr = old
@@ -211,6 +216,16 @@ def typed_text(
     raise DataError(
         f"{name} cannot be read as text in {' or '.join(encodings)}. Put it into a UTF-8 file instead"
     )
+
+# %% ../nbs/00_process.ipynb #a01a00f0
+def still_bars():
+    "Where the standard error is no terminal, other libraries draw no bars. A variable that is set already is left alone."
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    if sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads it too
+
+
+still_bars()
 
 # %% ../nbs/00_process.ipynb #e634e04a
 def can_be_written(

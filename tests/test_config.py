@@ -1,6 +1,6 @@
 "The config loader from outside: files, processes, working directories, every kind of mistake."
 
-import json, os, pickle, re, subprocess, sys, textwrap
+import json, os, pickle, re, shlex, subprocess, sys, textwrap
 from argparse import ArgumentParser
 
 from swap import swap
@@ -889,3 +889,54 @@ def test_random_config_files_give_a_config_error_or_a_valid_config(raw, tmp_path
         assert isinstance(load_config(str(p)), Config)
     except ConfigError as e:
         assert "mine.py" in str(e)
+
+
+# ---- a reader that leaves
+
+
+READER_GONE = [
+    "nli_train --config cpu_demo --print_config",
+    "nli_train --help",
+    "nli_run --config cpu_demo --dry_run",
+    "nli_runs",
+    "nli_data --help",
+    "nli_compare --help",
+    "nli_corpus --help",
+    "python -m nli_ft.config_loader --config ablation2",
+    "nli_bench --help",
+]
+
+
+@pytest.mark.parametrize("line", READER_GONE)
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_command_whose_reader_is_gone_ends_quietly(line, unbuffered):
+    name, *args = line.split()
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        p = subprocess.run(
+            [os.path.join(os.path.dirname(sys.executable), name), *args],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    finally:
+        os.close(writer)
+    assert p.returncode in (0, 141) and p.stderr == b""
+
+
+def test_a_command_may_be_cut_by_head():
+    line = f"{shlex.quote(sys.executable)} -m nli_ft.train_sft --config cpu_demo --print_config"
+    script = f"{line} | head -3; echo ${{PIPESTATUS[0]}}"
+    p = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    *shown, code = p.stdout.splitlines()
+    assert len(shown) == 3 and code in ("0", "141") and p.stderr == ""
+
+
+def test_a_command_that_fails_after_its_reader_left_still_says_why():
+    body = "print('half'); raise p.DataError('a.csv line 3: no label')"
+    code = f"import nli_ft.process as p\n@p.command\ndef f(argv): {body}\nf([])"
+    script = f"sleep .2; {shlex.quote(sys.executable)} -c {shlex.quote(code)}; echo $? >&2"
+    p = subprocess.run(["bash", "-c", f"{{ {script}; }} | true"], cwd=ROOT, capture_output=True, text=True)
+    assert p.stderr == "error: a.csv line 3: no label\n2\n"

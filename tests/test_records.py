@@ -1123,3 +1123,147 @@ def test_leakage_is_in_the_card_and_below_the_table(project):
     assert "was not looked for" in nli_ft.card.model_card(plain)
     out = nli_compare(leaky, plain).stdout
     assert f"{leaky.parent.name}/{leaky.name}: 1 of 2 evaluation pairs" in out and "was not looked for" in out
+
+
+# -- what counts as changed code
+
+
+def git(project, *args):
+    who = ["-c", "user.name=somebody", "-c", "user.email=somebody@example.org"]
+    return subprocess.run(
+        ["git", *who, *args], cwd=project, check=True, capture_output=True, text=True
+    ).stdout
+
+
+@pytest.fixture
+def clone(project):
+    "The project with a notebook, all committed."
+    notebook(project, "1 + 1", "print('x')")
+    git(project, "init", "--quiet")
+    git(project, "add", "--all")
+    git(project, "commit", "--quiet", "--message", "first")
+    return project
+
+
+def recorded_git(run):
+    return json.loads((run / "environment.json").read_text())["git"]
+
+
+@pytest.mark.parametrize("overrides", ["", "runs_dir=results"])
+def test_a_run_in_a_clean_clone_is_a_run_of_its_commit(clone, overrides):
+    for _ in range(2):  # the second one finds the record of the first
+        run = finished(overrides=overrides)
+        assert recorded_git(run) == dict(
+            commit=git(clone, "rev-parse", "HEAD").strip(), dirty=False, changed=[]
+        )
+        assert "repeated exactly" not in nli_ft.card.model_card(run)
+
+
+def test_changed_code_is_named_and_the_card_says_that_the_run_cannot_be_repeated(clone):
+    (clone / "new tool.py").write_text("x = 1\n")
+    (clone / "settings.ini").write_text((clone / "settings.ini").read_text() + "# changed\n")
+    run = finished()
+    assert recorded_git(run)["dirty"] and recorded_git(run)["changed"] == ["settings.ini", "new tool.py"]
+    assert "cannot be repeated exactly" in nli_ft.card.model_card(run)
+
+
+@pytest.mark.parametrize(
+    "change, dirty",
+    [
+        (lambda cells: cells[1].update(outputs=[nbformat.v4.new_output("stream", text="2")]), False),
+        (lambda cells: cells[0].update(source='config = "cpu_demo"\noverrides = ""\nrun_dir = None'), False),
+        (lambda cells: cells.append(nbformat.v4.new_markdown_cell("A note.")), False),
+        (lambda cells: cells[1].update(source="1 + 2"), True),
+        (lambda cells: cells[0]["metadata"].clear(), True),
+    ],
+    ids=["outputs", "parameters", "prose", "code", "the tag"],
+)
+def test_of_a_changed_notebook_only_the_code_counts(clone, change, dirty):
+    path = clone / "nbs" / "train.ipynb"
+    nb = nbformat.read(path, 4)
+    change(nb.cells)
+    nbformat.write(nb, path)
+    assert recorded_git(finished())["dirty"] == dirty
+
+
+def test_the_card_of_the_committed_record_does_not_take_its_own_folder_for_code(tmp_path):
+    for run in (ROOT / "runs" / "cpu_demo").iterdir():
+        copy = tmp_path / run.name
+        shutil.copytree(run, copy)
+        card = nli_ft.card.model_card(copy)
+        changed = nli_ft.records.read_run(run).environment["git"]["changed"]
+        assert all(path.startswith("runs/") for path in changed)
+        assert "repeated exactly" not in card
+        assert "repeated exactly" not in (run / "MODEL_CARD.md").read_text()
+
+
+# -- the training notebook under plain papermill
+
+
+def first_cells(project):
+    "The real train.ipynb, cut off after the config is printed."
+    nb = nbformat.read(ROOT / "nbs" / "train.ipynb", 4)
+    end = next(i for i, c in enumerate(nb.cells) if "load_config(config" in c.source)
+    nb.cells = [
+        *nb.cells[: end + 1],
+        nbformat.v4.new_code_cell("print('reached', cfg.learning_rate, cfg.seed)"),
+    ]
+    nbformat.write(nb, project / "nbs" / "train.ipynb")
+    return project / "nbs" / "train.ipynb"
+
+
+def printed(nb):
+    return "".join(o.get("text", "") for c in nb.cells for o in c.get("outputs", []))
+
+
+def test_a_config_key_given_by_p_is_an_override(project):
+    path, out = first_cells(project), project / "out.ipynb"
+    subprocess.run(
+        [sys.executable, "-m", "papermill", path, out, *"-p config ablation0 -p learning_rate 1e-9".split()]
+        + ["-p", "overrides", "seed=7"],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+    )
+    assert "reached 1e-09 7" in printed(nbformat.read(out, 4))
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (dict(config="ablation0", overides="seed=7"), "Did you mean overrides?"),
+        (dict(confg="ablation0"), "Did you mean config?"),
+        (dict(learning_rat=1e-9), "Did you mean learning_rate?"),
+        (dict(learning_rate=1e-9, overrides="learning_rate=1e-4"), "Keep one of the two"),
+    ],
+)
+def test_an_unknown_parameter_stops_the_notebook_at_its_first_cell(project, given, says):
+    import papermill
+
+    path, out = first_cells(project), project / "out.ipynb"
+    with pytest.raises(papermill.PapermillExecutionError) as e:
+        papermill.execute_notebook(str(path), str(out), given, cwd=str(project), progress_bar=False)
+    assert e.value.ename == "ConfigError" and says in e.value.evalue
+    cells = [c for c in nbformat.read(out, 4).cells if c.cell_type == "code" and c.execution_count]
+    assert len(cells) == 3, "the parameters, what was injected, and the cell that stops"
+
+
+# -- progress bars
+
+
+def test_no_bar_is_drawn_where_the_output_is_no_terminal(project):
+    "A kernel, and a command whose output goes into a file."
+    code = (
+        "from nli_ft.config_loader import load_config\nfrom nli_ft.model import load_base\n"
+        "load_base(load_config('minimal_test', 'model_id=tiny-mistral device=cpu'))\nprint('loaded')"
+    )
+    notebook(project, "import nli_ft.process\nfrom tqdm.auto import tqdm", code)
+    import papermill
+
+    nb = papermill.execute_notebook(
+        str(project / "nbs/train.ipynb"), str(project / "out.ipynb"), cwd=str(project), progress_bar=False
+    )
+    assert printed(nb) == "loaded\n"
+    plain = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    p = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True)
+    assert (p.stdout, p.stderr) == ("loaded\n", "")

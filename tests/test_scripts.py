@@ -429,7 +429,8 @@ def test_local_dry_run_prints_the_command_and_says_when_the_environment_would_be
         and "set up first" in p.stderr
     )
     place.make_venv()
-    assert place.run("--local", "--dry-run").stderr == "" and place.calls() == []
+    assert place.run("--local", "--dry-run").stderr == ""
+    assert [call[2:] for call in place.calls()] == [["--config", "default", "--dry_run"]]  # only the check
 
 
 def test_local_passes_the_exit_code_through(place):
@@ -823,3 +824,90 @@ def test_the_image_is_built_without_data_weights_records_or_secrets():
     }
     assert lines[0] == "*" and {l[1:] for l in lines[1:]} == copied
     assert re.search(r"^USER nli$", (ROOT / "Dockerfile").read_text(), re.M)
+
+
+# ---------------------------------------------------------------- the config is checked before a dry run prints
+
+# the commands of the project's first instructions, word for word
+FIRST_COMMANDS = [
+    "./run_training.sh",
+    "./run_training.sh --config train/configs/ablation0.py",
+    "./run_training.sh --config train/configs/ablation0.py --gpu 1",
+    "./run_training.sh --all-gpus --config train/configs/distributed.py",
+    "./run_training.sh --all-gpus --config train/configs/ablation0_dist.py",
+]
+
+
+def from_the_root(*args):
+    "This checkout's own script, with this Python's nli_run where .venv has it."
+    return subprocess.run(
+        [ROOT / "run_training.sh", *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("line", [*FIRST_COMMANDS, FIRST_COMMANDS[1] + " --local"])
+def test_the_first_instructions_run_word_for_word(line):
+    words = line.split()[1:]
+    p = from_the_root(*words, "--dry-run")
+    assert p.returncode == 0, p.stderr
+    old = next((w for w in words if w.startswith("train/configs/")), None)
+    name = Path(old).stem if old else "default"
+    command = shlex.split(p.stdout.splitlines()[-1])
+    assert command[command.index("--config") + 1] == name
+    assert p.stderr.count(f"note: {old} means the config {name} ") == (1 if old else 0)
+
+
+def test_an_own_file_in_train_configs_is_that_file(place):
+    (place.root / "nli_ft/configs").mkdir(parents=True)
+    (place.root / "nli_ft/configs/ablation0.py").write_text("")
+    (place.root / "train/configs").mkdir(parents=True)
+    (place.root / "train/configs/ablation0.py").write_text("seed = 1\n")
+    for name, meant in (
+        ("train/configs/ablation0.py", "train/configs/ablation0.py"),
+        ("train/configs/nothing.py", "train/configs/nothing.py"),
+    ):
+        p = place.run("--dry-run", "--config", name)
+        assert p.stdout.splitlines()[-1].endswith(f"nli_run --config {meant}") and "note:" not in p.stderr
+
+
+@pytest.mark.parametrize(
+    "args, named", [(["--config", "quick_test"], "quick_test"), (["--no_wandb"], "no_wandb")]
+)
+@pytest.mark.parametrize("local", [[], ["--local"]], ids=["docker", "local"])
+def test_a_dry_run_prints_no_command_that_would_be_refused(place, args, named, local):
+    place.make_venv()
+    executable(
+        place.venv / "bin/nli_run",
+        f'#!/usr/bin/env bash\n{NLI_RUN.splitlines()[1]}\nexec "{sys.executable}" -c '
+        f'"import sys; sys.path.insert(0, {str(ROOT)!r}); import nli_ft.launch; nli_ft.launch.run_cli()" "$@"\n',
+    )
+    p = place.run("--dry-run", *local, *args)
+    assert p.returncode == 2 and p.stdout == "" and named in p.stderr and p.stderr.startswith("error: ")
+    good = place.run("--dry-run", *local, "--config", "cpu_demo")
+    assert good.returncode == 0, good.stderr
+    assert shlex.split(good.stdout)[-2:] == ["--config", "cpu_demo"]
+    assert {call[-1] for call in place.calls() if call[0] == str(place.root)} == {"--dry_run"}
+
+
+@pytest.mark.parametrize("state", ["not installed", "no engine"])
+def test_a_dry_run_needs_no_docker_engine(place, state):
+    args = ["--dry-run", "--config", "ablation2", "--gpu", "0"]
+    with_engine = place.run(*args)
+    if state == "not installed":
+        (place.bin / "docker").unlink()
+    p = place.run(*args, NO_ENGINE="1")
+    assert p.returncode == 0 and p.stdout == with_engine.stdout and "docker run" in p.stdout
+    assert "the command needs it" in p.stderr
+
+
+def test_a_dry_run_says_where_the_config_could_not_be_checked(place):
+    assert "the config is not checked: there is no .venv yet" in place.run("--dry-run").stderr
+    place.make_venv()
+    assert place.run("--dry-run").stderr == ""
+    p = place.run("--dry-run", "--local", RUN_STATUS="126")
+    assert p.returncode == 0 and "not checked: nli_run in .venv does not start" in p.stderr
