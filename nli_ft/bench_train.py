@@ -99,7 +99,11 @@ def _our_trainer(cfg, model, tok, encs, options, out, steps):
     args = training_args(cfg.replace(max_steps=steps), out, False)
     args.save_strategy, args.padding_free = "no", options["padding_free"]
     trainer = make_trainer_class()(
-        model=model, args=args, train_dataset=to_dataset(encs, cfg), processing_class=tok
+        model=model,
+        args=args,
+        train_dataset=to_dataset(encs, cfg),
+        processing_class=tok,
+        cpu_speed=cfg.cpu_speed,
     )
     if options["head_everywhere"]:
         _score_everywhere(trainer.model)

@@ -182,7 +182,7 @@ def trainer_of(model, prep, encs, out):
 
 
 def own_loss_agrees(model, prep, out):
-    "Loss and gradients of a batch against the model's own forward with labels."
+    "Loss and gradients of a batch against the model's own forward with labels; returns which head gave them."
     for m in model.modules():
         if isinstance(m, torch.nn.Dropout):
             m.p = 0.0
@@ -206,6 +206,7 @@ def own_loss_agrees(model, prep, out):
     got = trainer.compute_loss(model.train(), dict(batch))
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
     assert torch.allclose(gradients(got), want_grad, rtol=1e-3, atol=1e-5 * want_grad.abs().max().item())
+    return trainer.head
 
 
 def by_full_forwards(model, tok, asked, new):
