@@ -57,7 +57,7 @@ from nli_ft.bench_train import (
     run_child,
     text_table,
     train_text,
-    without_ours,
+    parts_of,
 )
 
 # %% ../nbs/53_bench.ipynb #bcbe0ce6
@@ -144,7 +144,7 @@ def generate_once(
     cfg = with_weights(cfg)
     dev, tok, rows = device(cfg), load_tokenizer(cfg), evaluation_rows(cfg.path("eval_data"), cfg, template)
     _quiet()
-    with without_ours(name):
+    with parts_of(name):
         model = load_for_inference(cfg, adapter) if adapter else random_adapter(cfg)
     if name in ("plain", "plain-to-limit") and dev.type == "cpu":
         _own_layout(model)

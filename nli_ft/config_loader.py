@@ -239,6 +239,10 @@ class RecordKeys:
         "auto: the first CUDA device, else the CPU for embedded models only; cpu: really use the CPU, whatever the model",
         choices=("auto", "cuda", "cpu"),
     )
+    cpu_speed: bool = key(
+        "on a CPU: the faster attention, products, head and memory of this package (about four times as fast); false: those of PyTorch and TRL",
+        result=False,
+    )
     gpu_id: int | None = key("index of the one GPU to use; none: the first visible", lo=0, result=False)
     distributed_training: bool = key(
         "train on several devices through accelerate; the effective batch grows with them"

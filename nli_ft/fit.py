@@ -362,6 +362,7 @@ def fit(
 
     Raises `Interrupted` after SIGINT, SIGTERM or SIGHUP, with a checkpoint saved, and `TrainingStopped` for a step that is not finite or a checkpoint that
     cannot be written; both say how to go on."""
+    from nli_ft.cpu_speed import while_training
     from nli_ft.model import sharded
 
     cfg, out = prep.cfg, Path(out)
@@ -377,7 +378,8 @@ def fit(
     with stop_requests(trainer.accelerator.num_processes == 1) as asked:
         trainer.add_callback(_flow(asked, trainer.accelerator))
         try:
-            result = trainer.train(resume_from_checkpoint=start and str(start))
+            with while_training(trainer.model, cfg):
+                result = trainer.train(resume_from_checkpoint=start and str(start))
         except NotFinite as e:
             raise TrainingStopped(f"{_not_finite(e, prep)} {how_to_go_on(cfg, out)}") from e
         except Interrupted as e:
@@ -503,6 +505,7 @@ def _trainer(prep, model, out, log):
         eval_dataset=to_dataset(prep.eval, cfg) if prep.eval else None,
         processing_class=prep.tok,
         callbacks=[_stream(log), *stop],
+        cpu_speed=cfg.cpu_speed,
     )
     trainer.remove_callback(PrinterCallback)
     for c in trainer.callback_handler.callbacks:

@@ -33,13 +33,7 @@ from nli_ft.bases import (
     model_source,
     pinned,
 )
-from nli_ft.cpu_speed import (
-    _is_4bit,
-    _linear_layers,
-    _plain_weight,
-    keep_freed_memory,
-    register_blocked_attention,
-)
+from .cpu_speed import _is_4bit, _linear_layers, _plain_weight, at_loading
 
 # %% ../nbs/16_model.ipynb #2ef53ff9
 def sharded() -> bool:  # whether the model will be sharded over the processes
@@ -112,14 +106,12 @@ def load_base(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dev, nf4 = device(cfg), cfg.quantization == "nf4"
-    if dev.type == "cpu":
-        keep_freed_memory()
     dtype, flat = compute_dtype(cfg, dev), train and sharded()
     if flat:
         find_sharded_adapter()
     conf = base_config(cfg)
     family = base_class(conf)
-    kernel = attention(cfg, dev, family)
+    kernel = at_loading(cfg, attention(cfg, dev, family), family, train)
     quant = (
         BitsAndBytesConfig(
             load_in_4bit=True,
@@ -146,14 +138,6 @@ def load_base(
     keep_unpacked(model)
     if not train:
         return model.eval()
-    blocked = (
-        dev.type == "cpu"
-        and cfg.attn_implementation == "auto"
-        and kernel == "sdpa"
-        and family._supports_attention_backend
-    )
-    if blocked:
-        model.set_attn_implementation(register_blocked_attention())
     if nf4 and not flat:
         for p in model.parameters():
             p.loaded_as = p.dtype  # see `as_loaded`

@@ -81,6 +81,9 @@ def test_every_variant_of_the_same_mathematics_has_the_same_losses_and_runs_what
                 ]
             ),
         )
+    swap(
+        monkeypatch, "nli_ft.trainer.is_exact", lambda model: True
+    )  # its trial scores seven tokens of no row
     plain = None
     for name in filter(same_mathematics, VARIANTS):
         seen.clear()
@@ -96,6 +99,25 @@ def test_every_variant_of_the_same_mathematics_has_the_same_losses_and_runs_what
     assert len(plain) == 3 and abs(plain[2] / plain[0] - 1) > 1e-3, (
         "too little was learnt for the comparison to mean anything"
     )
+
+
+def test_without_cpu_speed_nothing_of_it_is_called_and_the_losses_are_the_same(cfg, monkeypatch):
+    import nli_ft.bench_train
+    import nli_ft.cpu_speed
+    import nli_ft.model
+
+    called = set()
+    for name in ("keep_freed_memory", "blocked_attention", "target_log_probs", "dequantised_once", "product"):
+        real = getattr(nli_ft.cpu_speed, name)
+        swap(
+            monkeypatch,
+            f"nli_ft.cpu_speed.{name}",
+            lambda *a, name=name, real=real, **kw: (called.add(name), real(*a, **kw))[1],
+        )
+    slow = losses(cfg.replace(cpu_speed=False), "ours")
+    assert called == set()
+    assert losses(cfg, "ours") == pytest.approx(slow, rel=1e-5)
+    assert len(called) == 5
 
 
 def first_gradients(cfg, name, out):

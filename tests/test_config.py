@@ -776,6 +776,7 @@ def test_the_hash_counts_what_changes_the_result_and_nothing_else():
         eval_batch_size=3,
         allow_changed=True,
         report_to="tensorboard",
+        cpu_speed=False,
     )
     assert config_hash(c.replace(**other, wandb_run_id="z")) == config_hash(c)
     assert set(other) | {"wandb_run_id"} == {k for k, f in KEYS.items() if not f.metadata["result"]}

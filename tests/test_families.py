@@ -19,7 +19,7 @@ from nli_ft.model import load_base, load_for_inference, lora_targets, merge_adap
 from nli_ft.prompt import encode_prompt, mistral_v3_tokenizer
 from nli_ft.ready import check_ready
 from nli_ft.fit import fit, to_dataset, training_args
-from nli_ft.trainer import make_trainer_class, scoring
+from nli_ft.trainer import make_trainer_class
 from nli_ft.preflight import prepare, preflight, proofs
 
 # -- tiny models
@@ -57,39 +57,39 @@ GEMMA = SMALL | dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=32)
 
 # name -> (configuration class, values, how its log-probabilities are had); the first ones stand for the kinds
 FAST = dict(
-    llama=("LlamaConfig", SMALL, "plain"),
+    llama=("LlamaConfig", SMALL, "frozen"),
     gemma2=("Gemma2Config", GEMMA, "trl"),  # soft caps, no SDPA, windows, no system turn
     granite=("GraniteConfig", SMALL | dict(logits_scaling=8.0), "trl"),
     cohere=("CohereConfig", SMALL, "trl"),
-    qwen3moe=("Qwen3MoeConfig", SMALL | SEVERAL, "plain"),
-    gpt2=("GPT2Config", dict(n_embd=64, n_layer=2, n_head=4, n_positions=512), "plain"),
-    neox=("GPTNeoXConfig", OTHER | dict(intermediate_size=96, max_position_embeddings=512), "plain"),
-    lfm2=("Lfm2Config", SMALL | dict(layer_types=["conv", "full_attention"]), "plain"),
+    qwen3moe=("Qwen3MoeConfig", SMALL | SEVERAL, "frozen"),
+    gpt2=("GPT2Config", dict(n_embd=64, n_layer=2, n_head=4, n_positions=512), "frozen"),
+    neox=("GPTNeoXConfig", OTHER | dict(intermediate_size=96, max_position_embeddings=512), "frozen"),
+    lfm2=("Lfm2Config", SMALL | dict(layer_types=["conv", "full_attention"]), "frozen"),
     # padding changes its answers, and its cap of the logits is one that TRL does not know
     recurrent_gemma=("RecurrentGemmaConfig", SMALL | GRIFFIN, "own"),
 )
 LONG = dict(
-    llama_tied=("LlamaConfig", SMALL | dict(tie_word_embeddings=True), "plain"),
-    qwen2=("Qwen2Config", SMALL | dict(tie_word_embeddings=True), "plain"),
-    qwen3=("Qwen3Config", SMALL | dict(head_dim=16), "plain"),
-    gemma=("GemmaConfig", SMALL | dict(head_dim=16), "plain"),
-    gemma3=("Gemma3TextConfig", GEMMA | dict(layer_types=["sliding_attention", "full_attention"]), "plain"),
-    mistral_window=("MistralConfig", SMALL | dict(sliding_window=32), "plain"),
-    phi=("PhiConfig", SMALL, "plain"),
-    phi3=("Phi3Config", SMALL, "plain"),
-    mixtral=("MixtralConfig", SMALL | dict(num_local_experts=4), "plain"),
+    llama_tied=("LlamaConfig", SMALL | dict(tie_word_embeddings=True), "frozen"),
+    qwen2=("Qwen2Config", SMALL | dict(tie_word_embeddings=True), "frozen"),
+    qwen3=("Qwen3Config", SMALL | dict(head_dim=16), "frozen"),
+    gemma=("GemmaConfig", SMALL | dict(head_dim=16), "frozen"),
+    gemma3=("Gemma3TextConfig", GEMMA | dict(layer_types=["sliding_attention", "full_attention"]), "frozen"),
+    mistral_window=("MistralConfig", SMALL | dict(sliding_window=32), "frozen"),
+    phi=("PhiConfig", SMALL, "frozen"),
+    phi3=("Phi3Config", SMALL, "frozen"),
+    mixtral=("MixtralConfig", SMALL | dict(num_local_experts=4), "frozen"),
     opt=("OPTConfig", OTHER | dict(ffn_dim=96, max_position_embeddings=512, word_embed_proj_dim=64), "own"),
-    bloom=("BloomConfig", dict(hidden_size=64, n_layer=2, n_head=4), "plain"),
-    falcon=("FalconConfig", OTHER, "plain"),
-    stablelm=("StableLmConfig", SMALL, "plain"),
-    olmo2=("Olmo2Config", SMALL, "plain"),
-    smollm3=("SmolLM3Config", SMALL, "plain"),
-    gptoss=("GptOssConfig", GEMMA | dict(num_local_experts=4, num_experts_per_tok=2), "plain"),
+    bloom=("BloomConfig", dict(hidden_size=64, n_layer=2, n_head=4), "frozen"),
+    falcon=("FalconConfig", OTHER, "frozen"),
+    stablelm=("StableLmConfig", SMALL, "frozen"),
+    olmo2=("Olmo2Config", SMALL, "frozen"),
+    smollm3=("SmolLM3Config", SMALL, "frozen"),
+    gptoss=("GptOssConfig", GEMMA | dict(num_local_experts=4, num_experts_per_tok=2), "frozen"),
     nanochat=("NanoChatConfig", SMALL, "trl"),
-    deepseek3=("DeepseekV3Config", SMALL | LATENT | EXPERTS | dict(num_key_value_heads=4), "plain"),
-    glm4=("Glm4Config", SMALL | dict(head_dim=16), "plain"),
-    qwen35=("Qwen3_5TextConfig", SMALL | LINEAR | MIXED | dict(head_dim=16), "plain"),
-    mamba=("MambaConfig", dict(hidden_size=64, num_hidden_layers=2, state_size=8), "plain"),
+    deepseek3=("DeepseekV3Config", SMALL | LATENT | EXPERTS | dict(num_key_value_heads=4), "frozen"),
+    glm4=("Glm4Config", SMALL | dict(head_dim=16), "frozen"),
+    qwen35=("Qwen3_5TextConfig", SMALL | LINEAR | MIXED | dict(head_dim=16), "frozen"),
+    mamba=("MambaConfig", dict(hidden_size=64, num_hidden_layers=2, state_size=8), "frozen"),
 )
 UNQUANTISED = ("falcon",)  # bitsandbytes finds nothing to quantise in it
 
@@ -182,7 +182,7 @@ def trainer_of(model, prep, encs, out):
 
 
 def own_loss_agrees(model, prep, out):
-    "Loss and gradients of a batch against the model's own forward with labels."
+    "Loss and gradients of a batch against the model's own forward with labels; returns which head gave them."
     for m in model.modules():
         if isinstance(m, torch.nn.Dropout):
             m.p = 0.0
@@ -206,6 +206,7 @@ def own_loss_agrees(model, prep, out):
     got = trainer.compute_loss(model.train(), dict(batch))
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
     assert torch.allclose(gradients(got), want_grad, rtol=1e-3, atol=1e-5 * want_grad.abs().max().item())
+    return trainer.head
 
 
 def by_full_forwards(model, tok, asked, new):
@@ -263,8 +264,7 @@ def test_a_family_scores_the_same_in_the_run_saved_alone_and_merged(tmp_path, na
     same(again, by_full_forwards(merged, prep.tok, judged, cfg.max_new_tokens))
     untrained = by_full_forwards(load_base(cfg, train=False), prep.tok, judged, cfg.max_new_tokens)
     assert max(abs(p - q) for (_, p), (_, q) in zip(again, untrained)) > 1e-3, "the adapter changed nothing"
-    own_loss_agrees(model, prep, tmp_path / "x")
-    assert scoring(model.get_base_model()) == (FAST | LONG)[name][2]
+    assert own_loss_agrees(model, prep, tmp_path / "x") == (FAST | LONG)[name][2]
 
 
 def test_prompts_of_several_lengths_are_never_padded_for_a_recurrent_model(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from nli_ft.config_loader import load_config
 from nli_ft.files import write_jsonl
 from nli_ft.cpu_speed import dequantised_once
 from nli_ft.model import load_base, seeded_lora
-from nli_ft.trainer import make_trainer_class, patch_forward
+from nli_ft.trainer import _for_scoring, fused_log_probs, is_exact, make_trainer_class
 from nli_ft.ready import check_ready
 from nli_ft.fit import fit, to_dataset, training_args
 from nli_ft.preflight import prepare, preflight, proofs, refuse_failed_proofs, step_counts
@@ -297,6 +297,14 @@ def test_a_quantised_models_adapter_is_trained_in_fp32(tmp_path):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
+def with_frozen_head(model):
+    from nli_ft.cpu_speed import give_frozen_head
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model.get_base_model())
+    assert give_frozen_head(model.get_base_model(), is_exact)
+
+
 def test_the_head_is_applied_to_trained_positions_only(tmp_path, monkeypatch):
     "What makes it fast: the number of scored rows is the number of labels, not of tokens."
     import nli_ft.config_loader
@@ -313,9 +321,10 @@ def test_the_head_is_applied_to_trained_positions_only(tmp_path, monkeypatch):
         "target_log_probs",
         lambda hidden, *a: (seen.append(len(hidden)), real(hidden, *a))[1],
     )
-    patch_forward(model)
+    with_frozen_head(model)
+    seen.clear()  # of the trial
     e = prep.train[0]
-    model(input_ids=torch.tensor([e.input_ids]), labels=torch.tensor([e.labels]), completion_loss=True)
+    fused_log_probs(model, dict(input_ids=torch.tensor([e.input_ids]), labels=torch.tensor([e.labels])))
     assert seen == [sum(y != -100 for y in e.labels)]
 
 
@@ -323,7 +332,7 @@ def test_padding_on_either_side_leaves_log_probabilities_as_they_are(tmp_path):
     "Behind the real tokens it needs no mask, before them it does."
     cfg = tiny(tmp_path)
     prep, model = prepare(cfg), seeded_lora(load_base(cfg), cfg).train()
-    patch_forward(model)
+    with_frozen_head(model)
     short, long = (f(prep.train, key=len) for f in (min, max))
     gap = len(long) - len(short)
     assert gap > 3
@@ -337,13 +346,14 @@ def test_padding_on_either_side_leaves_log_probabilities_as_they_are(tmp_path):
                 ([1] * len(short), [1] * len(long), 0),
             )
         )
-        return model(input_ids=ids, labels=labels, attention_mask=real, completion_loss=True)["log_probs"]
+        batch = dict(input_ids=ids, labels=labels, attention_mask=real)
+        return fused_log_probs(model, _for_scoring(model.config, batch))
 
     alone = torch.cat(
         [
-            model(
-                input_ids=torch.tensor([e.input_ids]), labels=torch.tensor([e.labels]), completion_loss=True
-            )["log_probs"]
+            fused_log_probs(
+                model, dict(input_ids=torch.tensor([e.input_ids]), labels=torch.tensor([e.labels]))
+            )
             for e in (short, long)
         ]
     )

@@ -70,6 +70,7 @@ wandb_run_name = None
 wandb_run_id = None
 report_to = None                              # one copy is enough; each tracker is another package and another failure
 device = "auto"                               # a 7B model on a CPU by mistake would look like a hang
+cpu_speed = True                              # the same mathematics in a quarter of the time; a GPU has no use for it
 gpu_id = None                                 # the first visible one
 distributed_training = False
 num_processes = None                          # one per visible GPU
