@@ -358,7 +358,7 @@ def _unknown_key(key, where) -> str:
     near = _nearest(key, KEYS)
     return f"{where}: there is no key {key}.{near} Correct or remove it; --help lists every key."
 
-# %% ../nbs/01_config_loader.ipynb #1de71a34
+# %% ../nbs/01_config_loader.ipynb #e1137bb0
 def _refuse(mistakes: list):
     "Raise one `ConfigError` that tells every mistake, each on a line of its own; nothing where there is none."
     mistakes = list(dict.fromkeys(mistakes))
@@ -367,7 +367,7 @@ def _refuse(mistakes: list):
     if mistakes:
         raise ConfigError(f"{len(mistakes)} mistakes:" + "".join(f"\n  {m}" for m in mistakes))
 
-# %% ../nbs/01_config_loader.ipynb #f12ac601
+# %% ../nbs/01_config_loader.ipynb #d67eaf5b
 @contextmanager
 def _collect(mistakes: list):
     "A step that cannot go on raises; its mistake joins the others."
@@ -383,40 +383,35 @@ def _plain_text(
     return isinstance(x, str) and x == x.strip() and x.isprintable() and x != ""
 
 # %% ../nbs/01_config_loader.ipynb #90bc0dc9
-def _only(passes):
-    "A pydantic check for what pydantic has no name for."
-    from pydantic import AfterValidator
+def _must(passes, x):  # x
+    "For what pydantic has no constraint."
+    if not passes(x):
+        raise ValueError
+    return x
 
-    def check(x):
-        if not passes(x):
-            raise ValueError
-        return x
-
-    return AfterValidator(check)
-
-# %% ../nbs/01_config_loader.ipynb #3ad50989
+# %% ../nbs/01_config_loader.ipynb #09215722
 def _distinct(names: list) -> bool:
     return len(set(names)) == len(names)
 
-# %% ../nbs/01_config_loader.ipynb #6f18e011
+# %% ../nbs/01_config_loader.ipynb #2cd9da03
 @functools.cache
 def _model():
-    "The pydantic model of the keys, each of them optional: a file gives only some. Importing pydantic takes 0.2 s."
-    from pydantic import ConfigDict, Field, create_model
+    "The pydantic model of the keys. Each may be absent, because a file gives only some. pydantic is slow to import."
+    from pydantic import AfterValidator, ConfigDict, Field, create_model
 
-    text = Annotated[str, _only(_plain_text)]
-    names = Annotated[list[text], Field(min_length=1), _only(_distinct)]
-    layers = Literal["all-linear"] | names
-    columns = {}
+    text = Annotated[str, AfterValidator(functools.partial(_must, _plain_text))]
+    distinct = AfterValidator(functools.partial(_must, _distinct))
+    layers = Literal["all-linear"] | Annotated[list[text], Field(min_length=1), distinct]
+    keys = {}
     for k, f in KEYS.items():
         m, (kind, none) = f.metadata, _kind(k)
         limits = {}
         if kind in (int, float):  # below 2**63, because libraries in C read these numbers
             limits = dict(ge=m["lo"], le=m["hi"], gt=m["above"], lt=m["below"] or 2**63)
         t = Literal[m["choices"]] if m["choices"] else {str: text, list: layers}.get(kind, kind)
-        columns[k] = (t | None if none else t, Field(None, **limits))
+        keys[k] = (t | None if none else t, Field(None, **limits))
     rules = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
-    return create_model("Keys", __config__=rules, **columns)
+    return create_model("Keys", __config__=rules, **keys)
 
 # %% ../nbs/01_config_loader.ipynb #3441056d
 def _is_path(key, value) -> bool:  # a model is a local folder only where it is written as a path
@@ -519,7 +514,7 @@ def _parse(path: Path, file: str) -> tuple:  # (statements, lines)
             f"{file}: cannot be read as a config file: {e!r}. Give a UTF-8 text file of plain assignments."
         ) from None
 
-# %% ../nbs/01_config_loader.ipynb #ebb12c2e
+# %% ../nbs/01_config_loader.ipynb #29b5a08e
 def _file_settings(path: Path, file: str, mistakes: list) -> dict:  # key -> Setting
     nodes, lines = _parse(path, file)
     if nodes and isinstance(nodes[0], ast.Expr) and isinstance(getattr(nodes[0].value, "value", None), str):
@@ -657,7 +652,7 @@ def _words(text: str) -> list:  # split at blanks, but not inside quotes or brac
             words.append(p)
     return words
 
-# %% ../nbs/01_config_loader.ipynb #719cb07d
+# %% ../nbs/01_config_loader.ipynb #3d5c01ea
 def _pairs(overrides, mistakes: list) -> list:  # [(key, value)]
     if isinstance(overrides, dict):
         return list(overrides.items())
@@ -680,7 +675,7 @@ def _pairs(overrides, mistakes: list) -> list:  # [(key, value)]
             )
     return pairs
 
-# %% ../nbs/01_config_loader.ipynb #601e02c8
+# %% ../nbs/01_config_loader.ipynb #4aed411b
 def _overrides(overrides, mistakes: list) -> dict:  # key -> Setting; values are not checked yet
     settings = {}
     with _collect(mistakes):
@@ -709,7 +704,7 @@ def parse_overrides(
     _refuse(mistakes)
     return {k: s.value for k, s in settings.items()}
 
-# %% ../nbs/01_config_loader.ipynb #e7460388
+# %% ../nbs/01_config_loader.ipynb #6fd403b8
 def _tracker_rules(c):  # yields (keys, why and what to do) of each broken rule about W&B
     if c.use_wandb and (len(c.wandb_project) > 128 or re.search(r"[/\\#?%:]", c.wandb_project)):
         why = "W&B takes at most 128 characters, and none of / \\ # ? % :. Choose another name."
