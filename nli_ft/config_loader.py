@@ -358,7 +358,7 @@ def _unknown_key(key, where) -> str:
     near = _nearest(key, KEYS)
     return f"{where}: there is no key {key}.{near} Correct or remove it; --help lists every key."
 
-# %% ../nbs/01_config_loader.ipynb #e1137bb0
+# %% ../nbs/01_config_loader.ipynb #5e9d2bc2
 def _refuse(mistakes: list):
     "Raise one `ConfigError` that tells every mistake, each on a line of its own; nothing where there is none."
     mistakes = list(dict.fromkeys(mistakes))
@@ -367,7 +367,7 @@ def _refuse(mistakes: list):
     if mistakes:
         raise ConfigError(f"{len(mistakes)} mistakes:" + "".join(f"\n  {m}" for m in mistakes))
 
-# %% ../nbs/01_config_loader.ipynb #d67eaf5b
+# %% ../nbs/01_config_loader.ipynb #59ed7488
 @contextmanager
 def _collect(mistakes: list):
     "A step that cannot go on raises; its mistake joins the others."
@@ -389,11 +389,11 @@ def _must(passes, x):  # x
         raise ValueError
     return x
 
-# %% ../nbs/01_config_loader.ipynb #09215722
+# %% ../nbs/01_config_loader.ipynb #e78e5ca1
 def _distinct(names: list) -> bool:
     return len(set(names)) == len(names)
 
-# %% ../nbs/01_config_loader.ipynb #2cd9da03
+# %% ../nbs/01_config_loader.ipynb #4031c483
 @functools.cache
 def _model():
     "The pydantic model of the keys. Each may be absent, because a file gives only some. pydantic is slow to import."
@@ -514,7 +514,7 @@ def _parse(path: Path, file: str) -> tuple:  # (statements, lines)
             f"{file}: cannot be read as a config file: {e!r}. Give a UTF-8 text file of plain assignments."
         ) from None
 
-# %% ../nbs/01_config_loader.ipynb #29b5a08e
+# %% ../nbs/01_config_loader.ipynb #47fe13d8
 def _file_settings(path: Path, file: str, mistakes: list) -> dict:  # key -> Setting
     nodes, lines = _parse(path, file)
     if nodes and isinstance(nodes[0], ast.Expr) and isinstance(getattr(nodes[0].value, "value", None), str):
@@ -652,7 +652,7 @@ def _words(text: str) -> list:  # split at blanks, but not inside quotes or brac
             words.append(p)
     return words
 
-# %% ../nbs/01_config_loader.ipynb #3d5c01ea
+# %% ../nbs/01_config_loader.ipynb #072a6031
 def _pairs(overrides, mistakes: list) -> list:  # [(key, value)]
     if isinstance(overrides, dict):
         return list(overrides.items())
@@ -675,7 +675,7 @@ def _pairs(overrides, mistakes: list) -> list:  # [(key, value)]
             )
     return pairs
 
-# %% ../nbs/01_config_loader.ipynb #4aed411b
+# %% ../nbs/01_config_loader.ipynb #30340860
 def _overrides(overrides, mistakes: list) -> dict:  # key -> Setting; values are not checked yet
     settings = {}
     with _collect(mistakes):
@@ -704,7 +704,7 @@ def parse_overrides(
     _refuse(mistakes)
     return {k: s.value for k, s in settings.items()}
 
-# %% ../nbs/01_config_loader.ipynb #6fd403b8
+# %% ../nbs/01_config_loader.ipynb #1dfd9569
 def _tracker_rules(c):  # yields (keys, why and what to do) of each broken rule about W&B
     if c.use_wandb and (len(c.wandb_project) > 128 or re.search(r"[/\\#?%:]", c.wandb_project)):
         why = "W&B takes at most 128 characters, and none of / \\ # ? % :. Choose another name."
@@ -921,7 +921,9 @@ def add_config_args(
     """One option per key, in the groups above; read them with `config_from_args`.
 
     Short forms of an option are refused, because `--eval` could mean several keys."""
-    default = load_config("default").to_dict()
+    default = read_config_file(find_config("default"))  # not checked: `--help` need not wait for pydantic
+    if KEYS.keys() - default.keys():
+        load_config("default")  # raises, and tells which keys are missing
     parser.allow_abbrev = False
     parser.usage = parser.usage or "%(prog)s [--config NAME|PATH] [--key value …]"
     parser.error = functools.partial(_fail, parser)
@@ -935,13 +937,14 @@ def add_config_args(
     for group in GROUPS:
         g = parser.add_argument_group(group.__doc__.rstrip("."))
         for f in fields(group):
-            _add_option(g, f.name, default[f.name])
+            _add_option(g, f.name, default[f.name].value)
 
 # %% ../nbs/01_config_loader.ipynb #471f3e6c
 def _add_option(group, key, default):
     m = KEYS[key].metadata
     kind = "" if m["choices"] else expected(key) + "; "
-    text = f"{m['doc']} [{kind}default {_as_text(default)}]".replace("%", "%%")
+    default = _as_text(parse_value(key, _as_text(default)))  # 2 where a float is meant: 2.0
+    text = f"{m['doc']} [{kind}default {default}]".replace("%", "%%")
     if _kind(key)[0] is bool:
         group.add_argument(
             f"--{key}", nargs="?", const="true", default=argparse.SUPPRESS, metavar="true|false", help=text

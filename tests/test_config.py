@@ -739,6 +739,8 @@ def test_a_key_missing_from_default_is_an_error_not_a_hidden_default(monkeypatch
     swap(monkeypatch, "nli_ft.process._package_dir", lambda: tmp_path)
     with pytest.raises(ConfigError, match="default.py: seed missing"):
         load_config()
+    with pytest.raises(ConfigError, match="default.py: seed missing"):
+        typed("--help")
     (tmp_path / "configs" / "default.py").write_text(text + 'base = "default"\n')
     with pytest.raises(ConfigError, match=r"default.py line \d+: base = 'default'.*can have no base"):
         load_config()
