@@ -739,6 +739,8 @@ def test_a_key_missing_from_default_is_an_error_not_a_hidden_default(monkeypatch
     swap(monkeypatch, "nli_ft.process._package_dir", lambda: tmp_path)
     with pytest.raises(ConfigError, match="default.py: seed missing"):
         load_config()
+    with pytest.raises(ConfigError, match="default.py: seed missing"):
+        typed("--help")
     (tmp_path / "configs" / "default.py").write_text(text + 'base = "default"\n')
     with pytest.raises(ConfigError, match=r"default.py line \d+: base = 'default'.*can have no base"):
         load_config()
@@ -747,6 +749,112 @@ def test_a_key_missing_from_default_is_an_error_not_a_hidden_default(monkeypatch
 def test_a_bad_override_never_hides_behind_a_good_one(config_file):
     with pytest.raises(ConfigError, match="mine.py line 1: lora_r = 0"):
         load_config(config_file("lora_r = 0\n"), "lora_r=8")
+
+
+# ---- all mistakes at once
+
+
+def mistakes(name="default", overrides=None):
+    "What the loader says, one mistake a line, without the count above them."
+    with pytest.raises(ConfigError) as e:
+        load_config(name, overrides)
+    first, *rest = str(e.value).splitlines()
+    if not rest:
+        return [first]
+    assert first == f"{len(rest)} mistakes:"
+    return [m.strip() for m in rest]
+
+
+def test_two_impossible_values_are_both_named():
+    got = mistakes(overrides="lora_r=0 lr_scheduler=cosin")
+    assert [m.split(": expected")[0] for m in got] == [
+        "command line: lora_r = 0",
+        "command line: lr_scheduler = 'cosin'",
+    ]
+    assert "at least 1" in got[0] and "leave lora_r out" in got[0]
+    assert "Did you mean cosine?" in got[1] and "leave lr_scheduler out" in got[1]
+
+
+def test_the_mistakes_of_a_file_its_base_and_the_command_line_come_together(config_file):
+    base = config_file("lora_r = 0\nzzz = 1\nseed = open('x')\n", "base.py")
+    mine = config_file(f"base = {base!r}\n\nuse_packing = 1\nimport os\nuse_dora = True\nuse_dora = False\n")
+    got = "\n".join(mistakes(mine, "sed=1 max_steps oops=2 warmup_ratio=7 warmup_ratio=8"))
+    for says in (
+        "base.py line 1: lora_r = 0: expected",
+        "base.py line 2: there is no key zzz.",
+        "base.py line 3: `seed = open('x')`: expected a number",
+        "mine.py line 3: use_packing = 1: expected true or false",
+        "mine.py line 4: `import os`: expected a plain assignment",
+        "mine.py line 6: use_dora = False: already set on line 5",
+        "command line: there is no key sed. Did you mean seed?",
+        "command line: override 'max_steps': expected key=value",
+        "command line: there is no key oops.",
+        "command line: warmup_ratio = 8.0: already set to 7.0",
+        "command line: warmup_ratio = 7.0: expected a number, at least 0, below 1",
+    ):
+        assert says in got
+    assert got.count("\n") == 10
+
+
+def test_every_value_can_be_wrong_at_once():
+    got = mistakes(overrides={k: object for k in KEYS})
+    assert [m.split(" = ")[0] for m in got] == [f"command line: {k}" for k in KEYS]
+
+
+def test_a_config_that_is_not_there_hides_no_wrong_override():
+    got = mistakes("ablaton2", "lora_r=0 sed=1")
+    assert len(got) == 3
+    assert "Did you mean ablation2?" in got[0] and "Did you mean seed?" in got[1] and "lora_r = 0" in got[2]
+
+
+def test_a_file_that_python_cannot_parse_hides_no_wrong_override(config_file):
+    got = mistakes(config_file("seed = ("), "lora_r=0")
+    assert len(got) == 2 and "mine.py line 1: '(' was never closed" in got[0] and "lora_r = 0" in got[1]
+
+
+def test_contradictions_are_told_together_and_beside_impossible_values():
+    got = mistakes(overrides="lora_r=0 lr_scheduler=constant distributed_training=true gpu_id=0")
+    assert ["lora_r = 0" in got[0], "gpu_id = 0" in got[1], "no warm-up" in got[2]] == [True] * 3
+
+
+def test_no_contradiction_is_told_that_a_corrected_value_or_key_would_resolve():
+    wrong_value = mistakes(overrides="early_stopping_patience=2 eval_steps=10 save_steps=0")
+    assert len(wrong_value) == 1 and "save_steps = 0" in wrong_value[0]
+    misspelt = mistakes(overrides="early_stopping_patience=2 eval_steps=10 sav_steps=10")
+    assert len(misspelt) == 1 and "there is no key sav_steps" in misspelt[0]
+
+
+def test_one_mistake_is_told_once_although_two_layers_make_it():
+    assert len(mistakes(overrides=["sed=1", "sed=2"])) == 1
+
+
+def test_a_changed_copy_tells_all_its_mistakes():
+    with pytest.raises(
+        ConfigError, match="2 mistakes:\n  command line: lora_r = 0.*\n  command line: seed = -1"
+    ):
+        load_config().replace(lora_r=0, seed=-1)
+
+
+def test_a_record_tells_all_its_mistakes():
+    d = json.loads(print_config(load_config()))
+    del d["config"]["seed"]
+    d["config"].update(sed=1, lora_r=0)
+    with pytest.raises(ConfigError) as e:
+        config_from_json(json.dumps(d), "runs/a/config.json")
+    for says in ("there is no key sed", "seed missing", "lora_r = 0: expected"):
+        assert f"\n  runs/a/config.json: {says}" in str(e.value)
+
+
+def test_a_command_line_with_two_mistakes_gives_exit_code_2_and_a_line_for_each():
+    p = run("--config", "ablation2", "--lora_r", "0", "--lr_scheduler", "cosin")
+    assert (p.returncode, p.stdout) == (2, "")
+    lines = p.stderr.splitlines()
+    assert lines[0] == "error: 2 mistakes:" and len(lines) == 3
+    assert lines[1].startswith("  command line: lora_r = 0: expected")
+    assert lines[2].startswith("  command line: lr_scheduler = 'cosin': expected")
+    p = run("--lora_rr", "0", "--lr_schedulr", "x")
+    assert p.returncode == 2
+    assert "Did you mean lora_r?" in p.stderr and "Did you mean lr_scheduler?" in p.stderr
 
 
 # ---- what is made of a config
