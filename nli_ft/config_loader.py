@@ -19,9 +19,10 @@ import operator
 import os
 import re
 import shlex
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from .process import ConfigError, _package_dir, command, project_root
 
@@ -53,8 +54,8 @@ class DataKeys:
     )
     eval_data: str = key("file of rows to be scored, never trained on", path=True)
     data_strategy: str = key(
-        "which thoughts are learnt: all rows, only those whose own first label was correct (no reflections), or thoughts shuffled "
-        "between rows of one label (a control: same words, no reasoning)",
+        "which thoughts are learnt: all rows, only those whose own first label was correct (no reflections), "
+        "or thoughts shuffled between rows of one label (a control: same words, no reasoning)",
         choices=("all", "correct_only", "shuffled"),
     )
     completion: str = key(
@@ -92,7 +93,8 @@ class ModelKeys:
     )
     model_revision: str | None = key("commit or tag on the hub; none: the newest, so two runs may differ")
     quantization: str = key(
-        "nf4: base weights in 4 bits with double quantisation, about a quarter of the memory of bf16; none: not quantised",
+        "nf4: base weights in 4 bits with double quantisation, about a quarter of the memory of bf16; "
+        "none: not quantised",
         choices=("nf4", "none"),
     )
     compute_dtype: str = key(
@@ -265,7 +267,9 @@ class Config(*reversed(GROUPS)):
         return {k: (old[k], v) for k, v in self.to_dict().items() if v != old[k]}
 
     def path(self, key: str) -> Path:  # absolute
-        "The file or folder that `key` names. Raises `ConfigError` where the value is no path (none, `latest`, a hub name)."
+        """The file or folder that `key` names.
+
+        Raises `ConfigError` where the value is no path (none, `latest`, a hub name)."""
         value = getattr(self, key)
         if not _is_path(key, value):
             raise ConfigError(f"{key} = {_show(value)} names no file or folder.")
@@ -274,9 +278,9 @@ class Config(*reversed(GROUPS)):
     def replace(self, **changes) -> "Config":  # a new one
         "A copy with some values changed, checked as overrides are."
         old = {k: Setting(v, self.sources[k]) for k, v in self.to_dict().items()}
-        return _assemble(
-            self.name, self.spec, self.root, old | _override_settings(changes, self.root), check=True
-        )
+        layers, mistakes = [(old, self.root)], []
+        layers.append((_overrides(changes, mistakes), Path.cwd()))
+        return _assemble(self.name, self.spec, self.root, layers, mistakes)
 
     def to_args(self) -> list:  # such as ["--config", "ablation2", "--max_steps=4"]
         "Command-line arguments that load the same config in a child process, whatever its working directory."
@@ -345,38 +349,36 @@ def _nearest(word, known) -> str:  # " Did you mean …?", or nothing where noth
     return f" Did you mean {near[0]}?" if near else ""
 
 # %% ../nbs/01_config_loader.ipynb #6dea639e
-def _refuse(key, s: Setting):
+def _value_mistake(key, s: Setting) -> str:  # place, key, value, what was expected, what to do
     choices = KEYS[key].metadata["choices"]
     near = _nearest(s.value, choices) if choices else ""
-    raise ConfigError(
+    return (
         f"{s.where}: {key} = {_show(s.value)}: expected {expected(key)}.{near} "
         f"Give such a value, or leave {key} out to inherit it. ({key}: {KEYS[key].metadata['doc']})"
     )
 
 # %% ../nbs/01_config_loader.ipynb #2debc385
-def _check_key(key, where):
-    if key not in KEYS:
-        raise ConfigError(
-            f"{where}: there is no key {key}.{_nearest(key, KEYS)} Correct or remove it; --help lists every key."
-        )
+def _unknown_key(key, where) -> str:
+    near = _nearest(key, KEYS)
+    return f"{where}: there is no key {key}.{near} Correct or remove it; --help lists every key."
 
-# %% ../nbs/01_config_loader.ipynb #aeeef19c
-def _inside(x, m) -> bool:  # does the number keep to the limits of its key?
-    return (
-        (m["lo"] is None or x >= m["lo"])
-        and (m["hi"] is None or x <= m["hi"])
-        and (m["above"] is None or x > m["above"])
-        and (m["below"] is None or x < m["below"])
-    )
+# %% ../nbs/01_config_loader.ipynb #5e9d2bc2
+def _refuse(mistakes: list):
+    "Raise one `ConfigError` that tells every mistake, each on a line of its own; nothing where there is none."
+    mistakes = list(dict.fromkeys(mistakes))
+    if len(mistakes) == 1:
+        raise ConfigError(mistakes[0])
+    if mistakes:
+        raise ConfigError(f"{len(mistakes)} mistakes:" + "".join(f"\n  {m}" for m in mistakes))
 
-# %% ../nbs/01_config_loader.ipynb #81dfad35
-def _number(key, s: Setting, kind):
-    "Comparing with 2**63 refuses infinity, and NaN too, since no comparison with it holds."
-    if isinstance(s.value, bool) or not isinstance(s.value, (int, kind)):
-        _refuse(key, s)
-    if not abs(s.value) < 2**63 or not _inside(s.value, KEYS[key].metadata):
-        _refuse(key, s)
-    return kind(s.value)
+# %% ../nbs/01_config_loader.ipynb #59ed7488
+@contextmanager
+def _collect(mistakes: list):
+    "A step that cannot go on raises; its mistake joins the others."
+    try:
+        yield
+    except ConfigError as e:
+        mistakes.append(str(e))
 
 # %% ../nbs/01_config_loader.ipynb #7e0eb1b8
 def _plain_text(
@@ -385,14 +387,35 @@ def _plain_text(
     return isinstance(x, str) and x == x.strip() and x.isprintable() and x != ""
 
 # %% ../nbs/01_config_loader.ipynb #90bc0dc9
-def _layers(key, s: Setting):
-    v = s.value
-    if v == "all-linear":
-        return v
-    ok = isinstance(v, (list, tuple)) and len(v) and all(map(_plain_text, v))
-    if not ok or len(set(v)) < len(v):
-        _refuse(key, s)
-    return list(v)
+def _must(passes, x):  # x
+    "For what pydantic has no constraint."
+    if not passes(x):
+        raise ValueError
+    return x
+
+# %% ../nbs/01_config_loader.ipynb #e78e5ca1
+def _distinct(names: list) -> bool:
+    return len(set(names)) == len(names)
+
+# %% ../nbs/01_config_loader.ipynb #4031c483
+@functools.cache
+def _model():
+    "The pydantic model of the keys. Each may be absent, because a file gives only some. pydantic is slow to import."
+    from pydantic import AfterValidator, ConfigDict, Field, create_model
+
+    text = Annotated[str, AfterValidator(functools.partial(_must, _plain_text))]
+    distinct = AfterValidator(functools.partial(_must, _distinct))
+    layers = Literal["all-linear"] | Annotated[list[text], Field(min_length=1), distinct]
+    keys = {}
+    for k, f in KEYS.items():
+        m, (kind, none) = f.metadata, _kind(k)
+        limits = {}
+        if kind in (int, float):  # below 2**63, because libraries in C read these numbers
+            limits = dict(ge=m["lo"], le=m["hi"], gt=m["above"], lt=m["below"] or 2**63)
+        t = Literal[m["choices"]] if m["choices"] else {str: text, list: layers}.get(kind, kind)
+        keys[k] = (t | None if none else t, Field(None, **limits))
+    rules = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+    return create_model("Keys", __config__=rules, **keys)
 
 # %% ../nbs/01_config_loader.ipynb #3441056d
 def _is_path(key, value) -> bool:  # a model is a local folder only where it is written as a path
@@ -410,27 +433,24 @@ def _from_root(key, value: str, folder: Path, root: Path) -> str:  # `value` is 
 
 # %% ../nbs/01_config_loader.ipynb #aa013365
 def _checked(
-    key: str,  # a known key
-    s: Setting,  # as it was given
+    layer: dict,  # known key -> Setting, as it was given
     folder: Path,  # relative paths start here
     root: Path,  # and are kept relative to this
-) -> Setting:  # with the value in its final type
-    "Type and limits of one value. Raises `ConfigError` naming place, key, value, what was expected and what to do."
-    kind, none = _kind(key)
-    if s.value is None:
-        if not none:
-            _refuse(key, s)
-        return s
-    if kind in (int, float):
-        return s._replace(value=_number(key, s, kind))
-    if kind is list:
-        return s._replace(value=_layers(key, s))
-    choices = KEYS[key].metadata["choices"]
-    if not (isinstance(s.value, bool) if kind is bool else _plain_text(s.value)) or (
-        choices and s.value not in choices
-    ):
-        _refuse(key, s)
-    return s._replace(value=_from_root(key, s.value, folder, root)) if _is_path(key, s.value) else s
+    mistakes: list,  # gains one text for each impossible value
+) -> dict:  # key -> Setting with the value in its final type, of the possible values
+    "Types and limits of the values that one file or the command line gives."
+    from pydantic import ValidationError
+
+    values = {k: list(s.value) if isinstance(s.value, tuple) else s.value for k, s in layer.items()}
+    try:
+        model = _model().model_validate(values)
+    except ValidationError as e:
+        wrong = {found["loc"][0] for found in e.errors(include_input=False, include_context=False)}
+        mistakes += [_value_mistake(k, s) for k, s in layer.items() if k in wrong]
+        return _checked({k: s for k, s in layer.items() if k not in wrong}, folder, root, mistakes)
+    values = {k: getattr(model, k) for k in layer}
+    values |= {k: _from_root(k, v, folder, root) for k, v in values.items() if _is_path(k, v)}
+    return {k: s._replace(value=values[k]) for k, s in layer.items()}
 
 # %% ../nbs/01_config_loader.ipynb #0b4ff787
 _OPS = {
@@ -467,7 +487,10 @@ def _literal(node):  # the value of a literal, a list of literals, or arithmetic
 # %% ../nbs/01_config_loader.ipynb #f5bb4804
 def _assignment(node, line: str, file: str) -> tuple:  # (key, Setting)
     where = f"{file} line {node.lineno}: `{_show(line.strip())[1:-1]}`"
-    todo = 'A config file holds only lines such as `lora_r = 16`, `batch_size = 16 * 2` or `target_modules = ["q_proj"]`; remove the rest.'
+    todo = (
+        "A config file holds only lines such as `lora_r = 16`, `batch_size = 16 * 2` "
+        'or `target_modules = ["q_proj"]`; remove the rest.'
+    )
     if not (
         isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
     ):
@@ -487,12 +510,33 @@ def _parse(path: Path, file: str) -> tuple:  # (statements, lines)
         return ast.parse(text).body, re.split("\r\n?|\n|\f", text)  # as Python counts lines
     except SyntaxError as e:
         raise ConfigError(
-            f"{file} line {e.lineno or 1}: {e.msg}. A config file holds only lines such as `lora_r = 16`; correct this one."
+            f"{file} line {e.lineno or 1}: {e.msg}. "
+            "A config file holds only lines such as `lora_r = 16`; correct this one."
         ) from None
     except (OSError, ValueError, RecursionError, MemoryError) as e:
         raise ConfigError(
             f"{file}: cannot be read as a config file: {e!r}. Give a UTF-8 text file of plain assignments."
         ) from None
+
+# %% ../nbs/01_config_loader.ipynb #47fe13d8
+def _file_settings(path: Path, file: str, mistakes: list) -> dict:  # key -> Setting
+    nodes, lines = _parse(path, file)
+    if nodes and isinstance(nodes[0], ast.Expr) and isinstance(getattr(nodes[0].value, "value", None), str):
+        nodes = nodes[1:]  # the docstring
+    settings = {}
+    for node in nodes:
+        with _collect(mistakes):
+            k, s = _assignment(node, lines[node.lineno - 1], file)
+            if k in settings:
+                old = settings[k]
+                raise ConfigError(
+                    f"{s.where}: {k} = {_show(s.value)}: already set on line {old.line} (to {_show(old.value)}). "
+                    "Keep one of the two."
+                )
+            if k not in KEYS and k != "base":
+                raise ConfigError(_unknown_key(k, s.where))
+            settings[k] = s
+    return settings
 
 # %% ../nbs/01_config_loader.ipynb #c2939600
 def read_config_file(
@@ -500,20 +544,9 @@ def read_config_file(
     file: str = None,  # how messages name it; its own name if None
 ) -> dict:  # key -> Setting, `base` among them; values are not checked yet
     "The assignments of one config file, read without executing it. Raises `ConfigError` naming file and line."
-    path, settings = Path(path), {}
-    file = file or path.name
-    nodes, lines = _parse(path, file)
-    for i, node in enumerate(nodes):
-        if i == 0 and isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
-            continue  # the docstring
-        k, s = _assignment(node, lines[node.lineno - 1], file)
-        if k in settings:
-            raise ConfigError(
-                f"{s.where}: {k} = {_show(s.value)}: already set on line {settings[k].line} (to {_show(settings[k].value)}). Keep one of the two."
-            )
-        if k != "base":
-            _check_key(k, s.where)
-        settings[k] = s
+    mistakes = []
+    settings = _file_settings(Path(path), file or Path(path).name, mistakes)
+    _refuse(mistakes)
     return settings
 
 # %% ../nbs/01_config_loader.ipynb #42d9bd71
@@ -545,7 +578,8 @@ def find_config(
         raise ConfigError(f"{where}: there is no config file {name}.{near} {tail}")
     if not re.fullmatch(r"[\w.-]+", path.stem):
         raise ConfigError(
-            f"{where}: config = {name!r}: expected a file name of letters, digits, '_', '-' and '.', because it names the folder of the runs. Rename the file."
+            f"{where}: config = {name!r}: expected a file name of letters, digits, '_', '-' and '.', "
+            "because it names the folder of the runs. Rename the file."
         )
     return path
 
@@ -553,28 +587,30 @@ def find_config(
 def _chain(
     name,  # name or path of a config
     root: Path,  # paths in config files are relative to it
-) -> list:  # [(path, settings)], from default.py to the named file
+    mistakes: list,  # gains the unreadable lines
+):  # yields (path, settings), from the named file to default.py
     "A config file and every file it builds on. Raises `ConfigError` for a missing base or a cycle."
-    default, path, chain, where = find_config("default"), find_config(name), [], name
+    default, path, seen, where = find_config("default"), find_config(name), [], name
     while path:
-        if path in (seen := [p for p, _ in chain]):
-            names = " <- ".join(p.name for p in reversed([path] + seen[: seen.index(path) + 1]))
+        if path in seen:
+            names = " <- ".join([*(p.name for p in seen[seen.index(path) :]), path.name])
             raise ConfigError(
                 f"{where}: the bases go round in a circle: {names}. Remove one of the `base` lines."
             )
+        seen.append(path)
         packaged = path.parent == default.parent
-        settings = read_config_file(path, path.name if packaged else os.path.relpath(path, root))
+        settings = _file_settings(path, path.name if packaged else os.path.relpath(path, root), mistakes)
         base = settings.pop("base", None)
-        chain.insert(0, (path, settings))
+        yield path, settings
         if path == default and base:
             raise ConfigError(
-                f"{base.where}: base = {_show(base.value)}: default.py is where every config starts and can have no base. Remove the line."
+                f"{base.where}: base = {_show(base.value)}: default.py is where every config starts "
+                "and can have no base. Remove the line."
             )
         if base:
             where, path = base.where, find_config(base.value, root, f"{base.where}, base")
         else:
             path = default if path != default else None
-    return chain
 
 # %% ../nbs/01_config_loader.ipynb #b187cc8b
 _BOOLS = dict(true=True, false=False, yes=True, no=False, on=True, off=False) | {"1": True, "0": False}
@@ -620,154 +656,155 @@ def _words(text: str) -> list:  # split at blanks, but not inside quotes or brac
             words.append(p)
     return words
 
+# %% ../nbs/01_config_loader.ipynb #072a6031
+def _pairs(overrides, mistakes: list) -> list:  # [(key, value)]
+    if isinstance(overrides, dict):
+        return list(overrides.items())
+    if isinstance(overrides, str):
+        overrides = _words(overrides)
+    if not isinstance(overrides, (list, tuple, type(None))):  # papermill reads `-p overrides 5` as a number
+        raise ConfigError(
+            f"command line: overrides = {_show(overrides)}: expected key=value, as in learning_rate=1e-4. "
+            "Correct it, or leave overrides out."
+        )
+    pairs = []
+    for word in overrides or []:
+        k, eq, v = str(word).lstrip("-").partition("=")
+        if k and eq:
+            pairs.append((k, v))
+        else:
+            mistakes.append(
+                f"command line: override {_show(word)}: expected key=value, as in learning_rate=1e-4. "
+                "Put an = between key and value, and quotes around a value with blanks."
+            )
+    return pairs
+
+# %% ../nbs/01_config_loader.ipynb #30340860
+def _overrides(overrides, mistakes: list) -> dict:  # key -> Setting; values are not checked yet
+    settings = {}
+    with _collect(mistakes):
+        for k, v in _pairs(overrides, mistakes):
+            value = parse_value(k, v) if k in KEYS and isinstance(v, str) else v
+            if k not in KEYS:
+                mistakes.append(_unknown_key(k, "command line"))
+            elif k in settings:
+                old = _show(settings[k].value)
+                mistakes.append(
+                    f"command line: {k} = {_show(value)}: already set to {old}. Keep one of the two."
+                )
+            else:
+                settings[k] = Setting(value, "command line")
+    return settings
+
 # %% ../nbs/01_config_loader.ipynb #f40e9ba3
 def parse_overrides(
     overrides,  # "a=1 b=[x,y]", or a list of "a=1", or a dict key -> value, or None
 ) -> dict:  # key -> value, in the key's type
-    'Overrides as papermill (`-p overrides "a=1 b=2"`), code or the command line give them. Text is read by `parse_value`. Raises `ConfigError`.'
-    if isinstance(overrides, str):
-        overrides = _words(overrides)
-    if not isinstance(
-        overrides, (dict, list, tuple, type(None))
-    ):  # papermill reads `-p overrides 5` as a number
-        raise ConfigError(
-            f"command line: overrides = {_show(overrides)}: expected key=value, as in learning_rate=1e-4. Correct it, or leave overrides out."
-        )
-    if not isinstance(overrides, dict):
-        pairs = []
-        for w in overrides or []:
-            k, eq, v = str(w).lstrip("-").partition("=")
-            if not (k and eq):
-                raise ConfigError(
-                    f"command line: override {_show(w)}: expected key=value, as in learning_rate=1e-4. Put an = between key and value, and quotes around a value with blanks."
-                )
-            if k in dict(pairs):
-                raise ConfigError(
-                    f"command line: {k} = {_show(v)}: already set to {_show(dict(pairs)[k])}. Keep one of the two."
-                )
-            pairs.append((k, v))
-        overrides = dict(pairs)
-    for k in overrides:
-        _check_key(k, "command line")
-    return {k: parse_value(k, v) if isinstance(v, str) else v for k, v in overrides.items()}
+    """Overrides as papermill (`-p overrides "a=1 b=2"`), code or the command line give them.
 
-# %% ../nbs/01_config_loader.ipynb #9f620ad0
-def _step_rules(c) -> list:  # [(keys, why and what to do)] of broken rules about steps
-    "Keeping the best checkpoint needs a checkpoint wherever the loss was measured (transformers' `load_best_model_at_end`)."
-    if c.early_stopping_patience is None:
-        return []
-    e, s, todo = (
-        c.eval_steps,
-        c.save_steps,
-        "the best checkpoint can only be kept where the loss was measured. Set save_steps to a multiple of eval_steps, or both to none (each epoch).",
-    )
-    rules = [
-        (
-            (e is None) != (s is None) or (e and s % e),
-            ("early_stopping_patience", "eval_steps", "save_steps"),
-            todo,
-        ),
-        (
-            e and c.max_steps and e > c.max_steps,
-            ("early_stopping_patience", "eval_steps", "max_steps"),
-            "the run ends before its first evaluation. Lower eval_steps or raise max_steps.",
-        ),
-    ]
-    return [(keys, why) for broken, keys, why in rules if broken]
+    Text is read by `parse_value`. Raises `ConfigError`."""
+    mistakes = []
+    settings = _overrides(overrides, mistakes)
+    _refuse(mistakes)
+    return {k: s.value for k, s in settings.items()}
 
-# %% ../nbs/01_config_loader.ipynb #6b6912ee
-def _rules(c) -> list:  # [(keys, why and what to do)] of all broken rules
-    rules = [
-        (
-            c.data_strategy == "shuffled" and c.completion == "label_only",
-            ("data_strategy", "completion"),
-            "there are no thoughts to shuffle in label-only rows. Use completion cot, or another data_strategy.",
-        ),
-        (
-            c.data_strategy == "shuffled" and c.completion == "label_first",
-            ("data_strategy", "completion"),
-            "order and content of the thoughts would change at once, and no comparison could tell which mattered. Use completion cot, or another data_strategy.",
-        ),
-        (
-            c.use_packing and c.attn_implementation not in ("auto", "flash_attention_2"),
-            ("use_packing", "attn_implementation"),
-            "packed rows would attend to each other. Set attn_implementation to auto or flash_attention_2, or use_packing to false.",
-        ),
-        (
-            c.attn_implementation == "flash_attention_2" and c.compute_dtype == "fp32",
-            ("attn_implementation", "compute_dtype"),
-            "FlashAttention computes in 16 bits only. Set compute_dtype to auto, bf16 or fp16.",
-        ),
-        (
-            c.distributed_training and c.num_processes == 1,
-            ("distributed_training", "num_processes"),
-            "one process is not distributed. Set num_processes to 2 or more or none, or distributed_training to false.",
-        ),
-        (
-            not c.distributed_training and (c.num_processes or 1) > 1,
-            ("distributed_training", "num_processes"),
-            "several processes are launched only for distributed training. Set distributed_training to true, or num_processes to none.",
-        ),
-        (
-            c.distributed_training and c.gpu_id is not None,
-            ("distributed_training", "gpu_id"),
-            "one GPU is asked for, and several. Set gpu_id to none (run_training.sh --gpus chooses several), or distributed_training to false.",
-        ),
-        (
-            c.use_wandb and (len(c.wandb_project) > 128 or re.search(r"[/\\#?%:]", c.wandb_project)),
-            ("wandb_project", "use_wandb"),
-            "W&B takes at most 128 characters, and none of / \\ # ? % :. Choose another name.",
-        ),
-        (
-            c.use_wandb and re.search("[:;,#?/']", c.wandb_run_id or ""),
-            ("wandb_run_id", "use_wandb"),
-            "W&B takes none of : ; , # ? / ' in an id. Give the id that W&B shows.",
-        ),
-        (
-            c.wandb_run_id is not None and not c.use_wandb,
-            ("wandb_run_id", "use_wandb"),
-            "nothing is sent to the W&B run named. Set use_wandb to true, or wandb_run_id to none.",
-        ),
-        (
-            "wandb" in (c.report_to or ""),
+# %% ../nbs/01_config_loader.ipynb #1dfd9569
+def _tracker_rules(c):  # yields (keys, why and what to do) of each broken rule about W&B
+    if c.use_wandb and (len(c.wandb_project) > 128 or re.search(r"[/\\#?%:]", c.wandb_project)):
+        why = "W&B takes at most 128 characters, and none of / \\ # ? % :. Choose another name."
+        yield ("wandb_project", "use_wandb"), why
+    if c.use_wandb and re.search("[:;,#?/']", c.wandb_run_id or ""):
+        why = "W&B takes none of : ; , # ? / ' in an id. Give the id that W&B shows."
+        yield ("wandb_run_id", "use_wandb"), why
+    if c.wandb_run_id is not None and not c.use_wandb:
+        why = "nothing is sent to the W&B run named. Set use_wandb to true, or wandb_run_id to none."
+        yield ("wandb_run_id", "use_wandb"), why
+    if "wandb" in (c.report_to or ""):
+        yield (
             ("report_to",),
             "W&B has a switch of its own. Set use_wandb to true, and take wandb out of report_to.",
-        ),
-        (
-            c.lr_scheduler == "constant" and c.warmup_ratio > 0,
-            ("lr_scheduler", "warmup_ratio"),
-            "a constant schedule has no warm-up. Use constant_with_warmup, or set warmup_ratio to 0.",
-        ),
-    ]
-    return _step_rules(c) + [(keys, why) for broken, keys, why in rules if broken]
+        )
+
+# %% ../nbs/01_config_loader.ipynb #6b6912ee
+def _rules(c):  # yields (keys, why and what to do) of each broken rule
+    if c.early_stopping_patience:
+        every, saved = c.eval_steps, c.save_steps
+        # transformers' load_best_model_at_end needs a checkpoint wherever the loss was measured
+        if (every is None) != (saved is None) or (every and saved % every):
+            why = "the best checkpoint can only be kept where the loss was measured. "
+            todo = "Set save_steps to a multiple of eval_steps, or both to none (each epoch)."
+            yield ("early_stopping_patience", "eval_steps", "save_steps"), why + todo
+        if every and c.max_steps and every > c.max_steps:
+            why = "the run ends before its first evaluation. Lower eval_steps or raise max_steps."
+            yield ("early_stopping_patience", "eval_steps", "max_steps"), why
+    if c.data_strategy == "shuffled" and c.completion != "cot":
+        whys = dict(
+            label_only="there are no thoughts to shuffle in label-only rows. ",
+            label_first="order and content of the thoughts would change at once, "
+            "and no comparison could tell which mattered. ",
+        )
+        todo = "Use completion cot, or another data_strategy."
+        yield ("data_strategy", "completion"), whys[c.completion] + todo
+    if c.use_packing and c.attn_implementation not in ("auto", "flash_attention_2"):
+        why = "packed rows would attend to each other. "
+        todo = "Set attn_implementation to auto or flash_attention_2, or use_packing to false."
+        yield ("use_packing", "attn_implementation"), why + todo
+    if c.attn_implementation == "flash_attention_2" and c.compute_dtype == "fp32":
+        why = "FlashAttention computes in 16 bits only. Set compute_dtype to auto, bf16 or fp16."
+        yield ("attn_implementation", "compute_dtype"), why
+    if c.distributed_training and c.num_processes == 1:
+        why = "one process is not distributed. "
+        todo = "Set num_processes to 2 or more or none, or distributed_training to false."
+        yield ("distributed_training", "num_processes"), why + todo
+    if not c.distributed_training and (c.num_processes or 1) > 1:
+        why = "several processes are launched only for distributed training. "
+        todo = "Set distributed_training to true, or num_processes to none."
+        yield ("distributed_training", "num_processes"), why + todo
+    if c.distributed_training and c.gpu_id is not None:
+        why = "one GPU is asked for, and several. "
+        todo = (
+            "Set gpu_id to none (run_training.sh --gpus chooses several), or distributed_training to false."
+        )
+        yield ("distributed_training", "gpu_id"), why + todo
+    if c.lr_scheduler == "constant" and c.warmup_ratio > 0:
+        why = "a constant schedule has no warm-up. Use constant_with_warmup, or set warmup_ratio to 0."
+        yield ("lr_scheduler", "warmup_ratio"), why
+    yield from _tracker_rules(c)
 
 # %% ../nbs/01_config_loader.ipynb #462857b9
-def _check_together(c, settings):
+def _contradictions(c, settings, wrong) -> list:  # texts
+    "Rules about a key in `wrong` are left alone: nobody knows yet which value it will get."
+    mistakes = []
     for keys, why in _rules(c):
-        told = " with ".join(f"{k} = {_show(getattr(c, k))} ({settings[k].where})" for k in keys)
-        raise ConfigError(f"{told}: {why}")
-
-# %% ../nbs/01_config_loader.ipynb #281d8ee2
-def _override_settings(overrides, root: Path) -> dict:  # key -> checked Setting
-    "Paths that are typed start at the working directory, as in every other command."
-    return {
-        k: _checked(k, Setting(v, "command line"), Path.cwd(), root)
-        for k, v in parse_overrides(overrides).items()
-    }
+        if wrong.isdisjoint(keys):
+            told = " with ".join(f"{k} = {_show(getattr(c, k))} ({settings[k].where})" for k in keys)
+            mistakes.append(f"{told}: {why}")
+    return mistakes
 
 # %% ../nbs/01_config_loader.ipynb #4ce65655
-def _assemble(name, spec, root, settings, check) -> Config:
-    "One `Config` from checked settings, with what it remembers beside its keys."
-    if missing := [k for k in KEYS if k not in settings]:
-        raise ConfigError(
-            f"default.py: {', '.join(missing)} missing. default.py gives every key a value; add a line such as `{missing[0]} = …`."
-        )
+def _assemble(
+    name: str,  # names the runs
+    spec: str,  # loads it again
+    root: Path,  # its paths start here
+    layers: list,  # [(key -> Setting, folder where its relative paths start)], the last one wins
+    mistakes: list,  # those found while reading
+    check: bool = True,  # refuse contradictions too
+) -> Config:
+    "One `Config` with what it remembers beside its keys, or a `ConfigError` that tells every mistake."
+    readable, settings, wrong = not mistakes, {}, set()
+    for layer, folder in layers:
+        good = _checked(layer, folder, root, mistakes)
+        settings |= good
+        wrong |= layer.keys() - good.keys()
+    if len(settings) < len(KEYS):
+        _refuse(mistakes)
     c = Config(**{k: settings[k].value for k in KEYS})
+    if check and readable:  # a key that was misspelt may be the one that resolves a contradiction
+        mistakes += _contradictions(c, settings, wrong)
+    _refuse(mistakes)
     own = dict(name=name, spec=spec, root=root, sources={k: settings[k].file for k in KEYS})
     for k, v in own.items():
         object.__setattr__(c, k, v)  # frozen for everybody else
-    if check:
-        _check_together(c, settings)
     return c
 
 # %% ../nbs/01_config_loader.ipynb #3a18636e
@@ -778,15 +815,24 @@ def load_config(
 ) -> (
     Config
 ):  # with `name`, `sources` (key -> "default.py", "ablation2.py" or "command line"), `spec` and `root`
-    "`default.py` <- bases <- the named file <- overrides. Raises `ConfigError`, and never falls back to anything."
-    root, settings = project_root(), {}
-    chain = _chain(name, root)
-    for _, layer in chain:
-        settings |= {k: _checked(k, s, root, root) for k, s in layer.items()}
-    settings |= _override_settings(overrides, root)
-    path = chain[-1][0]
-    spec = path.stem if path.parent == _package_dir() / "configs" else str(path)
-    return _assemble(path.stem, spec, root, settings, check)
+    """`default.py` <- bases <- the named file <- overrides.
+
+    Raises one `ConfigError` that tells every mistake, and never falls back to anything."""
+    root, mistakes, chain = project_root(), [], []
+    with _collect(mistakes):
+        chain.extend(_chain(name, root, mistakes))
+    layers = [(settings, root) for _, settings in reversed(chain)]
+    layers.append((_overrides(overrides, mistakes), Path.cwd()))
+    given = {k for layer, _ in layers for k in layer}
+    missing = [k for k in KEYS if k not in given]
+    if missing and not mistakes:
+        mistakes.append(
+            f"default.py: {', '.join(missing)} missing. default.py gives every key a value; "
+            f"add a line such as `{missing[0]} = …`."
+        )
+    path = chain[0][0] if chain else Path(str(name))
+    packaged = path.parent == _package_dir() / "configs"
+    return _assemble(path.stem, path.stem if packaged else str(path), root, layers, mistakes, check)
 
 # %% ../nbs/01_config_loader.ipynb #8bee1187
 def print_config(
@@ -808,7 +854,9 @@ def config_from_json(
     text: str,  # what `print_config` gave
     where: str = "config.json",  # how messages name it
 ) -> Config:  # with the recorded name and sources
-    "A recorded config. Every key that can change a result must be there, so that no default of today stands in for a value of then. Raises `ConfigError`."
+    """A recorded config. Raises one `ConfigError` that tells every mistake.
+
+    Every key that can change a result must be there, so that no default of today stands in for a value of then."""
     try:
         d = json.loads(text)
         name, values, changed = d["name"], d["config"], dict(d["changed_from_default"])
@@ -819,20 +867,20 @@ def config_from_json(
         raise ConfigError(
             f"{where}: is no recorded config: {e!r}. Give a config.json that a run has left."
         ) from None
-    for k in values:
-        _check_key(k, where)
+    mistakes = [_unknown_key(k, where) for k in values if k not in KEYS]
     default = load_config("default").to_dict()
     # a key that cannot change a result may be younger than the record
     values = {k: default[k] for k in KEYS if not KEYS[k].metadata["result"]} | values
     if missing := [k for k in KEYS if k not in values]:
-        raise ConfigError(
-            f"{where}: {', '.join(missing)} missing. It was written by another version; add the values that it ran with."
+        mistakes.append(
+            f"{where}: {', '.join(missing)} missing. It was written by another version; "
+            "add the values that it ran with."
         )
     root = project_root()
-    settings = {
-        k: _checked(k, Setting(v, where), root, root)._replace(file=sources[k]) for k, v in values.items()
-    }
-    return _assemble(name, name, root, settings, check=False)
+    layer = {k: Setting(v, where) for k, v in values.items() if k in KEYS}
+    c = _assemble(name, name, root, [(layer, root)], mistakes, check=False)
+    object.__setattr__(c, "sources", sources)
+    return c
 
 # %% ../nbs/01_config_loader.ipynb #43a2323b
 def result_values(cfg: Config) -> dict:  # key -> value
@@ -854,7 +902,9 @@ def one_factor(
     cfgs: list,  # Configs
     ignore: tuple = (),  # keys to leave out, such as ("seed",)
 ) -> list:  # keys, in the order of `--help`
-    "The result-relevant keys in which the configs differ. One key: a clean comparison. Several: nobody can say which mattered."
+    """The result-relevant keys in which the configs differ.
+
+    One key: a clean comparison. Several: nobody can say which mattered."""
     count = {k for c in cfgs for k in result_values(c)} - set(ignore)
     return [k for k in KEYS if k in count and any(getattr(c, k) != getattr(cfgs[0], k) for c in cfgs)]
 
@@ -864,18 +914,20 @@ def _fail(
 ):  # in place of argparse's own, which shows a page of usage and no nearest option
     options = [o.lstrip("-") for a in parser._actions for o in a.option_strings]
     words = re.findall(r"--?([A-Za-z][\w-]*)", message) if "unrecognized" in message else []
-    parser.exit(
-        2,
-        f"error: command line: {message}.{''.join(_nearest(w, options) for w in words[:1])} --help lists every option.\n",
-    )
+    near = "".join(dict.fromkeys(_nearest(w, options) for w in words))
+    parser.exit(2, f"error: command line: {message}.{near} --help lists every option.\n")
 
 # %% ../nbs/01_config_loader.ipynb #8a690746
 def add_config_args(
     parser: argparse.ArgumentParser,
     config: bool = True,  # add `--config` too
 ):
-    "One option per key, in the groups above; read them with `config_from_args`. Short forms of an option are refused, because `--eval` could mean several keys."
-    default = load_config("default").to_dict()
+    """One option per key, in the groups above; read them with `config_from_args`.
+
+    Short forms of an option are refused, because `--eval` could mean several keys."""
+    default = read_config_file(find_config("default"))  # not checked: `--help` need not wait for pydantic
+    if KEYS.keys() - default.keys():
+        load_config("default")  # raises, and tells which keys are missing
     parser.allow_abbrev = False
     parser.usage = parser.usage or "%(prog)s [--config NAME|PATH] [--key value …]"
     parser.error = functools.partial(_fail, parser)
@@ -889,13 +941,14 @@ def add_config_args(
     for group in GROUPS:
         g = parser.add_argument_group(group.__doc__.rstrip("."))
         for f in fields(group):
-            _add_option(g, f.name, default[f.name])
+            _add_option(g, f.name, default[f.name].value)
 
 # %% ../nbs/01_config_loader.ipynb #471f3e6c
 def _add_option(group, key, default):
     m = KEYS[key].metadata
     kind = "" if m["choices"] else expected(key) + "; "
-    text = f"{m['doc']} [{kind}default {_as_text(default)}]".replace("%", "%%")
+    default = _as_text(parse_value(key, _as_text(default)))  # 2 where a float is meant: 2.0
+    text = f"{m['doc']} [{kind}default {default}]".replace("%", "%%")
     if _kind(key)[0] is bool:
         group.add_argument(
             f"--{key}", nargs="?", const="true", default=argparse.SUPPRESS, metavar="true|false", help=text
