@@ -410,21 +410,12 @@ def test_the_resolved_config_is_printed_without_heavy_imports():
     assert p.stderr == "[]\n"
 
 
-def test_the_module_imports_in_a_fifth_of_a_second():
-    times = []
-    for _ in range(3):  # the best of three, since the machine may be busy
-        p = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "import time; t=time.perf_counter(); import nli_ft.config_loader; print(time.perf_counter()-t)",
-            ],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        times.append(float(p.stdout))
-    assert min(times) < 0.2
+def test_importing_the_module_imports_nothing_heavy():
+    "A command's help, and a refusal, should not wait for what only a run needs."
+    heavy = {"torch", "transformers", "numpy", "pandas", "pydantic", "fastcore", "datasets", "trl", "peft"}
+    code = f"import sys, nli_ft.config_loader; print(sorted({heavy} & set(sys.modules)))"
+    p = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert p.stdout.strip() == "[]"
 
 
 def test_arguments_for_a_child_give_the_same_config_from_another_folder(tmp_path, monkeypatch, config_file):
@@ -1047,5 +1038,8 @@ def test_a_command_that_fails_after_its_reader_left_still_says_why():
     body = "print('half'); raise p.DataError('a.csv line 3: no label')"
     code = f"import nli_ft.process as p\n@p.command\ndef f(argv): {body}\nf([])"
     script = f"sleep .2; {shlex.quote(sys.executable)} -c {shlex.quote(code)}; echo $? >&2"
-    p = subprocess.run(["bash", "-c", f"{{ {script}; }} | true"], cwd=ROOT, capture_output=True, text=True)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # unbuffered, print is what fails
+    p = subprocess.run(
+        ["bash", "-c", f"{{ {script}; }} | true"], cwd=ROOT, capture_output=True, text=True, env=env
+    )
     assert p.stderr == "error: a.csv line 3: no label\n2\n"
