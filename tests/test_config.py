@@ -399,7 +399,9 @@ def test_a_wrong_command_line_gives_exit_code_2_and_one_message(args, says):
 
 
 def test_the_resolved_config_is_printed_without_heavy_imports():
-    code = "import sys; from nli_ft.config_loader import config_cli; config_cli(sys.argv[1:]); print(sorted({m.split('.')[0] for m in sys.modules} & {'torch','numpy','fastcore','transformers','pandas'}), file=sys.stderr)"
+    code = "import sys; from nli_ft.config_loader import config_cli; config_cli(sys.argv[1:]); "
+    code += "print(sorted({m.split('.')[0] for m in sys.modules} "
+    code += "& {'torch','numpy','fastcore','transformers','pandas'}), file=sys.stderr)"
     p = subprocess.run(
         [sys.executable, "-c", code, "--config", "ablation2", "--learning_rate", "1e-4"],
         cwd=ROOT,
