@@ -938,5 +938,11 @@ def test_a_command_that_fails_after_its_reader_left_still_says_why():
     body = "print('half'); raise p.DataError('a.csv line 3: no label')"
     code = f"import nli_ft.process as p\n@p.command\ndef f(argv): {body}\nf([])"
     script = f"sleep .2; {shlex.quote(sys.executable)} -c {shlex.quote(code)}; echo $? >&2"
-    p = subprocess.run(["bash", "-c", f"{{ {script}; }} | true"], cwd=ROOT, capture_output=True, text=True)
+    p = subprocess.run(
+        ["bash", "-c", f"{{ {script}; }} | true"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+    )
     assert p.stderr == "error: a.csv line 3: no label\n2\n"
