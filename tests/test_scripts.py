@@ -876,9 +876,10 @@ def test_an_own_file_in_train_configs_is_that_file(place):
 
 
 @pytest.mark.parametrize(
-    "args, named", [(["--config", "quick_test"], "quick_test"), (["--no_wandb"], "no_wandb")]
+    "args, named, local",
+    [(["--config", "quick_test"], "quick_test", ["--local"]), (["--no_wandb"], "no_wandb", [])],
+    ids=["local", "docker"],
 )
-@pytest.mark.parametrize("local", [[], ["--local"]], ids=["docker", "local"])
 def test_a_dry_run_prints_no_command_that_would_be_refused(place, args, named, local):
     place.make_venv()
     executable(
