@@ -104,18 +104,20 @@ _WORDING = (
 )  # these change the number of tokens of the same rows
 
 
-def _number(x):
+def _number_or_none(x):
     return x if isinstance(x, (int, float)) and not isinstance(x, bool) else None
 
 # %% ../nbs/26_differences.ipynb #566fdcbc
 def _amounts(run):
     "Optimizer steps done, rows and tokens that went through them; None where neither summary.json nor metrics.jsonl says so."
-    steps, rows, tokens = (_number(run.summary.get(k)) for k in ("steps", "rows_trained", "tokens_trained"))
+    steps, rows, tokens = (
+        _number_or_none(run.summary.get(k)) for k in ("steps", "rows_trained", "tokens_trained")
+    )
     logged = [r for r in run.metrics if isinstance(r, dict)]
     if steps is None:
-        steps = max((r["step"] for r in logged if _number(r.get("step")) is not None), default=None)
+        steps = max((r["step"] for r in logged if _number_or_none(r.get("step")) is not None), default=None)
     if tokens is None:
-        tokens = sum(r["tokens"] for r in logged if _number(r.get("tokens")) is not None) or None
+        tokens = sum(r["tokens"] for r in logged if _number_or_none(r.get("tokens")) is not None) or None
     return dict(steps=steps, rows=rows, tokens=tokens)
 
 # %% ../nbs/26_differences.ipynb #293af969
@@ -151,7 +153,7 @@ def _device_kind(run):
 
 # %% ../nbs/26_differences.ipynb #cfe32656
 def _processes(run):
-    said = _number(run.summary.get("processes"))
+    said = _number_or_none(run.summary.get("processes"))
     if said is not None:
         return said
     return run.cfg.num_processes if run.cfg.distributed_training else 1

@@ -14,7 +14,7 @@ _verdict = re.compile(
     r"(?P<mid>(?:[\w'-]+\s+){0,5}?)(?P<verb>infer(?:red)?|entail(?:ed|s)?|conclude[ds]?|follows?(?=\s*[.,;]|\s*$|\s+(?:from|that|logically|necessarily|directly)\b)|deduced?|derived?|supported|supports?)\b",
     re.I,
 )  # "did not follow Nancy" is no verdict
-_plain = re.compile(
+_plain_verdict = re.compile(
     r"\b(?P<verb>(?:premise|it|this|which|that|and) (?:\w+ly )?(?:entails|supports|contradicts)|hypothesis (?:\w+ly )?(?:follows|contradicts)|it (?:must hold|may fail|must fail))\b",
     re.I,
 )
@@ -29,7 +29,7 @@ def concludes(thought: str) -> int | None:  # 1 entailed, 0 not entailed, None: 
     ]
     found += [
         (m.start("verb"), 0 if re.search("contradict|fail", m["verb"], re.I) else 1)
-        for m in _plain.finditer(s)
+        for m in _plain_verdict.finditer(s)
     ]
     return max(found)[1] if found else None
 
