@@ -18,7 +18,8 @@ from .process import DataError, command
 from .files import atomic_writer, write_jsonl
 from .rows import PROMPTS, data_hash
 from .paired import wilson
-from .baselines import BoostedTree, NEGATIONS
+from .reading import NEGATIONS
+from .baselines import BoostedTree
 from .meanings import as_meaning, normal
 from .lexicon import LEXICON, plural
 from .quadruples import CATEGORIES, DENIALS, GENERATOR, SIZES, bared, generate, skeleton_words

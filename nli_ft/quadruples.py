@@ -21,7 +21,7 @@ from random import Random
 
 from .process import ConfigError
 from .rows import sft_row
-from .baselines import NEGATIONS
+from .reading import NEGATIONS
 from nli_ft.meanings import (
     Says,
     act_models,

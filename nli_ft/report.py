@@ -19,6 +19,7 @@ from pathlib import Path
 from .process import RecordError
 from .paired import minimum_detectable_difference
 from .predictions import NO_ANSWER, check_predictions, predictions_seal
+from .reading import words
 from nli_ft.evaluate import (
     _labelled,
     _with_probability,
@@ -32,7 +33,6 @@ from nli_ft.evaluate import (
     risk_coverage,
     score,
     slices,
-    words,
 )
 from .reasoning import baseline_labels, compare_answers, reasoning
 
