@@ -225,7 +225,7 @@ class RunCounts:
     suspects: int = 0  # rows set apart because gold may be wrong (reflections)
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    token_cost: float = 0.0
+    cost: float = 0.0
 
 # %% ../nbs/48_teacher_session.ipynb #d60ca477
 @dataclass(frozen=True)
