@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['GUESSED_COMPLETION', 'REJECTED', 'PATIENCE', 'Augmentation', 'calls_a_row', 'failed_path', 'tidy_failed',
-           'check_options', 'dry_report', 'summary', 'say_summary', 'cut_torn', 'look_before', 'augment',
-           'sampling_params', 'add_arguments', 'add_run_arguments', 'stage_cli', 'think_cli', 'reflect_cli']
+           'check_options', 'dry_report', 'summary', 'say_summary', 'look_before', 'augment', 'sampling_params',
+           'add_arguments', 'add_run_arguments', 'stage_cli', 'think_cli', 'reflect_cli']
 
 # %% ../nbs/50_teacher.ipynb #28a5160b
 import argparse
 import asyncio
 import json
-import os
 import re
 import signal
 import sys
@@ -27,7 +26,7 @@ from urllib.parse import urlsplit
 
 from .process import ConfigError, DataError, command, stop_signals
 from .labels import CONTRACTS
-from .files import write_jsonl
+from .files import cut_torn, write_jsonl
 from .rows import BadRows
 from .sft_rows import suspect_path
 from .teacher_replies import ContentError, REFLECT, Stage, THINK, Unfit, not_gold, read_prompt
@@ -60,7 +59,6 @@ from nli_ft.teacher_files import (
     settings,
     survey,
     wanted_rows,
-    whole_bytes,
 )
 
 # %% ../nbs/50_teacher.ipynb #f11c3761
@@ -425,13 +423,6 @@ def say_summary(r: dict, run: Augmentation):
     if r["reason"] or r["left"]:
         say("every reply that arrived is written; the same command goes on from here")
 
-# %% ../nbs/50_teacher.ipynb #4851c5e6
-def cut_torn(path: Path):
-    "Cut off a last line that a crash left unfinished; its row is done again."
-    if path.exists() and (whole := whole_bytes(path)) < path.stat().st_size:
-        os.truncate(path, whole)
-        print(f"{path}: cut off an unfinished last line; its row is done again", file=sys.stderr)
-
 # %% ../nbs/50_teacher.ipynb #5a9ca5c4
 def look_before(stage, source, output, endpoint, allow_mixed, allow_eval):
     "Earlier rows and what is left to do; says what a reader should know."
@@ -487,7 +478,8 @@ def augment(
     try:
         with FileLock(output.with_name(f".{output.name}.lock"), timeout=0):
             for path in (output, failed_path(output), suspect_path(output)):
-                cut_torn(path)
+                if path.exists() and cut_torn(path):
+                    print(f"{path}: cut off an unfinished last line; its row is done again", file=sys.stderr)
             before, sv = look()
             tidy_failed(failed_path(output), before.failures)
             run = Augmentation(
