@@ -21,6 +21,7 @@ from .config_loader import config_from_json
 from .labels import CONTRACTS
 from nli_ft.files import (
     PAIR_NAMES,
+    atomic_writer,
     encoding_hint,
     faults_named,
     file_format,
@@ -523,12 +524,10 @@ def _one_answer(a):
 
 # %% ../nbs/30_ask.ipynb #25539937
 def _write_answers(path, names, pairs, answers):
-    part = Path(f"{path}.part")
-    with open(part, "w", newline="", encoding="utf-8") as f:
+    with atomic_writer(path) as f:
         table = csv.DictWriter(f, [*names, *ANSWER_COLUMNS], restval="", extrasaction="ignore")
         table.writeheader()
         table.writerows(pair | a for pair, a in zip(pairs, answers, strict=True))
-    os.replace(part, path)
 
 # %% ../nbs/30_ask.ipynb #3e894686
 #| eval: false

@@ -12,11 +12,11 @@ import html
 import json
 import math
 import numpy as np
-import os
 from collections import defaultdict
 from pathlib import Path
 
 from .process import RecordError
+from .files import atomic_writer
 from .paired import minimum_detectable_difference
 from .predictions import NO_ANSWER, check_predictions, predictions_seal
 from .reading import words
@@ -385,9 +385,8 @@ def save_report(
     made = report(preds, **kwargs) | (extra or {})
     if (folder / "predictions.jsonl").is_file():
         made["predictions"] = predictions_seal(folder / "predictions.jsonl")
-    part = folder / "report.json.part"
-    part.write_text(json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, folder / "report.json")
+    with atomic_writer(folder / "report.json", overwrite=True) as f:
+        f.write(json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     for name, plot in PLOTS.items():
         plot(preds).savefig(folder / f"{name}.png", dpi=110)
     return made
