@@ -62,7 +62,7 @@ def _pairs(pairs):
     return dict(pairs)
 
 
-def _decode(text):
+def _json_and_repairs(text):
     "(object, repairs) of a JSON text; raises ValueError when it is none."
     try:
         return json.loads(text, object_pairs_hook=_pairs), ()
@@ -92,7 +92,7 @@ def _is_inside(text, tag, start):
             return False
         if start + b > tag.start():
             try:
-                _decode(text[start + a : start + b])
+                _json_and_repairs(text[start + a : start + b])
             except GivenTwice:
                 return True
             except (ValueError, RecursionError):
@@ -180,7 +180,7 @@ def _objects(text, parts):
                 yield a + start, None, None
                 continue
             try:
-                found = _decode(text[a + start : a + end])
+                found = _json_and_repairs(text[a + start : a + end])
             except (ValueError, RecursionError) as e:
                 found = e
             yield a + start, a + end, found

@@ -21,6 +21,7 @@ from .config_loader import config_from_json
 from .labels import CONTRACTS
 from nli_ft.files import (
     PAIR_NAMES,
+    atomic_writer,
     encoding_hint,
     faults_named,
     file_format,
@@ -37,7 +38,7 @@ from .predictions import prompt_hash, read_predictions, resume_predictions
 from .predict import parse_mode, predict_rows
 from .vllm import predict_rows_vllm, vllm_engine
 from .reasoning import probe_thoughts
-from .report import _interval, _number, report_text, save_report
+from .report import _interval_text, _number_text, report_text, save_report
 
 # %% ../nbs/30_ask.ipynb #14c05b41
 def open_run(
@@ -315,7 +316,7 @@ def _probe_text(probe):
     if not probe["n"]:
         return f"no probe: {probe['why']}"
     return f"labels that change, of {probe['n']}, when the thought is " + ", ".join(
-        f"{k} {v['changed']:.3f} {_interval(v['changed_ci'])}" for k, v in probe.items() if k != "n"
+        f"{k} {v['changed']:.3f} {_interval_text(v['changed_ci'])}" for k, v in probe.items() if k != "n"
     )
 
 # %% ../nbs/30_ask.ipynb #b63fcb18
@@ -518,17 +519,15 @@ def _one_answer(a):
         return f"no answer ({a['outcome']}): {a['problem']}"
     label = f"label: {a['predicted_label']} ({'entailment' if a['predicted_label'] else 'not entailment'})"
     return "\n".join(
-        [label, f"p(entailment): {_number(a['p_entail'])}", f"reasoning: {a['thought_process'] or '–'}"]
+        [label, f"p(entailment): {_number_text(a['p_entail'])}", f"reasoning: {a['thought_process'] or '–'}"]
     )
 
 # %% ../nbs/30_ask.ipynb #25539937
 def _write_answers(path, names, pairs, answers):
-    part = Path(f"{path}.part")
-    with open(part, "w", newline="", encoding="utf-8") as f:
+    with atomic_writer(path) as f:
         table = csv.DictWriter(f, [*names, *ANSWER_COLUMNS], restval="", extrasaction="ignore")
         table.writeheader()
         table.writerows(pair | a for pair, a in zip(pairs, answers, strict=True))
-    os.replace(part, path)
 
 # %% ../nbs/30_ask.ipynb #3e894686
 #| eval: false

@@ -13,7 +13,7 @@ import os
 from .process import RecordError, command
 from .labels import CONTRACTS
 from .rows import KINDS, PROMPTS
-from .sft_rows import STRATEGIES, parse_splits, prepare
+from .sft_rows import STRATEGIES, parse_splits, write_sft
 from .check import check_files, hub_tokenizer, quantile, render_report, write_stats
 from .public_sets import PUBLISHED, SOURCES, download, layout_args
 from .records import list_runs, read_run, show_runs
@@ -83,7 +83,7 @@ def _prepare_args(p):
 
 # %% ../nbs/54_commands.ipynb #765a1959
 def _prepare(ns) -> int:
-    counts = prepare(
+    counts = write_sft(
         ns.thoughts,
         ns.reflections,
         ns.output,

@@ -33,7 +33,7 @@ def _fixed(x, form):
     return "" if x is None else format(x, form)
 
 # %% ../nbs/28_compare.ipynb #630bd632
-def _defined(x):
+def _score_cell(x):
     return "undefined" if x is None else f"{x:.3f}"
 
 # %% ../nbs/28_compare.ipynb #63439b77
@@ -71,8 +71,8 @@ def run_table(
             r["n"],
             r["n_clusters"],
             _interval(r["accuracy"], r["accuracy_ci"]),
-            _defined(r["macro_f1"]),
-            _defined(r["mcc"]),
+            _score_cell(r["macro_f1"]),
+            _score_cell(r["mcc"]),
             _fixed(r["valid_rate"], ".3f"),
             _fixed(r["tokens"], ".1f"),
             _fixed(r["seconds"], ".3f"),
@@ -93,8 +93,8 @@ def run_table(
             m["n"],
             m["n_clusters"],
             _interval(m["accuracy"], m["accuracy_ci"]),
-            _defined(m["macro_f1"]),
-            _defined(m["mcc"]),
+            _score_cell(m["macro_f1"]),
+            _score_cell(m["mcc"]),
             *[""] * 8,
         ]
     ]
@@ -129,8 +129,8 @@ def config_table(
             r["n_clusters"],
             _interval(r["accuracy"], r["accuracy_ci"]),
             _fixed(r["sd"], ".3f"),
-            _defined(r["macro_f1"]),
-            _defined(r["mcc"]),
+            _score_cell(r["macro_f1"]),
+            _score_cell(r["mcc"]),
         ]
         against = ["baseline", "", "", ""]
         if "difference" in r:
@@ -149,8 +149,8 @@ def config_table(
             m["n_clusters"],
             _interval(m["accuracy"], m["accuracy_ci"]),
             "",
-            _defined(m["macro_f1"]),
-            _defined(m["mcc"]),
+            _score_cell(m["macro_f1"]),
+            _score_cell(m["mcc"]),
             *[""] * 4,
         ]
     ]

@@ -18,10 +18,11 @@ from .process import DataError, command
 from .files import atomic_writer, write_jsonl
 from .rows import PROMPTS, data_hash
 from .paired import wilson
-from .baselines import BoostedTree, NEGATIONS
+from .reading import NEGATIONS
+from .baselines import BoostedTree
 from .meanings import as_meaning, normal
 from .lexicon import LEXICON, plural
-from .quadruples import CATEGORIES, DENIALS, GENERATOR, SIZES, bared, generate, words
+from .quadruples import CATEGORIES, DENIALS, GENERATOR, SIZES, bared, generate, skeleton_words
 
 # %% ../nbs/46_corpus.ipynb #eb14c043
 LIMIT = 0.75  # share right above which a reader without understanding solves a category
@@ -53,7 +54,9 @@ def stripped(text: str) -> list:  # words
     bare = re.sub(
         rf"\bat (?=({'|'.join(w for w, k in word_kinds().items() if k == 'times')})\b)", "", text.lower()
     )
-    return ["a" if w == "an" else w for w in words(bare) if word_kinds().get(w) not in MODIFIER_KINDS]
+    return [
+        "a" if w == "an" else w for w in skeleton_words(bare) if word_kinds().get(w) not in MODIFIER_KINDS
+    ]
 
 # %% ../nbs/46_corpus.ipynb #a724e983
 def delexed(row: dict) -> tuple:  # (premise, hypothesis)
@@ -64,7 +67,7 @@ def delexed(row: dict) -> tuple:  # (premise, hypothesis)
         kind = word_kinds().get(word)
         return word if kind is None else names.setdefault(word, f"<{kind} {len(names)}>")
 
-    return tuple(" ".join(map(one, words(row[key]))) for key in ("premise", "hypothesis"))
+    return tuple(" ".join(map(one, skeleton_words(row[key]))) for key in ("premise", "hypothesis"))
 
 # %% ../nbs/46_corpus.ipynb #d1d0e050
 @lru_cache(None)
@@ -74,7 +77,7 @@ def _follows_bared(category: str, meaning: str) -> bool:
 
 # %% ../nbs/46_corpus.ipynb #8f723239
 def _even(row, of):
-    return sum(w in of for key in ("premise", "hypothesis") for w in words(row[key])) % 2 == 0
+    return sum(w in of for key in ("premise", "hypothesis") for w in skeleton_words(row[key])) % 2 == 0
 
 
 READERS = dict(  # name -> does the reader see entailment? None: it has no opinion on this category

@@ -7,7 +7,7 @@ __all__ = ['PAIR_NAMES', 'wide_encoding', 'recode', 'open_data', 'encoding_hint'
            'jsonl_records', 'spread_json', 'whole_records', 'csv_header', 'split_line', 'table_dialect', 'plain_rows',
            'quoted_rows', 'swallows', 'table_text', 'table_start', 'table_rows', 'width_fault', 'csv_records',
            'parquet_file', 'parquet_records', 'first_line', 'file_format', 'records', 'faults_named', 'atomic_writer',
-           'json_line', 'write_jsonl']
+           'json_line', 'write_jsonl', 'whole_bytes', 'cut_torn', 'own_lines']
 
 # %% ../nbs/03_files.ipynb #312138a9
 import contextlib
@@ -622,3 +622,45 @@ def write_jsonl(
             f.write(json_line(row))
             n += 1
     return n
+
+# %% ../nbs/03_files.ipynb #6cc7a3b1
+def whole_bytes(path) -> int:  # bytes up to and including the last newline
+    "Length of a file without a torn last line. It reads from the end, so a large file costs no more than a small one."
+    with open(path, "rb") as f:
+        end = f.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 65536)
+            f.seek(start)
+            if (nl := f.read(end - start).rfind(b"\n")) >= 0:
+                return start + nl + 1
+            end = start
+    return 0
+
+
+def cut_torn(path) -> bool:  # was there anything to cut?
+    "Cut off a last line that a crash left unfinished."
+    whole = whole_bytes(path)
+    torn = whole < os.path.getsize(path)
+    if torn:
+        os.truncate(path, whole)
+    return torn
+
+
+def own_lines(
+    path,  # JSON Lines that this package wrote
+    torn: bool = True,  # leave out a last line without its end? Else it must be whole
+    error=DataError,  # class of the exception for a line that is no JSON object
+):  # yields (line number, row)
+    """The rows of a file that grows by a line at a time, as one process writes it and a crash may leave it.
+
+    Raises `error`, which names the line, for a line that is no JSON object. A blank line is skipped."""
+    with open(path, "rb") as f:
+        for n, line in enumerate(f, 1):
+            if torn and not line.endswith(b"\n"):
+                return
+            if line.strip():
+                try:
+                    row = json_record(line.rstrip(b"\n"))
+                except ValueError as e:
+                    raise error(f"{path}:{n}: {e}") from None
+                yield n, row

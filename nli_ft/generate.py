@@ -62,7 +62,7 @@ def _hidden_ids(tok):
     return special - marks if marks else None
 
 # %% ../nbs/18_generate.ipynb #fbfcd32f
-def _decode(tok, ids):
+def _text_of_ids(tok, ids):
     "The text of generated ids, without special tokens, but with the marks of thinking: what stands between them is no answer."
     hidden = _hidden_ids(tok)
     if hidden is None:
@@ -78,12 +78,14 @@ def label_step(
     label: int,  # the label that was parsed from it
 ) -> int | None:  # index into `ids` of the token that wrote the label; None when it cannot be found
     "Which generated token decided the label."
-    text = _decode(tok, ids)
+    text = _text_of_ids(tok, ids)
     for pattern in (_STRICT_LABEL, _LOOSE_LABEL):
         spots = [m.start(1) for m in pattern.finditer(text) if m[1] == str(label)]
         if spots:
             return (
-                bisect.bisect_right(range(len(ids) + 1), spots[-1], key=lambda n: len(_decode(tok, ids[:n])))
+                bisect.bisect_right(
+                    range(len(ids) + 1), spots[-1], key=lambda n: len(_text_of_ids(tok, ids[:n]))
+                )
                 - 1
             )
 
@@ -133,7 +135,7 @@ def stop_rule(
         last = ids[-1]
         if last not in braces:
             braces[last] = "}" in tok.decode([last])
-        return last in eos_ids or (braces[last] and json_closed(_decode(tok, ids)))
+        return last in eos_ids or (braces[last] and json_closed(_text_of_ids(tok, ids)))
 
     return closed
 
@@ -378,7 +380,7 @@ def generate_batch(
 
 # %% ../nbs/18_generate.ipynb #0233adf6
 def _completion(tok, pairs, ids, digits, cut, style):
-    text = _decode(tok, ids)
+    text = _text_of_ids(tok, ids)
     return dict(
         text=text,
         n_tokens=len(ids),

@@ -66,7 +66,7 @@ def contracts_of(relation: str) -> list:  # names in `CONTRACTS`
     return [name for name, c in CONTRACTS.items() if any(relation in m for m in c["maps"].values())]
 
 # %% ../nbs/02_labels.ipynb #ca4a61d2
-_whole = re.compile(r"(?:[+]?[0-9]{1,4}|-[1-9][0-9]{0,3})(?:\.0*)?")
+_whole_number = re.compile(r"(?:[+]?[0-9]{1,4}|-[1-9][0-9]{0,3})(?:\.0*)?")
 
 
 def class_number(
@@ -77,7 +77,7 @@ def class_number(
         return value
     if type(value) is float and value.is_integer():
         return int(value)
-    if isinstance(value, str) and _whole.fullmatch(value.strip()):
+    if isinstance(value, str) and _whole_number.fullmatch(value.strip()):
         return int(float(value))
 
 # %% ../nbs/02_labels.ipynb #52b38e48

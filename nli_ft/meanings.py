@@ -6,7 +6,7 @@
 __all__ = ['QUANTIFIERS', 'COUNTS', 'ATTITUDES', 'IMPLICATIVES', 'ADJECTIVES', 'REPORTS', 'CONTRADICTORY', 'DUALS', 'VERDICTS',
            'COMPARE', 'COVER', 'has', 'holds', 'subsets', 'did_models', 'rank_models', 'time_models', 'act_models',
            'count_models', 'truth_models', 'world_models', 'subsets_of', 'thing_models', 'model_relation', 'as_meaning',
-           'Says', 'fill', 'normal', 'framed', 'compared', 'lined_up', 'covered', 'facts_of', 'deny']
+           'Says', 'filled_sentence', 'normal', 'framed', 'compared', 'lined_up', 'covered', 'facts_of', 'deny']
 
 # %% ../nbs/40_meanings.ipynb #2803308b
 import json
@@ -208,7 +208,7 @@ class Says:
     halves: tuple | None = None  # as premise, as hypothesis: see `half` (None: by the hash of its wording)
 
 
-def fill(text: str, slots: dict) -> str:  # one or more sentences
+def filled_sentence(text: str, slots: dict) -> str:  # one or more sentences
     "Put in the content words, settle a/an, capitalise sentences, end with a full stop."
     s = re.sub(r"\ba (?=[aeiou])", "an ", text.format(**slots)).rstrip(".") + "."
     return re.sub(r"(^|\. )([a-z])", lambda m: m[1] + m[2].upper(), s)

@@ -104,7 +104,7 @@ def mcnemar(
     "Exact McNemar test (`statsmodels.stats.contingency_tables.mcnemar`)."
     from statsmodels.stats.contingency_tables import mcnemar as exact
 
-    a, b = _paired(a, b)
+    a, b = _same_items(a, b)
     only_a, only_b = int((a > b).sum()), int((b > a).sum())
     table = [[int((a * b).sum()), only_a], [only_b, int(((1 - a) * (1 - b)).sum())]]
     return dict(
@@ -114,7 +114,7 @@ def mcnemar(
     )
 
 
-def _paired(a, b):
+def _same_items(a, b):
     import numpy as np
 
     a, b = np.asarray(a, float), np.asarray(b, float)
@@ -239,7 +239,7 @@ def paired_test(
     the +1 of Phipson and Smyth (2010). Clusters of the same sum and size are flipped together: their signs sum to a binomial."""
     import numpy as np
 
-    a, b = _paired(a, b)
+    a, b = _same_items(a, b)
     codes = np.arange(len(a)) if groups is None else cluster_codes(groups)
     sizes = np.bincount(codes).astype(float)
     sums = np.bincount(codes, b - a).round(9)

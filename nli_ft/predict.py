@@ -9,13 +9,13 @@ __all__ = ['parse_mode', 'forced_ids', 'score_labels', 'prediction_row', 'partia
 import hashlib
 import json
 import math
-import os
 import re
 import time
 from collections import Counter
 from pathlib import Path
 
 from .process import DataError
+from .files import atomic_writer
 from .rows import render_completion
 from .prompt import encode_prompt, encode_row
 from .answers import find_answer, parse_completion
@@ -223,11 +223,9 @@ def _check_rows(tok, rows):
 
 def _write_in_order(path, rows):
     "Predictions in the order of the data, replacing the file as it grew batch by batch; all of it or nothing."
-    part = Path(f"{path}.part")
-    part.write_text(
-        "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows), encoding="utf-8"
-    )
-    os.replace(part, path)
+    with atomic_writer(path, overwrite=True) as f:
+        for row in rows:
+            f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 # %% ../nbs/20_predict.ipynb #5bbf0777
 _ANSWER = dict(cot=_answer_cot, forced=_answer_forced, vote=_answer_vote)

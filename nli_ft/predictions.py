@@ -10,13 +10,13 @@ __all__ = ['CARRIED', 'SCORED', 'NO_ANSWER', 'prompt_hash', 'check_predictions',
 import functools
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from .process import RecordError
+from .files import cut_torn, own_lines
 from .answers import parse_completion
 
 # %% ../nbs/19_predictions.ipynb #0ae9e4b8
@@ -275,23 +275,6 @@ def check_record(
     )
     return f"SHA-256 as recorded, {read}" if rec.seal else f"no hash recorded, {read}"
 
-# %% ../nbs/19_predictions.ipynb #f3e96b52
-def _json_lines(path, torn_ok):
-    "(rows, length in bytes of the whole lines)."
-    rows, whole = [], 0
-    with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            if torn_ok and not line.endswith(b"\n"):
-                break
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as e:
-                raise RecordError(f"{path}, line {n}: not JSON ({e})") from None
-            if not isinstance(rows[-1], dict):
-                raise RecordError(f"{path}, line {n}: not a JSON object")
-            whole += len(line)
-    return rows, whole
-
 # %% ../nbs/19_predictions.ipynb #78e37e58
 def read_predictions(
     path,  # a predictions.jsonl
@@ -299,7 +282,7 @@ def read_predictions(
     "Read prediction rows; `RecordError` names the file and what is wrong, also where they are not what the record says (`check_record`)."
     if not Path(path).is_file():
         raise RecordError(f"{path} is missing: the run was never evaluated, or is still going")
-    rows = check_predictions(_json_lines(path, torn_ok=False)[0], str(path))
+    rows = check_predictions([row for _, row in own_lines(path, torn=False, error=RecordError)], str(path))
     if not rows:
         raise RecordError(f"{path} is empty: the run was never evaluated, or is still going")
     check_record(path, rows)
@@ -315,10 +298,10 @@ def resume_predictions(
     "What an interrupted evaluation left, after checking that it answered the same questions; a torn last line is cut off."
     if not Path(path).exists():
         return {}
-    done, whole = _json_lines(path, torn_ok=True)
+    done = [row for _, row in own_lines(path, error=RecordError)]
     found = recorded(path)
-    if not found.finished and os.path.getsize(path) > whole:
-        os.truncate(path, whole)
+    if not found.finished:
+        cut_torn(path)
     now = {r["id"]: (prompt_hash(r["prompt"]), r.get("label"), mode, engine) for r in rows}
     for p in check_predictions(done, str(path)):
         if p["id"] not in now:

@@ -102,7 +102,7 @@ def prepare(cfg: Config, tok=None) -> Prepared:
     )
 
 # %% ../nbs/33_preflight.ipynb #e0ffa8e5
-def _worst(prep, bad):
+def _row_check(prep, bad):
     "(ok, detail) of a check given the indices of the rows that fail it."
     if not bad:
         return True, f"all {len(prep.train)} training rows"
@@ -172,7 +172,7 @@ def proofs(prep: Prepared) -> dict:  # what is proved -> (holds, detail)
             if e.input_ids
             != mistral_reference(r["prompt"], render_completion(r["thought_process"], r["label"], style))
         ]
-    return {name: _worst(prep, bad) for name, bad in fails.items()}
+    return {name: _row_check(prep, bad) for name, bad in fails.items()}
 
 # %% ../nbs/33_preflight.ipynb #5c14f1ea
 def linear_shapes(cfg: Config) -> tuple:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'STRATEGIES', 'CARRY', 'parse_splits', 'split_of', 'split_paths', 'thought_key', 'one_contract',
            'use_thoughts', 'suspect_path', 'use_reflections', 'shuffle_thoughts', 'with_thought', 'Shuffler',
-           'chosen_rows', 'prepare']
+           'chosen_rows', 'write_sft']
 
 # %% ../nbs/06_sft_rows.ipynb #01c0abea
 import contextlib
@@ -207,7 +207,7 @@ def chosen_rows(
         yield from use_reflections(rows, reflections, known, counts, drop_wrong, max_bad)
 
 # %% ../nbs/06_sft_rows.ipynb #4fd9a79f
-def prepare(
+def write_sft(
     thoughts,  # file of thought rows
     reflections=None,  # file of reflection rows; not read by "correct_only"
     output="train_ft.jsonl",  # file to write; with `splits`, the name the others are made from

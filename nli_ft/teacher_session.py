@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'ROW_STATUS', 'HINTS', 'USELESS', 'ELSEWHERE', 'SAMPLE_TEMPERATURE', 'Endpoint', 'request_body',
-           'read_prices', 'cost', 'estimate_tokens', 'BadReply', 'Halted', 'Unreachable', 'Refused', 'retry_after',
-           'transient', 'server_words', 'about_request', 'Tally', 'Guards', 'Session', 'make_client', 'Trail',
-           'reply_text', 'sample_params']
+           'read_prices', 'token_cost', 'estimate_tokens', 'BadReply', 'Halted', 'Unreachable', 'Refused',
+           'retry_after', 'transient', 'server_words', 'about_request', 'RunCounts', 'Guards', 'TeacherSession',
+           'make_client', 'Trail', 'reply_text', 'sample_params']
 
 # %% ../nbs/48_teacher_session.ipynb #cea6cbcb
 import asyncio
@@ -98,7 +98,7 @@ def read_prices(
     return dict(input=price["input"], output=price["output"])
 
 # %% ../nbs/48_teacher_session.ipynb #c55de777
-def cost(
+def token_cost(
     usage: dict,  # prompt_tokens and completion_tokens
     prices: dict | None,  # from `read_prices`
 ) -> float | None:  # in the currency of the price file; None without prices
@@ -212,7 +212,7 @@ def about_request(words: str) -> str | None:  # "system", "format", "length" or 
 
 # %% ../nbs/48_teacher_session.ipynb #bf3e6396
 @dataclass
-class Tally:
+class RunCounts:
     "What a run did, counted as it happens."
 
     written: int = 0
@@ -237,7 +237,7 @@ class Guards:
     samples: int = 0  # answers without gold and without the reasoning, to be compared with gold
 
 # %% ../nbs/48_teacher_session.ipynb #22f12c69
-class Session:
+class TeacherSession:
     "State of one run against one endpoint."
 
     def __init__(self, stage, endpoint, prices=None, client=None, guards=None, proven=False):
@@ -255,7 +255,7 @@ class Session:
         )  # has a reply ever been of use? how many were not, and which field held their text
 
         self.key = os.environ.get(endpoint.api_key_env, "").strip()
-        self.tally, self.reason, self.signal = Tally(), None, None
+        self.tally, self.reason, self.signal = RunCounts(), None, None
         self.format = None if endpoint.response_format == "auto" else endpoint.response_format
         self.formats_refused = {}  # format -> the server's words
         self.probing, self.halted, self.open_at = asyncio.Lock(), asyncio.Event(), 0.0
@@ -279,7 +279,7 @@ def make_client(
 
 # %% ../nbs/48_teacher_session.ipynb #c3b6bf8c
 @patch
-async def nap(self: Session, seconds):
+async def nap(self: TeacherSession, seconds):
     "Sleep, but not past the end of the run."
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
@@ -287,13 +287,13 @@ async def nap(self: Session, seconds):
 
 
 @patch
-def close_gate(self: Session, seconds):
+def close_gate(self: TeacherSession, seconds):
     "No worker calls for so many seconds."
     self.open_at = max(self.open_at, time.monotonic() + seconds)
 
 
 @patch
-async def pass_gate(self: Session):
+async def pass_gate(self: TeacherSession):
     "Wait until calls are allowed. Raises `Halted` when the run ends meanwhile."
     while (left := self.open_at - time.monotonic()) > 0 and not self.halted.is_set():
         await self.nap(left + random.random() * min(1.0, left / 10))
@@ -303,7 +303,7 @@ async def pass_gate(self: Session):
 # %% ../nbs/48_teacher_session.ipynb #9038b998
 @patch
 def pause(
-    self: Session,
+    self: TeacherSession,
     state,  # tenacity's RetryCallState
 ) -> float:  # seconds until the next attempt
     "What the server asked for (plus up to a tenth, so that workers spread), else exponential back-off with jitter."
@@ -317,7 +317,7 @@ def pause(
 
 
 @patch
-def before_retry(self: Session, state):
+def before_retry(self: TeacherSession, state):
     "Count the retry; when the server is limiting us, every worker waits."
     self.tally.retries += 1
     exc = state.outcome.exception()
@@ -375,7 +375,7 @@ def reply_text(
 
 # %% ../nbs/48_teacher_session.ipynb #6e66b55c
 @patch
-async def call(self: Session, messages, fmt, trail):
+async def call(self: TeacherSession, messages, fmt, trail):
     "One HTTP request, bounded in time as a whole: a server that drips bytes does not hold a worker for ever."
     await self.pass_gate()
     trail.attempts += 1
@@ -394,7 +394,7 @@ async def call(self: Session, messages, fmt, trail):
 
 # %% ../nbs/48_teacher_session.ipynb #5b627438
 @patch
-async def send(self: Session, messages, fmt, trail):
+async def send(self: TeacherSession, messages, fmt, trail):
     "One question under the retry policy. Raises `Refused`, `Unreachable` or `Halted`."
     from openai import OpenAIError
     from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
@@ -431,7 +431,7 @@ async def send(self: Session, messages, fmt, trail):
 
 # %% ../nbs/48_teacher_session.ipynb #5b9d0941
 @patch
-async def ask(self: Session, messages, trail):
+async def ask(self: TeacherSession, messages, trail):
     "One question, in the format that the server takes."
     if self.format:
         return await self.send(messages, self.format, trail)
@@ -457,7 +457,7 @@ async def ask(self: Session, messages, trail):
 
 # %% ../nbs/48_teacher_session.ipynb #ba8f01e4
 @patch
-def note(self: Session, reply, messages, trail):
+def note(self: TeacherSession, reply, messages, trail):
     "Book a reply: tokens, cost, the model that served it."
     choice = reply.choices[0]
     said, trail.held, elsewhere = reply_text(choice.message)
@@ -479,11 +479,11 @@ def note(self: Session, reply, messages, trail):
     for k, n in used.items():
         trail.usage[k] += n
         setattr(self.tally, k, getattr(self.tally, k) + n)
-    self.tally.cost += cost(used, self.prices) or 0.0
+    self.tally.cost += token_cost(used, self.prices) or 0.0
 
 # %% ../nbs/48_teacher_session.ipynb #89957037
 @patch
-def judge(self: Session, row, trail):
+def judge(self: TeacherSession, row, trail):
     "The answer in a reply, or `ContentError` with what the model should be told."
     stage = trail.stage or self.stage
     try:
@@ -522,7 +522,7 @@ ELSEWHERE |= dict(
 
 
 @patch
-def count_useless(self: Session, why, trail):
+def count_useless(self: TeacherSession, why, trail):
     "Stop a run in which no reply was ever of use."
     if self.proven:
         return
@@ -540,7 +540,7 @@ def count_useless(self: Session, why, trail):
 # %% ../nbs/48_teacher_session.ipynb #664872d2
 @patch
 async def solve(
-    self: Session,
+    self: TeacherSession,
     row: dict,  # a pair or thought row
     trail: Trail,  # filled as things happen
 ) -> dict:  # the validated answer
@@ -566,7 +566,7 @@ SAMPLE_TEMPERATURE = 0.7  # of the samples, where none or 0 is asked for: equal 
 
 
 @patch
-async def aside(self: Session, name, stage, row, trail, params=None):
+async def aside(self: TeacherSession, name, stage, row, trail, params=None):
     "One more question about a row, booked to the row. Raises `ContentError`."
     sub = Trail(stage=stage, params=params)
     try:
@@ -590,7 +590,7 @@ def sample_params(params, i) -> dict:  # of the i-th sample
 
 
 @patch
-async def suspicions(self: Session, row, answer, trail) -> list:  # reasons to doubt gold, in words
+async def suspicions(self: TeacherSession, row, answer, trail) -> list:  # reasons to doubt gold, in words
     "Ask blindly, then sample. Where the blind pass doubts gold already, no samples are paid for."
     gold, guards = row["true_label"], self.guards
     if guards.blind:

@@ -413,7 +413,7 @@ def test_back_off_grows_and_is_jittered():
         outcome = Outcome()
 
     async def waits():
-        s, st = nli_ft.teacher_session.Session(THINK, Endpoint(backoff=1.0, max_backoff=20.0)), State()
+        s, st = nli_ft.teacher_session.TeacherSession(THINK, Endpoint(backoff=1.0, max_backoff=20.0)), State()
         out = []
         for st.attempt_number in range(1, 9):
             out.append([s.pause(st) for _ in range(20)])

@@ -15,7 +15,7 @@ import nli_ft.relations
 from nli_ft.process import ConfigError, DataError
 from nli_ft.check import check_files, render_report
 from nli_ft.files import write_jsonl
-from nli_ft.quadruples import CATEGORIES, HARDER, SIZES, TURNS, VARIANTS, generate, quads
+from nli_ft.quadruples import CATEGORIES, HARDER, SIZES, TURNS, VARIANT_CATEGORIES, generate, quads
 from nli_ft.quantifiers import HELD_OUT
 from nli_ft.lexicon import LEXICON
 from nli_ft.corpus import write_corpus
@@ -88,7 +88,7 @@ def test_every_label_is_what_the_rule_says(category):
             assert rule(*map(normal, as_meaning(r["meaning"]))) == r["relation"], r["id"]
 
 
-@pytest.mark.parametrize("variant,category", [(v, c) for v, cs in VARIANTS.items() for c in cs])
+@pytest.mark.parametrize("variant,category", [(v, c) for v, cs in VARIANT_CATEGORIES.items() for c in cs])
 def test_rule_and_models_agree_on_every_pair_that_could_be_generated(variant, category):
     assert nli_ft.quadruples.checked_relations(category, variant)
 
@@ -191,7 +191,9 @@ def test_labels_are_exactly_balanced_per_category_and_split_and_relations_where_
     for split, rows in made(size).items():
         n = SIZES[size]["test" if split in HARDER else split]
         count = Counter((r["category"], r["relation"]) for r in rows)
-        for c in set(VARIANTS[HARDER.get(split, "plain")]) - set(nli_ft.quadruples.NOT_JUDGED.get(split, ())):
+        for c in set(VARIANT_CATEGORIES[HARDER.get(split, "plain")]) - set(
+            nli_ft.quadruples.NOT_JUDGED.get(split, ())
+        ):
             e, other, clash = (count[c, rel] for rel in ("entailment", "neutral", "contradiction"))
             assert (e, other + clash) == (2 * n, 2 * n), (split, c)
             if c in TURNS:
@@ -339,7 +341,7 @@ def test_the_package_finds_no_fault_in_its_own_corpus_but_what_minimal_pairs_and
 
 
 def test_harder_tests_hold_what_train_never_shows():
-    for category in VARIANTS["templates"]:
+    for category in VARIANT_CATEGORIES["templates"]:
         plain = {s.text for q in quads(category, "plain") for p in q.pairs for s in p[:2]}
         new = {s.text for q in quads(category, "templates") for p in q.pairs for s in p[:2]}
         assert not plain & new, category
@@ -368,7 +370,7 @@ def test_harder_tests_hold_what_train_never_shows():
         return {f} if f[0] in ("did", "more", "true") else set().union(*(facts(g) for g in f[1:]))
 
     for split, r in all_rows():
-        if r["category"] in VARIANTS["depth3"]:
+        if r["category"] in VARIANT_CATEGORIES["depth3"]:
             assert (len(facts(as_meaning(r["meaning"])[0])) >= 3) == (split == "test_depth3"), r["premise"]
 
 

@@ -10,7 +10,7 @@ from nli_ft.rows import BadRows, data_hash, prompt_messages, read_rows, sft_row,
 from nli_ft.check import check_files, plot_stats, render_report
 from nli_ft.commands import data_cli
 from nli_ft.duplicates import norm_text
-from nli_ft.sft_rows import prepare
+from nli_ft.sft_rows import write_sft
 from nli_ft.files import write_jsonl
 
 SHARED = project_root().parent / "shared" / "data"
@@ -367,7 +367,7 @@ def stages(tmp_path):
 
 @needs_sample
 def test_the_real_sample_gives_the_published_100_rows(tmp_path):
-    counts = prepare(
+    counts = write_sft(
         SAMPLE / "sample_thoughts.json", SAMPLE / "sample_reflections.json", tmp_path / "ft.jsonl"
     )
     ours, theirs = (
@@ -396,7 +396,7 @@ def test_the_real_sample_gives_the_published_100_rows(tmp_path):
 
 @needs_sample
 def test_a_reflection_that_did_not_reach_gold_can_be_left_out(tmp_path):
-    counts = prepare(
+    counts = write_sft(
         SAMPLE / "sample_thoughts.json",
         SAMPLE / "sample_reflections.json",
         tmp_path / "ft.jsonl",
@@ -417,7 +417,7 @@ def test_a_reflection_that_did_not_reach_gold_can_be_left_out(tmp_path):
 )
 def test_each_strategy_changes_one_thing(stages, tmp_path, strategy, n, first):
     t, r = stages
-    prepare(t, r, tmp_path / "o.jsonl", strategy)
+    write_sft(t, r, tmp_path / "o.jsonl", strategy)
     rows = read_rows(tmp_path / "o.jsonl")
     assert len(rows) == n and rows[0]["completion"][0]["content"] == first
 
@@ -425,9 +425,9 @@ def test_each_strategy_changes_one_thing(stages, tmp_path, strategy, n, first):
 def test_shuffled_thoughts_change_rows_but_not_labels(stages, tmp_path):
     t, r = stages
     (
-        prepare(t, r, tmp_path / "a.jsonl"),
-        prepare(t, r, tmp_path / "b.jsonl", "shuffled"),
-        prepare(t, r, tmp_path / "c.jsonl", "shuffled"),
+        write_sft(t, r, tmp_path / "a.jsonl"),
+        write_sft(t, r, tmp_path / "b.jsonl", "shuffled"),
+        write_sft(t, r, tmp_path / "c.jsonl", "shuffled"),
     )
     a, b = read_rows(tmp_path / "a.jsonl"), read_rows(tmp_path / "b.jsonl")
     assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "c.jsonl").read_bytes()
@@ -442,7 +442,7 @@ def test_splits_share_no_premise_and_lose_no_row(tmp_path):
         thought(i, 1, 1) | dict(premise=f"{'THE' if i % 3 else 'the'}  premise {i // 3}") for i in range(900)
     ]
     write_jsonl(tmp_path / "t.jsonl", rows)
-    prepare(tmp_path / "t.jsonl", None, tmp_path / "train_ft.jsonl", "correct_only", [0.8, 0.1, 0.1])
+    write_sft(tmp_path / "t.jsonl", None, tmp_path / "train_ft.jsonl", "correct_only", [0.8, 0.1, 0.1])
     got = {s: read_rows(tmp_path / f"{s}_ft.jsonl") for s in ("train", "dev", "test")}
     premises = {s: {norm_text(r["premise"]) for r in got[s]} for s in got}
     assert (
@@ -457,14 +457,14 @@ def test_a_failed_prepare_leaves_nothing_and_replaces_nothing(stages, tmp_path):
     t, r = stages
     out = put(tmp_path / "train_ft.jsonl", "mine\n")
     with pytest.raises(DataError, match="--overwrite"):
-        prepare(t, r, out)
+        write_sft(t, r, out)
     write_jsonl(tmp_path / "bad.jsonl", [thought(i, 1, 1 if i else 9) for i in range(5)])
     with pytest.raises(DataError, match="bad.jsonl:1: label 9"):
-        prepare(tmp_path / "bad.jsonl", None, out, "correct_only", overwrite=True)
+        write_sft(tmp_path / "bad.jsonl", None, out, "correct_only", overwrite=True)
     with pytest.raises(DataError, match="no rows for"):
-        prepare(t, r, out, splits=[0.9999999, 0.0000001], overwrite=True)
+        write_sft(t, r, out, splits=[0.9999999, 0.0000001], overwrite=True)
     assert out.read_text() == "mine\n" and not list(tmp_path.glob("*.part"))
-    prepare(t, r, out, overwrite=True)
+    write_sft(t, r, out, overwrite=True)
     assert len(read_rows(out)) == 60
 
 
@@ -480,7 +480,7 @@ def test_a_reflection_must_belong_to_a_wrong_thought_of_the_same_pair_and_gold(s
             tmp_path / "r2.jsonl", [thought(0, 0, 0, improved_thought_process="I") | change], overwrite=True
         )
         with pytest.raises(DataError, match=what):
-            prepare(t, tmp_path / "r2.jsonl", tmp_path / "o.jsonl")
+            write_sft(t, tmp_path / "r2.jsonl", tmp_path / "o.jsonl")
 
 
 def test_rows_of_two_contracts_are_mixed_only_when_told(tmp_path):
@@ -490,15 +490,15 @@ def test_rows_of_two_contracts_are_mixed_only_when_told(tmp_path):
     )
     write_jsonl(tmp_path / "r.jsonl", [thought(1, 1, 1, improved_thought_process="I", contract="course")])
     with pytest.raises(DataError, match="course and entailment meet"):
-        prepare(tmp_path / "t.jsonl", tmp_path / "r.jsonl", tmp_path / "o.jsonl")
+        write_sft(tmp_path / "t.jsonl", tmp_path / "r.jsonl", tmp_path / "o.jsonl")
     assert not (tmp_path / "o.jsonl").exists()
-    prepare(tmp_path / "t.jsonl", tmp_path / "r.jsonl", tmp_path / "o.jsonl", mix=True)
+    write_sft(tmp_path / "t.jsonl", tmp_path / "r.jsonl", tmp_path / "o.jsonl", mix=True)
     assert [r["contract"] for r in read_rows(tmp_path / "o.jsonl")] == ["entailment", "course"]
 
 
 def test_a_declared_contract_is_recorded_in_every_row(stages, tmp_path):
     t, r = stages
-    prepare(t, r, tmp_path / "o.jsonl", contract="course")
+    write_sft(t, r, tmp_path / "o.jsonl", contract="course")
     assert {x["contract"] for x in read_rows(tmp_path / "o.jsonl")} == {"course"}
 
 
@@ -517,7 +517,7 @@ def test_check_on_the_real_sample_finds_what_is_in_it(tmp_path):
         finding(rep, "thoughts against their label")["n"] == 0
         and finding(rep, "thoughts against their label")["of"] >= 80
     )
-    prepare(SAMPLE / "sample_thoughts.json", SAMPLE / "sample_reflections.json", tmp_path / "ft.jsonl")
+    write_sft(SAMPLE / "sample_thoughts.json", SAMPLE / "sample_reflections.json", tmp_path / "ft.jsonl")
     rep = check_files([tmp_path / "ft.jsonl"])
     assert finding(rep, "thoughts against their label")["examples"] == [
         "id 90"

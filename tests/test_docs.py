@@ -544,7 +544,7 @@ def test_a_wrong_option_name_file_or_program_is_noticed(own_config):
 @pytest.fixture(scope="module")
 def furnished(tmp_path_factory):
     "A small project: the committed record, six further ones with its items, thoughts, reflections, pairs and training rows made of them."
-    from nli_ft.sft_rows import parse_splits, prepare
+    from nli_ft.sft_rows import parse_splits, write_sft
     from nli_ft.rows import prompt_messages, render_completion
     from nli_ft.files import write_jsonl
     from nli_ft.answers import parse_completion
@@ -626,7 +626,7 @@ def furnished(tmp_path_factory):
             table.writeheader()
             table.writerows(answers)
         (desk / "data/finetune").mkdir()
-        prepare(
+        write_sft(
             "data/thoughts.jsonl",
             "data/reflections.jsonl",
             "data/finetune/train_ft.jsonl",

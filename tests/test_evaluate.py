@@ -462,9 +462,9 @@ def test_damaged_prediction_files_are_named(tmp_path):
         nli_ft.predictions.read_predictions(path)
     for text, says in {
         "": "is empty",
-        json.dumps(good) + "\nnonsense\n": "line 2",
+        json.dumps(good) + "\nnonsense\n": "predictions.jsonl:2: not JSON",
         json.dumps(good) + "\n" + json.dumps(good) + "\n": "more than once",
-        "[1]\n": "not a JSON object",
+        "[1]\n": "where an object was expected",
         json.dumps(good | dict(p_entail=float("nan"))) + "\n": "not a probability",
         json.dumps(good | dict(label=3)) + "\n": "not 0 or 1",
     }.items():

@@ -508,7 +508,7 @@ def test_a_token_without_a_row_in_the_embedding_ends_a_run_with_2_before_anythin
     used = max(max(e.input_ids) for e in prepare(cfg).train)
     model.resize_token_embeddings(used)
     model.save_pretrained(folder)
-    swap(monkeypatch, "nli_ft.train_sft.judge", lambda *a, **kw: pytest.fail("it was judged"))
+    swap(monkeypatch, "nli_ft.train_sft.judge_model", lambda *a, **kw: pytest.fail("it was judged"))
     assert not proofs(prepare(cfg))["every token has a row in the model's embedding"][0]
     # a run refuses rows that it was trained on, so it gets others to be judged
     other = [r | dict(premise=r["premise"].replace("box", "bag")) for r in read_rows(cfg.train_data)]

@@ -79,3 +79,26 @@ def test_kernels_are_named_with_their_language_and_outputs_stay_small(path):
     nb = nbformat.read(path, 4)
     assert nb.metadata.kernelspec.language == "python" and nb.metadata.kernelspec.name == "python3"
     assert path.stat().st_size < 300_000
+
+
+def top_level_names(path):
+    "Functions, classes and constants of a module; methods that `@patch` adds to a class belong to the class."
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            if not any(isinstance(d, ast.Name) and d.id == "patch" for d in node.decorator_list):
+                names.add(node.name)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in targets:
+            parts = target.elts if isinstance(target, ast.Tuple) else [target]
+            names |= {part.id for part in parts if isinstance(part, ast.Name)}
+    return names - {"__all__"}
+
+
+def test_one_top_level_name_stands_for_one_thing_in_the_whole_package():
+    rooms_of = {}
+    for path in sorted((root / "nli_ft").glob("*.py")):
+        if path.stem != "_modidx":
+            for name in top_level_names(path):
+                rooms_of.setdefault(name, []).append(path.stem)
+    assert not (twice := {name: rooms for name, rooms in rooms_of.items() if len(rooms) > 1}), twice

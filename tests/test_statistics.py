@@ -738,7 +738,7 @@ def test_a_report_is_plain_json_also_for_the_poorest_rows():
     ],
 )
 def test_the_last_verdict_in_a_thought_is_the_one_it_states(thought, label):
-    assert nli_ft.reasoning.stated_label(thought) == label
+    assert nli_ft.reading.concludes(thought) == label
 
 
 def test_reasoning_measures_see_a_thought_that_contradicts_its_label():
