@@ -12,6 +12,7 @@ import math
 import numpy as np
 import re
 from collections import Counter, defaultdict
+from itertools import chain
 
 from .process import DataError
 from .duplicates import norm_text
@@ -173,11 +174,13 @@ def count_bins(
 ) -> list:  # the name of each row's bin, such as "12-20"
     "Name each count after its quantile bin; equal counts are never parted."
     bins = equal_mass_bins(np.asarray(counts), n_bins)
-    ends = {
-        b: (min(c for c, x in zip(counts, bins) if x == b), max(c for c, x in zip(counts, bins) if x == b))
-        for b in set(bins.tolist())
-    }
-    return [f"{lo}-{hi}" if lo != hi else f"{lo}" for lo, hi in (ends[b] for b in bins.tolist())]
+    bins = bins.tolist()
+    names = {}
+    for b in set(bins):
+        inside = [c for c, its in zip(counts, bins) if its == b]
+        lo, hi = min(inside), max(inside)
+        names[b] = f"{lo}-{hi}" if lo != hi else f"{lo}"
+    return [names[b] for b in bins]
 
 # %% ../nbs/22_evaluate.ipynb #167188a3
 def ece(
@@ -298,12 +301,21 @@ def slices(
     for name, key in (("thought_words", "thought_process"), ("premise_words", "premise")):
         for row, b in zip(rows, count_bins([len(words(p.get(key))) for p in preds])):
             row[name] = b
-    values = {s: {} for s in dict.fromkeys(s for row in rows for s in row)}
+    members = {name: {} for name in chain.from_iterable(rows)}  # slice -> value -> its rows
     for row, p in zip(rows, preds):
-        for s, v in row.items():
-            values[s].setdefault(v, []).append(p)
-    low = lambda v: (int(m[0]) if (m := re.match(r"\d+", v)) else math.inf, v)
-    return {s: {v: accuracy(values[s][v]) for v in sorted(values[s], key=low)} for s in values}
+        for name, value in row.items():
+            members[name].setdefault(value, []).append(p)
+    return {name: _accuracies(values) for name, values in members.items()}
+
+
+def _accuracies(values):
+    "The accuracy of every value of a slice. Values that begin with a number come first, by that number."
+
+    def low(value):
+        number = re.match(r"\d+", value)
+        return (int(number[0]) if number else math.inf, value)
+
+    return {value: accuracy(values[value]) for value in sorted(values, key=low)}
 
 # %% ../nbs/22_evaluate.ipynb #f8e6eb0c
 def consistency(

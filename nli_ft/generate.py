@@ -311,7 +311,10 @@ def _unpadded(model, lengths):
     "Positions of the prompts that may stand in one batch: all of them, or in a recurrent model those of one length."
     if not recurrent(model):
         return [list(range(len(lengths)))]
-    return [[i for i, n in enumerate(lengths) if n == width] for width in sorted(set(lengths), reverse=True)]
+    same = {}
+    for i, n in enumerate(lengths):
+        same.setdefault(n, []).append(i)
+    return [same[n] for n in sorted(same, reverse=True)]
 
 # %% ../nbs/18_generate.ipynb #9729270c
 def generate_batch(

@@ -9,10 +9,9 @@ __all__ = ['Prepared', 'training_rows', 'prepare', 'proofs', 'linear_shapes', 'e
 # %% ../nbs/33_preflight.ipynb #54f01ec9
 import math
 import os
-import sys
 import textwrap
+from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from .process import DataError
 from .config_loader import Config
@@ -29,7 +28,7 @@ from nli_ft.prompt import (
     prompt_form,
 )
 from .report import BLUE, GREY, ORANGE, new_figure
-from .ask import evaluation_rows, question
+from .ask import evaluation_rows, question, without_prompt
 
 # %% ../nbs/33_preflight.ipynb #f80bb25b
 @dataclass
@@ -68,7 +67,7 @@ def training_rows(
     if cfg.data_strategy == "shuffled":
         rows = shuffle_thoughts(rows, cfg.seed)
     if cfg.prompt_template != "auto":
-        rows = [question({k: v for k, v in r.items() if k != "prompt"}, cfg.prompt_template) for r in rows]
+        rows = [question(without_prompt(r), cfg.prompt_template) for r in rows]
     return rows, bad
 
 # %% ../nbs/33_preflight.ipynb #8e5694cd
@@ -135,7 +134,8 @@ def proofs(prep: Prepared) -> dict:  # what is proved -> (holds, detail)
         )
 
     def label_wrong(r, e):
-        return tok.decode([i for i, k in zip(e.input_ids, e.kind) if k == LABEL]).strip() != str(r["label"])
+        label = tok.decode([i for i, k in zip(e.input_ids, e.kind) if k == LABEL]).strip()
+        return label != str(r["label"]) or any(y == -100 for y, k in zip(e.labels, e.kind) if k != PROMPT)
 
     fails = {
         "the prompt starts with exactly one BOS"
@@ -144,11 +144,7 @@ def proofs(prep: Prepared) -> dict:  # what is proved -> (holds, detail)
             i for i, (r, e) in enumerate(rows) if bos_wrong(e)
         ],
         "the end of turn is learned": [i for i, (r, e) in enumerate(rows) if e.labels[-1] != end],
-        "the label is inside the row and has loss": [
-            i
-            for i, (r, e) in enumerate(rows)
-            if label_wrong(r, e) or any(y == -100 for y, k in zip(e.labels, e.kind) if k != PROMPT)
-        ],
+        "the label is inside the row and has loss": [i for i, (r, e) in enumerate(rows) if label_wrong(r, e)],
         "trained tokens spell the completion": [i for i, (r, e) in enumerate(rows) if completion_wrong(r, e)],
         "training prompt ids = inference prompt ids": [
             i
@@ -372,15 +368,20 @@ def preflight(
 ) -> dict:  # ready for JSON: counts, balance, lengths, dropped, proofs, steps, memory, ok
     "Everything worth knowing about a run before it starts."
     n_tok = sorted(len(e) for e in prep.train)
-    quantile = lambda q: n_tok[min(len(n_tok) - 1, int(q * len(n_tok)))]
+
+    def quantile(q):
+        return n_tok[min(len(n_tok) - 1, int(q * len(n_tok)))]
+
     found = proofs(prep)
+    labels = Counter(r["label"] for r in prep.train_rows)
+    sources = Counter(r["source"] for r in prep.train_rows)
+    unreadable = {}
+    for name, bad in prep.bad.items():
+        unreadable[name] = list(map(list, bad))
     return dict(
         rows=dict(train=len(prep.train), judged=len(prep.eval_rows), eval_loss=len(prep.eval)),
-        labels={str(y): sum(r["label"] == y for r in prep.train_rows) for y in (0, 1)},
-        sources={
-            s: sum(r["source"] == s for r in prep.train_rows)
-            for s in sorted({r["source"] for r in prep.train_rows})
-        },
+        labels={str(y): labels[y] for y in (0, 1)},
+        sources=dict(sorted(sources.items())),
         histogram=histogram(n_tok),
         tokens=dict(
             total=sum(n_tok),
@@ -390,7 +391,7 @@ def preflight(
             trained=sum(k != PROMPT for e in prep.train for k in e.kind),
         ),
         dropped=[list(d) for d in prep.dropped],
-        unreadable={k: [list(b) for b in v] for k, v in prep.bad.items()},
+        unreadable=unreadable,
         prompt=dict(form=prompt_form(prep.tok), template=prep.template),
         pairs_in_both=prep.leakage["pairs"],
         leakage=prep.leakage,
@@ -459,7 +460,9 @@ def refuse_failed_proofs(
 def plot_lengths(prep: Prepared):  # a matplotlib Figure
     "Histogram of row lengths in tokens by label; the limit is drawn where rows come near it."
     fig, ax = new_figure(6, 2.6)
-    by = [[len(e) for r, e in zip(prep.train_rows, prep.train) if r["label"] == y] for y in (0, 1)]
+    by = [[], []]  # lengths of the rows labelled 0, and of those labelled 1
+    for row, encoded in zip(prep.train_rows, prep.train):
+        by[row["label"]].append(len(encoded))
     low, high, limit = min(map(len, prep.train)), max(map(len, prep.train)), prep.cfg.max_seq_length
     step = max(1, -(-(high - low + 1) // 30))  # whole tokens, so that every bar is as wide as the next
     ax.hist(

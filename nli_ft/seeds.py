@@ -20,6 +20,7 @@ from nli_ft.differences import (
     _scores,
     differing,
     explains,
+    hits,
     load_compared,
 )
 
@@ -44,9 +45,11 @@ def _configs(entries):
 # %% ../nbs/27_seeds.ipynb #886b562a
 def _answers(entry):
     "Hash of what a model answered, whatever the time it took."
-    kept = [
-        [p.get(k) for k in ("id", "completion", "predicted_label", "p_entail", "outcome")] for p in entry[1]
-    ]
+
+    def answer(p):
+        return [p.get(k) for k in ("id", "completion", "predicted_label", "p_entail", "outcome")]
+
+    kept = list(map(answer, entry[1]))
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/27_seeds.ipynb #17cb164e
@@ -138,7 +141,9 @@ def compare_configs(
 
     groups = _repetitions(_first(load_compared(run_dirs), baseline))
     first, clusters = groups[0], groups_of(groups[0][0][1])
-    right = [[[int(p["predicted_label"] == p["label"]) for p in e[1]] for e in es] for es in groups]
+    right = []
+    for es in groups:
+        right.append([hits(preds) for _, preds, _ in es])
     untrained = [i for i, es in enumerate(groups) if es[0][2].endswith(":before")]
     rows = [
         _config_row(es) | seed_share(r, clusters, i in untrained)

@@ -9,6 +9,7 @@ __all__ = ['LORA_RANKS', 'VLLM_ROWS', 'vllm_completion', 'vllm_rank', 'VllmEngin
 import importlib.util
 import math
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from .process import ConfigError, RecordError
@@ -29,9 +30,11 @@ def vllm_completion(
         raise RuntimeError(f"vLLM did not finish a completion: {made.finish_reason}")
     ids = list(made.token_ids)
     n = next((n for n in range(1, len(ids) + 1) if closed(ids[:n])), None)
-    digits = [
-        [at[i].logprob if i in at else math.nan for pair in pairs for i in pair] for at in made.logprobs
-    ]
+
+    def logprobs(at):
+        return [at[i].logprob if i in at else math.nan for i in chain(*pairs)]
+
+    digits = list(map(logprobs, made.logprobs))
     return _completion(tok, pairs, ids[:n], digits, n is None and made.finish_reason == "length", style)
 
 # %% ../nbs/21_vllm.ipynb #9699e316
