@@ -543,7 +543,11 @@ def focus_says(variant: str) -> tuple:  # premises, hypotheses
 def focus_thought(p: Says, h: Says, rel: str) -> str:
     "Cite the sentence that is about the fact, and what it says or takes for granted."
     x = next(iter(atoms(h.form)))
-    f = next((f for f in facts_of(p.form) if any(atoms(g) == {x} for g in presupposed(f))), None)
+
+    def is_about_it(fact):
+        return any(atoms(g) == {x} for g in presupposed(fact))
+
+    f = next(filter(is_about_it, facts_of(p.form)), None)
     if f is None:
         return f"the premise says nothing of {focus_fact(('true', x))}. This leaves it open, {compared(rel)}"
     sign = 1 if ("true", x) in presupposed(f) else -1

@@ -60,19 +60,21 @@ NARROWERS = dict(A="XZ", B="YW")  # what can narrow the restrictor A and the sco
 
 def moved(args: tuple, way: str) -> list:  # of arguments
     "An argument moved one step: narrowed (down) or widened (up)."
-    if args[0] not in NARROWERS:
+    head, *kept = args
+    if head not in NARROWERS:
         return []
+
+    def without(x):
+        return tuple(a for a in args if a != x)
+
+    def narrowed_by(x):
+        return (head, *(a for a in NARROWERS[head] if a in kept or a == x))
+
     if way == "up":
-        return [tuple(a for a in args if a != x) for x in args[1:]]
-    return (
-        [
-            tuple(a for a in (args[0], *NARROWERS[args[0]]) if a in args or a == x)
-            for x in NARROWERS[args[0]]
-            if x not in args
-        ]
-        if way == "down"
-        else []
-    )
+        return list(map(without, kept))
+    if way == "down":
+        return [narrowed_by(x) for x in NARROWERS[head] if x not in kept]
+    return []
 
 # %% ../nbs/43_quantifiers.ipynb #e6c92734
 def steps(f: tuple) -> list:  # meanings that follow in one step

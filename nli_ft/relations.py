@@ -181,13 +181,14 @@ def order_says(variant: str) -> tuple:  # premises, hypotheses
         s = order_plain("a", "b", variant) + order_plain("b", "a", variant)
         return s, s
     names, k = ("abcd", 3) if variant == "depth3" else ("abc", 2)
-    edges = [
-        e
-        for e in combinations(permutations(names, 2), k)
-        if not any(x == y for x, y in closure(set(e)))
-        and len({frozenset(q) for q in e}) == k
-        and len(set(sum(e, ()))) == len(names)
-    ]
+
+    def fits(edges):
+        "No circle, no pair of names twice, every name once at least."
+        if any(x == y for x, y in closure(set(edges))):
+            return False
+        return len(set(map(frozenset, edges))) == k and len(set(sum(edges, ()))) == len(names)
+
+    edges = list(filter(fits, combinations(permutations(names, 2), k)))
     hs = [s for x, y in permutations(names, 2) for s in order_plain(x, y, variant)]
     single = order_plain("a", "b", variant) + order_plain("b", "a", variant) if variant != "depth3" else []
     return single + [s for e in edges for s in order_joined(e, variant)], hs

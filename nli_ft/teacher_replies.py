@@ -71,10 +71,9 @@ def response_schema(
     model: type[Answer],  # `Thought` or `Reflection`
 ) -> dict:  # JSON Schema in the subset that constrained decoders share
     "The schema sent with `response_format=json_schema`."
-    props = {
-        name: {k: v for k, v in p.items() if k in ("type", "description", "enum")}
-        for name, p in model.model_json_schema()["properties"].items()
-    }
+    props = {}
+    for name, p in model.model_json_schema()["properties"].items():
+        props[name] = {k: v for k, v in p.items() if k in ("type", "description", "enum")}
     return dict(type="object", properties=props, required=list(props), additionalProperties=False)
 
 # %% ../nbs/47_teacher_replies.ipynb #b1e9b308
