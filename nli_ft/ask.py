@@ -80,9 +80,7 @@ def open_run(
 # %% ../nbs/30_ask.ipynb #be6003c0
 def asked_wording(
     run: Path,  # a run's folder
-) -> (
-    str | None
-):  # a name in `PROMPTS`; None where no wording gives the questions that were asked, or none was asked
+) -> str | None:  # a name in `PROMPTS`; None where no wording gives the questions asked, or none was asked
     "The wording of a run's predictions, found by their `prompt_hash`: older records name it only where the evaluation rows did."
     path = run / "predictions.jsonl"
     if not path.is_file():

@@ -25,15 +25,7 @@ from .quadruples import CATEGORIES, DENIALS, GENERATOR, SIZES, bared, generate, 
 
 # %% ../nbs/46_corpus.ipynb #eb14c043
 LIMIT = 0.75  # share right above which a reader without understanding solves a category
-MODIFIER_KINDS = (
-    "adjectives",
-    "traits",
-    "adverbs",
-    "places",
-    "times",
-    "sizes",
-    "marked",
-)  # of words in the lexicon
+MODIFIER_KINDS = "adjectives traits adverbs places times sizes marked".split()  # of words in the lexicon
 
 
 @lru_cache(None)

@@ -37,12 +37,8 @@ def _same_task(one, other):
         raise RecordError(
             f"{name_a} and {name_b} were evaluated on different items ({len(a)} and {len(b)}; {len(odd)} of them, such as {odd[0]!r}, in one only)"
         )
-    for key, what in (
-        ("premise", "items"),
-        ("hypothesis", "items"),
-        ("label", "labels"),
-        ("prompt_hash", "prompts"),
-    ):
+    kinds = dict(premise="items", hypothesis="items", label="labels", prompt_hash="prompts")
+    for key, what in kinds.items():
         if odd := [i for i in a if a[i].get(key) != b[i].get(key)]:
             raise RecordError(
                 f"{name_a} and {name_b} were evaluated on different {what} (for example id {odd[0]!r}; {len(odd)} of {len(a)} differ)"
@@ -82,28 +78,14 @@ def load_compared(
     return [(run, sorted(preds, key=lambda p: order[p["id"]]), name) for run, preds, name in got]
 
 # %% ../nbs/26_differences.ipynb #ef7b410d
-_untrained = {f.name for f in fields(ModelKeys)} | {
-    "prompt_template",
-    "completion",
-    "max_new_tokens",
-}  # what an untrained model can show
+# What an untrained model can show.
+_untrained = {f.name for f in fields(ModelKeys)} | {"prompt_template", "completion", "max_new_tokens"}
+# These are meant to change the number of steps.
 _SCHEDULE = (
-    "max_steps",
-    "num_epochs",
-    "batch_size",
-    "grad_accumulation_steps",
-    "distributed_training",
-    "num_processes",
-)  # these are meant to change the number of steps
-_WORDING = (
-    "completion",
-    "prompt_template",
-    "data_strategy",
-    "train_data",
-    "model_id",
-    "max_seq_length",
-    "too_long",
-)  # these change the number of tokens of the same rows
+    "max_steps num_epochs batch_size grad_accumulation_steps distributed_training num_processes".split()
+)
+# These change the number of tokens of the same rows.
+_WORDING = "completion prompt_template data_strategy train_data model_id max_seq_length too_long".split()
 
 
 def _number(x):
@@ -137,7 +119,7 @@ def _amount_entry(a, b, keys):
     if not changed:
         return None
     text = changed[0] + (f" ({', '.join(changed[1:])})" if changed[1:] else "")
-    meant = _SCHEDULE + (_WORDING if changed[0].startswith("tokens") else ())
+    meant = _SCHEDULE + (_WORDING if changed[0].startswith("tokens") else [])
     return next((k for k in keys if k in meant), None), text
 
 # %% ../nbs/26_differences.ipynb #2a31989a
@@ -264,9 +246,7 @@ def _circumstances(one, other):
 def differing(
     one,
     other,  # entries of `load_compared`
-) -> list[
-    str
-]:  # settings by name, and what no setting shows as "steps 40 → 400"; last, as one entry, what is not recorded
+) -> list[str]:  # settings by name; what no setting shows as "steps 40 → 400"; last, what is not recorded
     """What differs between two runs and could explain a difference of their scores, from what happened and not only from what was asked for.
 
     Rows and tokens count where both records have them: with the same steps, settings and files they are the same anyway."""
@@ -377,10 +357,11 @@ def _first(got, baseline):
 def compare_runs(
     run_dirs,  # run folders, at least two; `<folder>:before` is the untrained model of that run
     baseline=None,  # one of them (folder, name, or config); None: the first
-) -> list[
-    dict
-]:  # one row a run, the baseline first, with difference, ci, ci_level, p, p_holm, p_mcnemar, told, detectable, verdict, differs; `majority` in the first
-    "Compare runs item by item with a baseline run. Raises `RecordError` for runs that cannot be compared."
+) -> list[dict]:  # one row a run, the baseline first
+    """Compare runs item by item with a baseline run. Raises `RecordError` for runs that cannot be compared.
+
+    Every other row has difference, ci, ci_level, p, p_holm, p_mcnemar, told, detectable, verdict, differs.
+    The first has `majority`."""
     from nli_ft.paired import other_way, verdict
 
     got = _first(load_compared(run_dirs), baseline)

@@ -189,7 +189,9 @@ def model_relation(
     seen = {holds(h, m) for m in models if holds(p, m)}
     if not seen:
         raise ValueError(f"the premise {p} has no model")
-    return "neutral" if len(seen) == 2 else "entailment" if seen == {True} else "contradiction"
+    if len(seen) == 2:
+        return "neutral"
+    return "entailment" if seen == {True} else "contradiction"
 
 # %% ../nbs/40_meanings.ipynb #a27b1bb7
 def as_meaning(text) -> tuple:  # of meanings

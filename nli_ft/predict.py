@@ -53,13 +53,14 @@ def forced_ids(
     completion: str = "cot",  # style of the completion, as in the config
 ) -> tuple:  # (ids up to the label digit, (id of 0, id of 1))
     "Prompt and completion up to the label, as trained on, and the pair of ids that compete there."
-    row = lambda label: dict(
-        prompt=messages,
-        completion=[dict(role="assistant", content=render_completion(thought, label, completion))],
-        thought_process=thought,
-        label=label,
-    )
-    zero, one = (encode_row(tok, row(label), completion).input_ids for label in (0, 1))
+
+    def encoded(label):
+        content = render_completion(thought, label, completion)
+        answer = [dict(role="assistant", content=content)]
+        row = dict(prompt=messages, completion=answer, thought_process=thought, label=label)
+        return encode_row(tok, row, completion).input_ids
+
+    zero, one = encoded(0), encoded(1)
     n = next(i for i, (z, o) in enumerate(zip(zero, one)) if z != o)
     return list(zero[:n]), (zero[n], one[n])
 
@@ -74,11 +75,8 @@ def score_labels(
     "One forward pass a batch, logits of the last position only."
     import torch
 
-    pad, device, done = (
-        tok.pad_token_id or 0,
-        _inner(model).get_input_embeddings().weight.device,
-        [None] * len(asked),
-    )
+    pad, done = tok.pad_token_id or 0, [None] * len(asked)
+    device = _inner(model).get_input_embeddings().weight.device
     start = start or shared_start(model, [ids for ids, _ in asked])
     known = start.length if start else 0
     lengths = [len(ids) for ids, _ in asked]

@@ -21,14 +21,8 @@ from .process import RecordError
 from .answers import parse_completion
 
 # %% ../nbs/19_predictions.ipynb #0ae9e4b8
-CARRIED = (
-    "category",
-    "relation",
-    "group_id",
-    "source",
-    "heuristic",
-    "subcase",
-)  # what slices and paired tests need of an evaluation row
+# What slices and paired tests need of an evaluation row.
+CARRIED = ("category", "relation", "group_id", "source", "heuristic", "subcase")
 
 
 def prompt_hash(

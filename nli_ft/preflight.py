@@ -225,33 +225,32 @@ def _estimated(prep):
     apart = set(_never_quantised(base_config(cfg), type(model)) or []) if nf4 else set()
     plain = sum(a * b for n, (a, b) in linear.items() if n in apart)
     base, other = base - plain, other + plain
-    hit = lambda n: targets == "all-linear" or n in targets or n.rpartition(".")[2] in targets
+
+    def hit(name):
+        return targets == "all-linear" or name in targets or name.rpartition(".")[2] in targets
+
     lora = sum(cfg.lora_r * (a + b) for n, (a, b) in linear.items() if hit(n))
     longest = sorted(prep.train, key=len, reverse=True)[: cfg.batch_size]
     tokens, trained = len(longest[0]) * len(longest), sum(y != -100 for e in longest for y in e.labels)
     known = _known_block(linear, conf) and not experts
-    kept = (
-        _activations(cfg, linear, conf, hit, dtype, cpu)
-        if known
-        else _rough_activations(model, linear, conf, wide)
-    ) * tokens
+    if known:
+        kept = _activations(cfg, linear, conf, hit, dtype, cpu) * tokens
+    else:
+        kept = _rough_activations(model, linear, conf, wide) * tokens
     if attention(cfg, dev, type(model)) == "eager":  # the weights of every query, and their softmax
         kept += (getattr(conf, "num_attention_heads", None) or 1) * len(longest[0]) * tokens * (4 + wide)
     stream = tokens * conf.hidden_size * (4 if nf4 else wide)
-    kept = (
-        conf.num_hidden_layers * stream + kept
-        if cfg.gradient_checkpointing
-        else conf.num_hidden_layers * kept
-    )
+    if cfg.gradient_checkpointing:
+        kept += conf.num_hidden_layers * stream
+    else:
+        kept *= conf.num_hidden_layers
     eight_bit = "8bit" in cfg.optim or (cfg.optim == "auto" and not cpu)
     # see `target_log_probs`: on a CPU all logits of some positions, TRL's kernel keeps a tile of fewer
-    tile = (
-        min(trained, 512) * conf.vocab_size if cpu else min(trained, 4096) * min(conf.vocab_size, 32768)
-    ) * wide
-    if cpu and _changes_logits(conf):
-        tile = (
-            min(tokens, 4096) * min(conf.vocab_size, 32768) * (wide + 3 * 4)
-        )  # TRL's in torch, see `scoring`
+    tile = min(trained, 4096) * min(conf.vocab_size, 32768) * wide
+    if cpu:
+        tile = min(trained, 512) * conf.vocab_size * wide
+    if cpu and _changes_logits(conf):  # TRL's in torch, see `scoring`
+        tile = min(tokens, 4096) * min(conf.vocab_size, 32768) * (wide + 3 * 4)
     parts = {
         "base weights": base * (0.5 + 1 / 64 + 4 / (64 * 256)) if nf4 else base * wide,
         "embeddings, head and norms": (other - experts) * (4 if nf4 else wide),
@@ -311,20 +310,19 @@ def _activations(cfg, linear, conf, hit, dtype, cpu):
     h, inter, nf4, wide = conf.hidden_size, conf.intermediate_size, cfg.quantization == "nf4", dtype.itemsize
     head = getattr(conf, "head_dim", None) or h // conf.num_attention_heads
     q, kv = conf.num_attention_heads * head, conf.num_key_value_heads * head
-    out = (
-        4 if nf4 and dtype == torch.float16 else wide
-    )  # 4-bit layers return the dtype of their input; in bf16 see `model.bf16_between_products`
+    # 4-bit layers return the dtype of their input. In bf16 see `model.bf16_between_products`.
+    out = 4 if nf4 and dtype == torch.float16 else wide
     block = [(n.rpartition(".")[2], i) for n, (_, i) in linear.items() if ".layers.0." in n and hit(n)]
-    if (
-        out == wide and not cfg.lora_dropout
-    ):  # layers side by side share theirs, and that of o_proj is the output of the attention
-        side = dict(
-            q_proj="attention", k_proj="attention", v_proj="attention", gate_proj="mlp", up_proj="mlp"
-        )
+    if out == wide and not cfg.lora_dropout:
+        # layers side by side share their input, and that of o_proj is the output of the attention
+        side = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention")
+        side |= dict.fromkeys(("gate_proj", "up_proj"), "mlp")
         inputs = sum({side.get(n, n): i for n, i in block if n != "o_proj"}.values()) * wide
     else:
         inputs = sum(i for _, i in block) * wide  # each adapter has its own copy, cast or with other zeros
-    mask = sum(i for _, i in block) * (wide if cpu else 1) if cfg.lora_dropout else 0
+    mask = sum(i for _, i in block) * (wide if cpu else 1)
+    if not cfg.lora_dropout:
+        mask = 0
     return 2 * h * 4 + 3 * inter * out + 2 * (q + kv) * wide + inputs + mask + cfg.lora_r * len(block) * wide
 
 # %% ../nbs/33_preflight.ipynb #cc9c88f7

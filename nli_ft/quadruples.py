@@ -268,28 +268,13 @@ def about(category: str, p: Says, h: Says) -> bool:
     return not CATEGORIES[category].turns or moving(normal(p.form)) != moving(normal(h.form))
 
 # %% ../nbs/45_quadruples.ipynb #8c7ab1a4
-PART = dict(
-    adj="adj",
-    trait="adj",
-    marked="adj",
-    pos="adj",
-    neg="adj",
-    adv="adv",
-    place="adv",
-    time="time",
-    base="verb",
-    past="verb",
-    went="verb",
-    more="more",
-    less="more",
-    noun="noun",
-    kind="noun",
-    sort="noun",
-    nouns="nouns",
-    kinds="nouns",
-    sorts="nouns",
-    **dict.fromkeys("abcd", "name"),
-)
+PART = {"time": "time", **dict.fromkeys("abcd", "name")}  # slot of a skeleton -> part of speech
+PART |= dict.fromkeys(("adj", "trait", "marked", "pos", "neg"), "adj")
+PART |= dict.fromkeys(("adv", "place"), "adv")
+PART |= dict.fromkeys(("base", "past", "went"), "verb")
+PART |= dict.fromkeys(("more", "less"), "more")
+PART |= dict.fromkeys(("noun", "kind", "sort"), "noun")
+PART |= dict.fromkeys(("nouns", "kinds", "sorts"), "nouns")
 SALT = 103  # a number under which the colours come out even in every category: see tests/test_corpus.py
 
 
@@ -326,9 +311,8 @@ def crossed(category: str, variant: str, rel: dict, thought: dict, rng: Random):
     "Yield, per pair of premises, the pairs of hypotheses that make a crossed quadruple with it."
     ps, hs = dict.fromkeys(p for p, _ in thought), dict.fromkeys(h for _, h in thought)
     held = {s: variant != "pairs" or is_held(s, category) for s in (*ps, *hs)}
-    firsts = [
-        p for p in ps if named(p.text) == sorted(named(p.text))
-    ]  # the others are the same again under other names
+    # the other premises are the same again under other names
+    firsts = [p for p in ps if named(p.text) == sorted(named(p.text))]
     both = [(p1, p2) for p1 in firsts for p2 in ps if p1 != p2]
     binds = variant == "demo" or CATEGORIES[category].binds
     if binds:

@@ -215,7 +215,11 @@ def quantifier_says(category: str, variant: str) -> tuple:  # premises, hypothes
 # %% ../nbs/43_quantifiers.ipynb #ffb26e1a
 def direction(a: tuple, b: tuple) -> str:  # down | up | level | across
     "Where the step from argument `a` to argument `b` goes."
-    return "level" if a == b else "down" if set(a) < set(b) else "up" if set(b) < set(a) else "across"
+    if a == b:
+        return "level"
+    if set(a) < set(b):
+        return "down"
+    return "up" if set(b) < set(a) else "across"
 
 
 def quantifier_thought(category: str, p: Says, h: Says, rel: str):
@@ -331,7 +335,9 @@ def interval(f: tuple) -> tuple:  # lowest and highest count
 def count_rule(p: tuple, h: tuple) -> str:
     "Interval inclusion is entailment, disjoint intervals contradiction."
     (a, b), (c, d) = interval(p), interval(h)
-    return "entailment" if c <= a and b <= d else "contradiction" if b < c or d < a else "neutral"
+    if c <= a and b <= d:
+        return "entailment"
+    return "contradiction" if b < c or d < a else "neutral"
 
 # %% ../nbs/43_quantifiers.ipynb #74fb7f92
 def count_says(variant: str) -> tuple:  # premises, hypotheses

@@ -421,18 +421,8 @@ def columns_hint(found: list, kind: str) -> str:  # the end of a sentence
     )
 
 # %% ../nbs/05_rows.ipynb #9f82c171
-_renamed = (
-    "id",
-    "contract",
-    "relation",
-    "premise",
-    "hypothesis",
-    "label",
-    "true_label",
-    "predicted_label",
-    "thought_process",
-    "improved_thought_process",
-)
+_renamed = "id contract relation premise hypothesis label true_label predicted_label".split()
+_renamed += ["thought_process", "improved_thought_process"]
 
 
 def other_spellings(

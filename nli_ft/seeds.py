@@ -134,7 +134,7 @@ def compare_configs(
     baseline=None,  # config name; None: that of the first run
 ) -> list[
     dict
-]:  # one row a config: seeds, accuracy, sd, accuracy_ci, difference, ci, p, p_holm, told, verdict, differs
+]:  # a row a config: seeds, accuracy, sd, accuracy_ci, difference, ci, p, p_holm, told, verdict, differs
     "Compare configs over their seeds; runs belong together when all settings but the seed agree."
     from nli_ft.evaluate import groups_of
     from nli_ft.paired import other_way, seed_share
@@ -163,7 +163,11 @@ def compare_configs(
 def _config_row(es):
     "What a config's runs have in common, and the means of their scores; None where one of them is undefined."
     scores = [_scores(e) for e in es]
-    mean = lambda k: None if any(s[k] is None for s in scores) else sum(s[k] for s in scores) / len(scores)
+
+    def mean(key):
+        values = [s[key] for s in scores]
+        return None if None in values else sum(values) / len(values)
+
     return dict(
         config=es[0][0].config["name"] + ":before" * es[0][2].endswith(":before"),
         seeds=[e[0].seed for e in es],
