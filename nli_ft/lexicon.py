@@ -13,14 +13,25 @@ from random import Random
 # %% ../nbs/41_lexicon.ipynb #c55f5095
 LEXICON = dict(
     train=dict(
-        names="Ann Bob Carl Dan Eva Fred Hugo Jane Kate Leo Mary Nina Oscar Paul Rosa Sam Tom Vera Adam Beth Chris Emma Frank Grace Henry Iris "
-        "Jack Kevin Laura Mark Anna Clara Daniel Edward Lucy Max Michael Robert Susan Thomas Joseph Judy John Joan Jim Joe Lisa Mike Nancy Amy",
-        acts="chase/chased help/helped call/called visit/visited follow/followed blame/blamed praise/praised push/pushed invite/invited warn/warned "
-        "hire/hired watch/watched admire/admired accuse/accused save/saved ignore/ignored pull/pulled carry/carried guide/guided question/questioned",
+        names=(
+            "Ann Bob Carl Dan Eva Fred Hugo Jane Kate Leo Mary Nina Oscar Paul Rosa Sam Tom Vera Adam Beth "
+            "Chris Emma Frank Grace Henry Iris Jack Kevin Laura Mark Anna Clara Daniel Edward Lucy Max "
+            "Michael Robert Susan Thomas Joseph Judy John Joan Jim Joe Lisa Mike Nancy Amy"
+        ),
+        acts=(
+            "chase/chased help/helped call/called visit/visited follow/followed blame/blamed praise/praised "
+            "push/pushed invite/invited warn/warned hire/hired watch/watched admire/admired accuse/accused "
+            "save/saved ignore/ignored pull/pulled carry/carried guide/guided question/questioned"
+        ),
         scales="taller/shorter older/younger richer/poorer faster/slower heavier/lighter louder/quieter",
-        deeds="sing/sang dance/danced laugh/laughed smile/smiled jump/jumped walk/walked talk/talked study/studied vote/voted wait/waited "
-        "stay/stayed pray/prayed climb/climbed relax/relaxed",
-        nouns="nurse doctor pilot singer farmer baker teacher student sailor soldier driver dancer lawyer king prince hunter coach child neighbor tourist",
+        deeds=(
+            "sing/sang dance/danced laugh/laughed smile/smiled jump/jumped walk/walked talk/talked "
+            "study/studied vote/voted wait/waited stay/stayed pray/prayed climb/climbed relax/relaxed"
+        ),
+        nouns=(
+            "nurse doctor pilot singer farmer baker teacher student sailor soldier driver dancer lawyer "
+            "king prince hunter coach child neighbor tourist"
+        ),
         adjectives="happy angry tired brave calm proud polite famous kind lucky",
         traits="small young tall rich blind local",
         adverbs="quietly happily gently calmly proudly",
@@ -28,16 +39,30 @@ LEXICON = dict(
         times="noon dawn midnight",
         sizes="yellow dirty nice",
         marked="married bearded freckled",
-        kinds="animal:dog,cat,horse,cow,goat,rabbit vehicle:truck,van,tractor,ambulance,taxi tool:hammer,wrench,drill,shovel,rake "
-        "instrument:violin,piano,flute,drum,trumpet fruit:apple,pear,peach,plum,cherry garment:shirt,jacket,skirt,sweater,scarf",
+        kinds=(
+            "animal:dog,cat,horse,cow,goat,rabbit vehicle:truck,van,tractor,ambulance,taxi "
+            "tool:hammer,wrench,drill,shovel,rake instrument:violin,piano,flute,drum,trumpet "
+            "fruit:apple,pear,peach,plum,cherry garment:shirt,jacket,skirt,sweater,scarf"
+        ),
         things="vanished fell remained appeared sank rolled froze shook",
-        antonyms="open/closed:door,gate,window,shop,lid,box alive/dead:fish,plant,tree,insect,spider,bird legal/illegal:act,deal,plan,contract,sale,trade "
-        "paid/unpaid:bill,debt,ticket,fine,loan,invoice occupied/vacant:seat,room,desk,house,flat,office signed/unsigned:claim,note,memo,petition,message,statement "
-        "permanent/temporary:job,camp,road,wall,bridge,tattoo locked/unlocked:safe,drawer,cage,car,phone,cabin",
+        antonyms=(
+            "open/closed:door,gate,window,shop,lid,box alive/dead:fish,plant,tree,insect,spider,bird "
+            "legal/illegal:act,deal,plan,contract,sale,trade paid/unpaid:bill,debt,ticket,fine,loan,invoice "
+            "occupied/vacant:seat,room,desk,house,flat,office "
+            "signed/unsigned:claim,note,memo,petition,message,statement "
+            "permanent/temporary:job,camp,road,wall,bridge,tattoo "
+            "locked/unlocked:safe,drawer,cage,car,phone,cabin"
+        ),
     ),
     dev=dict(
-        names="Owen Peter Ruth Sara Victor Wendy Alice Ben Claire David Ella Felix George Helen Ivan Julia Karen Andrew Anne Carol Gary Harry Larry Louis",
-        acts="thank/thanked trust/trusted greet/greeted mock/mocked kick/kicked scare/scared fear/feared respect/respected",
+        names=(
+            "Owen Peter Ruth Sara Victor Wendy Alice Ben Claire David Ella Felix George Helen Ivan Julia "
+            "Karen Andrew Anne Carol Gary Harry Larry Louis"
+        ),
+        acts=(
+            "thank/thanked trust/trusted greet/greeted mock/mocked kick/kicked scare/scared fear/feared "
+            "respect/respected"
+        ),
         scales="deeper/shallower higher/lower better/worse thicker/thinner",
         deeds="cry/cried move/moved work/worked sigh/sighed nod/nodded",
         nouns="guard actor writer judge chef queen visitor manager",
@@ -48,17 +73,32 @@ LEXICON = dict(
         times="dusk sunset",
         sizes="green dusty",
         marked="bald pregnant",
-        kinds="weapon:sword,spear,pistol,dagger vegetable:bean,cabbage,turnip,radish dwelling:hut,tent,cottage",
+        kinds=(
+            "weapon:sword,spear,pistol,dagger vegetable:bean,cabbage,turnip,radish dwelling:hut,tent,cottage"
+        ),
         things="disappeared burned dropped slipped",
-        antonyms="visible/invisible:star,comet,symbol,hill,line,stain guilty/innocent:prisoner,thief,officer,clerk,butler,banker finished/unfinished:report,letter,novel,song,poem,essay "
-        "valid/invalid:passport,voucher,license,coupon,visa,key",
+        antonyms=(
+            "visible/invisible:star,comet,symbol,hill,line,stain "
+            "guilty/innocent:prisoner,thief,officer,clerk,butler,banker "
+            "finished/unfinished:report,letter,novel,song,poem,essay "
+            "valid/invalid:passport,voucher,license,coupon,visa,key"
+        ),
     ),
     test=dict(
-        names="Luke Maria Noah Philip Rachel Simon Tara Alan Brian Diana Eric Greg Hannah James Linda Martin Naomi Oliver Steve Walter Tony Ron Ross Roy Sally "
-        "Sarah Scott Sean Ted Tim Nick Matt Jeff Ken Kelly Jenny",
-        acts="fire/fired notice/noticed attack/attacked rescue/rescued tackle/tackled rob/robbed surprise/surprised arrest/arrested support/supported punish/punished",
+        names=(
+            "Luke Maria Noah Philip Rachel Simon Tara Alan Brian Diana Eric Greg Hannah James Linda Martin "
+            "Naomi Oliver Steve Walter Tony Ron Ross Roy Sally Sarah Scott Sean Ted Tim Nick Matt Jeff Ken "
+            "Kelly Jenny"
+        ),
+        acts=(
+            "fire/fired notice/noticed attack/attacked rescue/rescued tackle/tackled rob/robbed "
+            "surprise/surprised arrest/arrested support/supported punish/punished"
+        ),
         scales="stronger/weaker bigger/smaller nearer/farther wider/narrower",
-        deeds="sleep/slept shout/shouted whisper/whispered arrive/arrived escape/escaped travel/traveled complain/complained rest/rested",
+        deeds=(
+            "sleep/slept shout/shouted whisper/whispered arrive/arrived escape/escaped travel/traveled "
+            "complain/complained rest/rested"
+        ),
         nouns="artist painter priest knight miner player captain robot poet worker builder pirate",
         adjectives="clever lonely busy noisy cheerful",
         traits="old sick poor strong foreign",
@@ -67,13 +107,20 @@ LEXICON = dict(
         times="sunrise midday lunchtime",
         sizes="grey shabby purple",
         marked="barefoot tattooed unmarried",
-        kinds="building:church,castle,hotel,museum,barn container:bucket,barrel,basket,jar reptile:snake,lizard,turtle,crocodile "
-        "jewel:ruby,diamond,pearl,sapphire ship:ferry,canoe,yacht,submarine",
+        kinds=(
+            "building:church,castle,hotel,museum,barn container:bucket,barrel,basket,jar "
+            "reptile:snake,lizard,turtle,crocodile jewel:ruby,diamond,pearl,sapphire "
+            "ship:ferry,canoe,yacht,submarine"
+        ),
         things="changed wobbled survived shrank floated",
-        antonyms="correct/incorrect:sum,result,guess,date,address,spelling awake/asleep:baby,guest,lion,tiger,puppy,owl "
-        "broken/intact:cup,vase,plate,bottle,mirror,toy public/private:record,file,park,beach,lake,garden "
-        "raw/cooked:egg,steak,carrot,potato,onion,sausage even/odd:number,digit,score,total,page "
-        "accurate/inaccurate:map,chart,forecast,estimate,clock,survey edible/inedible:mushroom,berry,root,flower,seed,nut",
+        antonyms=(
+            "correct/incorrect:sum,result,guess,date,address,spelling "
+            "awake/asleep:baby,guest,lion,tiger,puppy,owl broken/intact:cup,vase,plate,bottle,mirror,toy "
+            "public/private:record,file,park,beach,lake,garden "
+            "raw/cooked:egg,steak,carrot,potato,onion,sausage even/odd:number,digit,score,total,page "
+            "accurate/inaccurate:map,chart,forecast,estimate,clock,survey "
+            "edible/inedible:mushroom,berry,root,flower,seed,nut"
+        ),
     ),
 )
 ATTITUDE_WORDS = dict(

@@ -283,7 +283,9 @@ def projected(p: tuple) -> set:  # literals that follow
 def embedding_rule(p: tuple, h: tuple) -> str:
     "Does the projection hold the hypothesis, its denial, or neither?"
     known = projected(p)
-    return "entailment" if h in known else "contradiction" if deny(h) in known else "neutral"
+    if h in known:
+        return "entailment"
+    return "contradiction" if deny(h) in known else "neutral"
 
 # %% ../nbs/44_logic.ipynb #e2ef29a4
 def fact(f: tuple) -> str:
@@ -390,19 +392,20 @@ def embedding_thought(p: Says, h: Says, rel: str) -> str:
     x = next(iter(atoms(h.form)))
     for f in facts_of(p.form):
         if f[0] in PROJECTS and atoms(f[1]) == {x}:
-            word = {"unaware": "not {know}", "right": "rightly", "wrong": "wrongly"}.get(
-                f[0], "{" + f[0] + "}"
-            )
+            words = {"unaware": "not {know}", "right": "rightly", "wrong": "wrongly"}
+            word = words.get(f[0], "{" + f[0] + "}")
             return f"the premise says {attitude(f[0], f[1])}. {word} {SAYS[PROJECTS[f[0]]]}, {compared(rel)}"
         if f in (h.form, deny(h.form)):
             return f"the premise says {fact(f)}. Saying so {SAYS[1]}, {compared(rel)}"
     known = {g for g in literals(x) if g in projected(p.form)}
     cond = next(f for f in facts_of(p.form) if f[0] == "if" and x in atoms(f[1]) | atoms(f[2]))
-    does = SAYS[0] if not known else SAYS[1] if ("true", x) in known else SAYS[-1]
+    does = SAYS[0]
+    if known:
+        does = SAYS[1] if ("true", x) in known else SAYS[-1]
     return f"the premise says if {fact(cond[1])}, {fact(cond[2])}. The rest {does}, {compared(rel)}"
 
 # %% ../nbs/44_logic.ipynb #201463f2
-VERBS = dict(
+VERBS = dict(  # base -> past
     manage="managed",
     remember="remembered",
     happen="happened",
@@ -410,8 +413,9 @@ VERBS = dict(
     forget="forgot",
     neglect="neglected",
     refuse="refused",
-    **{"try": "tried", "want": "wanted"},
-)  # base -> past
+    want="wanted",
+    **{"try": "tried"},
+)
 ADJECTIVE_WORDS = dict(intersective="{marked}", privative="fake", former="former", alleged="alleged")
 
 
@@ -511,16 +515,19 @@ def presupposed(f: tuple) -> tuple:  # of literals; a capital is the earlier tim
 def focus_rule(p: tuple, h: tuple) -> str:
     "Is the hypothesis, or its denial, among what the premise says or takes for granted?"
     known = {g for f in facts_of(p) for g in presupposed(f)}
-    return "entailment" if h in known else "contradiction" if deny(h) in known else "neutral"
+    if h in known:
+        return "entailment"
+    return "contradiction" if deny(h) in known else "neutral"
 
 # %% ../nbs/44_logic.ipynb #5c8616bf
 def focus_fact(f: tuple, variant: str = "plain") -> str:
     "A fact about this time or an earlier one."
     yes, x = f[0] != "not", atoms(f).copy().pop()
-    when = ("some earlier time" if yes else "any earlier time") if x.isupper() else "this time"
+    did = "{past}" if yes else "did not {base}"
+    when, earlier = "this time", "at some earlier time" if yes else "at any earlier time"
     if variant == "templates":
-        when = ("on an earlier day" if yes else "on any earlier day") if x.isupper() else "that time"
-    return f"{{{x.lower()}}} {'{past}' if yes else 'did not {base}'} {'' if variant == 'templates' or not x.isupper() else 'at '}{when}"
+        when, earlier = "that time", "on an earlier day" if yes else "on any earlier day"
+    return f"{{{x.lower()}}} {did} {earlier if x.isupper() else when}"
 
 # %% ../nbs/44_logic.ipynb #0491ab85
 def focus_says(variant: str) -> tuple:  # premises, hypotheses
@@ -543,7 +550,11 @@ def focus_says(variant: str) -> tuple:  # premises, hypotheses
 def focus_thought(p: Says, h: Says, rel: str) -> str:
     "Cite the sentence that is about the fact, and what it says or takes for granted."
     x = next(iter(atoms(h.form)))
-    f = next((f for f in facts_of(p.form) if any(atoms(g) == {x} for g in presupposed(f))), None)
+
+    def is_about_it(fact):
+        return any(atoms(g) == {x} for g in presupposed(fact))
+
+    f = next(filter(is_about_it, facts_of(p.form)), None)
     if f is None:
         return f"the premise says nothing of {focus_fact(('true', x))}. This leaves it open, {compared(rel)}"
     sign = 1 if ("true", x) in presupposed(f) else -1

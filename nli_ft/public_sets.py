@@ -302,7 +302,8 @@ def load_records(
         return datasets.load_dataset(
             hub, *([config] if config else []), streaming=True, split=split, revision=revision
         )
-    except Exception as e:  # offline, unknown set, unknown split, gated: `datasets` raises many kinds, all mean "not to be had"
+    except Exception as e:
+        # offline, unknown set, unknown split, gated: `datasets` raises many kinds, and all mean "not to be had"
         raise DataError(needs.format(f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}")) from e
 
 # %% ../nbs/11_public_sets.ipynb #09198db4

@@ -60,19 +60,21 @@ NARROWERS = dict(A="XZ", B="YW")  # what can narrow the restrictor A and the sco
 
 def moved(args: tuple, way: str) -> list:  # of arguments
     "An argument moved one step: narrowed (down) or widened (up)."
-    if args[0] not in NARROWERS:
+    head, *kept = args
+    if head not in NARROWERS:
         return []
+
+    def without(x):
+        return tuple(a for a in args if a != x)
+
+    def narrowed_by(x):
+        return (head, *(a for a in NARROWERS[head] if a in kept or a == x))
+
     if way == "up":
-        return [tuple(a for a in args if a != x) for x in args[1:]]
-    return (
-        [
-            tuple(a for a in (args[0], *NARROWERS[args[0]]) if a in args or a == x)
-            for x in NARROWERS[args[0]]
-            if x not in args
-        ]
-        if way == "down"
-        else []
-    )
+        return list(map(without, kept))
+    if way == "down":
+        return [narrowed_by(x) for x in NARROWERS[head] if x not in kept]
+    return []
 
 # %% ../nbs/43_quantifiers.ipynb #e6c92734
 def steps(f: tuple) -> list:  # meanings that follow in one step
@@ -213,7 +215,11 @@ def quantifier_says(category: str, variant: str) -> tuple:  # premises, hypothes
 # %% ../nbs/43_quantifiers.ipynb #ffb26e1a
 def direction(a: tuple, b: tuple) -> str:  # down | up | level | across
     "Where the step from argument `a` to argument `b` goes."
-    return "level" if a == b else "down" if set(a) < set(b) else "up" if set(b) < set(a) else "across"
+    if a == b:
+        return "level"
+    if set(a) < set(b):
+        return "down"
+    return "up" if set(b) < set(a) else "across"
 
 
 def quantifier_thought(category: str, p: Says, h: Says, rel: str):
@@ -329,7 +335,9 @@ def interval(f: tuple) -> tuple:  # lowest and highest count
 def count_rule(p: tuple, h: tuple) -> str:
     "Interval inclusion is entailment, disjoint intervals contradiction."
     (a, b), (c, d) = interval(p), interval(h)
-    return "entailment" if c <= a and b <= d else "contradiction" if b < c or d < a else "neutral"
+    if c <= a and b <= d:
+        return "entailment"
+    return "contradiction" if b < c or d < a else "neutral"
 
 # %% ../nbs/43_quantifiers.ipynb #74fb7f92
 def count_says(variant: str) -> tuple:  # premises, hypotheses

@@ -18,16 +18,16 @@ from .meanings import Says, compared, deny, facts_of, framed
 def role_rule(p: tuple, h: tuple) -> str:
     "A stated fact decides itself and its denial, nothing else."
     stated = facts_of(p)
-    return "entailment" if h in stated else "contradiction" if deny(h) in stated else "neutral"
+    if h in stated:
+        return "entailment"
+    return "contradiction" if deny(h) in stated else "neutral"
 
 
 def role_clause(f: tuple) -> str:
     "Canonical active clause of a fact or its denial."
-    return (
-        f"{{{f[1][1]}}} did not {{base}} {{{f[1][2]}}}"
-        if f[0] == "not"
-        else f"{{{f[1]}}} {{past}} {{{f[2]}}}"
-    )
+    if f[0] == "not":
+        return f"{{{f[1][1]}}} did not {{base}} {{{f[1][2]}}}"
+    return f"{{{f[1]}}} {{past}} {{{f[2]}}}"
 
 
 def role_thought(p: Says, h: Says, rel: str) -> str:
@@ -120,7 +120,9 @@ def closure(edges: set) -> set:  # pairs
 def order_rule(p: tuple, h: tuple) -> str:
     "Is the hypothesis' pair in the transitive closure of the premise's, the wrong way round, or absent?"
     up = closure({f[1:] for f in facts_of(p)})
-    return "entailment" if h[1:] in up else "contradiction" if h[:0:-1] in up else "neutral"
+    if h[1:] in up:
+        return "entailment"
+    return "contradiction" if h[:0:-1] in up else "neutral"
 
 # %% ../nbs/42_relations.ipynb #aa5ad804
 def order_clause(x: str, y: str, pole: str = "more") -> str:
@@ -181,13 +183,14 @@ def order_says(variant: str) -> tuple:  # premises, hypotheses
         s = order_plain("a", "b", variant) + order_plain("b", "a", variant)
         return s, s
     names, k = ("abcd", 3) if variant == "depth3" else ("abc", 2)
-    edges = [
-        e
-        for e in combinations(permutations(names, 2), k)
-        if not any(x == y for x, y in closure(set(e)))
-        and len({frozenset(q) for q in e}) == k
-        and len(set(sum(e, ()))) == len(names)
-    ]
+
+    def fits(edges):
+        "No circle, no pair of names twice, every name once at least."
+        if any(x == y for x, y in closure(set(edges))):
+            return False
+        return len(set(map(frozenset, edges))) == k and len(set(sum(edges, ()))) == len(names)
+
+    edges = list(filter(fits, combinations(permutations(names, 2), k)))
     hs = [s for x, y in permutations(names, 2) for s in order_plain(x, y, variant)]
     single = order_plain("a", "b", variant) + order_plain("b", "a", variant) if variant != "depth3" else []
     return single + [s for e in edges for s in order_joined(e, variant)], hs
@@ -243,7 +246,9 @@ def time_rule(p: tuple, h: tuple) -> str:
     def clashes(f):
         return all(runs_in_circles(said | way) for way in time_edges(f))
 
-    return "entailment" if clashes(deny(h)) else "contradiction" if clashes(h) else "neutral"
+    if clashes(deny(h)):
+        return "entailment"
+    return "contradiction" if clashes(h) else "neutral"
 
 # %% ../nbs/42_relations.ipynb #4f4011dc
 def time_plain(x: str, y: str, variant: str) -> list:  # of Says
@@ -282,7 +287,8 @@ def time_says(variant: str) -> tuple:  # premises, hypotheses
 def time_clause(f: tuple) -> str:
     "Canonical words of a temporal fact."
     yes, (op, x, y) = f[0] != "not", f[1] if f[0] == "not" else f
-    return f"{{{x}}} {'comes' if yes else 'does not come'} {'before' if op == 'before' else 'with'} {{{y}}}"
+    comes = "comes" if yes else "does not come"
+    return f"{{{x}}} {comes} {'before' if op == 'before' else 'with'} {{{y}}}"
 
 # %% ../nbs/42_relations.ipynb #1e690016
 def time_thought(p: Says, h: Says, rel: str) -> str:

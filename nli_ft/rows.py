@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'STYLES', 'KINDS', 'MANIFEST', 'prompt_messages', 'render_completion', 'sft_row', 'row_kind', 'clean_text',
            'clean_messages', 'answer_of', 'text_to_sft', 'clean_sft', 'row_contract', 'check_relation', 'check_gold',
-           'check_writable', 'clean_row', 'BadRows', 'refuse', 'find_column', 'file_kind', 'columns_hint',
-           'other_spellings', 'one_spelling', 'rename', 'check_records', 'iter_rows', 'Rows', 'data_hash', 'read_rows',
-           'spread', 'template_of', 'seal', 'damage']
+           'check_writable', 'clean_row', 'BadRows', 'refuse', 'find_column', 'missing_columns', 'file_kind',
+           'columns_hint', 'other_spellings', 'one_spelling', 'rename', 'check_records', 'iter_rows', 'Rows',
+           'data_hash', 'read_rows', 'spread', 'template_of', 'seal', 'damage']
 
 # %% ../nbs/05_rows.ipynb #223584e4
 import hashlib
@@ -111,7 +111,7 @@ KINDS = dict(
 
 def row_kind(row: dict) -> str | None:
     "The first kind in `KINDS` whose keys the record has all, or None."
-    return next((k for k, need in KINDS.items() if all(c in row for c in need)), None)
+    return next((kind for kind, columns in KINDS.items() if row.keys() >= set(columns)), None)
 
 # %% ../nbs/05_rows.ipynb #94034917
 def clean_text(
@@ -375,6 +375,14 @@ def find_column(
             return alike[0]
 
 # %% ../nbs/05_rows.ipynb #02cd328e
+def missing_columns(
+    kind: str,  # a name in `KINDS`
+    found: list,  # names of the columns that are there
+) -> list:
+    "The columns that rows of this kind need and that are not there."
+    return [c for c in KINDS[kind] if c not in found]
+
+
 def file_kind(
     path,
     recs: list,  # the first (line, record) of the file
@@ -386,8 +394,8 @@ def file_kind(
         return kinds.most_common(1)[0][0]
     if not rows:
         return "pair"  # every line is bad, and will be named as such
-    found = list(dict.fromkeys(k for r in rows for k in r))
-    lacks = {k: [c for c in need if c not in found] for k, need in KINDS.items()}
+    found = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    lacks = {kind: missing_columns(kind, found) for kind in KINDS}
     # the kind that lacks least is what was probably meant; a file that has nothing of any kind holds pairs in other words
     some = [k for k in KINDS if len(lacks[k]) < len(KINDS[k])]
     kind = min(some or ["pair"], key=lambda k: (len(lacks[k]), -len(KINDS[k])))
@@ -413,18 +421,8 @@ def columns_hint(found: list, kind: str) -> str:  # the end of a sentence
     )
 
 # %% ../nbs/05_rows.ipynb #9f82c171
-_renamed = (
-    "id",
-    "contract",
-    "relation",
-    "premise",
-    "hypothesis",
-    "label",
-    "true_label",
-    "predicted_label",
-    "thought_process",
-    "improved_thought_process",
-)
+_renamed = "id contract relation premise hypothesis label true_label predicted_label".split()
+_renamed += ["thought_process", "improved_thought_process"]
 
 
 def other_spellings(
@@ -560,14 +558,11 @@ def template_of(
 ) -> str | None:
     "The name in `PROMPTS` whose wording every row's prompt has, or None."
     rows = list(rows)
-    return next(
-        (
-            t
-            for t in PROMPTS
-            if rows and all(r["prompt"] == prompt_messages(r["premise"], r["hypothesis"], t) for r in rows)
-        ),
-        None,
-    )
+
+    def fits(template):
+        return all(r["prompt"] == prompt_messages(r["premise"], r["hypothesis"], template) for r in rows)
+
+    return next(filter(fits, PROMPTS), None) if rows else None
 
 # %% ../nbs/05_rows.ipynb #c717e29e
 MANIFEST = "sha256.json"

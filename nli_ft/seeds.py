@@ -20,6 +20,7 @@ from nli_ft.differences import (
     _scores,
     differing,
     explains,
+    hits,
     load_compared,
 )
 
@@ -44,9 +45,11 @@ def _configs(entries):
 # %% ../nbs/27_seeds.ipynb #886b562a
 def _answers(entry):
     "Hash of what a model answered, whatever the time it took."
-    kept = [
-        [p.get(k) for k in ("id", "completion", "predicted_label", "p_entail", "outcome")] for p in entry[1]
-    ]
+
+    def answer(p):
+        return [p.get(k) for k in ("id", "completion", "predicted_label", "p_entail", "outcome")]
+
+    kept = list(map(answer, entry[1]))
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/27_seeds.ipynb #17cb164e
@@ -131,14 +134,16 @@ def compare_configs(
     baseline=None,  # config name; None: that of the first run
 ) -> list[
     dict
-]:  # one row a config: seeds, accuracy, sd, accuracy_ci, difference, ci, p, p_holm, told, verdict, differs
+]:  # a row a config: seeds, accuracy, sd, accuracy_ci, difference, ci, p, p_holm, told, verdict, differs
     "Compare configs over their seeds; runs belong together when all settings but the seed agree."
     from nli_ft.evaluate import groups_of
     from nli_ft.paired import other_way, seed_share
 
     groups = _repetitions(_first(load_compared(run_dirs), baseline))
     first, clusters = groups[0], groups_of(groups[0][0][1])
-    right = [[[int(p["predicted_label"] == p["label"]) for p in e[1]] for e in es] for es in groups]
+    right = []
+    for es in groups:
+        right.append([hits(preds) for _, preds, _ in es])
     untrained = [i for i, es in enumerate(groups) if es[0][2].endswith(":before")]
     rows = [
         _config_row(es) | seed_share(r, clusters, i in untrained)
@@ -158,7 +163,11 @@ def compare_configs(
 def _config_row(es):
     "What a config's runs have in common, and the means of their scores; None where one of them is undefined."
     scores = [_scores(e) for e in es]
-    mean = lambda k: None if any(s[k] is None for s in scores) else sum(s[k] for s in scores) / len(scores)
+
+    def mean(key):
+        values = [s[key] for s in scores]
+        return None if None in values else sum(values) / len(values)
+
     return dict(
         config=es[0][0].config["name"] + ":before" * es[0][2].endswith(":before"),
         seeds=[e[0].seed for e in es],

@@ -71,20 +71,24 @@ def response_schema(
     model: type[Answer],  # `Thought` or `Reflection`
 ) -> dict:  # JSON Schema in the subset that constrained decoders share
     "The schema sent with `response_format=json_schema`."
-    props = {
-        name: {k: v for k, v in p.items() if k in ("type", "description", "enum")}
-        for name, p in model.model_json_schema()["properties"].items()
-    }
+    props = {}
+    for name, p in model.model_json_schema()["properties"].items():
+        props[name] = {k: v for k, v in p.items() if k in ("type", "description", "enum")}
     return dict(type="object", properties=props, required=list(props), additionalProperties=False)
 
 # %% ../nbs/47_teacher_replies.ipynb #b1e9b308
-THINK_SYSTEM = """You are an expert at natural language inference. You are given a premise and a hypothesis. Decide by careful reasoning whether the premise entails the hypothesis: would someone who accepts the premise have to conclude that the hypothesis is true?
+THINK_SYSTEM = """You are an expert at natural language inference. You are given a premise and a \
+hypothesis. Decide by careful reasoning whether the premise entails the hypothesis: would someone who \
+accepts the premise have to conclude that the hypothesis is true?
 
 Reply with one JSON object and nothing else, in exactly this form:
-{"thought_process": "Step 1: <what the premise says that bears on the hypothesis>. Step 2: <what the hypothesis claims, and whether the premise settles it>. Step 3: <the conclusion>.", "predicted_label": <1 if the hypothesis is entailed, 0 if it is not>}
+{"thought_process": "Step 1: <what the premise says that bears on the hypothesis>. Step 2: <what the \
+hypothesis claims, and whether the premise settles it>. Step 3: <the conclusion>.", "predicted_label": \
+<1 if the hypothesis is entailed, 0 if it is not>}
 
 Rules:
-- Reason before you answer: thought_process comes first and ends in the conclusion that predicted_label states.
+- Reason before you answer: thought_process comes first and ends in the conclusion that predicted_label \
+states.
 - Ground every step in the premise, in logic and in common sense. Do not invent facts.
 - A hypothesis that is merely possible, or that contradicts the premise, is not entailed: 0.
 - Be brief: two to four short sentences.
@@ -93,18 +97,27 @@ Rules:
 Example
 Premise: The dog chased the cat up the tree.
 Hypothesis: The cat climbed the tree.
-{"thought_process": "Step 1: The dog chases the cat, and the chase goes up the tree. Step 2: A chase can only go up the tree if the cat goes up it, that is, climbs. Step 3: The hypothesis follows from the premise.", "predicted_label": 1}"""
+{"thought_process": "Step 1: The dog chases the cat, and the chase goes up the tree. Step 2: A chase \
+can only go up the tree if the cat goes up it, that is, climbs. Step 3: The hypothesis follows from the \
+premise.", "predicted_label": 1}"""
 
 THINK_USER = "Premise: {premise}\nHypothesis: {hypothesis}"
 
 # %% ../nbs/47_teacher_replies.ipynb #6fbf9bd8
-REFLECT_SYSTEM = """You are an expert at natural language inference who corrects the reasoning of others. You are given a premise, a hypothesis, a line of reasoning that ended in the wrong label, and the correct label (1: the premise entails the hypothesis, 0: it does not). Find the mistake and write the reasoning that should have been given.
+REFLECT_SYSTEM = """You are an expert at natural language inference who corrects the reasoning of \
+others. You are given a premise, a hypothesis, a line of reasoning that ended in the wrong label, and \
+the correct label (1: the premise entails the hypothesis, 0: it does not). Find the mistake and write \
+the reasoning that should have been given.
 
 Reply with one JSON object and nothing else, in exactly this form:
-{"error_analysis": "<where the reasoning went wrong and why>", "improved_thought_process": "Step 1: <what the premise says that bears on the hypothesis>. Step 2: <what the hypothesis claims, and whether the premise settles it>. Step 3: <the conclusion>.", "predicted_label": <the label that the improved reasoning ends in, 0 or 1>}
+{"error_analysis": "<where the reasoning went wrong and why>", "improved_thought_process": "Step 1: \
+<what the premise says that bears on the hypothesis>. Step 2: <what the hypothesis claims, and whether \
+the premise settles it>. Step 3: <the conclusion>.", "predicted_label": <the label that the improved \
+reasoning ends in, 0 or 1>}
 
 Rules:
-- improved_thought_process must stand alone: written as if from the premise and the hypothesis only. It never mentions the earlier reasoning, a mistake, or that a correct label was given.
+- improved_thought_process must stand alone: written as if from the premise and the hypothesis only. It \
+never mentions the earlier reasoning, a mistake, or that a correct label was given.
 - Ground every step in the premise, in logic and in common sense. Do not invent facts.
 - Be brief: two to four short sentences in each text.
 - predicted_label is the number 0 or the number 1."""
@@ -116,13 +129,18 @@ Label it ended in: {predicted_label}
 Correct label: {true_label}"""
 
 # %% ../nbs/47_teacher_replies.ipynb #b9cc1c63
-BLIND_SYSTEM = """You are an expert at natural language inference who examines the reasoning of others. You are given a premise, a hypothesis, and a line of reasoning about them, which may be sound or not. Decide whether the premise entails the hypothesis: would someone who accepts the premise have to conclude that the hypothesis is true?
+BLIND_SYSTEM = """You are an expert at natural language inference who examines the reasoning of others. \
+You are given a premise, a hypothesis, and a line of reasoning about them, which may be sound or not. \
+Decide whether the premise entails the hypothesis: would someone who accepts the premise have to \
+conclude that the hypothesis is true?
 
 Reply with one JSON object and nothing else, in exactly this form:
-{"assessment": "<whether each step of the reasoning follows from the premise, and what they show together>", "predicted_label": <1 if the hypothesis is entailed, 0 if it is not>}
+{"assessment": "<whether each step of the reasoning follows from the premise, and what they show \
+together>", "predicted_label": <1 if the hypothesis is entailed, 0 if it is not>}
 
 Rules:
-- Do not take the conclusion of the reasoning on trust. A step that adds facts, or that argues from what the premise leaves open, shows nothing.
+- Do not take the conclusion of the reasoning on trust. A step that adds facts, or that argues from \
+what the premise leaves open, shows nothing.
 - A hypothesis that is merely possible, or that contradicts the premise, is not entailed: 0.
 - Be brief: one to three short sentences.
 - predicted_label is the number 0 or the number 1."""
@@ -198,30 +216,40 @@ def not_gold(row, answer):
 _SILENCE = re.compile(
     r"""
     \b(?:no|any|lack\ of|absence\ of|without)\s+(?:\w+\s+){0,3}?
-       (?:information|evidence|indication|counter[- ]?evidence|contradict\w+|detail|mention|facts?|reason)\b[^.;]{0,60}?
-       \b(?:otherwise|contrary|contradict\w*|against|exclud\w+|rul\w+\s+\w*\s*out|preclud\w+|den(?:y|ies|ied|ying)|oppos\w+|disprov\w+)
+       (?:information|evidence|indication|counter[- ]?evidence|contradict\w+|detail|mention|facts?
+           |reason)\b[^.;]{0,60}?
+       \b(?:otherwise|contrary|contradict\w*|against|exclud\w+|rul\w+\s+\w*\s*out|preclud\w+|den(?:y|ies
+           |ied|ying)|oppos\w+|disprov\w+)
   | (?<!\band\ )(?<!\band\ the\ )\b(?:lack|absence)\s+of\s+(?:\w+\s+){0,3}?
        (?:contradict\w*|counter\w*|(?:evidence|information|indications?|mention|facts?|reasons?)\b)
   | \bnothing\s+(?:\w+\s+){0,5}?(?:contradicts?|rul\w+\s+\w*\s*out|excludes?|precludes?|prevents?
        |(?:says?|suggests?|indicates?|states?)\s+otherwise|speaks?\s+against|den(?:y|ies))
-  | \b(?:do|does|did|is|are|can)(?:\s+not|n['’]t|not)\s+(?:\w+\s+){0,2}?(?:rule\s+(?:\w+\s+)?out|contradict\w*|exclude\w*|preclude\w*
+  | \b(?:do|does|did|is|are|can)(?:\s+not|n['’]t|not)\s+(?:\w+\s+){0,2}?(?:rule\s+(?:\w+\s+)?out
+           |contradict\w*|exclude\w*|preclude\w*
        |den(?:y|ied)|forbid|(?:say|state|suggest|indicate|specify)\s+otherwise|inconsistent|incompatible|ruled\s+out|impossible)
-  | \b(?:there\s+is|has|have|contains?|gives?|provides?)\s+no\s+(?:\w+\s+)?(?:contradiction|conflict|counter\w*)
-  | \bno\s+reason\s+to\s+(?:doubt|(?:assume|think|believe)\s+otherwise) | \bby\s+default\b | \bunless\s+(?:stated|said|told|shown)\s+otherwise\b
-  | \b(?:even\s+(?:if|though)|although|though|while|but|despite)\b[^.;]{0,60}?\b(?:do|does|did)(?:\s+not|n['’]t)\s+(?:\w+\s+){0,2}?
+  | \b(?:there\s+is|has|have|contains?|gives?|provides?)\s+no\s+(?:\w+\s+)?(?:contradiction|conflict
+           |counter\w*)
+  | \bno\s+reason\s+to\s+(?:doubt|(?:assume|think|believe)\s+otherwise) | \bby\s+default\b 
+           | \bunless\s+(?:stated|said|told|shown)\s+otherwise\b
+  | \b(?:even\s+(?:if|though)|although|though|while|but|despite)\b[^.;]{0,60}?\b(?:do|does|did)(?:\s+not
+           |n['’]t)\s+(?:\w+\s+){0,2}?
        (?:state|mention|say|specify|provide|confirm|indicate|give|tell|describe|address)
   | \b(?:we|i)\s+(?:do\s+not|don['’]t|cannot|can['’]t)\s+(?:\w+\s+){0,2}?(?:know|have|be\s+(?:sure|certain))
-  | \b(?:not|never|n['’]t)\s+(?:\w+\s+)?(?:stated|mentioned|specified|said|given|confirmed|provided)\b[^.;]*?\b(?:but|yet|still|however)\b
+  | \b(?:not|never|n['’]t)\s+(?:\w+\s+)?(?:stated|mentioned|specified|said|given|confirmed
+           |provided)\b[^.;]*?\b(?:but|yet|still|however)\b
   """,
     re.I | re.X,
 )
 _HEDGE = re.compile(
     r"""
-    \b(?:possibl[ey]|possibility|plausibl[ey]|conceivabl\w+|perhaps|maybe|probabl[ey]|likely|likelihood|presumabl[ey]|might|could|chance)\b
+    \b(?:possibl[ey]|possibility|plausibl[ey]|conceivabl\w+|perhaps|maybe|probabl[ey]|likely|likelihood
+           |presumabl[ey]|might|could|chance)\b
   | \bmay\s+(?:well\s+)?(?:be|have|also|not)\b
-  | \b(?:reasonable|fair|safe|natural|logical)\s+to\s+(?:\w+\s+)?(?:assume|suppose|presume|infer|believe|expect|think|guess)\b
+  | \b(?:reasonable|fair|safe|natural|logical)\s+to\s+(?:\w+\s+)?(?:assume|suppose|presume|infer|believe
+           |expect|think|guess)\b
   | \bassum(?:e|es|ed|ing|ption)\b | \b(?:suggest|hint|align)(?:s|ed|ing)?\b | \bconsistent\s+with\b
-  | \b(?:cannot|can['’]t|can\s+not)\s+be\s+(?:ruled\s+out|excluded)\b | \b(?:usually|often|typically|generally|commonly)\b
+  | \b(?:cannot|can['’]t|can\s+not)\s+be\s+(?:ruled\s+out|excluded)\b | \b(?:usually|often|typically
+           |generally|commonly)\b
   """,
     re.I | re.X,
 )
@@ -342,18 +370,8 @@ class Declined(ContentError):
     "No reply at all, by will of the model or of a filter: asking again costs and does not help."
 
 # %% ../nbs/47_teacher_replies.ipynb #99624ba7
-_NAMED = {
-    "entailment": 1,
-    "entailed": 1,
-    "yes": 1,
-    "true": 1,
-    "neutral": 0,
-    "contradiction": 0,
-    "not entailment": 0,
-    "not entailed": 0,
-    "no": 0,
-    "false": 0,
-}
+_NAMED = dict.fromkeys(("entailment", "entailed", "yes", "true"), 1)
+_NAMED |= dict.fromkeys(("neutral", "contradiction", "not entailment", "not entailed", "no", "false"), 0)
 
 
 def label_words(label) -> str | None:
