@@ -41,10 +41,10 @@ from nli_ft.bench_parts import (
 )
 from nli_ft.bench_train import (
     _device_name,
-    _died,
+    _death,
     _job,
     _lived,
-    _number,
+    _figure,
     _paired,
     _quiet,
     _spread,
@@ -201,7 +201,7 @@ def summarise_generate(
     speed, rows = (lambda r: len(r["labels"]) / r["seconds"]), {}
     for n in names:
         mine = [r for r in alive if r["name"] == n]
-        rows[n] = dict(died=_died([r for r in runs if r["name"] == n]), pairs=len(mine))
+        rows[n] = dict(died=_death([r for r in runs if r["name"] == n]), pairs=len(mine))
         if not mine:
             continue
         same = (
@@ -235,11 +235,11 @@ def generate_text(
         [
             n,
             _spread(c["pairs_per_s"], 2),
-            *(_number(c["speed_ratios"][p], ".2f") for p in plains),
+            *(_figure(c["speed_ratios"][p], ".2f") for p in plains),
             f"{c['peak_gib']:.2f}",
             f"{c['tokens']:.1f}",
             f"{c['answered']:.0%}",
-            _number(c["same_labels"], ".1%"),
+            _figure(c["same_labels"], ".1%"),
         ]
         if c["pairs"]
         else [n, "died", *["–"] * (4 + len(plains))]
@@ -449,11 +449,11 @@ def growth_text(made: dict) -> str:  # from `bench_growth`
     rows = []
     for axis, a in made["axes"].items():
         rows += [
-            [axis if i == 0 else "", f"{s:,}", _number(t, ".3f"), _number(g, ".3f")]
+            [axis if i == 0 else "", f"{s:,}", _figure(t, ".3f"), _figure(g, ".3f")]
             for i, (s, t, g) in enumerate(zip(a["sizes"], a["seconds"], a["gib"]))
         ]
         rows.append(
-            ["", "exponent", _number(a["time_exponent"], ".2f"), _number(a["memory_exponent"], ".2f")]
+            ["", "exponent", _figure(a["time_exponent"], ".2f"), _figure(a["memory_exponent"], ".2f")]
         )
         rows.append(["", "expected", *EXPECTED[axis]])
     lines += [text_table(["", "size", "seconds", "GiB on top"], rows), ""]
@@ -468,7 +468,7 @@ def growth_text(made: dict) -> str:  # from `bench_growth`
     )
 
 # %% ../nbs/53_bench.ipynb #f3436b0c
-def _parser():
+def _bench_parser():
     p = argparse.ArgumentParser(
         prog="nli_bench",
         description="Measure this package beside the plain recipe.",
@@ -694,7 +694,7 @@ def _growth_command(ns):
 @command
 def bench_cli(argv=None) -> int:
     "Measure this package beside the plain recipe."
-    ns = _parser().parse_args(argv)
+    ns = _bench_parser().parse_args(argv)
     if ns.output and Path(ns.output).exists():
         raise ConfigError(f"--output {ns.output} exists and is not overwritten; name another file")
     made, text = dict(train=_train_command, generate=_generate_command, growth=_growth_command)[ns.what](ns)

@@ -397,7 +397,7 @@ def _spread(xs, digits=1):
     return f"{statistics.median(xs):.{digits}f} ({min(xs):.{digits}f}–{max(xs):.{digits}f})"
 
 # %% ../nbs/52_bench_train.ipynb #67ba94de
-def _died(runs):
+def _death(runs):
     return next((r["died"] for r in runs if "died" in r), None)
 
 # %% ../nbs/52_bench_train.ipynb #d63048d2
@@ -451,7 +451,7 @@ def summarise_train(
     rows, first = {}, names[0]
     for n in names:
         mine = [r for r in runs if r["name"] == n]
-        alive, died = [r for r in mine if "died" not in r], _died(mine)
+        alive, died = [r for r in mine if "died" not in r], _death(mine)
         rows[n] = dict(
             died=died, pairs=len(alive), max_loss_difference=differ.get(n), compared=same_mathematics(n)
         )
@@ -491,7 +491,7 @@ def _threads(facts):
     return "" if facts["cuda"] else f", {facts['threads']} thread" + "s" * (facts["threads"] > 1)
 
 # %% ../nbs/52_bench_train.ipynb #28bef792
-def _number(x, form):
+def _figure(x, form):
     return "–" if x is None else format(x, form)
 
 # %% ../nbs/52_bench_train.ipynb #6abed4ff
@@ -508,15 +508,15 @@ def train_text(
             [
                 n,
                 _spread(c["tokens_per_s"], 0 if min(c["tokens_per_s"]) >= 1000 else 1),
-                _number(c["speed_ratio"], ".2f"),
+                _figure(c["speed_ratio"], ".2f"),
                 f"{c['peak_gib']:.2f}",
-                _number(c["peak_ratio"], ".2f"),
+                _figure(c["peak_ratio"], ".2f"),
                 f"{c['first_step_s']:.1f}",
                 f"{c['flops_per_s'] / 1e9:.1f}",
                 f"{c['share']:.0%}",
                 f"{c['executed_share']:.0%}",
-                _number(c["estimate_gib"], ".2f"),
-                _number(c["estimate_error"], "+.0%"),
+                _figure(c["estimate_gib"], ".2f"),
+                _figure(c["estimate_error"], "+.0%"),
                 f"{c['max_loss_difference']:.1e}" + ("" if c["compared"] else "*"),
             ]
         )
@@ -562,14 +562,14 @@ def train_text(
         + " GiB",
         f"GFLOP/s, of matmul: 4N a token (frozen base; N = {facts['linear']:,} in the blocks' linear layers) and 4 x {facts['head']:,} of the head a trained token; LoRA left out.",
         "executed: with padding, recomputation (+2N under checkpointing), and the head where it was computed (4 a parameter, by TRL's kernel 6: it makes its tiles twice).",
-        _verdict(summary, facts),
+        _loss_verdict(summary, facts),
     ]
     if any(not c["compared"] for c in summary["contestants"].values()):
         lines.append("* another number format: shown, not judged")
     return "\n".join(lines)
 
 # %% ../nbs/52_bench_train.ipynb #b06ae4ae
-def _verdict(summary, facts):
+def _loss_verdict(summary, facts):
     judged = {
         n: c["max_loss_difference"] for n, c in summary["contestants"].items() if c["compared"] and c["pairs"]
     }

@@ -46,23 +46,8 @@ def run_table(
     rows,  # from `compare_runs`
 ) -> tuple:  # (head, cells as text)
     "The columns that are shown; the last line is the majority label."
-    head = [
-        "run",
-        "seed",
-        "n",
-        "clusters",
-        "accuracy [95 %]",
-        "macro-F1",
-        "MCC",
-        "valid",
-        "tokens",
-        "s/item",
-        "difference [95 %, Holm]",
-        "p",
-        "p (Holm)",
-        "p (McNemar)",
-        "differs in",
-    ]
+    head = ["run", "seed", "n", "clusters", "accuracy [95 %]", "macro-F1", "MCC", "valid", "tokens", "s/item"]
+    head += ["difference [95 %, Holm]", "p", "p (Holm)", "p (McNemar)", "differs in"]
     cells = []
     for r in rows:
         own = [
@@ -104,20 +89,8 @@ def config_table(
     rows,  # from `compare_configs`
 ) -> tuple:  # (head, cells as text)
     "The columns that are shown; the last line is the majority label."
-    head = [
-        "config",
-        "seeds",
-        "n",
-        "clusters",
-        "accuracy [95 %]",
-        "sd over seeds",
-        "macro-F1",
-        "MCC",
-        "difference [95 %, Holm]",
-        "p",
-        "p (Holm)",
-        "differs in",
-    ]
+    head = ["config", "seeds", "n", "clusters", "accuracy [95 %]", "sd over seeds", "macro-F1", "MCC"]
+    head += ["difference [95 %, Holm]", "p", "p (Holm)", "differs in"]
     if not rows:
         return head, []
     cells = []
@@ -177,10 +150,14 @@ def markdown(
     cells,  # from `run_table` or `config_table`
 ) -> str:  # a Markdown table
     "A table for a notebook, an issue or a paper's appendix."
-    cell = lambda c: " ".join(
-        html.escape(str(c), quote=False).replace("\\", "\\\\").replace("|", "\\|").split()
-    )
-    line = lambda r: "| " + " | ".join(map(cell, r)) + " |"
+
+    def cell(value):
+        text = html.escape(str(value), quote=False)
+        return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())
+
+    def line(values):
+        return "| " + " | ".join(map(cell, values)) + " |"
+
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, cells)])
 
 # %% ../nbs/28_compare.ipynb #8dc05076

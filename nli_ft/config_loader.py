@@ -812,11 +812,10 @@ def load_config(
     name="default",  # a name such as "ablation2", or a path to a file of your own
     overrides=None,  # on top of it: dict, "key=value key2=value2", or a list of "key=value"
     check: bool = True,  # refuse contradictions too; single values are always checked
-) -> (
-    Config
-):  # with `name`, `sources` (key -> "default.py", "ablation2.py" or "command line"), `spec` and `root`
+) -> Config:
     """`default.py` <- bases <- the named file <- overrides.
 
+    The config knows its `name`, `spec`, `root` and `sources` (key -> "default.py", "ablation2.py" or "command line").
     Raises one `ConfigError` that tells every mistake, and never falls back to anything."""
     root, mistakes, chain = project_root(), [], []
     with _collect(mistakes):

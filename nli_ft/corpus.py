@@ -26,15 +26,7 @@ from .quadruples import CATEGORIES, DENIALS, GENERATOR, SIZES, bared, generate, 
 
 # %% ../nbs/46_corpus.ipynb #eb14c043
 LIMIT = 0.75  # share right above which a reader without understanding solves a category
-MODIFIER_KINDS = (
-    "adjectives",
-    "traits",
-    "adverbs",
-    "places",
-    "times",
-    "sizes",
-    "marked",
-)  # of words in the lexicon
+MODIFIER_KINDS = "adjectives traits adverbs places times sizes marked".split()  # of words in the lexicon
 
 
 @lru_cache(None)
@@ -178,9 +170,8 @@ def write_corpus(
 ) -> dict:  # split -> rows written
     "Write every split as `<split>.jsonl`, and `manifest.json`. Raises DataError, before anything is written, where a file exists and `overwrite` is not set, or a shortcut solves a category."
     out, corpus = Path(out), generate(size, seed, template)
-    there = [
-        name for name in (*(f"{split}.jsonl" for split in corpus), "manifest.json") if (out / name).exists()
-    ]
+    names = [*(f"{split}.jsonl" for split in corpus), "manifest.json"]
+    there = [name for name in names if (out / name).exists()]
     if there and not overwrite:
         raise DataError(f"{out} already holds {', '.join(there)}; add --overwrite or choose another folder")
     table = check_shortcuts(corpus)
@@ -215,7 +206,11 @@ def write_corpus(
 
 # %% ../nbs/46_corpus.ipynb #7b3b5d90
 def _rounded(found):
-    return {c: {k: round(v, 3) for k, v in values.items()} for c, values in found.items()}
+    "The same accuracies, to three digits."
+    rounded = {}
+    for category, accuracies in found.items():
+        rounded[category] = {k: round(v, 3) for k, v in accuracies.items()}
+    return rounded
 
 # %% ../nbs/46_corpus.ipynb #53b42147
 def outdated(

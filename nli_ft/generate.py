@@ -277,14 +277,9 @@ class SharedStart:
 def _window(model):
     "The narrowest window of attention in a model, in tokens; infinite where every layer sees all."
     conf = _inner(model).config.get_text_config()
-    keys = (
-        "sliding_window",
-        "attention_chunk_size",
-        "window_size",
-        "attention_window_size",
-        "local_attention",
-    )
-    return min([v for k in keys if isinstance(v := getattr(conf, k, None), int) and v > 0], default=math.inf)
+    keys = "sliding_window attention_chunk_size window_size attention_window_size local_attention"
+    values = [getattr(conf, key, None) for key in keys.split()]
+    return min([v for v in values if isinstance(v, int) and v > 0], default=math.inf)
 
 # %% ../nbs/18_generate.ipynb #6a8c260c
 def shared_start(
@@ -313,7 +308,10 @@ def _unpadded(model, lengths):
     "Positions of the prompts that may stand in one batch: all of them, or in a recurrent model those of one length."
     if not recurrent(model):
         return [list(range(len(lengths)))]
-    return [[i for i, n in enumerate(lengths) if n == width] for width in sorted(set(lengths), reverse=True)]
+    same = {}
+    for i, n in enumerate(lengths):
+        same.setdefault(n, []).append(i)
+    return [same[n] for n in sorted(same, reverse=True)]
 
 # %% ../nbs/18_generate.ipynb #9729270c
 def generate_batch(
@@ -341,16 +339,11 @@ def generate_batch(
                 done[i] = row
         return done
     pad = tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id
-    eos, pairs, device = (
-        _end_ids(model, tok),
-        digit_pairs(tok),
-        _inner(model).get_input_embeddings().weight.device,
-    )
-    sampling = (
-        dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0)
-        if seed is not None
-        else dict(do_sample=False)
-    )
+    eos, pairs = _end_ids(model, tok), digit_pairs(tok)
+    device = _inner(model).get_input_embeddings().weight.device
+    sampling = dict(do_sample=False)
+    if seed is not None:
+        sampling = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=1,

@@ -8,6 +8,7 @@ __all__ = ['RELATIONS', 'CONTRACTS', 'check_contract', 'map_relation', 'contract
 
 # %% ../nbs/02_labels.ipynb #8826c57b
 import re
+from itertools import chain
 
 from .process import DataError
 
@@ -63,7 +64,7 @@ def map_relation(
 
 def contracts_of(relation: str) -> list:  # names in `CONTRACTS`
     "The contracts that say what a relation is."
-    return [name for name, c in CONTRACTS.items() if any(relation in m for m in c["maps"].values())]
+    return [name for name, c in CONTRACTS.items() if relation in chain.from_iterable(c["maps"].values())]
 
 # %% ../nbs/02_labels.ipynb #ca4a61d2
 _whole_number = re.compile(r"(?:[+]?[0-9]{1,4}|-[1-9][0-9]{0,3})(?:\.0*)?")

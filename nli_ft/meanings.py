@@ -12,7 +12,7 @@ __all__ = ['QUANTIFIERS', 'COUNTS', 'ATTITUDES', 'IMPLICATIVES', 'ADJECTIVES', '
 import json
 import re
 from dataclasses import dataclass
-from itertools import combinations_with_replacement, permutations, product
+from itertools import combinations_with_replacement, compress, permutations, product
 
 # %% ../nbs/40_meanings.ipynb #79c42735
 QUANTIFIERS = {  # k of the n restrictor members are in the scope
@@ -125,7 +125,7 @@ def holds(
 def subsets(xs) -> list:  # of sets
     "Every subset of `xs`."
     xs = list(xs)
-    return [{x for x, b in zip(xs, bits) if b} for bits in product((0, 1), repeat=len(xs))]
+    return [set(compress(xs, bits)) for bits in product((0, 1), repeat=len(xs))]
 
 
 def did_models(names: str = "abc"):
@@ -162,7 +162,7 @@ def world_models(names: str = "bc") -> list:
 # %% ../nbs/40_meanings.ipynb #1b8995c4
 def subsets_of(items: list) -> list:  # of lists
     "Every sublist of a list whose members cannot be hashed."
-    return [[x for x, b in zip(items, bits) if b] for bits in product((0, 1), repeat=len(items))]
+    return [list(compress(items, bits)) for bits in product((0, 1), repeat=len(items))]
 
 # %% ../nbs/40_meanings.ipynb #ce54fb9f
 def thing_models(
@@ -177,7 +177,7 @@ def thing_models(
         for this in kinds
         for rest in combinations_with_replacement(kinds, n)
     ]
-    return [m for m in ms if any(narrow <= t for t in m["things"])]
+    return [m for m in ms if any(map(narrow.issubset, m["things"]))]
 
 # %% ../nbs/40_meanings.ipynb #4bac65fb
 def model_relation(
@@ -189,7 +189,9 @@ def model_relation(
     seen = {holds(h, m) for m in models if holds(p, m)}
     if not seen:
         raise ValueError(f"the premise {p} has no model")
-    return "neutral" if len(seen) == 2 else "entailment" if seen == {True} else "contradiction"
+    if len(seen) == 2:
+        return "neutral"
+    return "entailment" if seen == {True} else "contradiction"
 
 # %% ../nbs/40_meanings.ipynb #a27b1bb7
 def as_meaning(text) -> tuple:  # of meanings

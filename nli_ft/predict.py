@@ -53,13 +53,14 @@ def forced_ids(
     completion: str = "cot",  # style of the completion, as in the config
 ) -> tuple:  # (ids up to the label digit, (id of 0, id of 1))
     "Prompt and completion up to the label, as trained on, and the pair of ids that compete there."
-    row = lambda label: dict(
-        prompt=messages,
-        completion=[dict(role="assistant", content=render_completion(thought, label, completion))],
-        thought_process=thought,
-        label=label,
-    )
-    zero, one = (encode_row(tok, row(label), completion).input_ids for label in (0, 1))
+
+    def encoded(label):
+        content = render_completion(thought, label, completion)
+        answer = [dict(role="assistant", content=content)]
+        row = dict(prompt=messages, completion=answer, thought_process=thought, label=label)
+        return encode_row(tok, row, completion).input_ids
+
+    zero, one = encoded(0), encoded(1)
     n = next(i for i, (z, o) in enumerate(zip(zero, one)) if z != o)
     return list(zero[:n]), (zero[n], one[n])
 
@@ -74,18 +75,17 @@ def score_labels(
     "One forward pass a batch, logits of the last position only."
     import torch
 
-    pad, device, done = (
-        tok.pad_token_id or 0,
-        _inner(model).get_input_embeddings().weight.device,
-        [None] * len(asked),
-    )
+    pad, done = tok.pad_token_id or 0, [None] * len(asked)
+    device = _inner(model).get_input_embeddings().weight.device
     start = start or shared_start(model, [ids for ids, _ in asked])
     known = start.length if start else 0
     lengths = [len(ids) for ids, _ in asked]
     sorted_batches = length_batches(lengths, batch_size)
-    for batch in [
-        [b[i] for i in at] for b in sorted_batches for at in _unpadded(model, [lengths[i] for i in b])
-    ]:
+    batches = []
+    for b in sorted_batches:
+        for part in _unpadded(model, [lengths[i] for i in b]):
+            batches.append([b[i] for i in part])
+    for batch in batches:
         ids, mask = left_pad([asked[i][0] for i in batch], pad, device, known)
         with for_inference(model) as inner:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)  # padding must not shift positions
@@ -194,14 +194,12 @@ def _answer_vote(model, tok, rows, prompts, cfg, mode, start):
         generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion, seed=s, start=start)
         for s in seeds
     ]
-    return [
-        _vote_row(r, [prediction_row(r, m, cfg.completion, mode) for m in drawn])
-        for r, drawn in zip(rows, zip(*samples))
-    ]
+    return [_vote_row(r, drawn, cfg.completion, mode) for r, drawn in zip(rows, zip(*samples))]
 
 
-def _vote_row(row, drawn):
-    "The first sample that agrees with the majority stands for all; tokens are those of all samples."
+def _vote_row(row, samples, style, mode):
+    "The first sample that agrees with the majority stands for all. Tokens are those of all samples."
+    drawn = [prediction_row(row, sample, style, mode) for sample in samples]
     votes = [p["predicted_label"] for p in drawn]
     label, share = majority(votes)
     first = next(p for p in drawn if p["predicted_label"] == label)
@@ -210,7 +208,8 @@ def _vote_row(row, drawn):
 # %% ../nbs/20_predict.ipynb #a2cd8c47
 def _check_rows(tok, rows):
     "Prompt ids of every row; `DataError` names the row that cannot be asked."
-    if twice := [i for i, n in Counter(r["id"] for r in rows).items() if n > 1]:
+    times = Counter(r["id"] for r in rows)
+    if twice := [i for i, n in times.items() if n > 1]:
         raise DataError(f"id {twice[0]!r} occurs more than once among the rows to predict")
     prompts = []
     for r in rows:

@@ -13,6 +13,7 @@ import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from .process import RecordError
@@ -20,14 +21,8 @@ from .files import cut_torn, own_lines
 from .answers import parse_completion
 
 # %% ../nbs/19_predictions.ipynb #0ae9e4b8
-CARRIED = (
-    "category",
-    "relation",
-    "group_id",
-    "source",
-    "heuristic",
-    "subcase",
-)  # what slices and paired tests need of an evaluation row
+# What slices and paired tests need of an evaluation row.
+CARRIED = ("category", "relation", "group_id", "source", "heuristic", "subcase")
 
 
 def prompt_hash(
@@ -54,7 +49,8 @@ def check_predictions(
                 continue
             if type(v) not in ok or (key != "id" and type(v) is not str and not abs(v) < 2**63):
                 raise RecordError(f"{name}: row {n} has {key} {v!a:.80}")
-    if twice := [i for i, n in Counter(p["id"] for p in preds).items() if n > 1]:
+    times = Counter(p["id"] for p in preds)
+    if twice := [i for i, n in times.items() if n > 1]:
         raise RecordError(f"{name}: id {twice[0]!r} occurs more than once ({len(twice)} such ids)")
     for p in preds:
         for key in ("label", "predicted_label"):
@@ -154,13 +150,14 @@ def counted(
     right = cells[0, 0] + cells[1, 1]
     valid = sum(p.get("generated_outcome", p["outcome"]) in ("strict", "forced") for p in preds)
     answered = n - cells[0, NO_ANSWER] - cells[1, NO_ANSWER]
+    confusion = [cells[pair] for pair in product((0, 1), (0, 1, NO_ANSWER))]
     return dict(
         n=n,
         right=right,
         accuracy=right / n,
         coverage=answered / n,
         valid_rate=valid / n,
-        confusion=[[cells[y, a] for a in (0, 1, NO_ANSWER)] for y in (0, 1)],
+        confusion=[confusion[:3], confusion[3:]],
         outcomes=dict(Counter(p["outcome"] for p in preds)),
     )
 

@@ -9,10 +9,9 @@ __all__ = ['Prepared', 'training_rows', 'prepare', 'proofs', 'linear_shapes', 'e
 # %% ../nbs/33_preflight.ipynb #54f01ec9
 import math
 import os
-import sys
 import textwrap
+from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from .process import DataError
 from .config_loader import Config
@@ -29,7 +28,7 @@ from nli_ft.prompt import (
     prompt_form,
 )
 from .report import BLUE, GREY, ORANGE, new_figure
-from .ask import evaluation_rows, question
+from .ask import evaluation_rows, question, without_prompt
 
 # %% ../nbs/33_preflight.ipynb #f80bb25b
 @dataclass
@@ -68,7 +67,7 @@ def training_rows(
     if cfg.data_strategy == "shuffled":
         rows = shuffle_thoughts(rows, cfg.seed)
     if cfg.prompt_template != "auto":
-        rows = [question({k: v for k, v in r.items() if k != "prompt"}, cfg.prompt_template) for r in rows]
+        rows = [question(without_prompt(r), cfg.prompt_template) for r in rows]
     return rows, bad
 
 # %% ../nbs/33_preflight.ipynb #8e5694cd
@@ -135,7 +134,8 @@ def proofs(prep: Prepared) -> dict:  # what is proved -> (holds, detail)
         )
 
     def label_wrong(r, e):
-        return tok.decode([i for i, k in zip(e.input_ids, e.kind) if k == LABEL]).strip() != str(r["label"])
+        label = tok.decode([i for i, k in zip(e.input_ids, e.kind) if k == LABEL]).strip()
+        return label != str(r["label"]) or any(y == -100 for y, k in zip(e.labels, e.kind) if k != PROMPT)
 
     fails = {
         "the prompt starts with exactly one BOS"
@@ -144,11 +144,7 @@ def proofs(prep: Prepared) -> dict:  # what is proved -> (holds, detail)
             i for i, (r, e) in enumerate(rows) if bos_wrong(e)
         ],
         "the end of turn is learned": [i for i, (r, e) in enumerate(rows) if e.labels[-1] != end],
-        "the label is inside the row and has loss": [
-            i
-            for i, (r, e) in enumerate(rows)
-            if label_wrong(r, e) or any(y == -100 for y, k in zip(e.labels, e.kind) if k != PROMPT)
-        ],
+        "the label is inside the row and has loss": [i for i, (r, e) in enumerate(rows) if label_wrong(r, e)],
         "trained tokens spell the completion": [i for i, (r, e) in enumerate(rows) if completion_wrong(r, e)],
         "training prompt ids = inference prompt ids": [
             i
@@ -229,33 +225,32 @@ def _estimated(prep):
     apart = set(_never_quantised(base_config(cfg), type(model)) or []) if nf4 else set()
     plain = sum(a * b for n, (a, b) in linear.items() if n in apart)
     base, other = base - plain, other + plain
-    hit = lambda n: targets == "all-linear" or n in targets or n.rpartition(".")[2] in targets
+
+    def hit(name):
+        return targets == "all-linear" or name in targets or name.rpartition(".")[2] in targets
+
     lora = sum(cfg.lora_r * (a + b) for n, (a, b) in linear.items() if hit(n))
     longest = sorted(prep.train, key=len, reverse=True)[: cfg.batch_size]
     tokens, trained = len(longest[0]) * len(longest), sum(y != -100 for e in longest for y in e.labels)
     known = _known_block(linear, conf) and not experts
-    kept = (
-        _activations(cfg, linear, conf, hit, dtype, cpu)
-        if known
-        else _rough_activations(model, linear, conf, wide)
-    ) * tokens
+    if known:
+        kept = _activations(cfg, linear, conf, hit, dtype, cpu) * tokens
+    else:
+        kept = _rough_activations(model, linear, conf, wide) * tokens
     if attention(cfg, dev, type(model)) == "eager":  # the weights of every query, and their softmax
         kept += (getattr(conf, "num_attention_heads", None) or 1) * len(longest[0]) * tokens * (4 + wide)
     stream = tokens * conf.hidden_size * (4 if nf4 else wide)
-    kept = (
-        conf.num_hidden_layers * stream + kept
-        if cfg.gradient_checkpointing
-        else conf.num_hidden_layers * kept
-    )
+    if cfg.gradient_checkpointing:
+        kept += conf.num_hidden_layers * stream
+    else:
+        kept *= conf.num_hidden_layers
     eight_bit = "8bit" in cfg.optim or (cfg.optim == "auto" and not cpu)
     # see `target_log_probs`: on a CPU all logits of some positions, TRL's kernel keeps a tile of fewer
-    tile = (
-        min(trained, 512) * conf.vocab_size if cpu else min(trained, 4096) * min(conf.vocab_size, 32768)
-    ) * wide
-    if cpu and _changes_logits(conf):
-        tile = (
-            min(tokens, 4096) * min(conf.vocab_size, 32768) * (wide + 3 * 4)
-        )  # TRL's in torch, see `scoring`
+    tile = min(trained, 4096) * min(conf.vocab_size, 32768) * wide
+    if cpu:
+        tile = min(trained, 512) * conf.vocab_size * wide
+    if cpu and _changes_logits(conf):  # TRL's in torch, see `scoring`
+        tile = min(tokens, 4096) * min(conf.vocab_size, 32768) * (wide + 3 * 4)
     parts = {
         "base weights": base * (0.5 + 1 / 64 + 4 / (64 * 256)) if nf4 else base * wide,
         "embeddings, head and norms": (other - experts) * (4 if nf4 else wide),
@@ -315,20 +310,19 @@ def _activations(cfg, linear, conf, hit, dtype, cpu):
     h, inter, nf4, wide = conf.hidden_size, conf.intermediate_size, cfg.quantization == "nf4", dtype.itemsize
     head = getattr(conf, "head_dim", None) or h // conf.num_attention_heads
     q, kv = conf.num_attention_heads * head, conf.num_key_value_heads * head
-    out = (
-        4 if nf4 and dtype == torch.float16 else wide
-    )  # 4-bit layers return the dtype of their input; in bf16 see `model.bf16_between_products`
+    # 4-bit layers return the dtype of their input. In bf16 see `model.bf16_between_products`.
+    out = 4 if nf4 and dtype == torch.float16 else wide
     block = [(n.rpartition(".")[2], i) for n, (_, i) in linear.items() if ".layers.0." in n and hit(n)]
-    if (
-        out == wide and not cfg.lora_dropout
-    ):  # layers side by side share theirs, and that of o_proj is the output of the attention
-        side = dict(
-            q_proj="attention", k_proj="attention", v_proj="attention", gate_proj="mlp", up_proj="mlp"
-        )
+    if out == wide and not cfg.lora_dropout:
+        # layers side by side share their input, and that of o_proj is the output of the attention
+        side = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention")
+        side |= dict.fromkeys(("gate_proj", "up_proj"), "mlp")
         inputs = sum({side.get(n, n): i for n, i in block if n != "o_proj"}.values()) * wide
     else:
         inputs = sum(i for _, i in block) * wide  # each adapter has its own copy, cast or with other zeros
-    mask = sum(i for _, i in block) * (wide if cpu else 1) if cfg.lora_dropout else 0
+    mask = sum(i for _, i in block) * (wide if cpu else 1)
+    if not cfg.lora_dropout:
+        mask = 0
     return 2 * h * 4 + 3 * inter * out + 2 * (q + kv) * wide + inputs + mask + cfg.lora_r * len(block) * wide
 
 # %% ../nbs/33_preflight.ipynb #cc9c88f7
@@ -372,15 +366,20 @@ def preflight(
 ) -> dict:  # ready for JSON: counts, balance, lengths, dropped, proofs, steps, memory, ok
     "Everything worth knowing about a run before it starts."
     n_tok = sorted(len(e) for e in prep.train)
-    quantile = lambda q: n_tok[min(len(n_tok) - 1, int(q * len(n_tok)))]
+
+    def quantile(q):
+        return n_tok[min(len(n_tok) - 1, int(q * len(n_tok)))]
+
     found = proofs(prep)
+    labels = Counter(r["label"] for r in prep.train_rows)
+    sources = Counter(r["source"] for r in prep.train_rows)
+    unreadable = {}
+    for name, bad in prep.bad.items():
+        unreadable[name] = list(map(list, bad))
     return dict(
         rows=dict(train=len(prep.train), judged=len(prep.eval_rows), eval_loss=len(prep.eval)),
-        labels={str(y): sum(r["label"] == y for r in prep.train_rows) for y in (0, 1)},
-        sources={
-            s: sum(r["source"] == s for r in prep.train_rows)
-            for s in sorted({r["source"] for r in prep.train_rows})
-        },
+        labels={str(y): labels[y] for y in (0, 1)},
+        sources=dict(sorted(sources.items())),
         histogram=histogram(n_tok),
         tokens=dict(
             total=sum(n_tok),
@@ -390,7 +389,7 @@ def preflight(
             trained=sum(k != PROMPT for e in prep.train for k in e.kind),
         ),
         dropped=[list(d) for d in prep.dropped],
-        unreadable={k: [list(b) for b in v] for k, v in prep.bad.items()},
+        unreadable=unreadable,
         prompt=dict(form=prompt_form(prep.tok), template=prep.template),
         pairs_in_both=prep.leakage["pairs"],
         leakage=prep.leakage,
@@ -459,7 +458,9 @@ def refuse_failed_proofs(
 def plot_lengths(prep: Prepared):  # a matplotlib Figure
     "Histogram of row lengths in tokens by label; the limit is drawn where rows come near it."
     fig, ax = new_figure(6, 2.6)
-    by = [[len(e) for r, e in zip(prep.train_rows, prep.train) if r["label"] == y] for y in (0, 1)]
+    by = [[], []]  # lengths of the rows labelled 0, and of those labelled 1
+    for row, encoded in zip(prep.train_rows, prep.train):
+        by[row["label"]].append(len(encoded))
     low, high, limit = min(map(len, prep.train)), max(map(len, prep.train)), prep.cfg.max_seq_length
     step = max(1, -(-(high - low + 1) // 30))  # whole tokens, so that every bar is as wide as the next
     ax.hist(

@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
-from itertools import product
+from itertools import chain, filterfalse, product
 from random import Random
 
 from .process import ConfigError
@@ -180,20 +180,20 @@ def bared(f) -> tuple:  # meaning
 def features(p: str, h: str) -> dict:  # name -> value
     "What a shallow reader sees of a pair: shared words, negation words, difference in length (`shape`: all three at once), whether the same person comes first."
     wp, wh = skeleton_words(p), skeleton_words(h)
-    overlap, negation, length = (
-        len(set(wp) & set(wh)),
-        (bool(NEGATIONS & set(wp)), bool(NEGATIONS & set(wh))),
-        len(wh) - len(wp),
-    )
-    parity = tuple(sum(w in no for w in wp + wh) % 2 for no in (NEGATIONS, DENIALS))
+    overlap, length = len(set(wp) & set(wh)), len(wh) - len(wp)
+    negation = (bool(NEGATIONS & set(wp)), bool(NEGATIONS & set(wh)))
+
+    def parity(negations):
+        return sum(w in negations for w in wp + wh) % 2
+
     return dict(
         overlap=overlap,
         negation=negation,
         length=length,
         shape=(overlap, *negation, length),
         first=named(p)[:1] == named(h)[:1],
-        parity=parity[0],
-        denials=parity[1],
+        parity=parity(NEGATIONS),
+        denials=parity(DENIALS),
         frames=(wp[:2], wh[:2]) == (wh[:2], wp[:2]),
     )
 
@@ -203,13 +203,15 @@ def checked_relations(category: str, variant: str) -> dict:  # (premise, hypothe
     "Relation of every pair by rule, confirmed by model enumeration. Raises AssertionError where the two paths disagree."
     cat = CATEGORIES[category]
     (ps, hs), models = cat.says("plain" if variant == "direction" else variant), cat.models()
-    true_in = {
-        f: sum(1 << i for i, m in enumerate(models) if holds(f, m)) for f in {s.form for s in (*ps, *hs)}
-    }
+    true_in = {}  # form -> bits of the models in which it holds
+    for form in {s.form for s in (*ps, *hs)}:
+        true_in[form] = sum(1 << i for i, m in enumerate(models) if holds(form, m))
     out = {}
     for p, h in product(ps, hs):
         both, rest = true_in[p.form] & true_in[h.form], true_in[p.form] & ~true_in[h.form]
-        found = "neutral" if both and rest else "entailment" if both else "contradiction"
+        found = "entailment" if both else "contradiction"
+        if both and rest:
+            found = "neutral"
         rel = cat.rule(normal(p.form), normal(h.form))
         assert (both or rest) and rel == found, (
             f"{category}: {p.text} / {h.text}: the rule says {rel}, the models {found}"
@@ -266,28 +268,13 @@ def about(category: str, p: Says, h: Says) -> bool:
     return not CATEGORIES[category].turns or moving(normal(p.form)) != moving(normal(h.form))
 
 # %% ../nbs/45_quadruples.ipynb #8c7ab1a4
-PART = dict(
-    adj="adj",
-    trait="adj",
-    marked="adj",
-    pos="adj",
-    neg="adj",
-    adv="adv",
-    place="adv",
-    time="time",
-    base="verb",
-    past="verb",
-    went="verb",
-    more="more",
-    less="more",
-    noun="noun",
-    kind="noun",
-    sort="noun",
-    nouns="nouns",
-    kinds="nouns",
-    sorts="nouns",
-    **dict.fromkeys("abcd", "name"),
-)
+PART = {"time": "time", **dict.fromkeys("abcd", "name")}  # slot of a skeleton -> part of speech
+PART |= dict.fromkeys(("adj", "trait", "marked", "pos", "neg"), "adj")
+PART |= dict.fromkeys(("adv", "place"), "adv")
+PART |= dict.fromkeys(("base", "past", "went"), "verb")
+PART |= dict.fromkeys(("more", "less"), "more")
+PART |= dict.fromkeys(("noun", "kind", "sort"), "noun")
+PART |= dict.fromkeys(("nouns", "kinds", "sorts"), "nouns")
 SALT = 103  # a number under which the colours come out even in every category: see tests/test_corpus.py
 
 
@@ -322,11 +309,10 @@ def bag(s: Says) -> tuple:  # sorted words
 # %% ../nbs/45_quadruples.ipynb #03a23067
 def crossed(category: str, variant: str, rel: dict, thought: dict, rng: Random):
     "Yield, per pair of premises, the pairs of hypotheses that make a crossed quadruple with it."
-    ps, hs = ({pair[i]: 0 for pair in thought} for i in (0, 1))
+    ps, hs = dict.fromkeys(p for p, _ in thought), dict.fromkeys(h for _, h in thought)
     held = {s: variant != "pairs" or is_held(s, category) for s in (*ps, *hs)}
-    firsts = [
-        p for p in ps if named(p.text) == sorted(named(p.text))
-    ]  # the others are the same again under other names
+    # the other premises are the same again under other names
+    firsts = [p for p in ps if named(p.text) == sorted(named(p.text))]
     both = [(p1, p2) for p1 in firsts for p2 in ps if p1 != p2]
     binds = variant == "demo" or CATEGORIES[category].binds
     if binds:
@@ -360,16 +346,16 @@ def _arguments(f: tuple) -> tuple:
 # %% ../nbs/45_quadruples.ipynb #0ddfde8a
 def octuples(category: str, variant: str, rel: dict, thought: dict, rng: Random, tries: int = 60_000):
     "Yield octuples: four premises and four hypotheses in a ring, as lists."
-    ps = {p: 0 for p, _ in thought}
-    held = {p: variant != "pairs" or is_held(p, category) for p in {s for pair in thought for s in pair}}
+    says = set(chain.from_iterable(thought))
+    held = {s: variant != "pairs" or is_held(s, category) for s in says}
 
     def allowed(pair):
         return pair in thought and (held[pair[0]] or held[pair[1]])
 
-    turns = {
-        way: [pair for pair in thought if allowed(pair) and reversal(category, pair, rel) == way]
-        for way in ("down", "up")
-    }
+    turns = dict(down=[], up=[])
+    for pair in filter(allowed, thought):
+        if way := reversal(category, pair, rel):
+            turns[way].append(pair)
     gives, given = defaultdict(list), defaultdict(list)  # premise -> hypotheses, hypothesis -> premises
     for p, h in thought:
         if rel[p, h] == "entailment" and allowed((p, h)):
@@ -412,24 +398,17 @@ def is_minimal(category: str, p: Says, h: Says) -> bool:
 def minimal(category: str, rel: dict, thought: dict):
     "Yield quadruples of two minimal pairs, each in both directions: one where deleting is safe, one where adding is."
     kept = [pair for pair in thought if is_minimal(category, *pair) and rel[pair] == "entailment"]
-    ways = {
-        way: [(p, h) for p, h in kept if reversal(category, (h, p), rel) == way] for way in ("down", "up")
-    }
+    ways = dict(down=[], up=[])
+    for p, h in kept:
+        if way := reversal(category, (h, p), rel):
+            ways[way].append((p, h))
     for (p, h), (q, g) in product(ways["down"], ways["up"]):
         if len({p.text, h.text, q.text, g.text}) == 4:
             yield tuple((s, t, rel[s, t], thought[s, t]) for s, t in ((p, h), (h, p), (q, g), (g, q)))
 
 # %% ../nbs/45_quadruples.ipynb #3585d86f
-RING = (
-    (0, 0),
-    (1, 0),
-    (2, 2),
-    (3, 2),
-    (1, 1),
-    (2, 1),
-    (3, 3),
-    (0, 3),
-)  # premise and hypothesis of an octuple's rows; the first four are balanced alone
+# Premise and hypothesis of an octuple's rows. The first four are balanced alone.
+RING = tuple((int(p), int(h)) for p, h in "00 10 22 32 11 21 33 03".split())
 
 
 @lru_cache(None)
@@ -454,11 +433,11 @@ def quads(
         return tuple(Quad(pairs, gap(pairs, False)) for pairs in minimal(category, rel, thought))
     if CATEGORIES[category].turns:
         found = octuples(category, variant, rel, thought, rng)
-        rings = [
-            tuple((ps[i], hs[j], rel[ps[i], hs[j]], thought[ps[i], hs[j]]) for i, j in RING)
-            for ps, hs in found
-        ]
-        return tuple(Quad(pairs, gap(pairs, False)) for pairs in rings)
+        for ps, hs in found:
+            ring = [(ps[i], hs[j]) for i, j in RING]
+            pairs = tuple((p, h, rel[p, h], thought[p, h]) for p, h in ring)
+            out.append(Quad(pairs, gap(pairs, False)))
+        return tuple(out)
     shape = {(p, h): features(p.text, h.text)["shape"] for p, h in thought}
     for p1, p2, found in crossed(category, variant, rel, thought, rng):
         even = [
@@ -484,15 +463,19 @@ WEAR = 24  # uses of one pair of skeletons at most: a noun and its antonyms fill
 
 def choose(pool: tuple, n: int, rng: Random, tries: int = 40, swaps: int = 100) -> list:  # n quadruples
     "A choice from `pool` whose shallow features are as even over the labels as it can find, with no pair of skeletons used much more than others."
-    even = [q for q in pool if not any(k[0] == "shape" for k, _ in q.gap)] or pool
-    gaps, pairs = (
-        {q: f(q) for q in pool} for f in (lambda q: dict(q.gap), lambda q: [pair[:2] for pair in q.pairs])
-    )
+
+    def uneven(q):
+        return any(k[0] == "shape" for k, _ in q.gap)
+
+    def skeletons(q):
+        return [pair[:2] for pair in q.pairs]
+
+    even = list(filterfalse(uneven, pool)) or pool
+    gaps, pairs = {q: dict(q.gap) for q in pool}, {q: skeletons(q) for q in pool}
     total, used, out = Counter(), Counter(), []
-    sides = [
-        found for sign in (1, -1) if (found := [q for q in pool if sign * gaps[q].get("relation", 0) > 0])
-    ]  # neutral or contradictory pairs may be rare
-    sorts = (pool, even, *sides)
+    more = [q for q in pool if gaps[q].get("relation", 0) > 0]
+    less = [q for q in pool if gaps[q].get("relation", 0) < 0]
+    sorts = [pool, even, *filter(None, (more, less))]  # neutral or contradictory pairs may be rare
 
     def one():
         return rng.choice(rng.choice(sorts))
@@ -538,7 +521,8 @@ HARDER = dict(
 
 def quad_rows(q: Quad, words: dict, head: dict, template: str) -> list:  # of four SFT rows, or eight
     "One quadruple or octuple as rows; `head` holds category and group_id. An id ends in the numbers of its premise and its hypothesis."
-    ps, hs = ([*dict.fromkeys(pair[i].text for pair in q.pairs)] for i in (0, 1))
+    ps = list(dict.fromkeys(p.text for p, *_ in q.pairs))
+    hs = list(dict.fromkeys(h.text for _, h, *_ in q.pairs))
     return [
         sft_row(
             f"{head['group_id']}-{ps.index(p.text) + 1}{hs.index(h.text) + 1}",

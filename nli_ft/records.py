@@ -30,7 +30,7 @@ from pathlib import Path
 
 from .process import Interrupted, NliError, RecordError, SaysItAll, project_root
 from .config_loader import Config, config_from_json, config_hash, load_config, print_config
-from .files import atomic_writer, records as file_records
+from .files import atomic_writer, cut_torn, json_line, own_lines, records as file_records
 from .rows import PROMPTS, data_hash, read_rows, template_of
 
 # %% ../nbs/25_records.ipynb #ee07e41f
@@ -408,36 +408,24 @@ def append_metrics(
     row: dict,  # e.g. `{"step": 10, "loss": 1.2}`
 ):
     "Add one line to `metrics.jsonl` and flush it. A torn last line, left by a killed process, is cut off first."
-    with open(Path(run_dir) / "metrics.jsonl", "a+b") as f:
-        f.seek(0)
-        end = f.seek(0, os.SEEK_END)
-        if end:
-            f.seek(max(0, end - 1))
-            if f.read(1) != b"\n":
-                f.seek(0)
-                f.truncate(f.read().rfind(b"\n") + 1)
-        f.write((redact(json.dumps(_plain(row), ensure_ascii=False)) + "\n").encode())
+    path = Path(run_dir) / "metrics.jsonl"
+    if path.exists():
+        cut_torn(path)
+    with open(path, "ab") as f:
+        f.write(redact(json_line(_plain(row))).encode())
 
 # %% ../nbs/25_records.ipynb #3bb4bf4e
 def read_metrics(
     run_dir,  # a run's folder
 ) -> list[dict]:  # rows in the order they were written; empty when nothing was logged
     "Rows of `metrics.jsonl`. A torn last line is left out; any other bad line raises `RecordError` naming it."
-    path, rows = Path(run_dir) / "metrics.jsonl", []
+    path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
-        return rows
+        return []
     try:
-        lines = path.read_text(encoding="utf8").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
+        return [row for _, row in own_lines(path, error=RecordError)]
+    except OSError as e:
         raise RecordError(f"{path}: cannot be read ({e})") from e
-    for i, line in enumerate(lines):
-        try:
-            if line.strip():
-                rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError, RecursionError) as e:
-            if i < len(lines) - 1:
-                raise RecordError(f"{path}:{i + 1}: not JSON ({e})") from e
-    return rows
 
 # %% ../nbs/25_records.ipynb #00313c88
 def _read_json(path):

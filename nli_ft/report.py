@@ -12,13 +12,14 @@ import html
 import json
 import math
 import numpy as np
-import os
 from collections import defaultdict
 from pathlib import Path
 
 from .process import RecordError
+from .files import atomic_writer
 from .paired import minimum_detectable_difference
 from .predictions import CARRIED, NO_ANSWER, check_predictions, predictions_seal
+from .reading import words
 from nli_ft.evaluate import (
     _labelled,
     _with_probability,
@@ -32,7 +33,6 @@ from nli_ft.evaluate import (
     risk_coverage,
     score,
     slices,
-    words,
 )
 from .reasoning import baseline_labels, compare_answers, reasoning
 
@@ -389,11 +389,11 @@ def report(
     )
 
 # %% ../nbs/24_report.ipynb #03196213
-def _number(x, digits=3):
+def _number_text(x, digits=3):
     return "–" if x is None else f"{x:.{digits}f}"
 
 # %% ../nbs/24_report.ipynb #40fbfbc0
-def _interval(ci):
+def _interval_text(ci):
     return f"[{ci[0]:.3f}, {ci[1]:.3f}]"
 
 # %% ../nbs/24_report.ipynb #4a685df6
@@ -407,17 +407,17 @@ def report_text(
     "The report for a terminal or a notebook cell."
     s, c, t = r["scores"], r["calibration"], r["reasoning"]
     lines = [
-        f"accuracy {s['accuracy']:.3f} {_interval(s['accuracy_ci'])}, n = {s['n']} in {s['n_clusters']} clusters "
+        f"accuracy {s['accuracy']:.3f} {_interval_text(s['accuracy_ci'])}, n = {s['n']} in {s['n_clusters']} clusters "
         f"(95 % Wilson at n / {s['deff']:.2f}; no answer is wrong)",
-        f"answered {s['coverage']:.3f}, valid JSON {s['valid_rate']:.3f}, accuracy of the answered {_number(s['parsed_accuracy'])}; outcomes "
+        f"answered {s['coverage']:.3f}, valid JSON {s['valid_rate']:.3f}, accuracy of the answered {_number_text(s['parsed_accuracy'])}; outcomes "
         + ", ".join(f"{k} {v}" for k, v in s["outcomes"].items()),
         f"macro-F1 {_defined(s['macro_f1'])}, balanced accuracy {_defined(s['balanced_accuracy'])}, MCC {_defined(s['mcc'])}; "
-        f"tokens per answer {_number(s['mean_tokens'], 1)}, seconds per item {_number(s['mean_seconds'])}",
-        f"calibration over {c['n']}: ECE {_number(c['ece'])} (of a calibrated model with these confidences {_number(c['ece_calibrated'])}, "
-        f"up to {_number(c['ece_calibrated_95'])}), Brier {_number(c['brier'])}, NLL {_number(c['nll'])}; "
-        f"AURC {_number(c['aurc'])} (of a random ranking {_number(c['aurc_random'])})",
-        f"thoughts: {t['n']}, mean {_number(t['mean_words'], 1)} words, verdict stated in {_number(t['stated'])}, agrees with the label in {_number(t['agreement'])}, "
-        f"grounded words {_number(t['grounded'])}",
+        f"tokens per answer {_number_text(s['mean_tokens'], 1)}, seconds per item {_number_text(s['mean_seconds'])}",
+        f"calibration over {c['n']}: ECE {_number_text(c['ece'])} (of a calibrated model with these confidences {_number_text(c['ece_calibrated'])}, "
+        f"up to {_number_text(c['ece_calibrated_95'])}), Brier {_number_text(c['brier'])}, NLL {_number_text(c['nll'])}; "
+        f"AURC {_number_text(c['aurc'])} (of a random ranking {_number_text(c['aurc_random'])})",
+        f"thoughts: {t['n']}, mean {_number_text(t['mean_words'], 1)} words, verdict stated in {_number_text(t['stated'])}, agrees with the label in {_number_text(t['agreement'])}, "
+        f"grounded words {_number_text(t['grounded'])}",
         "at this n an equally good, independent rival would have to differ by "
         + (
             f"{r['resolvable']:.3f} to be told apart (80 % power)"
@@ -428,12 +428,12 @@ def report_text(
     lines += _baseline_lines(r["baselines"])
     lines += ["", "slice                             accuracy   95 % interval        n"]
     lines += [
-        f"{name + ': ' + v:<32} {a['accuracy']:>9.3f}   {_interval(a['accuracy_ci'])} {a['n']:>7}"
+        f"{name + ': ' + v:<32} {a['accuracy']:>9.3f}   {_interval_text(a['accuracy_ci'])} {a['n']:>7}"
         for name, vs in r["slices"].items()
         for v, a in vs.items()
     ]
     lines += [
-        f"{'all ' + k + ' of a group right':<32} {a['accuracy']:>9.3f}   {_interval(a['accuracy_ci'])} {a['n']:>7}"
+        f"{'all ' + k + ' of a group right':<32} {a['accuracy']:>9.3f}   {_interval_text(a['accuracy_ci'])} {a['n']:>7}"
         for k, a in r["consistency"].items()
     ]
     return "\n".join(lines)
@@ -444,7 +444,7 @@ def _baseline_lines(baselines):
         return []
     head = f"{'baseline on the same items':<32} accuracy   this run is better by      p (Holm)   p (McNemar)"
     lines = [
-        f"{k:<32} {b['accuracy']:>8.3f}   {b['difference']:+.3f} {_interval(b['ci']):<18} {b['p_holm']:<10.2g} {b['p_mcnemar']:.2g}"
+        f"{k:<32} {b['accuracy']:>8.3f}   {b['difference']:+.3f} {_interval_text(b['ci']):<18} {b['p_holm']:<10.2g} {b['p_mcnemar']:.2g}"
         for k, b in baselines.items()
     ]
     return ["", head, *lines, *(f"against {k}: {b['verdict']}" for k, b in baselines.items())]
@@ -470,9 +470,8 @@ def save_report(
     made = report(preds, **kwargs) | (extra or {})
     if (folder / "predictions.jsonl").is_file():
         made["predictions"] = predictions_seal(folder / "predictions.jsonl")
-    part = folder / "report.json.part"
-    part.write_text(json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, folder / "report.json")
+    with atomic_writer(folder / "report.json", overwrite=True) as f:
+        f.write(json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     for name, plot in PLOTS.items():
         plot(preds).savefig(folder / f"{name}.png", dpi=110)
     return made

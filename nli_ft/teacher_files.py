@@ -186,21 +186,10 @@ class Source:
     limit: int | None = None  # look at the first so many rows only
 
 
-ADDED = {
-    "prompt",
-    "completion",
-    "thought_process",
-    "predicted_label",
-    "true_label",
-    "correct",
-    "error_analysis",
-    "improved_thought_process",
-    "thought_predicted_label",
-    "thought_provenance",
-    "suspicion",
-    "key",
-    "provenance",
-}  # what the stages of this package add to a pair
+ADDED = set(  # what the stages of this package add to a pair
+    """prompt completion thought_process predicted_label true_label correct error_analysis improved_thought_process
+    thought_predicted_label thought_provenance suspicion key provenance""".split()
+)
 
 # %% ../nbs/49_teacher_files.ipynb #c2e3ce9e
 def wanted_rows(

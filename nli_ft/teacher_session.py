@@ -511,8 +511,10 @@ ELSEWHERE = dict(
     refusal="the model refuses: take another model or other words (--prompt)",
     content_filter="a filter of the server withholds them",
     tool_calls="the server takes the answer for a call of a tool: say --response_format plain",
-    thinking="the model is still thinking when it ends: raise --max_tokens, or turn the thinking off, e.g. --extra_body "
-    '\'{"chat_template_kwargs": {"enable_thinking": false}}\'',
+    thinking=(
+        "the model is still thinking when it ends: raise --max_tokens, or turn the thinking off, "
+        """e.g. --extra_body '{"chat_template_kwargs": {"enable_thinking": false}}'"""
+    ),
 )
 ELSEWHERE |= dict(
     reasoning_content=ELSEWHERE["thinking"],

@@ -242,7 +242,10 @@ def memory_advice(
 ) -> str:  # sentences
     "What to change after an out-of-memory error, judged by `estimate_memory`."
     have = have or _device_gib(prep.cfg)
-    need = lambda changes: estimate_memory(replace(prep, cfg=prep.cfg.replace(**changes)))["total"]
+
+    def need(changes):
+        return estimate_memory(replace(prep, cfg=prep.cfg.replace(**changes)))["total"]
+
     if need({}) is None:
         return f"The device has {have:.1f} GiB; what this model needs is not known. Try a smaller batch_size, or gradient_checkpointing=true. "
     options = [(c, need(c)) for c in smaller_configs(prep.cfg)]
@@ -277,9 +280,9 @@ def explained_memory(
             and "can't allocate memory" not in str(e)
         ):
             raise
-        raise TrainingStopped(
-            f"out of memory ({str(e).splitlines()[0] if str(e) else type(e).__name__}). {advice if isinstance(advice, str) else advice()}"
-        ) from e
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        text = advice if isinstance(advice, str) else advice()
+        raise TrainingStopped(f"out of memory ({reason}). {text}") from e
 
 # %% ../nbs/36_train_sft.ipynb #728350fc
 def judge_model(
@@ -353,9 +356,11 @@ def _wandb(cfg, run):
         config=cfg.to_dict(),
         dir=str(run),
     )
-    wait = lambda name, seconds: float(
-        os.environ.get(name, seconds)
-    )  # not for ever: the run is kept on disk either way
+
+    def wait(name, seconds):
+        return float(os.environ.get(name, seconds))
+
+    # It waits for W&B, but not for ever: the run is kept on disk either way.
     quiet = wandb.Settings(
         silent=True,
         console="off",
@@ -400,31 +405,15 @@ def launch_command(cfg: Config, run) -> list:  # argv
     from nli_ft.bases import device
 
     n, cpu = world_size(cfg), device(cfg).type == "cpu"
-    own = [
-        "--num_processes",
-        str(n),
-        "--num_machines",
-        "1",
-        "--dynamo_backend",
-        "no",
-        "--mixed_precision",
-        "no",
-        "--main_process_port",
-        "0",
-    ]
-    return [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        *own,
-        *(["--cpu"] if cpu else ["--multi_gpu"] if n > 1 else []),
-        "-m",
-        "nli_ft.train_sft",
-        *cfg.to_args(),
-        "--run_dir",
-        str(run),
-        "--only_train",
-    ]
+    own = (
+        f"--num_processes {n} --num_machines 1 --dynamo_backend no --mixed_precision no --main_process_port 0"
+    )
+    argv = [sys.executable, "-m", "accelerate.commands.launch", *own.split()]
+    if cpu:
+        argv.append("--cpu")
+    elif n > 1:
+        argv.append("--multi_gpu")
+    return [*argv, "-m", "nli_ft.train_sft", *cfg.to_args(), "--run_dir", str(run), "--only_train"]
 
 # %% ../nbs/36_train_sft.ipynb #ab89acfe
 def launch(cfg: Config, run, on_log=print_log) -> dict:  # what `fit` returned in the children
@@ -528,23 +517,8 @@ def join_cpu_processes(argv):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     sys.stdout.flush()
-    os.execv(
-        sys.executable,
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(n),
-            "--master_addr",
-            "127.0.0.1",
-            "--master_port",
-            str(port),
-            "-m",
-            "nli_ft.train_sft",
-            *argv,
-        ],
-    )
+    torchrun = f"-m torch.distributed.run --nproc_per_node {n} --master_addr 127.0.0.1 --master_port {port}"
+    os.execv(sys.executable, [sys.executable, *torchrun.split(), "-m", "nli_ft.train_sft", *argv])
 
 # %% ../nbs/36_train_sft.ipynb #5063e35f
 def _shared_run(cfg, given):
@@ -661,8 +635,11 @@ def train_cli(argv=None) -> int:
         prog="nli_train",
         description=train_cli.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  nli_train --config cpu_demo\n  nli_train --config ablation2 --learning_rate 1e-4 --print_config\n"
-        "  nli_train --config ablation2 --preflight\n  accelerate launch -m nli_ft.train_sft --config distributed",
+        epilog="""examples:
+  nli_train --config cpu_demo
+  nli_train --config ablation2 --learning_rate 1e-4 --print_config
+  nli_train --config ablation2 --preflight
+  accelerate launch -m nli_ft.train_sft --config distributed""",
     )
     add_config_args(p)
     p.add_argument(
@@ -712,13 +689,16 @@ def _preflight_only(cfg):
 
 # %% ../nbs/36_train_sft.ipynb #f75d6acd
 def merge_agreement(
-    cfg: Config,
-    adapter,
-    folder,
-    rows: list,  # config of the run; its adapter; what was saved; SFT rows to ask both
-    fp32: bool = False,  # it was merged into fp32: let the adapter compute in fp32, too, or bf16's rounding is what is compared
-) -> dict:  # rows, answered and same_labels (shares), and logit_difference at the first completion token: mean and max over vocabulary and rows
-    "The merged model, loaded by plain transformers, beside the quantised base with the adapter on it: greedy labels and logits."
+    cfg: Config,  # of the run
+    adapter,  # the run's adapter
+    folder,  # what was saved
+    rows: list,  # SFT rows to ask both
+    fp32: bool = False,  # it was merged into fp32, so the adapter is to compute in fp32, too
+) -> dict:  # rows; answered and same_labels (shares); logit_difference: mean and max over vocabulary and rows
+    """The merged model, loaded by plain transformers, beside the quantised base with the adapter on it.
+
+    Both answer greedily. Their logits are compared at the first completion token. Where the adapter computes in another
+    dtype than the merged model, it is bf16's rounding that is compared."""
     import torch
     from nli_ft.generate import generate_completions
     from nli_ft.bases import autocast, device, load_tokenizer
@@ -736,12 +716,9 @@ def merge_agreement(
     def tuned():
         return in_fp32(load_for_inference(cfg, adapter)) if fp32 else load_for_inference(cfg, adapter)
 
-    for load, context in (
-        (tuned, contextlib.nullcontext if fp32 else lambda: autocast(cfg)),
-        (plain, contextlib.nullcontext),
-    ):
+    for load in (tuned, plain):
         model = load()
-        with context():
+        with autocast(cfg) if load is tuned and not fp32 else contextlib.nullcontext():
             made = generate_completions(
                 model, tok, prompts, cfg.max_new_tokens, cfg.eval_batch_size, completion=cfg.completion
             )
