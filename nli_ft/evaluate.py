@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['groups_of', 'accuracy', 'class_scores', 'score', 'confidences', 'equal_mass_bins', 'reliability_bins',
-           'risk_coverage', 'count_bins', 'ece', 'calibrated_ece', 'calibration', 'overlap', 'slice_names', 'slices',
+           'risk_coverage', 'count_bins', 'ece', 'calibrated_ece', 'calibration', 'slice_names', 'slices',
            'consistency']
 
 # %% ../nbs/22_evaluate.ipynb #c4f4f9cb
@@ -17,6 +17,7 @@ from .process import DataError
 from .duplicates import norm_text
 from .paired import cluster_codes, share_right
 from .reading import negations, words
+from .baselines import overlap
 from .predictions import NO_ANSWER, check_predictions
 
 # %% ../nbs/22_evaluate.ipynb #df0023f5
@@ -244,12 +245,6 @@ def calibration(
         aurc=float(risk_coverage(preds)[1].mean()),
         aurc_random=float((gold != answers).mean()),
     )
-
-# %% ../nbs/22_evaluate.ipynb #ea453273
-def overlap(premise: str, hypothesis: str) -> float:  # 0 … 1
-    "Share of the hypothesis's words that occur in the premise."
-    h, p = words(hypothesis), set(words(premise))
-    return sum(w in p for w in h) / len(h) if h else 0.0
 
 # %% ../nbs/22_evaluate.ipynb #c17a235a
 def slice_names(

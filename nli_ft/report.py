@@ -20,6 +20,7 @@ from .files import atomic_writer
 from .paired import minimum_detectable_difference
 from .predictions import NO_ANSWER, check_predictions, predictions_seal
 from .reading import words
+from .baselines import baseline_labels
 from nli_ft.evaluate import (
     _labelled,
     _with_probability,
@@ -34,7 +35,7 @@ from nli_ft.evaluate import (
     score,
     slices,
 )
-from .reasoning import baseline_labels, compare_answers, reasoning
+from .reasoning import compare_answers, reasoning
 
 # %% ../nbs/24_report.ipynb #634958dc
 BLUE, ORANGE, GREEN, GREY = (
