@@ -5,8 +5,10 @@ import itertools, json, math, random
 import numpy as np
 import pytest
 
+import nli_ft.baselines
 import nli_ft.evaluate
 import nli_ft.paired
+import nli_ft.reading
 import nli_ft.reasoning
 import nli_ft.report
 from nli_ft.process import DataError, RecordError
@@ -668,19 +670,19 @@ def test_baselines_find_planted_shortcuts_and_nothing_where_none_is():
     negated = lambda y: dict(hypothesis=f"The {noun()} is " + ("here" if y else "not here"))
     random_ = lambda y: dict(hypothesis=f"The {noun()} is here")
     test = rows(200, negated)
-    found = acc(nli_ft.reasoning.baseline_labels(rows(200, negated), test), test)
+    found = acc(nli_ft.baselines.baseline_labels(rows(200, negated), test), test)
     assert (
         found["hypothesis_only"] == found["overlap_negation"] == found["boosted_tree"] == 1.0
         and found["majority"] < 0.65
     )
     test = rows(400, random_)
-    found = acc(nli_ft.reasoning.baseline_labels(rows(200, random_), test), test)
+    found = acc(nli_ft.baselines.baseline_labels(rows(200, random_), test), test)
     assert all(0.35 < a < 0.65 for a in found.values())
-    assert set(nli_ft.reasoning.baseline_labels([dict(premise="a", hypothesis="b", label=1)] * 3, test)) == {
+    assert set(nli_ft.baselines.baseline_labels([dict(premise="a", hypothesis="b", label=1)] * 3, test)) == {
         "majority"
     }
     with pytest.raises(DataError, match="none"):
-        nli_ft.reasoning.baseline_labels([], test)
+        nli_ft.baselines.baseline_labels([], test)
 
 
 def test_comparisons_with_baselines_are_paired_clustered_and_corrected():
