@@ -89,7 +89,7 @@ ok/xnli.dev.tsv                  | --dataset xnli | 100100
 lingnli_val.jsonl                | --dataset lingnli | 100100
 lingnli_val.jsonl                | --dataset lingnli --map entails=entailment | --map explains labels that do not occur (entails); labels: contradiction
 pairs_header_case.csv            | --contract binary --names not_entailment,entailment | 10
-"""
+"""  # noqa: E501
 
 READ = """
 excel_cp1252.csv         | |                    iconv -f CP1252 -t UTF-8 excel_cp1252.csv
@@ -123,7 +123,7 @@ ok/predict_blank_lines.csv | |                  missing column label (for pair r
 ok/snli_case.jsonl       | entailment |         1100
 ok/snli_mixed_types.jsonl | entailment |        label 'neutral' is a relation, unlike that of line 1
 ok/upper.TSV             | entailment |         1
-"""
+"""  # noqa: E501
 PREDICT = """
 predict_header_space.csv   | A dog moves.
 predict_tab.tsv            | A dog moves.

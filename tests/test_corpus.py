@@ -23,13 +23,16 @@ from nli_ft.meanings import as_meaning, model_relation, normal
 
 # Closed-class words and the vocabulary of quantity, attitude and framing: shared by all splits because it is what is taught.
 SHARED = set(
-    """a an and any are as at aware be but by both case clearly compared did does each either else every exactly fact false fewer for four five six seven eight
-nine three two one zero if in is it just know knows least less more most neither never next no nor not of opinion only or other over realize realizes
-remember remembers right rightly so some someone than that the there think thinks believe believes assume assumes suspect suspects this to true unaware
-under untrue was way well were while who whom with wrong wrongly none unlike certainly although round time between
-after again also addition all alleged among any before been cannot certain counts day did earlier end fake few fewer first forced forgot forget former
-half happen happened impossible later manage managed might moment most must need neglect neglected once possible refuse refused remembered
-same someone then try tried very want wanted when fail failed on it""".split()
+    """a an and any are as at aware be but by both case clearly compared did does each either else every
+    exactly fact false fewer for four five six seven eight nine three two one zero if in is it just know
+    knows least less more most neither never next no nor not of opinion only or other over realize
+    realizes remember remembers right rightly so some someone than that the there think thinks believe
+    believes assume assumes suspect suspects this to true unaware under untrue was way well were while
+    who whom with wrong wrongly none unlike certainly although round time between after again also
+    addition all alleged among any before been cannot certain counts day did earlier end fake few fewer
+    first forced forgot forget former half happen happened impossible later manage managed might moment
+    most must need neglect neglected once possible refuse refused remembered same someone then try tried
+    very want wanted when fail failed on it""".split()
 )
 NOT = {"not", "no", "never", "neither", "nor"}
 

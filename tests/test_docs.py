@@ -45,7 +45,9 @@ NOT_RUN = {
     "hf download mistralai/Mistral-7B-v0.3": HUB,
     # TRAINING
     "nli_train --preflight": GPU,
-    "nli_merge --run runs/cpu_demo/RUN_ID --out merged/ --check 200": "needs the run's adapter, which no clone has; tests/test_train.py merges and checks tiny-mistral",
+    "nli_merge --run runs/cpu_demo/RUN_ID --out merged/ --check 200": (
+        "needs the run's adapter, which no clone has; tests/test_train.py merges and checks tiny-mistral"
+    ),
     "nli_bench train": LONG + "; tests/test_bench.py runs it on tiny-mistral",
     "nli_bench generate": LONG + "; nbs/53_bench.ipynb runs its parts on tiny-mistral",
     "nli_bench growth": LONG + "; tests/test_bench.py measures every axis on tiny-mistral",
@@ -60,7 +62,9 @@ NOT_RUN = {
     "./run_training.sh --config distributed --gpus 0,1": GPU,
     "./run_training.sh --local --config ablation2 --seeds 1,2,3": GPU,
     "./run_training.sh --config ablation2 --learning_rate 5e-5": GPU,
-    "./run_training.sh --dry-run --config ablation2 --gpu 0": "needs Docker; tests/test_scripts.py runs it with a stand-in",
+    "./run_training.sh --dry-run --config ablation2 --gpu 0": (
+        "needs Docker; tests/test_scripts.py runs it with a stand-in"
+    ),
     "nli_train --config minimal_test --preflight": "loads a tokenizer; tests/test_train.py runs it on tiny-mistral",
     "nli_run --config cpu_demo --save_steps 10": LONG,
     "nli_run --config cpu_demo --save_steps 10 --resume_from_checkpoint latest": LONG
@@ -68,27 +72,35 @@ NOT_RUN = {
     "nli_run --config ablation2 --use_wandb --wandb_project nli --seeds 1,2,3": GPU,
     "wandb sync runs/ablation2/RUN_ID/wandb/offline-run-*": "needs the W&B server",
     "./run_training.sh --config distributed --all-gpus": GPU,
-    "accelerate launch --config_file nli_ft/configs/accelerate/ddp.yaml --num_processes 4 -m nli_ft.train_sft --config distributed": GPU,
-    "accelerate launch --config_file nli_ft/configs/accelerate/fsdp_qlora.yaml --num_processes 4 -m nli_ft.train_sft --config distributed": GPU,
-    "sbatch --nodes 2 scripts/slurm.sh --config distributed": "needs SLURM; tests/test_scale.py runs the script with stand-ins",
-    'nli_run --config ablation2 --seeds 1,2,3 --engine submitit --engine_args "slurm_partition=gpu timeout_min=240 gpus_per_node=1"': "needs SLURM; tests/test_scale.py runs it as jobs of this machine",
+    "accelerate launch --config_file nli_ft/configs/accelerate/ddp.yaml --num_processes 4 -m nli_ft.train_sft --config distributed": GPU,  # noqa: E501
+    "accelerate launch --config_file nli_ft/configs/accelerate/fsdp_qlora.yaml --num_processes 4 -m nli_ft.train_sft --config distributed": GPU,  # noqa: E501
+    "sbatch --nodes 2 scripts/slurm.sh --config distributed": (
+        "needs SLURM; tests/test_scale.py runs the script with stand-ins"
+    ),
+    'nli_run --config ablation2 --seeds 1,2,3 --engine submitit --engine_args "slurm_partition=gpu timeout_min=240 gpus_per_node=1"': "needs SLURM; tests/test_scale.py runs it as jobs of this machine",  # noqa: E501
     # DATA
-    "nli_think --input pairs.csv --output thoughts.jsonl --base_url http://localhost:8000/v1 --model NAME --workers 8": ENDPOINT,
-    "nli_reflect --input thoughts.jsonl --output reflections.jsonl --base_url http://localhost:8000/v1 --model NAME": ENDPOINT,
-    "nli_data download --dataset snli --from_file snli_1.0_dev.jsonl --output data/snli_dev.jsonl": "needs SNLI's own file; tests/test_cases.py reads such files",
-    "nli_data download --from_file mine.tsv --columns premise=text,hypothesis=claim,label=verdict --map entails=entailment,other=non-entailment --contract binary --output data/mine.jsonl": "needs such a file; tests/test_cases.py reads some",
-    "nli_data download --dataset OWNER/NAME --names entailment,not_entailment --contract binary --split validation --output data/theirs.jsonl": HUB,
+    "nli_think --input pairs.csv --output thoughts.jsonl --base_url http://localhost:8000/v1 --model NAME --workers 8": ENDPOINT,  # noqa: E501
+    "nli_reflect --input thoughts.jsonl --output reflections.jsonl --base_url http://localhost:8000/v1 --model NAME": ENDPOINT,  # noqa: E501
+    "nli_data download --dataset snli --from_file snli_1.0_dev.jsonl --output data/snli_dev.jsonl": (
+        "needs SNLI's own file; tests/test_cases.py reads such files"
+    ),
+    "nli_data download --from_file mine.tsv --columns premise=text,hypothesis=claim,label=verdict --map entails=entailment,other=non-entailment --contract binary --output data/mine.jsonl": "needs such a file; tests/test_cases.py reads some",  # noqa: E501
+    "nli_data download --dataset OWNER/NAME --names entailment,not_entailment --contract binary --split validation --output data/theirs.jsonl": HUB,  # noqa: E501
     # EVALUATION
     "nli_evaluate --run $RUN --mode forced --probe 100": WEIGHTS,
     "nli_evaluate --run $RUN --data data/other.jsonl --mode vote:5": WEIGHTS,
     "nli_evaluate --run $RUN --untuned": "loads the embedded model; tests/test_evaluate.py runs it on tiny-mistral",
     'nli_predict --run $RUN --premise "A dog runs." --hypothesis "An animal runs."': WEIGHTS,
     "nli_predict --run $RUN --csv pairs.csv --output answers.csv": WEIGHTS,
-    'papermill nbs/compare.ipynb runs/compare.ipynb -p configs "ablation1 ablation2" -p baseline ablation1': "tests/test_records.py executes the notebook",
+    'papermill nbs/compare.ipynb runs/compare.ipynb -p configs "ablation1 ablation2" -p baseline ablation1': (
+        "tests/test_records.py executes the notebook"
+    ),
     "nli_data download --dataset hans --split validation --output data/hans.jsonl": HUB,
     "nli_evaluate --run $RUN --data data/hans.jsonl": WEIGHTS,
     "nli_run --config ablation2 label_only --seeds 1,2,3": GPU,
-    "nli_evaluate --run $RUN --engine vllm": "needs a GPU and vLLM; tests/test_vllm.py runs it with a stand-in for the package",
+    "nli_evaluate --run $RUN --engine vllm": (
+        "needs a GPU and vLLM; tests/test_vllm.py runs it with a stand-in for the package"
+    ),
     # CONTRIBUTING
     ".venv/bin/nbdev_export": SOURCES,
     ".venv/bin/nbdev_clean": SOURCES,

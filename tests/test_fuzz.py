@@ -221,9 +221,9 @@ def good_row(draw, kind, i):
         )
     if kind == "text":
         p, h = p.replace("\nHypothesis: ", " "), h.strip()  # the older form cannot tell these apart
-        row = dict(
-            text=f"<s>[INST] {prompt_messages(p, h)[0]['content']} [/INST] {render_completion(t, label, draw(st.sampled_from(['cot', 'label_first'])))}{draw(st.sampled_from(['', '</s>', ' ']))}"
-        )
+        completion = render_completion(t, label, draw(st.sampled_from(["cot", "label_first"])))
+        end = draw(st.sampled_from(["", "</s>", " "]))
+        row = dict(text=f"<s>[INST] {prompt_messages(p, h)[0]['content']} [/INST] {completion}{end}")
         if not p.strip() or not h:
             row = dict(
                 text=f"<s>[INST] {prompt_messages('P', 'H')[0]['content']} [/INST] {render_completion(t, label)}</s>"

@@ -32,8 +32,16 @@ esac
 # A Python that is new enough, and whose pip only notes what it was asked for.
 PYTHON = r"""#!/usr/bin/env bash
 case "$1 $2 $3" in
-  "-m pip install") { printf '%s\0' "${@:4}"; echo; } >>"$RECORD"; sleep "${PIP_SECONDS:-0}"; [[ "$*" != *"${PIP_FAILS_AT:-nothing}"* ]] ;;
-  "-m venv --clear") rm -rf "$4"; mkdir -p "$4/bin"; echo "#!$4/bin/python" >"$4/bin/pip"; cat "$0" >"$4/bin/python"; cat "$NLI_RUN" >"$4/bin/nli_run"; "$CHMOD" +x "$4"/bin/* ;;
+  "-m pip install")
+    { printf '%s\0' "${@:4}"; echo; } >>"$RECORD"
+    sleep "${PIP_SECONDS:-0}"
+    [[ "$*" != *"${PIP_FAILS_AT:-nothing}"* ]] ;;
+  "-m venv --clear")
+    rm -rf "$4"; mkdir -p "$4/bin"
+    echo "#!$4/bin/python" >"$4/bin/pip"
+    cat "$0" >"$4/bin/python"
+    cat "$NLI_RUN" >"$4/bin/nli_run"
+    "$CHMOD" +x "$4"/bin/* ;;
   "-m pytest "*) echo "pytest ${*:3}"; echo "7 passed in 0.01s"; exit "${PYTEST_STATUS:-0}" ;;
   "--version "*) echo Python 3.11.0 ;;
 esac

@@ -395,8 +395,10 @@ def test_older_text_rows_train_and_keep_their_own_wording(tmp_path):
     rows = [
         dict(
             id=i,
-            text=f"<s>[INST] Premise: Dog {i} barked.\nHypothesis: A dog barked.\n\nUse chain of thought reasoning to determine if the hypothesis is entailed by "
-            'the premise. Provide your reasoning and the final label (0 or 1) in JSON format: {"thought_process": "...", "predicted_label": ...} [/INST] '
+            text=f"<s>[INST] Premise: Dog {i} barked.\nHypothesis: A dog barked.\n\n"
+            "Use chain of thought reasoning to determine if the hypothesis is entailed by the premise. "
+            "Provide your reasoning and the final label (0 or 1) in JSON format: "
+            '{"thought_process": "...", "predicted_label": ...} [/INST] '
             f'{{"thought_process": "dog {i} is a dog.", "predicted_label": {i % 2}}} </s>',
         )
         for i in range(8)
@@ -850,8 +852,7 @@ def test_a_run_reads_every_key(tmp_path, monkeypatch):
     import nli_ft.config_loader
     import nli_ft.cpu_speed
     import nli_ft.generate
-    import nli_ft.model
-    import nli_ft.records
+    import nli_ft.model  # noqa: F401 (the modules must be there before a function of theirs is swapped)
     from nli_ft.config_loader import KEYS, print_config
     from nli_ft.train_sft import run_training
 

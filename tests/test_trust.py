@@ -498,7 +498,9 @@ from nli_ft import fit as F, train_sft as T
 from nli_ft.config_loader import load_config
 cfg = load_config("minimal_test", sys.argv[1])
 T.run_training(cfg)
-def broken(*args): raise RuntimeError("401 for " + " ".join(os.environ[k] for k in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY")) + " " + sys.argv[2] + " in " + os.getcwd())
+def broken(*args):
+    secrets = " ".join(os.environ[k] for k in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"))
+    raise RuntimeError(f"401 for {secrets} {sys.argv[2]} in {os.getcwd()}")
 F._save_whole = broken
 try: T.run_training(cfg.replace(seed=7, eval_before=False))
 except RuntimeError: pass
