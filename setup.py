@@ -1,4 +1,4 @@
-"""Installs nli_ft: names and version from settings.ini, dependencies from requirements.txt (the one place with pins)."""
+"""Installs nli_ft: names and version from settings.ini, dependencies from requirements.txt."""
 
 import configparser, re
 from pathlib import Path
@@ -17,7 +17,8 @@ for line in (here / "requirements.txt").read_text(encoding="utf-8").splitlines()
     name = re.match(r"\[(\w+)\]", why)
     if pin:
         (extras.setdefault(name[1], []) if name else pins).append(pin)
-# Not among the pins, because requirements.txt is also what CI and a machine without a GPU install. The vLLM that is built for the torch pinned there
+# Not among the pins, because requirements.txt is also what CI and a machine without a GPU
+# install. The vLLM that is built for the torch pinned there
 # (it takes no other); 4-bit bitsandbytes weights are a plugin of its own
 extras["vllm"] = ["vllm==0.30.0", "vllm-bnb-plugin==0.0.3"]
 readme = here / "README.md"

@@ -104,7 +104,8 @@ def _is_inside(text, tag, start):
 def outside_thinking(
     text: str,  # what a model wrote
 ) -> tuple:  # (parts as (start, end), does the text end inside its thinking?)
-    "The parts of a text that are no thinking. A closing tag without an opening one makes thinking of all that stands before it."
+    """The parts of a text that are no thinking. A closing tag without an opening one makes thinking of all
+    that stands before it."""
     parts, start, depth, last = [], 0, 0, 0
     for tag in _THINKING.finditer(text):
         if _is_inside(text, tag, last):
@@ -257,8 +258,9 @@ def find_answer(
 def json_closed(
     text: str,  # a completion so far
 ) -> bool:  # is its answer complete?
-    """The stop rule of generation. It ends where `find_answer` has its object, and neither at a draft inside the thinking
-    nor at an echo of the form. What a model would have gone on to say, a second answer included, is not generated and so not read."""
+    """The stop rule of generation. It ends where `find_answer` has its object, and neither at a draft inside
+    the thinking nor at an echo of the form. What a model would have gone on to say, a second answer
+    included, is not generated and so not read."""
     found = find_answer(text)
     return found.span is not None and found.outcome != "truncated"
 

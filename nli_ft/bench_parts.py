@@ -159,7 +159,8 @@ def variant_config(
     micro = micro_batch if options["micro_batches"] else rows_per_step
     if rows_per_step % micro:
         raise ConfigError(
-            f"--micro_batch {micro} does not divide --rows_per_step {rows_per_step}: the last micro-batch of a step would be smaller"
+            f"--micro_batch {micro} does not divide --rows_per_step {rows_per_step}: the last "
+            "micro-batch of a step would be smaller"
         )
     return cfg.replace(
         batch_size=micro,
@@ -188,7 +189,8 @@ SHAPES = {
 def shapes_model(
     name: str,  # a key of `SHAPES`
 ) -> Path:  # a folder `from_pretrained` can read
-    "Random weights of a model's true shapes with Mistral's own tokenizer, made on first use; `ConfigError` where the disk is too small."
+    """Random weights of a model's true shapes with Mistral's own tokenizer, made on first use; `ConfigError`
+    where the disk is too small."""
     import shutil, torch
     from filelock import FileLock
     from nli_ft.bases import cache_dir
@@ -204,7 +206,8 @@ def shapes_model(
             need = 2 * sum(p.numel() for p in MistralForCausalLM(conf).parameters())
         if (free := shutil.disk_usage(cache_dir()).free) < 1.1 * need:
             raise ConfigError(
-                f"{name}: its random weights need {need / 1e9:.1f} GB and {cache_dir()} has {free / 1e9:.1f} GB free; set NLI_FT_CACHE to a folder with room"
+                f"{name}: its random weights need {need / 1e9:.1f} GB and {cache_dir()} has "
+                f"{free / 1e9:.1f} GB free; set NLI_FT_CACHE to a folder with room"
             )
         where = (
             "cuda" if torch.cuda.is_available() else "cpu"
@@ -226,7 +229,8 @@ def shapes_model(
 def with_weights(
     cfg: Config,  # whose model_id may be a key of `SHAPES`
 ) -> Config:
-    "The config with a model that can be loaded. `ConfigError` where there is no GPU for it and the CPU was not asked for."
+    """The config with a model that can be loaded. `ConfigError` where there is no GPU for it and the CPU was
+    not asked for."""
     if cfg.model_id not in SHAPES:
         return cfg
     import torch
@@ -268,7 +272,8 @@ def reset_peak(dev) -> float:  # torch.device -> GiB in use now
 
 # %% ../nbs/51_bench_parts.ipynb #c73218e3
 def make_clock(dev):  # torch.device
-    "A trainer callback: `.stamps` holds the time at the end of each step, `.losses` the loss of each step as the trainer logged it."
+    """A trainer callback: `.stamps` holds the time at the end of each step, `.losses` the loss of each step as
+    the trainer logged it."""
     import torch
     from transformers import TrainerCallback
 

@@ -8,7 +8,6 @@ __all__ = ['JOBS', 'TOLERANCE', 'build_trainer', 'parts_of', 'load_model', 'posi
            'train_text', 'alternating', 'run_all', 'plan', 'bench_train']
 
 # %% ../nbs/52_bench_train.ipynb #e9f81767
-import contextlib
 import json
 import math
 import os
@@ -203,7 +202,9 @@ def train_once(
     rows_per_step: int,
     micro_batch: int,
     started: float,  # time.time() when this process was started
-) -> dict:  # losses, stamps (seconds since started) and positions of each step; peak_gib, loaded_gib (peak until the model was loaded), estimate_gib
+) -> (
+    dict
+):  # losses, stamps (seconds since started), positions of each step; peak_gib, loaded_gib, estimate_gib
     "Train one contestant in this process."
     from nli_ft.bases import compute_dtype, device
     from nli_ft.cpu_speed import while_training
@@ -283,7 +284,8 @@ def run_child(
     cfg: Config,
     **arguments,
 ) -> dict:  # what the job returned, or {"died": why}
-    "Run a job in a fresh process. It inherits the environment; with `started` in the arguments it is told when it began."
+    """Run a job in a fresh process. It inherits the environment; with `started` in the arguments it is told
+    when it began."""
     with tempfile.TemporaryDirectory() as d:
         orders, result, log = Path(d) / "orders.json", Path(d) / "result.json", Path(d) / "log.txt"
         if "started" in arguments:
@@ -323,7 +325,8 @@ def cause_of_death(
 # %% ../nbs/52_bench_train.ipynb #c2e81f37
 @_job
 def _plan(cfg):
-    "Everything missing is said here, before anything is measured; and what the table needs to know of rows, model and device."
+    """Everything missing is said here, before anything is measured; and what the table needs to know of rows,
+    model and device."""
     check_ready(cfg := with_weights(cfg))
     import torch
     from nli_ft.bases import compute_dtype, device
@@ -386,9 +389,12 @@ def text_table(
 ) -> str:  # column names; rows of texts, the first cell left, the rest right
     "Aligned columns."
     width = [max(len(str(r[i])) for r in [head, *rows]) for i in range(len(head))]
-    line = lambda r: "  ".join(
-        str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(r, width))
-    ).rstrip()
+
+    def line(r):
+        return "  ".join(
+            str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(r, width))
+        ).rstrip()
+
     return "\n".join([line(head), *map(line, rows)])
 
 # %% ../nbs/52_bench_train.ipynb #6e484497
@@ -457,7 +463,10 @@ def summarise_train(
         )
         if not alive:
             continue
-        med = lambda f: statistics.median(map(f, alive))
+
+        def med(f):
+            return statistics.median(map(f, alive))
+
         rate = med(lambda r: needed_flops(facts, total(r, "tokens"), total(r, "trained")) / seconds(r))
         done = med(
             lambda r: (
@@ -527,8 +536,10 @@ def train_text(
     lines = [
         f"nli_bench train: {settings['model']}{random}, {settings['quantization']}, {facts['dtype']}, {facts['device']}"
         + _threads(facts),
-        f"{facts['rows']} rows of {settings['data']} ({facts['mean_tokens']:.0f} tokens a row), {settings['steps']} optimizer steps of {settings['rows_per_step']} rows, "
-        f"micro-batches of {settings['micro_batch']} where there are any, pairs: {settings['pairs']}, alternating, seed {settings['seed']}, no dropout",
+        f"{facts['rows']} rows of {settings['data']} ({facts['mean_tokens']:.0f} tokens a row), "
+        f"{settings['steps']} optimizer steps of {settings['rows_per_step']} rows, "
+        f"micro-batches of {settings['micro_batch']} where there are any, pairs: {settings['pairs']}, "
+        f"alternating, seed {settings['seed']}, no dropout",
         "",
         text_table(
             [
@@ -555,13 +566,19 @@ def train_text(
         if c["died"]
     ]
     lines += [
-        f"matmul rate of this device: {facts['matmul'] / 1e9:.1f} GFLOP/s in {facts['dtype']} ({facts['matmul_tokens']} tokens through the linear layers of one block by torch.nn.functional.linear, best of all repeats; as ours multiplies: {facts['matmul_ours'] / 1e9:.1f})",
-        "tokens/s: real tokens, no padding, first step left out. 1st step: from the start of the process. est.: the preflight's estimate of the peak.",
+        f"matmul rate of this device: {facts['matmul'] / 1e9:.1f} GFLOP/s in {facts['dtype']} "
+        f"({facts['matmul_tokens']} tokens through the linear layers of one block by "
+        "torch.nn.functional.linear, best of all repeats; as ours multiplies: "
+        f"{facts['matmul_ours'] / 1e9:.1f})",
+        "tokens/s: real tokens, no padding, first step left out. 1st step: from the start of the "
+        "process. est.: the preflight's estimate of the peak.",
         "peak until the model was loaded: "
         + ", ".join(f"{n} {c['loaded_gib']:.2f}" for n, c in summary["contestants"].items() if c["pairs"])
         + " GiB",
-        f"GFLOP/s, of matmul: 4N a token (frozen base; N = {facts['linear']:,} in the blocks' linear layers) and 4 x {facts['head']:,} of the head a trained token; LoRA left out.",
-        "executed: with padding, recomputation (+2N under checkpointing), and the head where it was computed (4 a parameter, by TRL's kernel 6: it makes its tiles twice).",
+        f"GFLOP/s, of matmul: 4N a token (frozen base; N = {facts['linear']:,} in the blocks' linear "
+        f"layers) and 4 x {facts['head']:,} of the head a trained token; LoRA left out.",
+        "executed: with padding, recomputation (+2N under checkpointing), and the head where it was "
+        "computed (4 a parameter, by TRL's kernel 6: it makes its tiles twice).",
         _loss_verdict(summary, facts),
     ]
     if any(not c["compared"] for c in summary["contestants"].values()):
@@ -576,8 +593,14 @@ def _loss_verdict(summary, facts):
     if len(judged) < 2:
         return "losses: nothing to compare, fewer than two contestants lived"
     if summary["different"]:
-        return f"LOSSES DIFFER: {', '.join(summary['different'])} by more than {summary['tolerance']:g} relative in some step ({facts['dtype']}): not the same mathematics"
-    return f"same losses: every step within {max(judged.values()):.1e} relative (tolerance {summary['tolerance']:g} in {facts['dtype']})"
+        return (
+            f"LOSSES DIFFER: {', '.join(summary['different'])} by more than {summary['tolerance']:g} "
+            f"relative in some step ({facts['dtype']}): not the same mathematics"
+        )
+    return (
+        f"same losses: every step within {max(judged.values()):.1e} relative (tolerance "
+        f"{summary['tolerance']:g} in {facts['dtype']})"
+    )
 
 # %% ../nbs/52_bench_train.ipynb #ea00e2c9
 def alternating(

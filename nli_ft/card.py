@@ -17,7 +17,10 @@ from .compare import _interval, markdown
 # %% ../nbs/29_card.ipynb #36be09af
 def _card_data(env):
     "Markdown rows: file, rows, contract, source, hash."
-    join = lambda d: ", ".join(f"{k} ({v})" for k, v in (d or {}).items()) or "not recorded"
+
+    def join(d):
+        return ", ".join(f"{k} ({v})" for k, v in (d or {}).items()) or "not recorded"
+
     return [
         [
             which,
@@ -36,7 +39,8 @@ def _limits(run, s):
     lo, hi = s["accuracy_ci"]
     sources = {k for d in run.environment["data"].values() for k in (d.get("sources") or {})}
     said = [
-        f"Evaluated on {s['n']} items in {s['n_clusters']} clusters: the true accuracy on items like these may be anywhere from {lo:.1%} to {hi:.1%}.",
+        f"Evaluated on {s['n']} items in {s['n_clusters']} clusters: the true accuracy on items like "
+        f"these may be anywhere from {lo:.1%} to {hi:.1%}.",
         f"One seed ({run.seed}): another seed may give another score.",
         "English premise–hypothesis pairs like those named above; other text was not tested.",
     ]
@@ -44,7 +48,8 @@ def _limits(run, s):
         said.append("Synthetic rows are among the data: scores on them say nothing about natural text.")
     if s["valid_rate"] < 1:
         said.append(
-            f"{1 - s['valid_rate']:.1%} of the answers were no valid JSON of the expected form; they count as wrong unless they could be repaired."
+            f"{1 - s['valid_rate']:.1%} of the answers were no valid JSON of the expected form; they "
+            "count as wrong unless they could be repaired."
         )
     said += leakage_text(run.summary.get("leakage"))
     if not run.summary.get("predictions"):
@@ -66,7 +71,10 @@ def model_card(
     run.checks()
     s, cfg = score(run.predictions()), run.cfg
     majority = _majority(run.predictions())
-    defined = lambda x: "undefined (one class)" if x is None else f"{x:.3f}"
+
+    def defined(x):
+        return "undefined (one class)" if x is None else f"{x:.3f}"
+
     measured = [
         ["accuracy (no answer is wrong)", _interval(s["accuracy"], s["accuracy_ci"])],
         [
@@ -87,9 +95,12 @@ def model_card(
     text = (
         "\n\n".join(
             [
-                f"---\nbase_model: {json.dumps(cfg.model_id)}\nlibrary_name: peft\ntags: [natural-language-inference, qlora, nli_ft]\n---",
+                f"---\nbase_model: {json.dumps(cfg.model_id)}\nlibrary_name: peft\ntags: "
+                "[natural-language-inference, qlora, nli_ft]\n---",
                 f"# {html.escape(run.name, quote=False)}",
-                f"A LoRA adapter on `{cfg.model_id.replace('`', ' ')}` that answers whether a premise entails a hypothesis ({cfg.completion} completions). Written from the run record by nli_ft.",
+                f"A LoRA adapter on `{cfg.model_id.replace('`', ' ')}` that answers whether a premise "
+                f"entails a hypothesis ({cfg.completion} completions). Written from the run record by "
+                "nli_ft.",
                 "## Scores",
                 markdown(["measure", f"value (n={s['n']}, 95 % interval)"], measured),
                 "## Data",

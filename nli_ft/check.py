@@ -147,7 +147,8 @@ def hub_tokenizer(
         )  # unsaid, transformers asks on the terminal
     except (OSError, ValueError) as e:
         raise DataError(
-            f"tokenizer {name!r} cannot be loaded: {str(e).splitlines()[0]}; name a folder that holds one, or leave --tokenizer out for an estimate"
+            f"tokenizer {name!r} cannot be loaded: {str(e).splitlines()[0]}; name a folder that holds "
+            "one, or leave --tokenizer out for an estimate"
         ) from e
     return lambda texts: [len(o) for o in tok(texts, add_special_tokens=True)["input_ids"]]
 
@@ -359,8 +360,10 @@ def render_report(
     for f in rep["files"]:
         t = f["tokens"]
         out += [
-            f"{f['path']}: {f['rows']:,} {f['kind'] or ''} rows; labels {f['labels']}; contract {', '.join(f['contracts']) or '-'}",
-            f"  tokens {rep['tokens']}: median {t['p50']}, p99 {t['p99']}, longest {t['p100']}; limit {rep['max_tokens']}",
+            f"{f['path']}: {f['rows']:,} {f['kind'] or ''} rows; labels {f['labels']}; contract "
+            f"{', '.join(f['contracts']) or '-'}",
+            f"  tokens {rep['tokens']}: median {t['p50']}, p99 {t['p99']}, longest {t['p100']}; limit "
+            f"{rep['max_tokens']}",
         ]
         for o in f["findings"]:
             out.append(f"  {o['level']:4} {o['check']:36} {o['n']:>9,} of {o['of']:,} ({o['share']:.1%})")
@@ -377,7 +380,8 @@ def _contracts(rows):
 
 # %% ../nbs/10_check.ipynb #fa3c08bb
 def _candidates(train, judged, threshold=0.8):
-    "Training rows that can be a near-copy of a judged row: of both texts at least `threshold` of the bigrams occur in judged rows."
+    """Training rows that can be a near-copy of a judged row: of both texts at least `threshold` of the bigrams
+    occur in judged rows."""
     known = {k: {b for r in judged for b in bigrams(r[k])} for k in ("hypothesis", "premise")}
 
     def covered(row, key):
@@ -392,10 +396,12 @@ def leakage(
     judged: list,  # rows that are scored
     near_rows: int = 20_000,  # rows of both that are held for near-copies
 ) -> dict:  # counts of judged rows, ready for JSON; `sample` says among how many rows near-copies were sought
-    """What training rows and evaluation rows share: pairs (with the same and with the other label), premises, near-copies, label contracts.
+    """What training rows and evaluation rows share: pairs (with the same and with the other label), premises,
+    near-copies, label contracts.
 
-    Pairs and premises count as equal by their keys (`norm_text`). Near-copies are sought among the judged rows and the training rows that come
-    into question, and in a sample of these (`NearSample`) where they are more than `near_rows`."""
+    Pairs and premises count as equal by their keys (`norm_text`). Near-copies are sought among the judged
+    rows and the training rows that come into question, and in a sample of these (`NearSample`) where they
+    are more than `near_rows`."""
     asked, labels, trained = (
         {norm_text(r["premise"]) for r in judged},
         {pair_key(r): set() for r in judged},
@@ -443,22 +449,26 @@ def leakage_text(
             else ""
         )
         said.append(
-            f"{leaks['pairs']:,} of {n:,} evaluation pairs are among the training rows{other}: the score flatters the model."
+            f"{leaks['pairs']:,} of {n:,} evaluation pairs are among the training rows{other}: the "
+            "score flatters the model."
         )
     if leaks["premise_rows"]:
         said.append(
-            f"{leaks['premise_rows']:,} of {n:,} evaluation rows have a premise that was trained on ({leaks['premises']:,} premises)."
+            f"{leaks['premise_rows']:,} of {n:,} evaluation rows have a premise that was trained on "
+            f"({leaks['premises']:,} premises)."
         )
     if leaks["near"]:
         said.append(f"{leaks['near']:,} evaluation rows are near-copies of a training row{where}.")
     if leaks["near_other_label"]:
         said.append(
-            f"{leaks['near_other_label']:,} evaluation rows are near-copies of a training row that has the other label{where}."
+            f"{leaks['near_other_label']:,} evaluation rows are near-copies of a training row that "
+            f"has the other label{where}."
         )
     train, judged = leaks["contracts"]["train"], leaks["contracts"]["eval"]
     if train != judged:
         said.append(
-            f"Label contracts differ: {', '.join(train)} in training, {', '.join(judged)} in evaluation. A 1 may not mean the same."
+            f"Label contracts differ: {', '.join(train)} in training, {', '.join(judged)} in "
+            "evaluation. A 1 may not mean the same."
         )
     if where and not (leaks["near"] or leaks["near_other_label"]):
         said.append(f"No near-copies were found{where}.")
@@ -473,7 +483,8 @@ def refuse_leaked(
     "Raise `DataError` where every evaluation pair was trained on: such a score measures memory and nothing else."
     if leaks["judged"] and leaks["pairs"] == leaks["judged"]:
         raise DataError(
-            f"all {leaks['judged']:,} evaluation pairs of {judged} are among the training rows of {train}: the score would measure memory. Evaluate on rows that are not trained on"
+            f"all {leaks['judged']:,} evaluation pairs of {judged} are among the training rows of "
+            f"{train}: the score would measure memory. Evaluate on rows that are not trained on"
         )
 
 # %% ../nbs/10_check.ipynb #b001caa7
@@ -481,7 +492,8 @@ def refuse_equal_files(
     train,
     judged,  # paths of training and evaluation rows
 ):
-    "Raise `DataError` where the two are one file, or have the same bytes. Files that are not there are for others to refuse."
+    """Raise `DataError` where the two are one file, or have the same bytes. Files that are not there are for
+    others to refuse."""
     train, judged = Path(train), Path(judged)
     if not (train.is_file() and judged.is_file()):
         return
@@ -494,7 +506,8 @@ def refuse_equal_files(
     )
     if same:
         raise DataError(
-            f"train_data {train} and eval_data {judged} are {same}: the score would measure memory. Give evaluation rows that are not trained on"
+            f"train_data {train} and eval_data {judged} are {same}: the score would measure memory. "
+            "Give evaluation rows that are not trained on"
         )
 
 # %% ../nbs/10_check.ipynb #df679464
@@ -589,7 +602,8 @@ def write_images(images: list, names: list, out: Path):
         import base64, html
 
         body = "".join(
-            f'<h2>{html.escape(n)}</h2><img alt="{html.escape(n)}" src="data:image/png;base64,{base64.b64encode(i).decode()}">'
+            f'<h2>{html.escape(n)}</h2><img alt="{html.escape(n)}" '
+            f'src="data:image/png;base64,{base64.b64encode(i).decode()}">'
             for n, i in zip(names, images)
         )
         data = f'<!doctype html><meta charset="utf-8"><title>NLI data</title>{body}'.encode()

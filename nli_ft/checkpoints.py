@@ -49,8 +49,9 @@ def newest_checkpoint(
     folders,  # checkpoint folders
     say=print,  # called with a line for every newer one that is passed over
 ):  # Path, or None
-    """The newest whole checkpoint of several. Within the folder of one run it is the one with the most steps, whatever the clock said; of several
-    runs, one of the run that saved last by its own account: copying a folder changes the times of the file system."""
+    """The newest whole checkpoint of several. Within the folder of one run it is the one with the most steps,
+    whatever the clock said; of several runs, one of the run that saved last by its own account: copying a
+    folder changes the times of the file system."""
     runs = {}
     for f in map(Path, folders):
         if step_of(f) >= 0:
@@ -67,7 +68,8 @@ def rotate_checkpoints(
     limit: int | None,  # how many are kept; None: all
     keep: tuple,  # those that stay in any case: the one just saved, the best one; None among them is nothing
 ):
-    "Delete the checkpoints with the fewest steps. Only folders named as a checkpoint count: a copy under another name is its owner's."
+    """Delete the checkpoints with the fewest steps. Only folders named as a checkpoint count: a copy under
+    another name is its owner's."""
     if limit is None:
         return
     there = sorted(
@@ -81,7 +83,8 @@ def rotate_checkpoints(
 
 # %% ../nbs/31_checkpoints.ipynb #9973ee5d
 def find_checkpoint(cfg: Config, say=lambda line: None):  # Path, or None where nothing is to be resumed
-    "The folder that `resume_from_checkpoint` means; `latest` is the newest whole checkpoint of this config and seed. Raises `ConfigError`."
+    """The folder that `resume_from_checkpoint` means; `latest` is the newest whole checkpoint of this config
+    and seed. Raises `ConfigError`."""
     want = cfg.resume_from_checkpoint
     if want is None:
         return None
@@ -103,7 +106,8 @@ def find_checkpoint(cfg: Config, say=lambda line: None):  # Path, or None where 
     found = newest_checkpoint(mine, say)
     if found is None:
         raise ConfigError(
-            f"resume_from_checkpoint = latest: no whole checkpoint of config {cfg.name!r} with seed {cfg.seed} under {cfg.output_dir}; "
+            f"resume_from_checkpoint = latest: no whole checkpoint of config {cfg.name!r} with seed "
+            f"{cfg.seed} under {cfg.output_dir}; "
             "leave resume_from_checkpoint out to start afresh"
         )
     return found

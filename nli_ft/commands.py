@@ -27,7 +27,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=fmt,
         description="NLI data: SFT rows from thoughts, checks, plots, public sets.",
         epilog="""examples:
-  nli_data prepare --thoughts thoughts.jsonl --reflections reflections.jsonl --output data/finetune/train_ft.jsonl --splits 0.8,0.1,0.1
+  nli_data prepare --thoughts thoughts.jsonl --reflections reflections.jsonl \
+--output data/finetune/train_ft.jsonl --splits 0.8,0.1,0.1
   nli_data check data/finetune/train_ft.jsonl data/finetune/dev_ft.jsonl --tokenizer PATH_OR_HUB_ID
   nli_data stats data/finetune/train_ft.jsonl --out stats.png
   nli_data download --dataset snli --split validation --output data/snli_dev.jsonl
@@ -145,7 +146,8 @@ def _stats(ns) -> int:
             f"{part} ({label}) {quantile(h, 0.5)}" for (part, label), h in sorted(st["words"].items())
         )
         print(
-            f"{path}: {sum(st['labels'].values()):,} rows, labels {dict(sorted(st['labels'].items()))}; median words by label: {mid}"
+            f"{path}: {sum(st['labels'].values()):,} rows, labels "
+            f"{dict(sorted(st['labels'].items()))}; median words by label: {mid}"
         )
     print(f"plots written to {ns.out}")
     return 0

@@ -164,7 +164,8 @@ def markdown(
 def plot_differences(
     rows,  # from `compare_runs` or `compare_configs`
 ):  # Figure
-    "Forest plot: each difference to the baseline in points, with its interval; blue where it can be told from noise, hollow where there is no verdict."
+    """Forest plot: each difference to the baseline in points, with its interval; blue where it can be told
+    from noise, hollow where there is no verdict."""
     from nli_ft.report import BLUE, GREY, new_figure
 
     shown = [r for r in rows if "difference" in r]
@@ -233,7 +234,8 @@ def _entries(refs):
 def distinct(
     refs,  # run folders; `<folder>:before` is the untrained model of that run
 ) -> tuple:  # (folders that are runs of their own, [(folder, why it is not)])
-    "`distinct_entries` of folders: what both `nli_compare` and compare.ipynb leave out. Raises `RecordError` where runs cannot be compared."
+    """`distinct_entries` of folders: what both `nli_compare` and compare.ipynb leave out. Raises `RecordError`
+    where runs cannot be compared."""
     refs = list(dict.fromkeys(map(str, refs)))
     entries = _entries(refs)
     why = distinct_entries(entries)[1]
@@ -317,11 +319,13 @@ def _save(path, rows, by, said):
 # %% ../nbs/28_compare.ipynb #421a53d1
 @command
 def compare_cli(argv=None) -> int:
-    "Compare runs on the same items: scores with intervals, paired differences, and whether they can be told from noise."
+    """Compare runs on the same items: scores with intervals, paired differences, and whether they can be told
+    from noise."""
     p = argparse.ArgumentParser(
         prog="nli_compare",
         description=compare_cli.__doc__,
-        epilog="example: nli_compare --all ablation1 ablation2 --out compare.md; RUN:before is the untrained model of a run",
+        epilog="example: nli_compare --all ablation1 ablation2 --out compare.md; RUN:before is the "
+        "untrained model of a run",
     )
     p.add_argument("runs", nargs="*", metavar="RUN", help="records' folders; the first is the baseline")
     p.add_argument(

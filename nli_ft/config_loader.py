@@ -222,7 +222,8 @@ class RecordKeys:
         "checkpoint folder to go on from, or latest; none: start afresh", path=True, result=False
     )
     allow_changed: bool = key(
-        "resume although rows, length, config or number of processes are not the checkpoint's: the result is a run of neither config",
+        "resume although rows, length, config or number of processes are not the checkpoint's: the "
+        "result is a run of neither config",
         result=False,
     )
     use_wandb: bool = key(
@@ -233,16 +234,19 @@ class RecordKeys:
     wandb_run_name: str | None = key("W&B run name; none: the run id", result=False)
     wandb_run_id: str | None = key("W&B run to go on with, when resuming", result=False)
     report_to: str | None = key(
-        "other trackers to send metrics to, as transformers calls them and with commas between: tensorboard, mlflow, comet_ml, swanlab, trackio …; "
+        "other trackers to send metrics to, as transformers calls them and with commas between: "
+        "tensorboard, mlflow, comet_ml, swanlab, trackio …; "
         "what they write lies in the record. W&B has use_wandb",
         result=False,
     )
     device: str = key(
-        "auto: the first CUDA device, else the CPU for embedded models only; cpu: really use the CPU, whatever the model",
+        "auto: the first CUDA device, else the CPU for embedded models only; cpu: really use the "
+        "CPU, whatever the model",
         choices=("auto", "cuda", "cpu"),
     )
     cpu_speed: bool = key(
-        "on a CPU: the faster attention, products, head and memory of this package (about four times as fast); false: those of PyTorch and TRL",
+        "on a CPU: the faster attention, products, head and memory of this package (about four times "
+        "as fast); false: those of PyTorch and TRL",
         result=False,
     )
     gpu_id: int | None = key("index of the one GPU to use; none: the first visible", lo=0, result=False)

@@ -128,7 +128,8 @@ def shortcuts(
 def check_shortcuts(
     corpus: dict,  # split -> rows, as from `generate`
 ) -> dict:  # split -> what `shortcuts` finds
-    "Raise DataError, with category, reader and share, where a reader without understanding solves a category of a file that judges."
+    """Raise DataError, with category, reader and share, where a reader without understanding solves a category
+    of a file that judges."""
     learnt = dict(boosted_tree=BoostedTree().fit(corpus["train"]), lookup=Lookup().fit(corpus["train"]))
     table = {
         split: shortcuts(corpus["train"], rows, learnt) for split, rows in corpus.items() if split != "train"
@@ -144,7 +145,8 @@ def check_shortcuts(
                     solved.append(f"{split}, {category}: {name} is right on {share:.3f} of {n} rows")
     if solved:
         raise DataError(
-            f"no corpus is written: readers without understanding are right on more than {LIMIT} of a category; take another seed, "
+            f"no corpus is written: readers without understanding are right on more than {LIMIT} of a "
+            "category; take another seed, "
             "or mend the category in nbs/45_quadruples.ipynb\n" + "\n".join(f"  - {s}" for s in solved)
         )
     return table
@@ -157,7 +159,8 @@ MEASURES = dict(  # file -> what it measures
     test_templates="new wordings, new words",
     test_pairs="quantifiers never seen in their category, new pairs of wordings, new words",
     test_depth3="premises that join three facts, new words",
-    test_direction="minimal pairs in both directions, where adding and where deleting a modifier is safe: new pairs of wordings, new words",
+    test_direction="minimal pairs in both directions, where adding and where deleting a modifier is safe: new pairs "
+    "of wordings, new words",
 )
 
 
@@ -168,7 +171,8 @@ def write_corpus(
     overwrite: bool = False,
     template: str = "brief",
 ) -> dict:  # split -> rows written
-    "Write every split as `<split>.jsonl`, and `manifest.json`. Raises DataError, before anything is written, where a file exists and `overwrite` is not set, or a shortcut solves a category."
+    """Write every split as `<split>.jsonl`, and `manifest.json`. Raises DataError, before anything is written,
+    where a file exists and `overwrite` is not set, or a shortcut solves a category."""
     out, corpus = Path(out), generate(size, seed, template)
     names = [*(f"{split}.jsonl" for split in corpus), "manifest.json"]
     there = [name for name in names if (out / name).exists()]
@@ -248,7 +252,8 @@ def corpus_cli(argv=None) -> int:  # exit code
         "--size",
         choices=SIZES,
         default="tiny",
-        help="rows of train/dev/test: tiny 640/120/240, small 3968/360/720, full 24064/2280/4560; demo: two easy categories, 640/128/240",
+        help="rows of train/dev/test: tiny 640/120/240, small 3968/360/720, full 24064/2280/4560; demo: "
+        "two easy categories, 640/128/240",
     )
     ap.add_argument("--out", required=True, help="folder for train.jsonl, dev.jsonl, test*.jsonl")
     ap.add_argument("--seed", type=int, default=0, help="same seed, same bytes")

@@ -37,7 +37,8 @@ _parts = PARTS  # those that are at work
 def only(
     parts,  # names from `PARTS`
 ):
-    "Context in which the other parts of this room are off, whatever a config says. Raises `ValueError` for a name that is no part."
+    """Context in which the other parts of this room are off, whatever a config says. Raises `ValueError` for a
+    name that is no part."""
     global _parts
     if unknown := set(parts) - PARTS:
         raise ValueError(f"no part of the CPU speed: {sorted(unknown)}. There are {sorted(PARTS)}")
@@ -58,8 +59,9 @@ def at_work(
 
 # %% ../nbs/15_cpu_speed.ipynb #8f81cb2a
 class _BlockedAttention(torch.autograd.Function):
-    """Causal attention in blocks of queries. Shapes: q (rows, tokens, heads, dim), already scaled; k, v (rows, kv heads, tokens, dim);
-    keep (rows or 1, 1, tokens, tokens), True where a query sees a key, or None. Result as q."""
+    """Causal attention in blocks of queries. Shapes: q (rows, tokens, heads, dim), already scaled; k, v (rows,
+    kv heads, tokens, dim); keep (rows or 1, 1, tokens, tokens), True where a query sees a key, or None.
+    Result as q."""
 
     BLOCK = 96  # queries
 
@@ -69,13 +71,16 @@ class _BlockedAttention(torch.autograd.Function):
         KV = k.shape[1]
         for lo in range(0, L, _BlockedAttention.BLOCK):
             hi = min(L, lo + _BlockedAttention.BLOCK)
+
             # query heads that share a key head are rows of one product
-            fold = lambda x: (
-                x[:, lo:hi].view(B, hi - lo, KV, H // KV, D).permute(0, 2, 3, 1, 4).reshape(B, KV, -1, D)
-            )
-            unfold = lambda x: (
-                x.view(B, KV, H // KV, hi - lo, D).permute(0, 3, 1, 2, 4).reshape(B, hi - lo, H, D)
-            )
+            def fold(x):
+                return (
+                    x[:, lo:hi].view(B, hi - lo, KV, H // KV, D).permute(0, 2, 3, 1, 4).reshape(B, KV, -1, D)
+                )
+
+            def unfold(x):
+                return x.view(B, KV, H // KV, hi - lo, D).permute(0, 3, 1, 2, 4).reshape(B, hi - lo, H, D)
+
             qb = fold(q)
             s = (qb @ k[:, :, :hi].transpose(2, 3)).view(B, H, hi - lo, hi)
             # the lowest number and not -inf: a query that sees nothing gets an average that nobody reads, not NaN
@@ -110,7 +115,8 @@ class _BlockedAttention(torch.autograd.Function):
 
 # %% ../nbs/15_cpu_speed.ipynb #ff311af1
 def blocked_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kw):
-    "An attention function of transformers: blocks for plain causal training, its SDPA function for everything else (judging, a cache, dropout, soft caps)."
+    """An attention function of transformers: blocks for plain causal training, its SDPA function for
+    everything else (judging, a cache, dropout, soft caps)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     plain = (
@@ -155,7 +161,8 @@ def held_back():  # fp32 products of this CPU
 
 # %% ../nbs/15_cpu_speed.ipynb #fd703c14
 class _Convolution(torch.autograd.Function):
-    "A product with frozen weights as a convolution; `conv2d`'s own gradient would keep the input, for that of the weights."
+    """A product with frozen weights as a convolution; `conv2d`'s own gradient would keep the input, for that
+    of the weights."""
 
     @staticmethod
     def _pixels(x):
@@ -193,8 +200,9 @@ def product(x, w, b=None):  # (..., K); frozen (M, K); frozen (M,) or None
 
 # %% ../nbs/15_cpu_speed.ipynb #511e9e46
 class _FrozenHead(torch.autograd.Function):
-    """Log-probabilities (N,) in fp32 of targets (N,) under a frozen head, weight (vocabulary, H), bias (vocabulary,) or None, for hidden states
-    (N, H); products in the autocast dtype, softmax in fp32, a tile of rows at a time."""
+    """Log-probabilities (N,) in fp32 of targets (N,) under a frozen head, weight (vocabulary, H), bias
+    (vocabulary,) or None, for hidden states (N, H); products in the autocast dtype, softmax in fp32, a tile
+    of rows at a time."""
 
     ROWS, FEW = 512, 16  # of a product; of the softmax, whose values should stay in the cache
 
@@ -254,7 +262,8 @@ def give_frozen_head(
     model,  # a causal language model with TRL's fused head, no PeftModel
     exact,  # function(model) -> whether `fused_lm_head=True` gives the log-probabilities of the model's own logits
 ) -> bool:  # whether it has it
-    "Let `model(..., fused_lm_head=True)` score trained positions only. A head that is no plain, frozen matrix, or logits that are scaled or capped, stay with TRL."
+    """Let `model(..., fused_lm_head=True)` score trained positions only. A head that is no plain, frozen
+    matrix, or logits that are scaled or capped, stay with TRL."""
     from trl.trainer.utils import FusedCausalLMOutput
 
     if "frozen_head" not in _parts or not scored_here(model.get_output_embeddings()):
@@ -311,7 +320,8 @@ def at_loading(
 
 # %% ../nbs/15_cpu_speed.ipynb #06da443b
 def _plain_weight(m):
-    "(weight, bias) that a linear layer (NF4 or plain, with or without LoRA) applies; the weight as one fp32 matrix (out, in)."
+    """(weight, bias) that a linear layer (NF4 or plain, with or without LoRA) applies; the weight as one fp32
+    matrix (out, in)."""
     from transformers.pytorch_utils import Conv1D
 
     base = getattr(m, "base_layer", m)
@@ -328,7 +338,8 @@ def _plain_weight(m):
 
 # %% ../nbs/15_cpu_speed.ipynb #c6cdfef7
 def _linear_layers(model):
-    "(name, module) of every linear layer that is quantised or carries LoRA; a LoRA layer stands for the base layer inside it."
+    """(name, module) of every linear layer that is quantised or carries LoRA; a LoRA layer stands for the base
+    layer inside it."""
     from peft.tuners.lora import LoraLayer
 
     inner = set()
@@ -365,8 +376,8 @@ def _linear(w, b):
 
 # %% ../nbs/15_cpu_speed.ipynb #11ede6d3
 def _head(head, dtype):
-    """The output head with its weights cast once instead of at every call, its input as a matrix: for a slice of a three-dimensional one
-    (`logits_to_keep`) torch copies the weights once a row of the batch."""
+    """The output head with its weights cast once instead of at every call, its input as a matrix: for a slice
+    of a three-dimensional one (`logits_to_keep`) torch copies the weights once a row of the batch."""
     w, b = head.weight.detach().to(dtype), head.bias if head.bias is None else head.bias.detach().to(dtype)
     return lambda x: torch.nn.functional.linear(x.reshape(-1, x.shape[-1]).to(dtype), w, b).reshape(
         *x.shape[:-1], -1
@@ -378,7 +389,8 @@ def merged(
     model,  # a base or PeftModel
     dtype,  # torch.dtype of the temporary weights
 ):
-    "Context in which every linear layer applies one plain matrix; DoRA layers, whose merge is not a sum, are left as they are."
+    """Context in which every linear layer applies one plain matrix; DoRA layers, whose merge is not a sum, are
+    left as they are."""
     from peft.tuners.lora import LoraLayer
 
     layers = [
@@ -395,8 +407,9 @@ def merged(
 # %% ../nbs/15_cpu_speed.ipynb #31e824f2
 @contextlib.contextmanager
 def as_loaded(model):  # a base or PeftModel
-    """Context in which what `prepare_model_for_kbit_training` made fp32 (embeddings, norms, head) has the dtype again in which it was loaded.
-    Exact both ways: the numbers are those of the narrower dtype, and none of them is trained."""
+    """Context in which what `prepare_model_for_kbit_training` made fp32 (embeddings, norms, head) has the
+    dtype again in which it was loaded. Exact both ways: the numbers are those of the narrower dtype, and
+    none of them is trained."""
     narrow = (torch.float16, torch.bfloat16)
     widened = [
         p for p in model.parameters() if p.dtype == torch.float32 and getattr(p, "loaded_as", None) in narrow
@@ -412,8 +425,8 @@ def as_loaded(model):  # a base or PeftModel
 # %% ../nbs/15_cpu_speed.ipynb #5de8c8dc
 @contextlib.contextmanager
 def fast_weights(model, cfg):
-    """Context for judging: the weights as they are when the saved adapter is loaded again, and on a CPU `merged`. On a GPU plain weights may not
-    fit beside a run, and the 4-bit kernels are fast anyway."""
+    """Context for judging: the weights as they are when the saved adapter is loaded again, and on a CPU
+    `merged`. On a GPU plain weights may not fit beside a run, and the 4-bit kernels are fast anyway."""
     plain = merged(model, compute_dtype(cfg)) if at_work("merged", cfg) else contextlib.nullcontext()
     with as_loaded(model), plain:
         yield model
@@ -427,7 +440,8 @@ def _is_4bit(m):
 
 @contextlib.contextmanager
 def dequantised_once(model):  # a base or PeftModel
-    "Context in which the 4-bit layers of a model on a CPU apply weights that were dequantised once, if they take at most a quarter of the free memory."
+    """Context in which the 4-bit layers of a model on a CPU apply weights that were dequantised once, if they
+    take at most a quarter of the free memory."""
     import psutil
 
     layers = [m for m in model.modules() if _is_4bit(m) and m.weight.device.type == "cpu"]
@@ -442,7 +456,8 @@ def dequantised_once(model):  # a base or PeftModel
 # %% ../nbs/15_cpu_speed.ipynb #d1dc00a0
 @contextlib.contextmanager
 def bf16_between_products(model):  # a PeftModel that is trained under bf16 autocast
-    "Context in which the norms of the blocks give bf16, adapters take it as it comes, and the head has its weights in bf16 beside it."
+    """Context in which the norms of the blocks give bf16, adapters take it as it comes, and the head has its
+    weights in bf16 beside it."""
     from peft.helpers import disable_input_dtype_casting
 
     norms = [
@@ -472,7 +487,8 @@ def while_training(
     model,  # the PeftModel that is trained
     cfg,  # Config: compute_dtype, device, cpu_speed
 ):
-    "Context of a training: 4-bit weights `dequantised_once` on a CPU, and under bf16 `bf16_between_products` on any device."
+    """Context of a training: 4-bit weights `dequantised_once` on a CPU, and under bf16 `bf16_between_products`
+    on any device."""
     rounds = compute_dtype(cfg) == torch.bfloat16 and "bf16_between" in _parts
     with contextlib.ExitStack() as stack:
         if at_work("dequantised_once", cfg):

@@ -35,13 +35,15 @@ def _same_task(one, other):
     b = {p["id"]: p for p in b}
     if odd := sorted(map(str, a.keys() ^ b.keys())):
         raise RecordError(
-            f"{name_a} and {name_b} were evaluated on different items ({len(a)} and {len(b)}; {len(odd)} of them, such as {odd[0]!r}, in one only)"
+            f"{name_a} and {name_b} were evaluated on different items ({len(a)} and {len(b)}; "
+            f"{len(odd)} of them, such as {odd[0]!r}, in one only)"
         )
     kinds = dict(premise="items", hypothesis="items", label="labels", prompt_hash="prompts")
     for key, what in kinds.items():
         if odd := [i for i in a if a[i].get(key) != b[i].get(key)]:
             raise RecordError(
-                f"{name_a} and {name_b} were evaluated on different {what} (for example id {odd[0]!r}; {len(odd)} of {len(a)} differ)"
+                f"{name_a} and {name_b} were evaluated on different {what} (for example id "
+                f"{odd[0]!r}; {len(odd)} of {len(a)} differ)"
             )
 
 # %% ../nbs/26_differences.ipynb #72fe77b4
@@ -93,7 +95,8 @@ def _number_or_none(x):
 
 # %% ../nbs/26_differences.ipynb #566fdcbc
 def _amounts(run):
-    "Optimizer steps done, rows and tokens that went through them; None where neither summary.json nor metrics.jsonl says so."
+    """Optimizer steps done, rows and tokens that went through them; None where neither summary.json nor
+    metrics.jsonl says so."""
     steps, rows, tokens = (
         _number_or_none(run.summary.get(k)) for k in ("steps", "rows_trained", "tokens_trained")
     )
@@ -106,7 +109,8 @@ def _amounts(run):
 
 # %% ../nbs/26_differences.ipynb #293af969
 def _amount_entry(a, b, keys):
-    """`(key or None, text)` of what was trained more or less, or None: "steps 40 → 400 (rows 640 → 6,400)", and the setting that means it.
+    """`(key or None, text)` of what was trained more or less, or None: "steps 40 → 400 (rows 640 → 6,400)",
+    and the setting that means it.
 
     With other seeds other rows may be drawn, so that a few tokens more or less say nothing: 5 % there."""
     one, two = _amounts(a), _amounts(b)
@@ -244,9 +248,11 @@ def differing(
     one,
     other,  # entries of `load_compared`
 ) -> list[str]:  # settings by name; what no setting shows as "steps 40 → 400"; last, what is not recorded
-    """What differs between two runs and could explain a difference of their scores, from what happened and not only from what was asked for.
+    """What differs between two runs and could explain a difference of their scores, from what happened and not
+    only from what was asked for.
 
-    Rows and tokens count where both records have them: with the same steps, settings and files they are the same anyway."""
+    Rows and tokens count where both records have them: with the same steps, settings and files they are the
+    same anyway."""
     (a, _, na), (b, _, nb) = one, other
     keys = one_factor([a.cfg, b.cfg], ignore=("seed", "train_data", "eval_data"))
     found, unknown = _circumstances(one, other)
@@ -270,7 +276,8 @@ def differing(
 def explains(
     differs,  # from `differing`
 ) -> list[str]:  # those entries that can be the cause of another score
-    "Left out are what is not recorded, a commit that changed nothing of the code, and an evaluation file of which the same items were asked."
+    """Left out are what is not recorded, a commit that changed nothing of the code, and an evaluation file of
+    which the same items were asked."""
     return [
         d
         for d in differs
@@ -339,7 +346,8 @@ def _majority(preds):
 
 # %% ../nbs/26_differences.ipynb #0a9376e6
 def _first(got, baseline):
-    "Entries with the baseline in front: a run folder or name, or a config's name for its first run; None keeps the order."
+    """Entries with the baseline in front: a run folder or name, or a config's name for its first run; None
+    keeps the order."""
     if baseline is None:
         return got
     base = str(baseline).rstrip("/")

@@ -95,10 +95,12 @@ def _drop_marks(text):
 
 # %% ../nbs/04_duplicates.ipynb #70c69506
 def norm_text(text: str) -> str:
-    """A text's key for comparing: two spellings of one sentence have one key, whatever their case, blanks and punctuation.
+    """A text's key for comparing: two spellings of one sentence have one key, whatever their case, blanks and
+    punctuation.
 
-    NFKC, case folded, then without blanks and punctuation. Treebank spelling is undone: `a dog 's tail .` has the key of `A dog's tail.`
-    Digits keep the marks that change their value. A text of nothing but punctuation keeps it. What is written to files is never normalised."""
+    NFKC, case folded, then without blanks and punctuation. Treebank spelling is undone: `a dog 's tail .`
+    has the key of `A dog's tail.` Digits keep the marks that change their value. A text of nothing but
+    punctuation keeps it. What is written to files is never normalised."""
     if not text.isascii():
         text = _DASHES.sub("-", text)
         text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
@@ -167,9 +169,11 @@ def near_duplicates(
     threshold: float = 0.8,  # Jaccard of both premise and hypothesis
     across: bool = False,  # only rows of two files
 ):  # yields (file, id, file, id, same label?) of a later row and an earlier one
-    """Near-duplicates in a sample: candidates by MinHash LSH (`datasketch`; Broder 1997), each checked exactly. Equal pairs are not among them.
+    """Near-duplicates in a sample: candidates by MinHash LSH (`datasketch`; Broder 1997), each checked
+    exactly. Equal pairs are not among them.
 
-    A row is given at most once with its own label and once with the other one, beside a row of an earlier file where there is one."""
+    A row is given at most once with its own label and once with the other one, beside a row of an earlier
+    file where there is one."""
     from datasketch import MinHash, MinHashLSH
 
     lsh = MinHashLSH(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEGATED', 'groups_of', 'accuracy', 'class_scores', 'score', 'confidences', 'equal_mass_bins', 'reliability_bins',
-           'risk_coverage', 'count_bins', 'ece', 'calibrated_ece', 'calibration', 'overlap', 'slice_names', 'slices',
+           'risk_coverage', 'count_bins', 'ece', 'calibrated_ece', 'calibration', 'slice_names', 'slices',
            'consistency']
 
 # %% ../nbs/22_evaluate.ipynb #c4f4f9cb
@@ -18,6 +18,7 @@ from .process import DataError
 from .duplicates import norm_text
 from .paired import cluster_codes, share_right
 from .reading import negations, words
+from .baselines import overlap
 from .predictions import NO_ANSWER, check_predictions
 
 # %% ../nbs/22_evaluate.ipynb #df0023f5
@@ -35,7 +36,8 @@ def _labelled(preds):
 
 # %% ../nbs/22_evaluate.ipynb #89e684b6
 def groups_of(preds: list) -> list:  # one cluster name a row
-    "The cluster of each row: its `group_id` where it has one, else its premise up to case and blanks, else the row alone."
+    """The cluster of each row: its `group_id` where it has one, else its premise up to case and blanks, else
+    the row alone."""
 
     def cluster(i, p):
         if p.get("group_id") is not None:
@@ -61,8 +63,9 @@ def class_scores(
     y,
     a,  # gold labels; answers, no answer as 2
 ) -> dict:  # per_class, macro_precision, macro_recall, macro_f1, balanced_accuracy, mcc
-    """What looks at both classes. A value that is 0/0 is undefined, and None: everything over classes where gold has one class only, the precision of a
-    class that is never answered. Constant answers to both classes have MCC 0, its limit (Chicco and Jurman 2020, BMC Genomics 21:6)."""
+    """What looks at both classes. A value that is 0/0 is undefined, and None: everything over classes where
+    gold has one class only, the precision of a class that is never answered. Constant answers to both
+    classes have MCC 0, its limit (Chicco and Jurman 2020, BMC Genomics 21:6)."""
     from sklearn.metrics import matthews_corrcoef, precision_recall_fscore_support
 
     y, a = np.asarray(y), np.asarray(a)
@@ -85,7 +88,8 @@ def class_scores(
 def score(
     preds: list,  # prediction rows
 ) -> dict:  # see the list above and the example below; plain numbers and lists, ready for JSON
-    "All label scores of a set of predictions; raises `DataError` without rows or gold labels, `RecordError` for rows that cannot be scored."
+    """All label scores of a set of predictions; raises `DataError` without rows or gold labels, `RecordError`
+    for rows that cannot be scored."""
     from sklearn.metrics import confusion_matrix
 
     y, a = _labelled(check_predictions(preds))
@@ -123,7 +127,8 @@ def confidences(
 
 
 def equal_mass_bins(values, n_bins: int = 15):  # array of numbers; bins wanted
-    "Bin number of each value: equal counts up to ties, and ties always together (they take the bin of their mean rank)."
+    """Bin number of each value: equal counts up to ties, and ties always together (they take the bin of their
+    mean rank)."""
     from scipy.stats import rankdata
 
     return np.minimum(((rankdata(values) - 0.5) / max(len(values), 1) * n_bins).astype(int), n_bins - 1)
@@ -201,8 +206,9 @@ def calibrated_ece(
     n_draws: int = 1000,
     seed: int = 0,  # simulated sets of answers; random seed
 ) -> tuple:  # (mean ECE, its 95 % quantile)
-    """The ECE of a model whose confidences are true: answers are right with exactly the stated probability. It is not 0, because bins are small
-    (Bröcker and Smith 2007, Weather and Forecasting 22:651-661; Vaicenavicius et al. 2019)."""
+    """The ECE of a model whose confidences are true: answers are right with exactly the stated probability. It
+    is not 0, because bins are small (Bröcker and Smith 2007, Weather and Forecasting 22:651-661;
+    Vaicenavicius et al. 2019)."""
     conf, rng, found = np.sort(np.asarray(conf, float)), np.random.default_rng(seed), []
     for n in _chunks(n_draws, len(conf)):
         found.append(_bin_errors(conf, rng.random((n, len(conf))) < conf, n_bins))
@@ -251,12 +257,6 @@ def calibration(
         aurc_random=float((gold != answers).mean()),
     )
 
-# %% ../nbs/22_evaluate.ipynb #ea453273
-def overlap(premise: str, hypothesis: str) -> float:  # 0 … 1
-    "Share of the hypothesis's words that occur in the premise."
-    h, p = words(hypothesis), set(words(premise))
-    return sum(w in p for w in h) / len(h) if h else 0.0
-
 # %% ../nbs/22_evaluate.ipynb #c17a235a
 NEGATED = {  # has the premise a negation, has the hypothesis -> the slice
     (False, False): "none",
@@ -269,7 +269,8 @@ NEGATED = {  # has the premise a negation, has the hypothesis -> the slice
 def slice_names(
     p: dict,  # prediction row
 ) -> dict:  # slice -> this row's value; only slices the row has something for
-    "The slices that need no other row: label, what the data carries, overlap, negation, and HANS's six cells where there is a heuristic (McCoy et al. 2019)."
+    """The slices that need no other row: label, what the data carries, overlap, negation, and HANS's six cells
+    where there is a heuristic (McCoy et al. 2019)."""
     share = overlap(p["premise"], p["hypothesis"])
     names = dict(
         label=str(p["label"]),

@@ -63,7 +63,8 @@ def _no_decoder(conf, family):
     return None
 
 # %% ../nbs/17_families.ipynb #e839d39b
-# transformers lists them among its causal models; they permute the order, read the prompt in both directions, or read pictures
+# transformers lists them among its causal models; they permute the order, read the prompt in both
+# directions, or read pictures
 _NOT_CAUSAL = ("xlnet", "cpmant", "trocr", "git")
 # found with transformers 5.23
 _NOT_HERE = dict(
@@ -83,7 +84,8 @@ def _quantised(conf):
         else getattr(quant, "quant_method", "unknown")
     )
     return (
-        f"its weights are quantised already ({getattr(method, 'value', method)}), so that an adapter could not be merged into them. "
+        f"its weights are quantised already ({getattr(method, 'value', method)}), so that an adapter "
+        "could not be merged into them. "
         "Give the same model in bf16, fp16 or fp32: quantization=nf4 quantises it here"
     )
 
@@ -131,15 +133,24 @@ def _no_tokenizer(cfg, rows):
         why = str(e).strip().splitlines()
         return f"it has no tokenizer that transformers can read ({why[0] if why else type(e).__name__:.300})"
     if not tok.is_fast:
-        return f"its tokenizer ({type(tok).__name__}) gives no character positions; save the fast one (tokenizer.json) beside the model"
+        return (
+            f"its tokenizer ({type(tok).__name__}) gives no character positions; save the fast one "
+            "(tokenizer.json) beside the model"
+        )
     if tok.eos_token is None:
-        return "its tokenizer has no EOS token, so that no answer could end; name one in its tokenizer_config.json (eos_token)"
+        return (
+            "its tokenizer has no EOS token, so that no answer could end; name one in its "
+            "tokenizer_config.json (eos_token)"
+        )
     try:
         end = end_of_turn(tok)
     except DataError as e:
         return str(e)
     if end >= rows:
-        return f"the token {tok.convert_ids_to_tokens(end)!r} that ends an answer has the id {end}, and the model embeds {rows} tokens only"
+        return (
+            f"the token {tok.convert_ids_to_tokens(end)!r} that ends an answer has the id {end}, and the "
+            f"model embeds {rows} tokens only"
+        )
     return None
 
 # %% ../nbs/17_families.ipynb #676f629d
@@ -151,9 +162,9 @@ def why_unusable(
     if why := _no_model_folder(folder):
         return said + why
     if _needs_own_code(folder):
-        return (
-            said
-            + "it brings code of its own (trust_remote_code), which is not run here; choose a model whose type transformers knows"
+        return said + (
+            "it brings code of its own (trust_remote_code), which is not run here; choose a model "
+            "whose type transformers knows"
         )
     try:
         conf = base_config(cfg)

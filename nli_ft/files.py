@@ -349,7 +349,8 @@ def plain_rows(
     if csv_quotes and not other_quotes:
         raise DataError(
             f'{path}: has cells such as "say ""no""", which are quoted as in CSV, '
-            "though cells between tabs are read as they stand; give the file a name that ends in .csv, and its quotes are read as quotes"
+            "though cells between tabs are read as they stand; give the file a name that ends in "
+            ".csv, and its quotes are read as quotes"
         )
 
 # %% ../nbs/03_files.ipynb #6cb6acb8

@@ -31,7 +31,8 @@ from .trainer import NotFinite, make_trainer_class
 
 # %% ../nbs/35_fit.ipynb #7d3b7da1
 def resume_facts(prep: Prepared) -> dict:  # ready for JSON
-    "What a checkpoint's continuation must share with it. Rows count by their token ids, so a file that moved is the same and another tokenizer is not."
+    """What a checkpoint's continuation must share with it. Rows count by their token ids, so a file that moved
+    is the same and another tokenizer is not."""
     from nli_ft.bases import base_facts
     from nli_ft.model import sharded
 
@@ -62,7 +63,8 @@ def resume_facts(prep: Prepared) -> dict:  # ready for JSON
 
 # %% ../nbs/35_fit.ipynb #a0a8711a
 def changed_facts(then: dict, now: dict) -> list:  # one line each
-    "Differences between two `resume_facts`, in words. Older checkpoints do not say their base, and nothing is said of it then."
+    """Differences between two `resume_facts`, in words. Older checkpoints do not say their base, and nothing
+    is said of it then."""
     from nli_ft.bases import base_changes
 
     bases = [f.get("base") or {} for f in (then, now)]
@@ -78,7 +80,10 @@ def changed_facts(then: dict, now: dict) -> list:  # one line each
         train_rows="training rows (their token ids)",
         eval_rows="evaluation rows (their token ids)",
     )
-    show = lambda k, v: v[:12] + "…" if k.endswith("_rows") and v else json.dumps(v)
+
+    def show(k, v):
+        return v[:12] + "…" if k.endswith("_rows") and v else json.dumps(v)
+
     return [
         f"{name.get(k, k)}: {show(k, then.get(k))} in the checkpoint, {show(k, now.get(k))} now"
         for k in {**now, "sharding": now.get("sharding")}
@@ -104,13 +109,15 @@ def resume_point(prep: Prepared, say=lambda line: None):  # Path, or None
     say(f"going on from {shown}" + "".join(f"\n  changed: {d}" for d in differs))
     if not info.get("facts", {}).get("base"):
         say(
-            f"  note: it does not say which weights of {cfg.model_id} it was trained beside (older ones do not); they are taken to be these"
+            f"  note: it does not say which weights of {cfg.model_id} it was trained beside (older "
+            "ones do not); they are taken to be these"
         )
     return found
 
 # %% ../nbs/35_fit.ipynb #2ce5c462
 def _refuse_lost_best(checkpoint):
-    "Early stopping ends by loading the best checkpoint so far, which may lie in the folder of the run that was cut off."
+    """Early stopping ends by loading the best checkpoint so far, which may lie in the folder of the run that
+    was cut off."""
     best = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")).get(
         "best_model_checkpoint"
     )
@@ -133,7 +140,10 @@ def how_to_go_on(
     kept = newest_checkpoint(Path(weights).glob("checkpoint-*"), say=lambda line: None)
     if kept is None:
         return "No checkpoint was saved yet: start it again."
-    return f"The last whole checkpoint is {os.path.relpath(kept, project_root())}; go on with `{run_command(cfg.replace(resume_from_checkpoint='latest'))}`."
+    return (
+        f"The last whole checkpoint is {os.path.relpath(kept, project_root())}; go on with "
+        f"`{run_command(cfg.replace(resume_from_checkpoint='latest'))}`."
+    )
 
 # %% ../nbs/35_fit.ipynb #38b2ca00
 def resolved_optim(cfg: Config) -> str:  # an `optim` of transformers
@@ -163,7 +173,10 @@ def training_args(
         message=".*(gradient_checkpointing|is_gradient_checkpointing).*deprecated",
         category=FutureWarning,
     )
-    every = lambda n: dict(strategy="steps", steps=n) if n else dict(strategy="epoch", steps=None)
+
+    def every(n):
+        return dict(strategy="steps", steps=n) if n else dict(strategy="epoch", steps=None)
+
     ev, save, stop = every(cfg.eval_steps), every(cfg.save_steps), cfg.early_stopping_patience is not None
     return SFTConfig(
         output_dir=str(out),
@@ -207,7 +220,8 @@ def training_args(
         remove_unused_columns=False,
         prediction_loss_only=True,
         disable_tqdm=True,
-        router_aux_loss_coef=0.0,  # TRL would switch it on for every mixture of experts: no likelihood, and the router is frozen
+        # TRL would switch it on for every mixture of experts: no likelihood, and the router is frozen
+        router_aux_loss_coef=0.0,
         report_to=trackers(cfg),
         run_name=Path(out).name,
         project=cfg.name,  # as W&B's: the group is the config, the run its record
@@ -240,7 +254,8 @@ def print_log(logs: dict):
     left = f"   {logs['eta_s'] / 60:.1f} min left" if logs.get("eta_s") else ""
     lr = f"   lr {logs['learning_rate']:.2e}" if "learning_rate" in logs else ""
     print(
-        f"step {logs['step']:>5}/{logs['steps']}   {'held-out ' if pre else ''}loss {logs[pre + 'loss']:.4f}   thought {logs.get(pre + 'loss_thought', math.nan):.4f}   "
+        f"step {logs['step']:>5}/{logs['steps']}   {'held-out ' if pre else ''}loss "
+        f"{logs[pre + 'loss']:.4f}   thought {logs.get(pre + 'loss_thought', math.nan):.4f}   "
         f"label {logs.get(pre + 'loss_label', math.nan):.4f}{lr}{left}",
         flush=True,
     )
@@ -283,7 +298,8 @@ def _stream(on_log):
 def stop_requests(
     alone: bool = True,  # one process: there a second ctrl-c ends it at once
 ):  # list of the signals that came
-    "While training: the signals that ask to end are noted, and acted upon at the end of the step. Launchers and closing terminals send several."
+    """While training: the signals that ask to end are noted, and acted upon at the end of the step. Launchers
+    and closing terminals send several."""
     asked = []
 
     def on_signal(signum, frame):
@@ -307,7 +323,8 @@ def stop_requests(
 
 # %% ../nbs/35_fit.ipynb #f8fe6117
 def _flow(asked, accelerator):
-    "A callback with what transformers' flow of logs, evaluations and checkpoints lacks for stopping and for an exact resume."
+    """A callback with what transformers' flow of logs, evaluations and checkpoints lacks for stopping and for
+    an exact resume."""
     from transformers import TrainerCallback
 
     class Flow(TrainerCallback):
@@ -320,7 +337,8 @@ def _flow(asked, accelerator):
             self.stop = self._stop()
             if self.stop:
                 control.should_save = True
-            # where an epoch or the training ends an evaluation may follow, and a checkpoint from before it would never be evaluated
+            # where an epoch or the training ends an evaluation may follow, and a checkpoint from before it
+            # would never be evaluated
             self.late = control.should_save and (state.global_step >= state.max_steps or state.epoch % 1 == 0)
             control.should_save = control.should_save and not self.late
             self._log(control)
@@ -357,11 +375,12 @@ def fit(
     out,  # folder for checkpoints and adapter
     on_log=print_log,  # called with every log, as it happens
     start=None,  # checkpoint to go on from, of `resume_point`; None: looked for if the config asks for one
-) -> dict:  # processes, steps, rows_trained, tokens_trained, train_loss, train_s, train_tokens, tokens_per_s; resumed_from where it was
-    """Train and save the adapter in `out/adapter`; returns what was done in all (steps, rows_trained, tokens_trained) and what it cost (of a resumed run: since then).
+) -> dict:  # processes, steps, rows and tokens trained, train_loss, train_s, tokens_per_s; resumed_from
+    """Train and save the adapter in `out/adapter`; returns what was done in all (steps, rows_trained,
+    tokens_trained) and what it cost (of a resumed run: since then).
 
-    Raises `Interrupted` after SIGINT, SIGTERM or SIGHUP, with a checkpoint saved, and `TrainingStopped` for a step that is not finite or a checkpoint that
-    cannot be written; both say how to go on."""
+    Raises `Interrupted` after SIGINT, SIGTERM or SIGHUP, with a checkpoint saved, and `TrainingStopped` for
+    a step that is not finite or a checkpoint that cannot be written; both say how to go on."""
     from nli_ft.cpu_speed import while_training
     from nli_ft.model import sharded
 
@@ -412,7 +431,8 @@ def fit(
 
 # %% ../nbs/35_fit.ipynb #32b2380a
 def _rows_trained(prep, steps, epochs):
-    "Rows that went through so many steps, each as often as it was trained on; the last step of an epoch may hold fewer."
+    """Rows that went through so many steps, each as often as it was trained on; the last step of an epoch may
+    hold fewer."""
     n, count = len(prep.train), step_counts(prep.cfg, len(prep.train))
     if prep.cfg.use_packing:
         return round(epochs * n)  # a row of a batch is several of ours
@@ -428,7 +448,8 @@ def _say():
 def never_fatal(
     callback,  # a tracker's `TrainerCallback`, changed in place
 ):
-    "Training does not end because its tracker does: the failure is said once, and the tracker is left alone from then on."
+    """Training does not end because its tracker does: the failure is said once, and the tracker is left alone
+    from then on."""
     broken = []
 
     def guarded(event):
@@ -440,7 +461,8 @@ def never_fatal(
             except Exception as e:
                 broken.append(e)
                 print(
-                    f"{type(callback).__name__} failed ({type(e).__name__}: {e}); training goes on without it, the record is complete",
+                    f"{type(callback).__name__} failed ({type(e).__name__}: {e}); training goes on "
+                    "without it, the record is complete",
                     flush=True,
                 )
 
@@ -537,7 +559,10 @@ def _not_finite(e, prep):
         if any(array("i", enc.input_ids).tobytes() in s for s in seen)
     ]
     clip = "" if prep.cfg.max_grad_norm else " or set max_grad_norm=1.0"
-    return f"{e}; the step was not taken. Rows of the batch: {', '.join(ids)}. Look at them; if they are sound, lower learning_rate (now {prep.cfg.learning_rate:g}){clip}."
+    return (
+        f"{e}; the step was not taken. Rows of the batch: {', '.join(ids)}. Look at them; if they are "
+        f"sound, lower learning_rate (now {prep.cfg.learning_rate:g}){clip}."
+    )
 
 # %% ../nbs/35_fit.ipynb #2f2301aa
 def _save_whole(trainer, prep, folder, state=None):
@@ -551,6 +576,6 @@ def _save_whole(trainer, prep, folder, state=None):
         raise TrainingStopped(f"{e}. {how_to_go_on(prep.cfg, folder.parent)}") from e
     except Exception as e:  # of several libraries, as for checkpoints
         raise TrainingStopped(
-            f"the adapter could not be written to {folder} ({type(e).__name__}: {e}). Make room on the disk, or choose another output_dir. "
-            + how_to_go_on(prep.cfg, folder.parent)
+            f"the adapter could not be written to {folder} ({type(e).__name__}: {e}). Make room on "
+            "the disk, or choose another output_dir. " + how_to_go_on(prep.cfg, folder.parent)
         ) from e

@@ -29,7 +29,8 @@ from .answers import json_closed, marks_thinking, parse_completion
 def digit_pairs(
     tok,  # tokenizer
 ) -> tuple:  # pairs of ids: (writes label 0, writes label 1)
-    "Token ids that write the label digit, one pair for each way of spacing and quoting it; `DataError` if the tokenizer cannot tell 0 from 1."
+    """Token ids that write the label digit, one pair for each way of spacing and quoting it; `DataError` if
+    the tokenizer cannot tell 0 from 1."""
     pairs = []
     for before in (
         '{"predicted_label": ',
@@ -41,7 +42,8 @@ def digit_pairs(
         pair = next(((z, o) for z, o in zip(zero, one) if z != o), None)
         if pair is None:
             raise DataError(
-                f"this tokenizer encodes label 0 and label 1 alike after {before!r}: no label can be generated or scored"
+                f"this tokenizer encodes label 0 and label 1 alike after {before!r}: no label can be "
+                "generated or scored"
             )
         if pair not in pairs:
             pairs.append(pair)
@@ -56,14 +58,16 @@ _LOOSE_LABEL = re.compile(
 
 @lru_cache(maxsize=8)
 def _hidden_ids(tok):
-    "Special tokens that are no text, where the tokenizer counts the marks of thinking among its special tokens; else None."
+    """Special tokens that are no text, where the tokenizer counts the marks of thinking among its special
+    tokens; else None."""
     special = set(tok.all_special_ids)
     marks = {i for i in special if marks_thinking(tok.convert_ids_to_tokens(i))}
     return special - marks if marks else None
 
 # %% ../nbs/18_generate.ipynb #fbfcd32f
 def _text_of_ids(tok, ids):
-    "The text of generated ids, without special tokens, but with the marks of thinking: what stands between them is no answer."
+    """The text of generated ids, without special tokens, but with the marks of thinking: what stands between
+    them is no answer."""
     hidden = _hidden_ids(tok)
     if hidden is None:
         return tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -243,7 +247,8 @@ def left_pad(
 
 # %% ../nbs/18_generate.ipynb #c4913037
 def _end_ids(model, tok):
-    "Every id that ends a completion: what training taught, the tokenizer's EOS, and what the weights' own generation settings name."
+    """Every id that ends a completion: what training taught, the tokenizer's EOS, and what the weights' own
+    generation settings name."""
     named = getattr(_inner(model).generation_config, "eos_token_id", None)
     named = named if isinstance(named, (list, tuple)) else [named]
     return sorted({i for i in [end_of_turn(tok), tok.eos_token_id, *named] if i is not None})
@@ -256,7 +261,8 @@ def _check_prompts(model, prompts, max_new_tokens):
             raise DataError(f"prompt {i} is empty: nothing to continue")
         if limit and len(p) + max_new_tokens > limit:
             raise DataError(
-                f"prompt {i} has {len(p)} tokens: with {max_new_tokens} new ones it exceeds the model's {limit} positions; "
+                f"prompt {i} has {len(p)} tokens: with {max_new_tokens} new ones it exceeds the "
+                f"model's {limit} positions; "
                 "lower max_new_tokens or leave the row out"
             )
 
@@ -288,8 +294,9 @@ def shared_start(
     new: int = 1,  # tokens that may follow a prompt
     least: int = 8,  # tokens; fewer are not worth it
 ):  # SharedStart, or None
-    """The longest common start of several prompts, leaving each a token of its own. None where padding behind it would count: in a window that
-    is narrower than a row, in a recurrent state, and where positions are not told."""
+    """The longest common start of several prompts, leaving each a token of its own. None where padding behind
+    it would count: in a window that is narrower than a row, in a recurrent state, and where positions are
+    not told."""
     import torch
 
     n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts), default=1) - 1)
@@ -324,7 +331,8 @@ def generate_batch(
     temperature: float = 0.7,  # of sampling
     start=None,  # from `shared_start`, where all prompts have one
 ) -> list:  # dicts of text, n_tokens, finish, p_entail, in the order of `prompts`
-    "Complete one batch. Only completion tokens are decoded; `n_tokens` counts them, EOS included; `finish` is stop or length."
+    """Complete one batch. Only completion tokens are decoded; `n_tokens` counts them, EOS included; `finish`
+    is stop or length."""
     import torch
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
@@ -388,8 +396,9 @@ def row_progress(
     done: int = 0,  # of them before the start
     show: bool = True,
 ):
-    """Yields `update(n)`, to be called when `n` more rows are there. A bar in a terminal; anywhere else (notebook, papermill, log file) a line
-    every ten seconds, because a bar is rewritten with carriage returns, and each of them stays in an executed notebook."""
+    """Yields `update(n)`, to be called when `n` more rows are there. A bar in a terminal; anywhere else
+    (notebook, papermill, log file) a line every ten seconds, because a bar is rewritten with carriage
+    returns, and each of them stays in an executed notebook."""
     from tqdm import tqdm
 
     if not show or sys.stderr.isatty():

@@ -24,7 +24,8 @@ CONTRACTS = dict(
     ),
     course=dict(
         maps=dict(snli=dict(entailment=1, contradiction=0), multi_nli=dict(neutral=1, contradiction=0)),
-        says="the course set as measured (248 of 248 joined rows): SNLI entailment 1, contradiction 0; MNLI neutral 1, contradiction 0",
+        says="the course set as measured (248 of 248 joined rows): SNLI entailment 1, contradiction 0; "
+        "MNLI neutral 1, contradiction 0",
     ),
 )
 

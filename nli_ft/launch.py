@@ -66,8 +66,10 @@ def check_parameters(
     n = sum("parameters" in c.metadata.get("tags", []) for c in nb.cells)
     if n != 1:
         raise RecordError(
-            f"{path}: {n} cells carry the tag `parameters`, one must; without it papermill runs the notebook's own defaults. Add the tag to the "
-            "parameters cell (JupyterLab: property inspector, Cell Tags) and keep `allowed_cell_metadata_keys = tags` in settings.ini, "
+            f"{path}: {n} cells carry the tag `parameters`, one must; without it papermill runs the "
+            "notebook's own defaults. Add the tag to the "
+            "parameters cell (JupyterLab: property inspector, Cell Tags) and keep "
+            "`allowed_cell_metadata_keys = tags` in settings.ini, "
             "or nbdev_clean strips it again"
         )
 
@@ -90,7 +92,8 @@ def papermill_overrides(
     cells: list,  # sources of the executed cells, oldest first: IPython's `In`
     overrides: str,  # the notebook's own parameter
 ) -> dict:  # config key -> value, for `load_config`
-    "`overrides`, and every config key that `papermill -p` gave beside it. Raises `ConfigError` for a name that is neither."
+    """`overrides`, and every config key that `papermill -p` gave beside it. Raises `ConfigError` for a name
+    that is neither."""
     merged = parse_overrides(overrides)
     for name, value in _injected(cells).items():
         if name in _PARAMETERS or name.startswith("PAPERMILL_"):
@@ -135,9 +138,11 @@ def _kernel_group(made):
 # %% ../nbs/37_launch.ipynb #51231a1a
 @contextmanager
 def _stop_on_signal(made, asked):
-    """From the first cell to the closed record: the first signal interrupts the kernel, the second ends it. They are noted in `asked`.
+    """From the first cell to the closed record: the first signal interrupts the kernel, the second ends it.
+    They are noted in `asked`.
 
-    SIGHUP is never a second one. A terminal that closes sends it twice, and a session that ends sends it beside SIGTERM."""
+    SIGHUP is never a second one. A terminal that closes sends it twice, and a session that ends sends it
+    beside SIGTERM."""
 
     def on_signal(signum, frame):
         first = not asked
@@ -175,7 +180,8 @@ def _kernel_guard(made):
 
 # %% ../nbs/37_launch.ipynb #789b6759
 class RunFailed(Exception):
-    "A run that was started and did not finish. `exit_code`: 1, 2 when it was refused before training, 128 + the signal's number when interrupted."
+    """A run that was started and did not finish. `exit_code`: 1, 2 when it was refused before training, 128 +
+    the signal's number when interrupted."""
 
     def __init__(self, message, run_dir, exit_code=1):
         super().__init__(message)
@@ -201,7 +207,8 @@ def _failure(e, run):
 
 # %% ../nbs/37_launch.ipynb #af3bf8d7
 def _tidy(path, root):
-    "Make the executed notebook a shareable file: paths relative to the project, credentials out. An unreadable one stays as it is."
+    """Make the executed notebook a shareable file: paths relative to the project, credentials out. An
+    unreadable one stays as it is."""
     try:
         nb = json.loads(path.read_text(encoding="utf8"))
     except (OSError, ValueError):
@@ -213,7 +220,8 @@ def _tidy(path, root):
 
 # %% ../nbs/37_launch.ipynb #32eacb50
 def _execute(notebook, run, params, made):
-    "Execute `notebook` into `<run>/train.ipynb` on this Python, from the project's folder, its output shown as it comes. The kernel is put into `made`."
+    """Execute `notebook` into `<run>/train.ipynb` on this Python, from the project's folder, its output shown
+    as it comes. The kernel is put into `made`."""
     import papermill
 
     out = str(run / "train.ipynb").replace("{", "{{").replace("}", "}}")  # papermill formats paths
@@ -241,8 +249,9 @@ def run_notebook(
 ) -> Path:  # the record's folder
     """Execute a notebook into a new record and return its folder.
 
-    Raises `NliError` for anything wrong before a folder was made, `RunFailed` for a run that did not finish; the record then says failed or
-    interrupted and why, and keeps the notebook with the error in it. The notebook opens and closes the record itself."""
+    Raises `NliError` for anything wrong before a folder was made, `RunFailed` for a run that did not
+    finish; the record then says failed or interrupted and why, and keeps the notebook with the error in it.
+    The notebook opens and closes the record itself."""
     root = project_root()
     if not isinstance(cfg, Config):
         cfg = load_config(cfg, overrides)
@@ -286,7 +295,8 @@ def _outcome(run):
 
 
 def _asked_to_stop(status, why, signum):
-    "`(status, why, exit_code)` of a run that did not finish after a signal. A scheduler sends it to the kernel too, which may die of it."
+    """`(status, why, exit_code)` of a run that did not finish after a signal. A scheduler sends it to the
+    kernel too, which may die of it."""
     if status != "interrupted":
         why = f"stopped by {signal.Signals(signum).name} ({why})"
     return "interrupted", why, 128 + signum
@@ -307,7 +317,8 @@ def _planned(ns):
 
 # %% ../nbs/37_launch.ipynb #0796e0ec
 def _run_all(cfgs):
-    "Run one after another; `(records, exit code)`. The code of an interruption wins, then that of a failure, then that of a refusal."
+    """Run one after another; `(records, exit code)`. The code of an interruption wins, then that of a failure,
+    then that of a refusal."""
     done, codes = [], {0}
     for i, cfg in enumerate(cfgs):
         print(f"[{i + 1}/{len(cfgs)}] {run_command(cfg)}", flush=True)
@@ -367,11 +378,13 @@ def _executor(args: dict, folder):
     args = {"cluster": "slurm", "name": "nli_ft"} | args
     if not {"timeout_min", "slurm_time"} & set(args):
         raise ConfigError(
-            "--engine_args: timeout_min is missing, the minutes after which a job is ended; submitit's own value is five"
+            "--engine_args: timeout_min is missing, the minutes after which a job is ended; "
+            "submitit's own value is five"
         )
     if args.get("nodes", 1) != 1 or args.get("tasks_per_node", 1) != 1:
         raise ConfigError(
-            "--engine_args: a job is one task on one node, because each task would be the whole run (distributed_training starts its own processes there). "
+            "--engine_args: a job is one task on one node, because each task would be the whole run "
+            "(distributed_training starts its own processes there). "
             "For several nodes: sbatch --nodes 2 scripts/slurm.sh"
         )
     cluster = args.pop("cluster")
@@ -408,7 +421,9 @@ def _job_outcome(job):
         return (
             None,
             1,
-            f"job {job.job_id} ended without a result ({job.state}; {why[-1].strip() if why else type(e).__name__}). Its log: {os.path.relpath(job.paths.stderr)}",
+            f"job {job.job_id} ended without a result ({job.state}; "
+            f"{why[-1].strip() if why else type(e).__name__}). Its log: "
+            f"{os.path.relpath(job.paths.stderr)}",
         )
 
 # %% ../nbs/37_launch.ipynb #a39b646a
@@ -421,7 +436,9 @@ def _submit_all(cfgs, executor):
             jobs = [executor.submit(run_as_job, _spec(c), overrides_text(c), str(c.root)) for c in cfgs]
     except Exception as e:
         raise ConfigError(
-            f"the cluster refused the jobs: {str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__}. Correct --engine_args"
+            "the cluster refused the jobs: "
+            f"{str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__}. Correct "
+            "--engine_args"
         ) from e
     for i, (c, j) in enumerate(zip(cfgs, jobs)):
         print(f"[{i + 1}/{len(cfgs)}] job {j.job_id}: {run_command(c)}", flush=True)
@@ -435,7 +452,8 @@ def _submit_all(cfgs, executor):
             codes.add(code)
     except KeyboardInterrupt:
         print(
-            f"no longer waiting; the jobs go on: {' '.join(j.job_id for j in jobs)}. `nli_runs` lists their records, `scancel` ends them",
+            f"no longer waiting; the jobs go on: {' '.join(j.job_id for j in jobs)}. `nli_runs` lists "
+            "their records, `scancel` ends them",
             file=sys.stderr,
         )
         raise
@@ -451,7 +469,8 @@ def run_cli(argv=None) -> int:
         usage="nli_run --config C [C2 …] [--seeds 1,2,3] [--key value …] [--engine submitit] [--dry_run]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  nli_run --config ablation1 ablation2 --seeds 1,2,3\n"
-        '  nli_run --config ablation2 --seeds 1,2,3 --engine submitit --engine_args "slurm_partition=gpu timeout_min=240 gpus_per_node=1"',
+        "  nli_run --config ablation2 --seeds 1,2,3 --engine submitit --engine_args "
+        '"slurm_partition=gpu timeout_min=240 gpus_per_node=1"',
     )
     add_config_args(p, config=False)
     p.add_argument(
@@ -471,7 +490,8 @@ def run_cli(argv=None) -> int:
     p.add_argument(
         "--engine_args",
         metavar="'K=V …'",
-        help="for submitit, in its words: timeout_min (needed), slurm_partition, gpus_per_node, mem_gb, cpus_per_task, slurm_setup …; "
+        help="for submitit, in its words: timeout_min (needed), slurm_partition, gpus_per_node, "
+        "mem_gb, cpus_per_task, slurm_setup …; "
         "cluster=local makes the jobs processes of this machine",
     )
     p.add_argument("--dry_run", action="store_true", help="print the commands and stop")

@@ -230,11 +230,16 @@ def modal_thought(p: Says, h: Says, rel: str) -> str:
     f = next(f for f in facts_of(p.form) if atoms(f) == {x})
     (k, l), (n, g) = mode(f), mode(h.form)
     does = dict(entailment="gives", neutral="permits", contradiction="excludes")[rel]
-    return f"the premise says {modal_text(f)}. {MODES[k]} {does} {MODES[n]} of the {'same' if l == g else 'opposite'}, so it {VERDICTS[rel]}"
+    return (
+        f"the premise says {modal_text(f)}. {MODES[k]} {does} {MODES[n]} of the "
+        f"{'same' if l == g else 'opposite'}, so it {VERDICTS[rel]}"
+    )
 
 # %% ../nbs/44_logic.ipynb #2b61e01a
 PROJECTS = dict(knows=1, unaware=1, right=1, wrong=-1, thinks=0)
-SIGNATURES = {  # what affirming and what denying says of the fact: 1 true, -1 false, 0 open (Karttunen 1971; Nairn, Condoravdi and Karttunen 2006)
+# what affirming and what denying says of the fact: 1 true, -1 false, 0 open (Karttunen 1971; Nairn,
+# Condoravdi and Karttunen 2006)
+SIGNATURES = {
     "manage": (1, -1),
     "remember": (1, -1),
     "happen": (1, -1),
@@ -335,7 +340,8 @@ def embedding_hyps(names: str, variant: str) -> list:
 
 # %% ../nbs/44_logic.ipynb #fbdc8424
 def conditional(f: tuple, g: tuple, extra: tuple, variant: str) -> Says:
-    "If f, then g. And, in a sentence of its own, a further fact: after a comma it could belong to the condition's consequence."
+    """If f, then g. And, in a sentence of its own, a further fact: after a comma it could belong to the
+    condition's consequence."""
     t = (
         f"{fact(g)} if {fact(f)}. In addition"
         if variant == "templates"

@@ -155,7 +155,8 @@ def truth_models(names: str = "bcd") -> list:
 
 # %% ../nbs/40_meanings.ipynb #f031a08c
 def world_models(names: str = "bc") -> list:
-    "What is the case (`true`), and the situations that are possible as far as is known; what is the case is one of them."
+    """What is the case (`true`), and the situations that are possible as far as is known; what is the case is
+    one of them."""
     facts = subsets(names)
     return [dict(true=now, worlds=[now, *others]) for now in facts for others in subsets_of(facts)]
 
@@ -169,7 +170,8 @@ def thing_models(
     props: str,  # property names besides A, one letter each
     most: int = 4,  # largest number of individuals
 ) -> list:
-    "Up to `most` A's, one of them pointed at, with any of `props`; import: some A has every restricting property (X, Z)."
+    """Up to `most` A's, one of them pointed at, with any of `props`; import: some A has every restricting
+    property (X, Z)."""
     kinds, narrow = [frozenset({"A"} | s) for s in subsets(props)], set(props) & set("XZ")
     ms = [
         dict(things=(this, *rest))
@@ -229,7 +231,8 @@ DUALS = {"must": "might", "might": "must"}
 
 
 def normal(f: tuple) -> tuple:  # an equivalent meaning without needless negation
-    "Drop double negation and turn denied quantifiers into their contradictories, denied adjectives into their antonyms."
+    """Drop double negation and turn denied quantifiers into their contradictories, denied adjectives into
+    their antonyms."""
     if f[0] != "not":
         return f
     g = normal(f[1])

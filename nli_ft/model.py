@@ -45,8 +45,9 @@ def sharded() -> bool:  # whether the model will be sharded over the processes
 
 # %% ../nbs/16_model.ipynb #a8de6d74
 def load_sharded_adapter(plugin, accelerator, model, folder, **_):
-    """In place of accelerate's `load_fsdp_model`, which restores an adapter in the first process only: there alone peft sees the names of the
-    weights. FSDP puts each name's whole weight into the shards of all processes."""
+    """In place of accelerate's `load_fsdp_model`, which restores an adapter in the first process only: there
+    alone peft sees the names of the weights. FSDP puts each name's whole weight into the shards of all
+    processes."""
     from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel as FSDP, StateDictType
 
     state = torch.load(Path(folder) / "pytorch_model_fsdp.bin", weights_only=True)
@@ -62,8 +63,9 @@ def load_sharded_adapter(plugin, accelerator, model, folder, **_):
 
 # %% ../nbs/16_model.ipynb #f053fd66
 def find_sharded_adapter():
-    """peft 0.21 looks for the adapter in a gathered state under the names of FSDP's wrappers, which a gathered state does not have: it would
-    find nothing, and save an empty file without a word. This gives it the names without the wrappers, and mends loading as well."""
+    """peft 0.21 looks for the adapter in a gathered state under the names of FSDP's wrappers, which a gathered
+    state does not have: it would find nothing, and save an empty file without a word. This gives it the
+    names without the wrappers, and mends loading as well."""
     import transformers.trainer
     from peft.tuners import tuners_utils
 
@@ -87,7 +89,8 @@ def keep_unpacked(model):
 
 # %% ../nbs/16_model.ipynb #440b69d9
 def _never_quantised(conf, family):
-    "Names of the layers that stay as they are in 4 bits: those whose weights are read past the layer, and then the head too; None leaves it to transformers."
+    """Names of the layers that stay as they are in 4 bits: those whose weights are read past the layer, and
+    then the head too; None leaves it to transformers."""
     if not family._is_stateful:
         return None
     model = empty_model(conf)
@@ -99,7 +102,8 @@ def load_base(
     cfg,  # Config
     train: bool = True,  # prepare it for training (norms in fp32, checkpointing as configured)
 ):
-    "The frozen base: NF4 with double quantisation, or plain weights in the compute dtype with `quantization='none'`; see `sharded` for FSDP."
+    """The frozen base: NF4 with double quantisation, or plain weights in the compute dtype with
+    `quantization='none'`; see `sharded` for FSDP."""
     # an optional CPU kernel of bitsandbytes that is not used here (see `keep_unpacked`); its absence is no news
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from peft import prepare_model_for_kbit_training
@@ -175,9 +179,11 @@ def lora_targets(
     model,  # a base, or `empty_model`
     cfg,  # Config: target_modules
 ):  # what peft gets as `target_modules`
-    """`target_modules`, each found in the model; raises `ConfigError` otherwise. In a mixture of experts `all-linear` leaves the experts out:
-    they are stacked in one tensor, of which peft would make whole matrices at every step, and which it trains without dropout only.
-    Routers stay as they are. Of a state-space mixer only `in_proj` gets one: the fused kernels read the weights of the others and go past an adapter."""
+    """`target_modules`, each found in the model; raises `ConfigError` otherwise. In a mixture of experts
+    `all-linear` leaves the experts out: they are stacked in one tensor, of which peft would make whole
+    matrices at every step, and which it trains without dropout only. Routers stay as they are. Of a
+    state-space mixer only `in_proj` gets one: the fused kernels read the weights of the others and go past
+    an adapter."""
     layers, said = linear_layers(model), cfg.target_modules
     names = {n.rpartition(".")[2] for n in layers}
     experts, bypassed = stacked_experts(model), _read_by_kernels(model, layers)
@@ -199,25 +205,30 @@ def lora_targets(
         ).rpartition(".")[2]
         if head in missing:
             raise ConfigError(
-                f"target_modules={said} puts an adapter on the output head, which stays frozen here; name layers of the blocks"
+                f"target_modules={said} puts an adapter on the output head, which stays frozen here; "
+                "name layers of the blocks"
             )
         raise ConfigError(
-            f"target_modules {missing} match no linear layer of {cfg.model_id}; it has {sorted(names)}. Name some of these, or say all-linear"
+            f"target_modules {missing} match no linear layer of {cfg.model_id}; it has "
+            f"{sorted(names)}. Name some of these, or say all-linear"
         )
     if experts and (stuck := [t for t in said if t in _EXPERT_LAYERS]):
         raise ConfigError(
-            f"target_modules {stuck} belong to the experts of {cfg.model_id}, which stay frozen here; name layers of the attention, or say all-linear"
+            f"target_modules {stuck} belong to the experts of {cfg.model_id}, which stay frozen here; "
+            "name layers of the attention, or say all-linear"
         )
     if past := sorted({n.rpartition(".")[2] for n in bypassed} & set(said)):
         raise ConfigError(
-            f"target_modules {past} are read by fused kernels in the state-space layers of {cfg.model_id}, which would go past an adapter; "
+            f"target_modules {past} are read by fused kernels in the state-space layers of "
+            f"{cfg.model_id}, which would go past an adapter; "
             "leave them out, or say all-linear"
         )
     return list(said)
 
 # %% ../nbs/16_model.ipynb #469bc4fb
 def _read_by_kernels(model, layers):
-    "Names of the linear layers in Mamba's mixers (known by their convolution and their skip weights D), but for in_proj."
+    """Names of the linear layers in Mamba's mixers (known by their convolution and their skip weights D), but
+    for in_proj."""
     mixers = {n for n, m in model.named_modules() if hasattr(m, "conv1d") and hasattr(m, "D")}
     return {n for n in layers if n.rpartition(".")[0] in mixers and not n.endswith(".in_proj")}
 
@@ -259,7 +270,8 @@ def add_lora(
     )
     if model.get_output_embeddings() is not head:
         raise ConfigError(
-            f"target_modules={cfg.target_modules} puts an adapter on the output head, which stays frozen here; name layers of the blocks"
+            f"target_modules={cfg.target_modules} puts an adapter on the output head, which stays "
+            "frozen here; name layers of the blocks"
         )
     return model
 
@@ -296,11 +308,13 @@ def check_adapter(
         made_for = said["model_id"] if note.is_file() else conf["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as e:
         raise RecordError(
-            f"the adapter in {d} does not say what it was trained on ({type(e).__name__}: {e}); restore its adapter_config.json"
+            f"the adapter in {d} does not say what it was trained on ({type(e).__name__}: {e}); "
+            "restore its adapter_config.json"
         ) from e
     if made_for != cfg.model_id:
         raise RecordError(
-            f"the adapter in {d} was trained on {made_for!r} and the config names {cfg.model_id!r}; load it with the config of its own run"
+            f"the adapter in {d} was trained on {made_for!r} and the config names {cfg.model_id!r}; "
+            "load it with the config of its own run"
         )
     if said.get("base"):
         check_base(cfg, said["base"], f"the adapter in {d}")
@@ -318,7 +332,8 @@ def _say_unknown_base(cfg, d):
         return
     _said_unknown.add(str(d))
     print(
-        f"note: the adapter in {d} does not say which weights of {cfg.model_id} it was trained beside (older ones do not); they are taken to be these",
+        f"note: the adapter in {d} does not say which weights of {cfg.model_id} it was trained beside "
+        "(older ones do not); they are taken to be these",
         file=sys.stderr,
     )
 
@@ -327,7 +342,8 @@ def load_for_inference(
     cfg,  # Config of the run
     adapter_dir=None,  # folder with adapter_model.safetensors; None for the untuned base
 ):
-    "Base and adapter, in eval mode; raises `RecordError` for what `check_adapter` refuses and for weights of other shapes."
+    """Base and adapter, in eval mode; raises `RecordError` for what `check_adapter` refuses and for weights of
+    other shapes."""
     from peft import PeftModel
 
     if adapter_dir is None:
@@ -351,12 +367,16 @@ def save_adapter(
     out,  # folder, made when missing
     state: dict | None = None,  # the weights where FSDP has sharded them, gathered
 ) -> Path:  # the folder
-    "Save the adapter (safetensors), its tokenizer, and a note of the base it belongs to; raises `RecordError` where weights are missing in the file."
+    """Save the adapter (safetensors), its tokenizer, and a note of the base it belongs to; raises
+    `RecordError` where weights are missing in the file."""
     from safetensors import safe_open
 
     out = Path(out)
     model.save_pretrained(out, safe_serialization=True, state_dict=state)
-    short = lambda k: k.replace(".default", "").removesuffix(".weight")
+
+    def short(k):
+        return k.replace(".default", "").removesuffix(".weight")
+
     with safe_open(out / "adapter_model.safetensors", "pt") as f:
         saved = {short(k) for k in f.keys()}
     if lost := {short(k) for k in (state or model.state_dict()) if ".lora_" in k} - saved:
@@ -385,7 +405,8 @@ def merge_adapter(
     adapter_dir,  # its adapter
     dtype=torch.bfloat16,  # of the saved weights
 ):  # a plain transformers model on the CPU
-    "Base and adapter as one model without quantisation or peft; raises `ConfigError` for DoRA, whose merge is not a sum."
+    """Base and adapter as one model without quantisation or peft; raises `ConfigError` for DoRA, whose merge
+    is not a sum."""
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
@@ -404,7 +425,8 @@ def merge_adapter(
         dict(base.named_parameters()),
     )
     with torch.no_grad():
-        # embeddings, norms and head, too, are those that the adapter was trained beside: rounded when the base was loaded in bf16
+        # embeddings, norms and head, too, are those that the adapter was trained beside: rounded when the
+        # base was loaded in bf16
         for name, p in plain.named_parameters():
             if name.rpartition(".")[0] not in linear:
                 p.copy_(beside[name])
@@ -417,7 +439,8 @@ def merge_adapter(
 
 # %% ../nbs/16_model.ipynb #2f2acf70
 def in_fp32(model):  # from `load_for_inference`
-    "The model with all its products in fp32; 4-bit weights stay rounded to the dtype they are dequantised to. Changes the model."
+    """The model with all its products in fp32; 4-bit weights stay rounded to the dtype they are dequantised
+    to. Changes the model."""
     for p in model.parameters():
         if p.is_floating_point():
             p.data = p.data.float()

@@ -24,8 +24,9 @@ def wilson(
 ) -> list:  # [low, high]
     """Wilson score interval of a proportion (Wilson 1927; `statsmodels.stats.proportion.proportion_confint`).
 
-    With clusters it is the interval of `n / deff` trials, fewer where the design effect itself is known from few clusters:
-    the degrees-of-freedom adjusted effective sample size of Korn and Graubard (1998), Survey Methodology 24:193-201."""
+    With clusters it is the interval of `n / deff` trials, fewer where the design effect itself is known
+    from few clusters: the degrees-of-freedom adjusted effective sample size of Korn and Graubard (1998),
+    Survey Methodology 24:193-201."""
     from statsmodels.stats.proportion import proportion_confint
 
     if not n:
@@ -140,9 +141,11 @@ class PairedTest:
     flips: tuple  # (flipped sums, flipped sizes, weight of each flip)
 
     def interval(self, alpha: float = 0.05) -> list:  # 1 - confidence -> [low, high]
-        """Every difference that the sign-flip test, at this level and with these flips, does not refuse: it leaves 0 out exactly where p ≤ alpha.
+        """Every difference that the sign-flip test, at this level and with these flips, does not refuse: it
+        leaves 0 out exactly where p ≤ alpha.
 
-        Differences are refused monotonically, so that each flip bounds them by two roots, and the ends are weighted quantiles of these."""
+        Differences are refused monotonically, so that each flip bounds them by two roots, and the ends are
+        weighted quantiles of these."""
         import numpy as np
 
         few = self._few(alpha)
@@ -168,7 +171,8 @@ class PairedTest:
         )
 
     def _few(self, alpha):
-        "Where fewer clusters differ than any flips could tell: as large a difference as the share of clusters that may differ (Clopper and Pearson 1934)."
+        """Where fewer clusters differ than any flips could tell: as large a difference as the share of
+        clusters that may differ (Clopper and Pearson 1934)."""
         import numpy as np
 
         from scipy.stats import beta
@@ -186,7 +190,8 @@ class PairedTest:
         alpha: float = 0.05,
         power: float = 0.8,  # two-sided level; chance to see the difference
     ) -> float | None:  # smallest difference; None where even 1 would not be seen, or no item differs
-        """The sample size formula of a paired test (Connor 1987) with this test's own critical value and variance over clusters, solved for the difference.
+        """The sample size formula of a paired test (Connor 1987) with this test's own critical value and
+        variance over clusters, solved for the difference.
 
         A difference that this test has not told from noise at `alpha` is always smaller."""
         import numpy as np
@@ -204,7 +209,10 @@ class PairedTest:
         off = self.sums - self.difference * self.sizes
         toward = self.sizes * math.copysign(1, self.difference)
         n, spread = self.sizes.sum(), norm.ppf(power) * math.sqrt(off @ off)
-        spare = lambda d: d * n - critical * math.sqrt((off + d * toward) @ (off + d * toward)) - spread
+
+        def spare(d):
+            return d * n - critical * math.sqrt((off + d * toward) @ (off + d * toward)) - spread
+
         if spare(1) <= 0:
             return None
         typical = np.abs(self.sums)[self.sums != 0].mean() / n
@@ -234,9 +242,10 @@ def paired_test(
     n_flips: int = 10_000,
     seed: int = 0,  # random flips where there are more than that many; random seed
 ) -> PairedTest:
-    """Sign-flip test over clusters (Fisher 1935; for clusters Canay, Romano and Shaikh 2017, Econometrica 85:1013-1030): were the two equal, each cluster's
-    difference could as well have had the other sign. All flips where they are few, else random ones and the one that was seen, which is
-    the +1 of Phipson and Smyth (2010). Clusters of the same sum and size are flipped together: their signs sum to a binomial."""
+    """Sign-flip test over clusters (Fisher 1935; for clusters Canay, Romano and Shaikh 2017, Econometrica
+    85:1013-1030): were the two equal, each cluster's difference could as well have had the other sign. All
+    flips where they are few, else random ones and the one that was seen, which is the +1 of Phipson and
+    Smyth (2010). Clusters of the same sum and size are flipped together: their signs sum to a binomial."""
     import numpy as np
 
     a, b = _same_items(a, b)
@@ -279,10 +288,12 @@ def decide(
     tests: list,  # one family: `PairedTest` or `SeedTest`, each against the same baseline
     alpha: float = 0.05,  # chance of any false verdict in the family
 ) -> list:  # dicts: difference, ci, ci_level, p, p_holm, told, detectable, n_clusters
-    """What may be said of each difference. `told`: True where it can be told from noise, False where it cannot, None where there are too few clusters to say.
+    """What may be said of each difference. `told`: True where it can be told from noise, False where it
+    cannot, None where there are too few clusters to say.
 
-    Interval and detectable difference are at the level at which Holm's step-down procedure asked: alpha over the comparisons not yet decided.
-    So an interval has at least 1 - alpha confidence, and leaves 0 out exactly where the verdict is that the difference can be told from noise."""
+    Interval and detectable difference are at the level at which Holm's step-down procedure asked: alpha
+    over the comparisons not yet decided. So an interval has at least 1 - alpha confidence, and leaves 0 out
+    exactly where the verdict is that the difference can be told from noise."""
     adjusted = holm([t.p for t in tests])
     n_told = sum(p <= alpha for p in adjusted)
     rank = {i: r for r, i in enumerate(sorted(range(len(tests)), key=lambda i: tests[i].p))}
@@ -314,7 +325,10 @@ def verdict(
     if not r["discordant"]:
         return f"right and wrong on the same {r['n']} items: no difference to test"
     if r["told"] is None:
-        return f"{points}: no verdict at {where}: rows of one group or premise count as one, and at least {MIN_CLUSTERS} such clusters are needed{doubt}"
+        return (
+            f"{points}: no verdict at {where}: rows of one group or premise count as one, and at least "
+            f"{MIN_CLUSTERS} such clusters are needed{doubt}"
+        )
     if r["told"]:
         return f"{points}: can be told from noise at {where}{doubt}"
     return f"{points}: cannot be told from noise at {where}; {unseen(r['detectable'])}{doubt}"
@@ -331,7 +345,8 @@ def other_way(
     better: dict,
     baseline: dict,  # accuracy, macro_f1 and mcc of both
 ) -> str:  # "" or a clause for the end of a verdict
-    "Where accuracy rises and a score that looks at both classes falls, or the reverse: an answer that favours the frequent class does that."
+    """Where accuracy rises and a score that looks at both classes falls, or the reverse: an answer that
+    favours the frequent class does that."""
     gain = better["accuracy"] - baseline["accuracy"]
     said = []
     for key, name in (("macro_f1", "macro-F1"), ("mcc", "MCC")):
@@ -354,9 +369,10 @@ def minimum_detectable_difference(
     from scipy.stats import norm
 
     za, zb = norm.ppf(1 - alpha / 2), norm.ppf(power)
-    spare = lambda d: (
-        math.sqrt(n) * d - za * math.sqrt(discordant) - zb * math.sqrt(max(discordant - d * d, 0))
-    )
+
+    def spare(d):
+        return math.sqrt(n) * d - za * math.sqrt(discordant) - zb * math.sqrt(max(discordant - d * d, 0))
+
     if discordant <= 0 or spare(discordant) < 0:
         return None
     return float(brentq(spare, 0, discordant))
@@ -404,10 +420,12 @@ def seed_test(
     groups=None,  # cluster of each item; None takes each item by itself
     seedless: tuple = (False, False),  # is each of the two a model that no seed changes: an untrained one?
 ) -> SeedTest | None:  # runs - base; None where an arm has one seed
-    """Welch's t test over seeds, with the variance over clusters of items as a third part (Satterthwaite 1946, Biometrics Bulletin 2:110-114).
+    """Welch's t test over seeds, with the variance over clusters of items as a third part (Satterthwaite 1946,
+    Biometrics Bulletin 2:110-114).
 
-    Satterthwaite's degrees of freedom are themselves an estimate, and too many where an arm is small. So the seeds of both arms together count for no more than
-    twice those of the smaller arm, and with two seeds in an arm that is all there is: two do not show that seeds vary little."""
+    Satterthwaite's degrees of freedom are themselves an estimate, and too many where an arm is small. So
+    the seeds of both arms together count for no more than twice those of the smaller arm, and with two
+    seeds in an arm that is all there is: two do not show that seeds vary little."""
     import numpy as np
 
     base, runs = (np.atleast_2d(np.asarray(x, float)) for x in (base, runs))
@@ -463,7 +481,8 @@ def seed_share(
     seedless: bool = False,  # a model that no seed changes
     alpha: float = 0.05,  # 1 - confidence
 ) -> dict:  # accuracy, sd (over seeds), accuracy_ci; the last two None for one seed
-    "Mean accuracy of a config with Wilson's interval at the effective number of rows, where seeds vary as well as clusters of items."
+    """Mean accuracy of a config with Wilson's interval at the effective number of rows, where seeds vary as
+    well as clusters of items."""
     import numpy as np
 
     from scipy.stats import norm, t

@@ -239,7 +239,8 @@ def predict_rows(
     out=None,  # predictions.jsonl to append to as batches end; one that exists is resumed
     mode: str = "cot",  # "cot", "forced" or "vote:k"
 ) -> list:  # prediction rows, in the order of `rows`
-    "Predict every row; `DataError` or `RecordError` before anything is generated if rows repeat, do not fit, or `out` belongs to other rows."
+    """Predict every row; `DataError` or `RecordError` before anything is generated if rows repeat, do not fit,
+    or `out` belongs to other rows."""
     from nli_ft.bases import autocast
     from nli_ft.cpu_speed import fast_weights
 
@@ -288,7 +289,8 @@ def force_predictions(
 
 # %% ../nbs/20_predict.ipynb #ad34a877
 def _answer_in_batches(answer, rows, prompts, done, batch_size, progress, out):
-    "All predictions in the order of `rows`: those in `done`, the others from `answer` (rows, prompts -> prediction rows), appended to `out` batch by batch."
+    """All predictions in the order of `rows`: those in `done`, the others from `answer` (rows, prompts ->
+    prediction rows), appended to `out` batch by batch."""
     left = [i for i, r in enumerate(rows) if r["id"] not in done]
     with row_progress(len(rows), len(done), progress) as update:
         for batch in length_batches([len(prompts[i]) for i in left], batch_size):

@@ -36,7 +36,8 @@ def check_predictions(
     preds: list,  # prediction rows
     name="predictions",  # how messages call them
 ) -> list:  # the same rows
-    "Raise `RecordError` for what no honest score can be made from: repeated ids, impossible labels or probabilities, missing keys."
+    """Raise `RecordError` for what no honest score can be made from: repeated ids, impossible labels or
+    probabilities, missing keys."""
     for key in ("id", "label", "predicted_label", "outcome"):
         if lost := [p.get("id", n) for n, p in enumerate(preds, 1) if key not in p]:
             raise RecordError(f"{name}: row {lost[0]!r} has no {key!r}")
@@ -201,7 +202,8 @@ def read_again(
     p: dict,  # prediction row
     style: str = "cot",  # of the completions, as in the config
 ) -> dict:  # key -> (recorded, read now); empty where they agree
-    "Label, outcome and thought of a row, made again from its completion and, for `forced` and votes, from what the label was decided by."
+    """Label, outcome and thought of a row, made again from its completion and, for `forced` and votes, from
+    what the label was decided by."""
     if not isinstance(p.get("completion"), str):
         return {}
     found, mode = parse_completion(p["completion"], style), str(p.get("mode", "cot"))
@@ -239,7 +241,8 @@ def check_record(
     path,  # a predictions file
     preds: list,  # its rows, checked
 ) -> str:  # how far they were checked, in a few words
-    """Raise `RecordError` where predictions are not what the record says: another SHA-256, other counts, labels that are not in the completions.
+    """Raise `RecordError` where predictions are not what the record says: another SHA-256, other counts,
+    labels that are not in the completions.
 
     What rules of another version may have read otherwise is a warning on stderr."""
     rec, faults, other = recorded(path), [], []
@@ -264,7 +267,8 @@ def check_record(
         )
     if other:
         print(
-            f"warning: {path}: {len(other)} rows would be read otherwise by the rules of now, first {other[0]}. The recorded values are used",
+            f"warning: {path}: {len(other)} rows would be read otherwise by the rules of now, first "
+            f"{other[0]}. The recorded values are used",
             file=sys.stderr,
         )
     read = (
@@ -276,7 +280,8 @@ def check_record(
 def read_predictions(
     path,  # a predictions.jsonl
 ) -> list:  # its checked rows
-    "Read prediction rows; `RecordError` names the file and what is wrong, also where they are not what the record says (`check_record`)."
+    """Read prediction rows; `RecordError` names the file and what is wrong, also where they are not what the
+    record says (`check_record`)."""
     if not Path(path).is_file():
         raise RecordError(f"{path} is missing: the run was never evaluated, or is still going")
     rows = check_predictions([row for _, row in own_lines(path, torn=False, error=RecordError)], str(path))
@@ -292,7 +297,8 @@ def resume_predictions(
     mode: str = "cot",  # decoding mode of now
     engine: str = "transformers",  # what generates now
 ) -> dict:  # id -> prediction row already made
-    "What an interrupted evaluation left, after checking that it answered the same questions; a torn last line is cut off."
+    """What an interrupted evaluation left, after checking that it answered the same questions; a torn last
+    line is cut off."""
     if not Path(path).exists():
         return {}
     done = [row for _, row in own_lines(path, error=RecordError)]
@@ -312,12 +318,14 @@ def resume_predictions(
         ):
             if was != want:
                 raise RecordError(
-                    f"{path} was made with another {what} for id {p['id']!r} ({was!r}, now {want!r}); choose another file"
+                    f"{path} was made with another {what} for id {p['id']!r} ({was!r}, now {want!r}); "
+                    "choose another file"
                 )
     check_record(path, done)
     if found.closed and len(done) < len(rows):
         raise RecordError(
-            f"{path} belongs to a finished run and holds {len(done)} of these {len(rows)} rows; a finished record is not added to. "
+            f"{path} belongs to a finished run and holds {len(done)} of these {len(rows)} rows; a "
+            "finished record is not added to. "
             f"Ask for as many (--max_eval_samples {len(done)}), or give the rows in a file of another name (--data)"
         )
     return {p["id"]: p for p in done}

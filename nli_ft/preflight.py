@@ -56,7 +56,8 @@ def training_rows(
     rows = read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows)
     if rows.kind not in ("sft", "text"):
         raise DataError(
-            f"{cfg.train_data} holds {rows.kind} rows, which have no prompt and completion; `nli_data prepare` makes training rows of them"
+            f"{cfg.train_data} holds {rows.kind} rows, which have no prompt and completion; `nli_data "
+            "prepare` makes training rows of them"
         )
     bad = rows.bad
     if cfg.data_strategy == "correct_only":
@@ -81,7 +82,8 @@ def prepare(cfg: Config, tok=None) -> Prepared:
     judged = evaluation_rows(cfg.path("eval_data"), cfg, template or "auto")
     if (asked := template_of(judged)) != template:
         raise DataError(
-            f"training rows are worded by the prompt template {template or 'of their own'!r} and evaluation rows by {asked or 'their own'!r}; "
+            f"training rows are worded by the prompt template {template or 'of their own'!r} and "
+            f"evaluation rows by {asked or 'their own'!r}; "
             "set prompt_template to one of them, so that the model is asked what it was taught"
         )
     how = dict(completion=cfg.completion, train_on_prompt=cfg.train_on_prompt)
@@ -90,8 +92,10 @@ def prepare(cfg: Config, tok=None) -> Prepared:
     whole, encoded = [r for r in judged if cfg.completion == "label_only" or r.get("thought_process")], []
     if cfg.early_stopping_patience is not None and not whole:
         raise DataError(
-            f"early_stopping_patience = {cfg.early_stopping_patience} needs an evaluation loss, and no row of {cfg.eval_data} has a thought_process, which "
-            f"completion={cfg.completion} is trained on. Give evaluation rows with thoughts (`nli_data prepare` makes them), or leave early_stopping_patience out"
+            f"early_stopping_patience = {cfg.early_stopping_patience} needs an evaluation loss, and "
+            f"no row of {cfg.eval_data} has a thought_process, which "
+            f"completion={cfg.completion} is trained on. Give evaluation rows with thoughts "
+            "(`nli_data prepare` makes them), or leave early_stopping_patience out"
         )
     if whole:  # a row too long for the loss is still judged: generation has no such limit
         _, encoded, out = encode_rows(tok, whole, cfg.max_seq_length, cfg.too_long, **how)
@@ -199,10 +203,12 @@ def _shapes(model):
 def estimate_memory(
     prep: Prepared,
 ) -> dict:  # part -> GiB, and "total", which is None for a model whose shapes are not understood
-    """Estimated peak memory of training at the longest batch, by part: torch's allocations on CUDA, the resident process on a CPU. NF4: half a byte a
-    weight and one scale byte per 64 weights; everything outside the linear layers in fp32 (`prepare_model_for_kbit_training`); adapters, gradients and
-    AdamW states in fp32 (8-bit states on CUDA); activations as `saved_tensors_hooks` counts them in a Llama/Mistral block. For other families half
-    of the activations is added as a margin: inputs and outputs of the linear layers are counted, and what lies between them is not known."""
+    """Estimated peak memory of training at the longest batch, by part: torch's allocations on CUDA, the
+    resident process on a CPU. NF4: half a byte a weight and one scale byte per 64 weights; everything
+    outside the linear layers in fp32 (`prepare_model_for_kbit_training`); adapters, gradients and AdamW
+    states in fp32 (8-bit states on CUDA); activations as `saved_tensors_hooks` counts them in a
+    Llama/Mistral block. For other families half of the activations is added as a margin: inputs and outputs
+    of the linear layers are counted, and what lies between them is not known."""
     try:
         return _estimated(prep)
     except (AttributeError, KeyError, TypeError, ZeroDivisionError):
@@ -287,7 +293,8 @@ def _known_block(linear, conf):
 
 # %% ../nbs/33_preflight.ipynb #c046432b
 def _rough_activations(model, linear, conf, wide):
-    "Bytes that an average block keeps of a token: what goes into its linear layers and experts and comes out, and four times the residual stream."
+    """Bytes that an average block keeps of a token: what goes into its linear layers and experts and comes
+    out, and four times the residual stream."""
     from nli_ft.model import stacked_experts
 
     values = sum(out + into for out, into in linear.values())
@@ -406,10 +413,12 @@ def preflight_text(
     "The preflight for a terminal or a notebook cell."
     t, s = p["tokens"], p["steps"]
     lines = [
-        f"rows       {p['rows']['train']} to train on, {p['rows']['judged']} to judge ({p['rows']['eval_loss']} of them for the evaluation loss)",
+        f"rows       {p['rows']['train']} to train on, {p['rows']['judged']} to judge "
+        f"({p['rows']['eval_loss']} of them for the evaluation loss)",
         f"labels     {p['labels']['1']} entailment, {p['labels']['0']} not; sources "
         + ", ".join(f"{k} {v}" for k, v in p["sources"].items()),
-        f"tokens     {t['total']} in all, {t['trained']} with loss; a row: median {t['median']}, 99 % {t['p99']}, longest {t['longest']}",
+        f"tokens     {t['total']} in all, {t['trained']} with loss; a row: median {t['median']}, 99 % "
+        f"{t['p99']}, longest {t['longest']}",
         f"prompt     {p['prompt']['form']}, wording {p['prompt']['template'] or 'the rows’ own'}",
         f"steps      {s['steps']} of {s['rows_per_step']} rows, {s['steps_per_epoch']} an epoch",
     ]

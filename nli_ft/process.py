@@ -31,7 +31,8 @@ class SaysItAll:
 
 
 class NliError(SaysItAll, Exception):
-    "Something the user can put right: bad arguments, config or data. Commands print it without a traceback and exit with `exit_code`."
+    """Something the user can put right: bad arguments, config or data. Commands print it without a traceback
+    and exit with `exit_code`."""
 
     exit_code = 2
 
@@ -49,7 +50,8 @@ class RecordError(NliError):
 
 # %% ../nbs/00_process.ipynb #a601219b
 class Interrupted(SaysItAll, KeyboardInterrupt):
-    "A run that was stopped by a signal, after it had put its things in order. `exit_code` as shells count: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP."
+    """A run that was stopped by a signal, after it had put its things in order. `exit_code` as shells count:
+    130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP."""
 
     def __init__(self, message, signum):
         super().__init__(message)
@@ -68,7 +70,8 @@ def stop_signals() -> tuple:  # of signal numbers
 # %% ../nbs/00_process.ipynb #e1e67c5a
 @contextlib.contextmanager
 def _signals_interrupt():
-    "SIGTERM and SIGHUP, where nobody has set a handler, end a command as ctrl-c does: what was begun is tidied up. Later ones do not disturb that."
+    """SIGTERM and SIGHUP, where nobody has set a handler, end a command as ctrl-c does: what was begun is
+    tidied up. Later ones do not disturb that."""
     asked = []
 
     def on_signal(signum, frame):
@@ -127,7 +130,9 @@ class Spoken:
 def escape_as_json(
     e: UnicodeEncodeError,
 ) -> tuple:  # (bytes or text in place of the characters, where to go on)
-    "Error handler for streams: `\\uXXXX` for what the encoding lacks, so that JSON stays JSON. Bytes of an argument that were no text go out as they came in."
+    r"""Error handler for streams: `\uXXXX` for what the encoding lacks, so that JSON stays JSON.
+
+    Bytes of an argument that were no text go out as they came in."""
     if not isinstance(e, UnicodeEncodeError):
         raise e
     out = []
@@ -204,7 +209,8 @@ def typed_text(
     word: str,  # an argument as Python gives it
     name: str,  # of the option
 ) -> str:  # text without stray bytes
-    "A text of the command line, read as UTF-8 or in the locale's encoding. Raises `DataError` for bytes that are neither."
+    """A text of the command line, read as UTF-8 or in the locale's encoding. Raises `DataError` for bytes that
+    are neither."""
     if not re.search("[\udc80-\udcff]", word):
         return word
     encodings = dict.fromkeys(("UTF-8", locale.getencoding()))
@@ -219,7 +225,8 @@ def typed_text(
 
 # %% ../nbs/00_process.ipynb #a01a00f0
 def still_bars():
-    "Where the standard error is no terminal, other libraries draw no bars. A variable that is set already is left alone."
+    """Where the standard error is no terminal, other libraries draw no bars. A variable that is set already is
+    left alone."""
     warnings.filterwarnings("ignore", message="IProgress not found")
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads it too
@@ -281,7 +288,8 @@ def _homeless() -> dict:  # variable -> where its files cannot be; HOME among th
 
 # %% ../nbs/00_process.ipynb #d3ca34a2
 def settle():
-    "Give a user without a name one, and caches without a home a folder of their own. Does nothing, quickly, where both are there."
+    """Give a user without a name one, and caches without a home a folder of their own. Does nothing, quickly,
+    where both are there."""
     import getpass
 
     try:
@@ -310,8 +318,9 @@ def command(
 ):  # takes `argv` (list of str, or None for `sys.argv[1:]`), returns the exit code: int, or None for 0
     """Decorate the function behind a console script, so that every command begins and ends in the same way.
 
-    Returns 0 after success. Anything else leaves by `SystemExit`: `error: …` on stderr and 2 for an `NliError`, 128 + its number for a signal
-    (130 for ctrl-c), 1 for a full disk and 2 for a file that may not be written, else the code that `fn` returned. So `python -m` keeps the exit code without a
+    Returns 0 after success. Anything else leaves by `SystemExit`: `error: …` on stderr and 2 for an
+    `NliError`, 128 + its number for a signal (130 for ctrl-c), 1 for a full disk and 2 for a file that may
+    not be written, else the code that `fn` returned. So `python -m` keeps the exit code without a
     `sys.exit` of its own."""
 
     @functools.wraps(fn)
@@ -380,9 +389,11 @@ def _package_dir() -> Path:  # the folder of the imported package, which also ho
 
 # %% ../nbs/00_process.ipynb #7d6ff156
 def project_root() -> Path:  # absolute
-    """The folder holding the `settings.ini` of nli_ft: searched from the working directory upwards, else from the package upwards.
+    """The folder holding the `settings.ini` of nli_ft: searched from the working directory upwards, else from
+    the package upwards.
 
-    Where the package was installed without its checkout there is no such folder, and the working directory is the root."""
+    Where the package was installed without its checkout there is no such folder, and the working directory
+    is the root."""
     for start in (Path.cwd(), _package_dir()):
         for d in (start, *start.parents):
             ini = d / "settings.ini"

@@ -57,7 +57,8 @@ def mistral_v3_tokenizer():
 # %% ../nbs/12_prompt.ipynb #6d055da5
 @lru_cache(maxsize=8)
 def _knows_inst(tok):
-    "Does the vocabulary hold Mistral's control tokens? Asked once: a tokenizer builds the whole dictionary anew at every call."
+    """Does the vocabulary hold Mistral's control tokens? Asked once: a tokenizer builds the whole dictionary
+    anew at every call."""
     return {"[INST]", "[/INST]"} <= tok.get_vocab().keys()
 
 # %% ../nbs/12_prompt.ipynb #881aa38c
@@ -101,7 +102,8 @@ def _control_re(tok):
 
 # %% ../nbs/12_prompt.ipynb #d9e24db6
 def _whole(text):
-    "`text` with U+FFFD for each half of a surrogate pair that stands alone: JSON can spell one, and neither a file nor a tokenizer can hold it."
+    """`text` with U+FFFD for each half of a surrogate pair that stands alone: JSON can spell one, and neither
+    a file nor a tokenizer can hold it."""
     return (
         text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     )
@@ -114,7 +116,8 @@ def refuse_control_tokens(
     "Return `text`, or raise `DataError` if it spells out a control token of `tok`, or holds half a surrogate pair."
     if text != _whole(text):
         raise DataError(
-            "the text holds half a surrogate pair (such as \\ud83d without its second half), which is no character; remove it"
+            "the text holds half a surrogate pair (such as \\ud83d without its second half), which "
+            "is no character; remove it"
         )
     if m := _control_re(tok).search(text):
         raise DataError(
@@ -285,7 +288,8 @@ def encode_rows(
             encs.append(e)
     if dropped and too_long == "refuse":
         raise DataError(
-            f"{len(dropped)} of {len(rows)} rows cannot be encoded whole, first: row {dropped[0][0]!r}: {dropped[0][1]}. "
+            f"{len(dropped)} of {len(rows)} rows cannot be encoded whole, first: row "
+            f"{dropped[0][0]!r}: {dropped[0][1]}. "
             "Raise max_seq_length, mend the rows, or set too_long=drop to leave them out."
         )
     if rows and not kept:

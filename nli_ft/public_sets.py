@@ -273,7 +273,8 @@ def source_row(
 
 # %% ../nbs/11_public_sets.ipynb #919c0e6c
 def hub_reachable() -> bool:
-    "Can the hub's name be resolved (or is there a proxy that may)? Asked first, since `datasets` retries for 25 s where there is no network."
+    """Can the hub's name be resolved (or is there a proxy that may)? Asked first, since `datasets` retries for
+    25 s where there is no network."""
     import socket
     from urllib.parse import urlparse
     from urllib.request import getproxies
@@ -291,7 +292,8 @@ def load_records(
     "Records of a hub set, streamed through `datasets`. Raises `DataError` saying what was needed."
     needs = (
         f"{hub} (split {split}) could not be loaded: {{}}"
-        "\n  it needs a network that reaches huggingface.co; where there is one, run the same nli_data download command "
+        "\n  it needs a network that reaches huggingface.co; where there is one, run the same "
+        "nli_data download command "
         "and copy the file it writes (or give --from_file a local copy of the set)"
     )
     if not hub_reachable():
@@ -462,7 +464,10 @@ def no_gold_hint(cols: dict, found: list) -> str:  # the end of a sentence
         if cols["label"]
         else f"there is no column of labels; found: {', '.join(found)}"
     )
-    return f" ({said}). The labels of test sets are often withheld: take another split, or let nli_predict --csv answer them"
+    return (
+        f" ({said}). The labels of test sets are often withheld: take another split, or let nli_predict "
+        "--csv answer them"
+    )
 
 # %% ../nbs/11_public_sets.ipynb #78a9b2e0
 _split_words = ("train", "dev", "devel", "validation", "valid", "val", "test")

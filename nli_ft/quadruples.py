@@ -178,7 +178,8 @@ def bared(f) -> tuple:  # meaning
 # %% ../nbs/45_quadruples.ipynb #21d45b1f
 @lru_cache(None)
 def features(p: str, h: str) -> dict:  # name -> value
-    "What a shallow reader sees of a pair: shared words, negation words, difference in length (`shape`: all three at once), whether the same person comes first."
+    """What a shallow reader sees of a pair: shared words, negation words, difference in length (`shape`: all
+    three at once), whether the same person comes first."""
     wp, wh = skeleton_words(p), skeleton_words(h)
     overlap, length = len(set(wp) & set(wh)), len(wh) - len(wp)
     negation = (bool(NEGATIONS & set(wp)), bool(NEGATIONS & set(wh)))
@@ -200,7 +201,8 @@ def features(p: str, h: str) -> dict:  # name -> value
 # %% ../nbs/45_quadruples.ipynb #3f3d2bfa
 @lru_cache(None)
 def checked_relations(category: str, variant: str) -> dict:  # (premise, hypothesis) skeletons -> relation
-    "Relation of every pair by rule, confirmed by model enumeration. Raises AssertionError where the two paths disagree."
+    """Relation of every pair by rule, confirmed by model enumeration. Raises AssertionError where the two
+    paths disagree."""
     cat = CATEGORIES[category]
     (ps, hs), models = cat.says("plain" if variant == "direction" else variant), cat.models()
     true_in = {}  # form -> bits of the models in which it holds
@@ -221,12 +223,14 @@ def checked_relations(category: str, variant: str) -> dict:  # (premise, hypothe
 
 # %% ../nbs/45_quadruples.ipynb #673e2344
 def explained(category: str, pair: tuple, rel: str, variant: str):  # the thought's skeleton, or None
-    "The thought of a pair, unless the sentences are the same, the hypothesis names someone new, or the category cannot explain it in a line."
+    """The thought of a pair, unless the sentences are the same, the hypothesis names someone new, or the
+    category cannot explain it in a line."""
     p, h = pair
     if p.text == h.text or not set(named(h.text)) <= set(named(p.text)):
         return None
     made = CATEGORIES[category].thought(*(replace(s, form=normal(s.form)) for s in pair), rel)
-    # 135M parameters and 40 steps learn to compare two names that stand side by side, not two clauses at once (runs/LOG.md)
+    # 135M parameters and 40 steps learn to compare two names that stand side by side, not two clauses at
+    # once (runs/LOG.md)
     return lined_up(made, rel) if variant == "demo" else made
 
 
@@ -239,7 +243,8 @@ class Quad:
 
 # %% ../nbs/45_quadruples.ipynb #1061441d
 def gap(pairs: tuple, mixed: bool) -> tuple:  # ((feature, value), surplus)
-    "What the entailed pairs show a shallow reader more often than the others; `mixed` also counts neutral against contradiction."
+    """What the entailed pairs show a shallow reader more often than the others; `mixed` also counts neutral
+    against contradiction."""
     out = Counter()
     for p, h, rel, thought in pairs:
         sign = 1 if rel == "entailment" else -1
@@ -383,7 +388,8 @@ def lead(s: Says) -> str:  # "it is true that", "it is false that" or nothing
 
 # %% ../nbs/45_quadruples.ipynb #afaf435d
 def is_minimal(category: str, p: Says, h: Says) -> bool:
-    "Do the two sentences differ in one modifier (or one more special noun) and nothing else? Such pairs are never trained on."
+    """Do the two sentences differ in one modifier (or one more special noun) and nothing else? Such pairs are
+    never trained on."""
     f, g = normal(p.form), normal(h.form)
     if not CATEGORIES[category].turns or lead(p) != lead(h) or f[0] != g[0] or f[0] == "q" and f[1] != g[1]:
         return False
@@ -418,7 +424,8 @@ def quads(
     part: int | None = None,  # half of the pairs of wordings; None: all
     most: int = 3,  # kept per pair of premises, of each sort
 ) -> tuple:  # of `Quad`
-    "Crossed quadruples of a category (octuples, where direction is its matter): those that are even by themselves, and others. In variant *pairs* every row uses a held-out quantifier."
+    """Crossed quadruples of a category (octuples, where direction is its matter): those that are even by
+    themselves, and others. In variant *pairs* every row uses a held-out quantifier."""
     rel, rng, out = checked_relations(category, variant), Random(f"{category}/{variant}"), []
     if variant == "direction":
         kept = [pair for pair in rel if is_minimal(category, *pair)]
@@ -458,11 +465,14 @@ def surplus_cost(total: Counter, change: dict) -> float:
     )
 
 # %% ../nbs/45_quadruples.ipynb #a56ec991
-WEAR = 24  # uses of one pair of skeletons at most: a noun and its antonyms fill it 48 times, and all pairs of a quadruple must be new at once
+# uses of one pair of skeletons at most: a noun and its antonyms fill it 48 times, and all pairs of a
+# quadruple must be new at once
+WEAR = 24
 
 
 def choose(pool: tuple, n: int, rng: Random, tries: int = 40, swaps: int = 100) -> list:  # n quadruples
-    "A choice from `pool` whose shallow features are as even over the labels as it can find, with no pair of skeletons used much more than others."
+    """A choice from `pool` whose shallow features are as even over the labels as it can find, with no pair of
+    skeletons used much more than others."""
 
     def uneven(q):
         return any(k[0] == "shape" for k, _ in q.gap)
@@ -512,7 +522,8 @@ SIZES = dict(  # split -> quadruples per category (an octuple counts as two)
     small=dict(train=62, dev=6, test=12),
     full=dict(train=376, dev=38, test=76),
 )
-# before and after are read off by a boosted tree where their wordings are in train: only new wordings judge temporal order
+# before and after are read off by a boosted tree where their wordings are in train: only new wordings judge
+# temporal order
 NOT_JUDGED = dict(dev=("temporal",), test=("temporal",))  # split -> categories
 HARDER = dict(
     test_templates="templates", test_pairs="pairs", test_depth3="depth3", test_direction="direction"
@@ -520,7 +531,8 @@ HARDER = dict(
 
 
 def quad_rows(q: Quad, words: dict, head: dict, template: str) -> list:  # of four SFT rows, or eight
-    "One quadruple or octuple as rows; `head` holds category and group_id. An id ends in the numbers of its premise and its hypothesis."
+    """One quadruple or octuple as rows; `head` holds category and group_id. An id ends in the numbers of its
+    premise and its hypothesis."""
     ps = list(dict.fromkeys(p.text for p, *_ in q.pairs))
     hs = list(dict.fromkeys(h.text for _, h, *_ in q.pairs))
     return [
@@ -550,7 +562,8 @@ def category_groups(
     template: str,
     seen: set,  # (premise, hypothesis) pairs used so far; added to
 ) -> list:  # of lists of rows
-    "`n` quadruples of a category, or half as many octuples, without a repeated pair. Raises ConfigError where the lexicon is too small for `n`."
+    """`n` quadruples of a category, or half as many octuples, without a repeated pair. Raises ConfigError
+    where the lexicon is too small for `n`."""
     rng, out, pool = Random(f"{seed}/{split}/{category}"), [], quads(category, variant, HALVES.get(split))
     for q in choose(pool, n * 4 // len(pool[0].pairs), rng):
         for _ in range(1000):
@@ -571,7 +584,8 @@ def generate(
     seed: int = 0,
     template: str = "brief",  # prompt template, a name in `data.PROMPTS`
 ) -> dict:  # split -> SFT rows
-    "The corpus by split. The rows of a quadruple stay together, so every prefix of 4k rows is balanced. Raises ConfigError for an unknown size."
+    """The corpus by split. The rows of a quadruple stay together, so every prefix of 4k rows is balanced.
+    Raises ConfigError for an unknown size."""
     if size not in SIZES:
         raise ConfigError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
     plan = {split: ("demo" if size == "demo" else "plain", n) for split, n in SIZES[size].items()}

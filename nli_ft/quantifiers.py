@@ -232,7 +232,10 @@ def quantifier_thought(category: str, p: Says, h: Says, rel: str):
         return None
     word = dict(entailment="gives", neutral="permits", contradiction="excludes")[same]
     said = ARGUMENTS[category]
-    return f"the step from {said[a]} to {said[b]} goes {way}. {p.form[1]} passes {passes} and {word} {h.form[1]}, so it {VERDICTS[rel]}"
+    return (
+        f"the step from {said[a]} to {said[b]} goes {way}. {p.form[1]} passes {passes} and {word} "
+        f"{h.form[1]}, so it {VERDICTS[rel]}"
+    )
 
 # %% ../nbs/43_quantifiers.ipynb #7ad01852
 DETAILS = {"Y": "{adv}", "W": "{place}", "V": "at {time}"}
@@ -280,7 +283,8 @@ def detail_thought(p: Says, h: Says, rel: str) -> str:
     does = "gives" if yes == also else "excludes"
     said = ("no", "yes")
     return (
-        f"the step from {{past}}{act_text(a)} to {{past}}{act_text(b)} goes {way}. A {said[yes]} passes {'up' if yes else 'down'} "
+        f"the step from {{past}}{act_text(a)} to {{past}}{act_text(b)} goes {way}. A {said[yes]} "
+        f"passes {'up' if yes else 'down'} "
         f"and {does} a {said[also]}, so it {VERDICTS[rel]}"
     )
 
@@ -314,7 +318,10 @@ def antonym_thought(p: Says, h: Says, rel: str) -> str:
         else q_text(p.form[1], "{noun}", "{nouns}", "is", "are", "plain")
     )
     (was,), (now,) = p.form[-1], h.form[-1]
-    return f"the premise says {said} {ANTONYM[was]}. For {ANTONYM[now]} this is {turned(p.form, now)} against {turned(h.form, now)}, so it {VERDICTS[rel]}"
+    return (
+        f"the premise says {said} {ANTONYM[was]}. For {ANTONYM[now]} this is {turned(p.form, now)} "
+        f"against {turned(h.form, now)}, so it {VERDICTS[rel]}"
+    )
 
 # %% ../nbs/43_quantifiers.ipynb #f5165993
 NUMBERS = "zero one two three four five six seven eight nine".split()

@@ -85,8 +85,11 @@ def concludes(thought: str | None) -> int | None:  # 1 entailed, 0 not entailed,
 
 # %% ../nbs/08_reading.ipynb #e41b21c2
 _leak = re.compile(
-    r"\b(?:true|correct|gold|given|actual|provided|expected|target)[ -](?:standard )?(?:label|answer)s?\b|\bground[ -]truth\b|\blabel(?:led|ed)? (?:as )?(?:is|was|given as|of)? ?[01]\b"
-    r"|\b(?:initial|original|previous|earlier|first) (?:reasoning|thought(?: process)?|prediction|analysis|answer|response|conclusion)\b",
+    r"\b(?:true|correct|gold|given|actual|provided|expected|target)[ -](?:standard "
+    r")?(?:label|answer)s?\b|\bground[ -]truth\b|\blabel(?:led|ed)? (?:as )?(?:is|was|given as|of)? "
+    r"?[01]\b"
+    r"|\b(?:initial|original|previous|earlier|first) (?:reasoning|thought(?: "
+    r"process)?|prediction|analysis|answer|response|conclusion)\b",
     re.I,
 )
 

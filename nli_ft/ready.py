@@ -29,7 +29,8 @@ def _missing_data(cfg, key):
     if os.path.isfile(path) or path.parent == embedded_data():
         return []
     return [
-        f"{key} = {getattr(cfg, key)}: no such file ({path}); `nli_data prepare --thoughts T --reflections R --output FILE` makes training rows, "
+        f"{key} = {getattr(cfg, key)}: no such file ({path}); `nli_data prepare --thoughts T "
+        "--reflections R --output FILE` makes training rows, "
         "`nli_data download --published --output FILE` fetches the published ones (DATA.md)"
     ]
 
@@ -75,7 +76,8 @@ def _missing_device(cfg):
     cuda = torch.cuda.is_available()
     if cfg.device == "auto" and not cuda and cfg.model_id not in EMBEDDED:
         return [
-            f"{cfg.model_id} needs a CUDA GPU and torch sees none (`nvidia-smi` should list one; inside Docker start with --gpus). "
+            f"{cfg.model_id} needs a CUDA GPU and torch sees none (`nvidia-smi` should list one; "
+            "inside Docker start with --gpus). "
             f"These configs run on a CPU: {', '.join(_on_cpu())}; --device cpu forces any other onto it"
         ]
     if not cuda and ("8bit" in cfg.optim or "paged" in cfg.optim):
@@ -120,7 +122,8 @@ def _missing_trackers(cfg):
     for t in trackers(cfg):
         if t not in known:
             lacks.append(
-                f"report_to = {cfg.report_to}: transformers knows no tracker {t!r}; it knows {', '.join(sorted(set(known) - {'wandb'}))}"
+                f"report_to = {cfg.report_to}: transformers knows no tracker {t!r}; it knows "
+                f"{', '.join(sorted(set(known) - {'wandb'}))}"
             )
         elif t not in here:
             lacks.append(
@@ -130,7 +133,8 @@ def _missing_trackers(cfg):
 
 # %% ../nbs/32_ready.ipynb #76f0cb39
 def _missing_for_fsdp(cfg):
-    "What FSDP needs where the launcher asks for it. accelerate itself would say nothing on a CPU, and lose the 4-bit weights' scales with FSDP 2."
+    """What FSDP needs where the launcher asks for it. accelerate itself would say nothing on a CPU, and lose
+    the 4-bit weights' scales with FSDP 2."""
     from nli_ft.bases import device
     from nli_ft.model import sharded
 
@@ -139,23 +143,28 @@ def _missing_for_fsdp(cfg):
     said, lacks = os.environ.get, []
     if device(cfg).type == "cpu":
         lacks.append(
-            "FSDP needs CUDA GPUs: on a CPU accelerate shards nothing. Start the processes without --use_fsdp, or without its config file"
+            "FSDP needs CUDA GPUs: on a CPU accelerate shards nothing. Start the processes without "
+            "--use_fsdp, or without its config file"
         )
     if said("FSDP_VERSION", "1") != "1":
         lacks.append(
-            f"fsdp_version {said('FSDP_VERSION')}: 4-bit weights lose their scales when FSDP 2 shards them (huggingface/accelerate issue 3874). Set fsdp_version to 1"
+            f"fsdp_version {said('FSDP_VERSION')}: 4-bit weights lose their scales when FSDP 2 shards "
+            "them (huggingface/accelerate issue 3874). Set fsdp_version to 1"
         )
     if said("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT") != "FULL_STATE_DICT":
         lacks.append(
-            f"fsdp_state_dict_type {said('FSDP_STATE_DICT_TYPE')}: a checkpoint would hold no whole adapter. Set it to FULL_STATE_DICT"
+            f"fsdp_state_dict_type {said('FSDP_STATE_DICT_TYPE')}: a checkpoint would hold no whole "
+            "adapter. Set it to FULL_STATE_DICT"
         )
     if said("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
         lacks.append(
-            "fsdp_cpu_ram_efficient_loading true: every process needs the scales of the 4-bit weights, and loads them. Set it to false"
+            "fsdp_cpu_ram_efficient_loading true: every process needs the scales of the 4-bit "
+            "weights, and loads them. Set it to false"
         )
     if "8bit" in cfg.optim or "paged" in cfg.optim:
         lacks.append(
-            f"optim = {cfg.optim}: the states of bitsandbytes' optimizers cannot be gathered from shards. Use optim=auto"
+            f"optim = {cfg.optim}: the states of bitsandbytes' optimizers cannot be gathered from "
+            "shards. Use optim=auto"
         )
     return lacks
 
@@ -183,15 +192,16 @@ def set_aside(
     there = next(p for p in taken if not p.exists())
     folder.rename(there)
     print(
-        f"{folder} is not the corpus that this version makes ({why}); it lies in {there.name} now, and a new one is made",
+        f"{folder} is not the corpus that this version makes ({why}); it lies in {there.name} now, "
+        "and a new one is made",
         flush=True,
     )
     return there
 
 # %% ../nbs/32_ready.ipynb #bd27e99e
 def make_embedded_data(cfg: Config):
-    """Generate the synthetic corpus if the config wants it and this version's is not there yet; another version's is set aside, never mixed in.
-    Safe against two processes at once."""
+    """Generate the synthetic corpus if the config wants it and this version's is not there yet; another
+    version's is set aside, never mixed in. Safe against two processes at once."""
     d = embedded_data()
     if d not in (cfg.path("train_data").parent, cfg.path("eval_data").parent) or (
         d.exists() and not outdated(d, "demo")
@@ -199,7 +209,8 @@ def make_embedded_data(cfg: Config):
         return
     if not can_be_written(d.parent):
         raise ConfigError(
-            f"{d} is generated on first use and cannot be written; copy the project to a folder of your own, or write the rows elsewhere by "
+            f"{d} is generated on first use and cannot be written; copy the project to a folder of "
+            "your own, or write the rows elsewhere by "
             "`nli_corpus --size demo --out FOLDER` and name them with --train_data and --eval_data"
         )
     from filelock import FileLock
@@ -219,7 +230,8 @@ _gpu = None  # the GPU this process was given
 
 
 def choose_gpu(cfg: Config):
-    "Make just one GPU visible to a run of one process (`Trainer` would otherwise spread over all of them); must come before CUDA starts."
+    """Make just one GPU visible to a run of one process (`Trainer` would otherwise spread over all of them);
+    must come before CUDA starts."""
     global _gpu
     if _gpu is not None or cfg.distributed_training or "WORLD_SIZE" in os.environ:
         return
@@ -235,7 +247,8 @@ def choose_gpu(cfg: Config):
 
 # %% ../nbs/32_ready.ipynb #4c0cbad6
 def check_ready(cfg: Config):
-    "Raise `ConfigError` listing everything the run needs and does not have: GPU, weights, data. The embedded corpus is generated here."
+    """Raise `ConfigError` listing everything the run needs and does not have: GPU, weights, data. The embedded
+    corpus is generated here."""
     choose_gpu(cfg)
     from nli_ft.bases import attention, base_class, base_config, compute_dtype
 

@@ -19,8 +19,9 @@ from .evaluate import _labelled, class_scores, groups_of
 def compare_answers(
     preds: list,  # prediction rows of the run
     others: dict,  # name -> answered labels on the same items, None for no answer
-) -> dict:  # name -> n, right, accuracy, accuracy_ci, macro_f1, mcc, difference (run - other), ci, p, p_holm, p_mcnemar, told, verdict …
-    "The run against other ways to answer the same items: the sign-flip test over clusters decides, corrected for the number of comparisons."
+) -> dict:  # name -> n, right, accuracy, its interval, macro_f1, mcc, difference (run - other), p …, verdict
+    """The run against other ways to answer the same items: the sign-flip test over clusters decides, corrected
+    for the number of comparisons."""
     y, a = _labelled(preds)
     run, groups, found, tests = (y == a).astype(int), groups_of(preds), {}, []
     of_run = dict(accuracy=float(run.mean()), **class_scores(y, a))
@@ -45,14 +46,16 @@ def compare_answers(
 
 # %% ../nbs/23_reasoning.ipynb #7c4a5a6b
 _SCAFFOLD = frozenset(
-    "premise hypothesis step states state stated says said mentions mentioned based reasoning information given logical inferred entailed conclusion".split()
+    "premise hypothesis step states state stated says said mentions mentioned based reasoning "
+    "information given logical inferred entailed conclusion".split()
 )
 
 
 def grounded_share(
     p: dict,  # prediction row
 ) -> float | None:  # 0 … 1; None for a thought without content words
-    "Share of the thought's content words (no stop words, no words of the task itself) that occur, in the same form, in premise or hypothesis."
+    """Share of the thought's content words (no stop words, no words of the task itself) that occur, in the
+    same form, in premise or hypothesis."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     content = [
@@ -69,7 +72,10 @@ def reasoning(
 ) -> dict:  # n (rows with a thought), mean_words, stated, agreement, grounded, grounded_right, grounded_wrong
     "What the thoughts have to do with the answers; None where there is nothing to average."
     has = [p for p in preds if p.get("thought_process")]
-    mean = lambda xs: float(np.mean(xs)) if (xs := [x for x in xs if x is not None]) else None
+
+    def mean(xs):
+        return float(np.mean(xs)) if (xs := [x for x in xs if x is not None]) else None
+
     stated = [
         (s, p["predicted_label"])
         for p in has
@@ -91,7 +97,10 @@ def altered_thoughts(
     thoughts: list,  # at least two
 ) -> dict:  # change -> thoughts, in order
     "The interventions: the first half of the words; the next row's thought; nothing."
-    half = lambda t: " ".join(t.split()[: len(t.split()) // 2])
+
+    def half(t):
+        return " ".join(t.split()[: len(t.split()) // 2])
+
     return dict(
         whole=list(thoughts),
         halved=[half(t) for t in thoughts],
@@ -110,7 +119,8 @@ def probe_thoughts(
 ) -> (
     dict
 ):  # n, and for halved, swapped, removed: changed (share of labels), changed_ci, mean_shift of p(entailment)
-    "How much the label depends on the thought before it (`completion=cot`); `DataError` with fewer than two thoughts to exchange."
+    """How much the label depends on the thought before it (`completion=cot`); `DataError` with fewer than two
+    thoughts to exchange."""
     from nli_ft.bases import autocast
     from nli_ft.cpu_speed import fast_weights
 

@@ -62,7 +62,8 @@ def _home():
 def redact(
     text: str,  # what is about to be written
 ) -> str:  # the same without credentials and without the paths of this machine
-    "Replace credentials of 8 characters or more (environment variables by their names, .netrc, the hub's token), the project's folder and the home folder."
+    """Replace credentials of 8 characters or more (environment variables by their names, .netrc, the hub's
+    token), the project's folder and the home folder."""
     for name, value in _secrets():
         if len(value) >= 8:
             for form in {value, json.dumps(value)[1:-1]}:
@@ -117,7 +118,8 @@ def _process_mark(pid=None):
 
 # %% ../nbs/25_records.ipynb #ae3f4d9f
 def _died(summary):
-    "True when `summary` says running but its process, of this boot and namespace, is gone. Elsewhere nothing can be said: False."
+    """True when `summary` says running but its process, of this boot and namespace, is gone. Elsewhere nothing
+    can be said: False."""
     here = _process_mark()
     if summary.get("status") != "running" or not here or summary.get("boot") != here[1]:
         return False
@@ -150,7 +152,8 @@ def new_run_dir(
     cfg,  # `Config`
     runs_dir=None,  # folder of all records; None: the config's `runs_dir`
 ) -> Path:  # the new folder, holding only a summary.json that says running
-    "Make `<runs_dir>/<config>/<UTC time>-s<seed>-<random>/`, never one that exists. Raises `RecordError` where it cannot be made."
+    """Make `<runs_dir>/<config>/<UTC time>-s<seed>-<random>/`, never one that exists. Raises `RecordError`
+    where it cannot be made."""
     if not re.fullmatch(r"[\w][\w.-]*", cfg.name):
         raise RecordError(f"config name {cfg.name!r} cannot be a folder name; rename the file")
     parent = Path(runs_dir or cfg.path("runs_dir")) / cfg.name
@@ -178,8 +181,14 @@ def new_run_dir(
         return run
 
 # %% ../nbs/25_records.ipynb #8a55e47a
-_PACKAGES = "torch transformers trl peft bitsandbytes accelerate datasets tokenizers safetensors numpy papermill nbdev wandb".split()
-_ENV_NAMES = "HF_TOKEN HF_HUB_OFFLINE WANDB_API_KEY WANDB_MODE CUDA_VISIBLE_DEVICES OMP_NUM_THREADS PYTORCH_CUDA_ALLOC_CONF".split()
+_PACKAGES = (
+    "torch transformers trl peft bitsandbytes accelerate datasets tokenizers safetensors numpy papermill "
+    "nbdev wandb"
+).split()
+_ENV_NAMES = (
+    "HF_TOKEN HF_HUB_OFFLINE WANDB_API_KEY WANDB_MODE CUDA_VISIBLE_DEVICES OMP_NUM_THREADS "
+    "PYTORCH_CUDA_ALLOC_CONF"
+).split()
 
 
 def _versions():
@@ -228,7 +237,8 @@ def _same_notebook_code(git, top: Path, path: str) -> bool:  # False for what is
 
 # %% ../nbs/25_records.ipynb #c0246fa1
 def _git():
-    "`{commit, dirty, changed}` of the project, or None where it is no git checkout (or there is no git). Only changed code counts."
+    """`{commit, dirty, changed}` of the project, or None where it is no git checkout (or there is no git).
+    Only changed code counts."""
     root = project_root()
 
     def git(*args):  # a mounted checkout may belong to another user, which git refuses unless told
@@ -297,7 +307,8 @@ def _device(look: bool):
 
 # %% ../nbs/25_records.ipynb #47d49836
 def _data(cfg, key):
-    "Path as configured, sha256, rows, label contracts and sources of a data file; sha256 is None where the file is not there."
+    """Path as configured, sha256, rows, label contracts and sources of a data file; sha256 is None where the
+    file is not there."""
     path, info = cfg.path(key), dict(path=getattr(cfg, key), sha256=None)
     if not path.is_file():
         return info
@@ -305,14 +316,18 @@ def _data(cfg, key):
         rows = [r for _, r in file_records(path) if isinstance(r, dict)]
     except NliError as e:
         return info | dict(sha256=data_hash(path), why=str(e))
-    count = lambda k: dict(Counter(str(r[k]) for r in rows if r.get(k) is not None).most_common(12))
+
+    def count(k):
+        return dict(Counter(str(r[k]) for r in rows if r.get(k) is not None).most_common(12))
+
     return info | dict(
         sha256=data_hash(path), rows=len(rows), contracts=count("contract"), sources=count("source")
     )
 
 # %% ../nbs/25_records.ipynb #90bbacaa
 def _prompt(cfg):
-    "Name and hash of the prompt wording. `auto` is looked up in the training rows, then in the evaluation rows, and stays auto where neither says."
+    """Name and hash of the prompt wording. `auto` is looked up in the training rows, then in the evaluation
+    rows, and stays auto where neither says."""
     name = cfg.prompt_template
     for key in ("train_data", "eval_data"):
         if name != "auto":
@@ -345,7 +360,8 @@ def environment(
 
 # %% ../nbs/25_records.ipynb #7bdc8b65
 def _claim(cfg, run_dir):
-    "A new folder, or `run_dir` (relative to the project) when it is absent, or as the launcher made it and nothing else is inside."
+    """A new folder, or `run_dir` (relative to the project) when it is absent, or as the launcher made it and
+    nothing else is inside."""
     if not run_dir:
         return new_run_dir(cfg)
     run = project_root() / run_dir
@@ -465,9 +481,11 @@ def finish_run(
     status: str = "done",  # done, failed or interrupted
     **summary,  # merged into summary.json, e.g. `before=score(...)`, `after=score(...)`
 ) -> dict:  # the whole summary
-    """Close a record: merge `summary` into `summary.json`, with the end and the wall time in seconds. May be called again.
+    """Close a record: merge `summary` into `summary.json`, with the end and the wall time in seconds. May be
+    called again.
 
-    With the scores of predictions (`before`, `after`) their SHA-256 is recorded, so that a later change is noticed."""
+    With the scores of predictions (`before`, `after`) their SHA-256 is recorded, so that a later change is
+    noticed."""
     if status not in _STATUSES:
         raise ValueError(f"status {status!r} is none of {', '.join(_STATUSES)}")
     path = Path(run_dir) / "summary.json"
@@ -494,7 +512,8 @@ def close_failed(
     error: BaseException,  # what ended it
     **summary,  # as for `finish_run`
 ):
-    "Close the record of a run that did not end well. Where even that cannot be written (a full disk) it is said, and the run will be listed as died."
+    """Close the record of a run that did not end well. Where even that cannot be written (a full disk) it is
+    said, and the run will be listed as died."""
     why = redact(
         str(error)
         if isinstance(error, (Interrupted, TrainingStopped))
@@ -513,7 +532,9 @@ def close_failed(
 def watch_cells(
     run_dir,  # a run's folder
 ):
-    "Mark the record as failed when a cell of this kernel raises while it is open (a closed one stays as it is); does nothing outside IPython. SIGUSR2, which a scheduler may send to all processes of a job, is the launcher's to answer."
+    """Mark the record as failed when a cell of this kernel raises while it is open (a closed one stays as it
+    is); does nothing outside IPython. SIGUSR2, which a scheduler may send to all processes of a job, is the
+    launcher's to answer."""
     import builtins
 
     shell = getattr(builtins, "get_ipython", lambda: None)()
@@ -564,7 +585,8 @@ class Run:
         return read_predictions(self.path / which)
 
     def checks(self):
-        "`{file: how far it was checked}` of the predictions that are there. Raises `RecordError` for what was changed after it was written."
+        """`{file: how far it was checked}` of the predictions that are there. Raises `RecordError` for what
+        was changed after it was written."""
         from nli_ft.predictions import SCORED, check_record
 
         there = [name for name in SCORED if (self.path / name).is_file()]
@@ -589,7 +611,8 @@ def read_run(
     seeds = config["config"].get("seed") if isinstance(config["config"], dict) else None, summary.get("seed")
     if None not in seeds and seeds[0] != seeds[1]:
         raise RecordError(
-            f"{path}: config.json says seed {seeds[0]} and summary.json says seed {seeds[1]}. One of them was changed after it was written: "
+            f"{path}: config.json says seed {seeds[0]} and summary.json says seed {seeds[1]}. One of "
+            "them was changed after it was written: "
             "restore the record from git or a backup, or make the run again"
         )
     return Run(path, config, env, summary, read_metrics(path))
@@ -598,7 +621,8 @@ def read_run(
 def before_text(
     summary: dict,  # a record's summary
 ) -> str:  # such as "0.000 (no JSON; forced 0.500)"; "–" where nothing was judged
-    "The untrained model's accuracy, never without what it means: an answer that is no JSON counts as wrong, whatever the model knows."
+    """The untrained model's accuracy, never without what it means: an answer that is no JSON counts as wrong,
+    whatever the model knows."""
     before, forced = summary.get("before") or {}, summary.get("before_forced") or {}
     if not isinstance(before.get("accuracy"), (int, float)):
         return "–"
@@ -708,7 +732,10 @@ def _result_line(run):
     "Where a record is and what came out, in one line."
     s = _read_json(run / "summary.json")
     after = s.get("after") or {}
-    scores = f"accuracy {before_text(s)} → {_share(after.get('accuracy'))}   valid JSON {_share(after.get('valid_rate'))}"
+    scores = (
+        f"accuracy {before_text(s)} → {_share(after.get('accuracy'))}   valid JSON "
+        f"{_share(after.get('valid_rate'))}"
+    )
     return f"{os.path.relpath(run)}   {s['status']}   {scores}   n={after.get('n', '–')}   {_duration(s.get('wall_s'))}"
 
 # %% ../nbs/25_records.ipynb #dddb2cda

@@ -33,11 +33,16 @@ def role_clause(f: tuple) -> str:
 def role_thought(p: Says, h: Says, rel: str) -> str:
     "Cite the stated fact that decides `h`, else the first one."
     near = [f for f in facts_of(p.form) if f in (h.form, deny(h.form))]
-    return f"the premise says {role_clause((near or facts_of(p.form))[0])}. The hypothesis says {role_clause(h.form)}, {compared(rel)}"
+    return (
+        f"the premise says {role_clause((near or facts_of(p.form))[0])}. The hypothesis says "
+        f"{role_clause(h.form)}, {compared(rel)}"
+    )
 
 # %% ../nbs/42_relations.ipynb #692dfa04
-# The demo's four wordings name the two people in the order x-y, y-x, x-y, y-x. Trained on are first → second and third, second → third,
-# third → first and fourth, fourth → first; judged are the others, among them both pairs of wordings that turn the names round twice.
+# The demo's four wordings name the two people in the order x-y, y-x, x-y, y-x. Trained on are first →
+# second and third, second → third,
+# third → first and fourth, fourth → first; judged are the others, among them both pairs of wordings that
+# turn the names round twice.
 DEMO_HALVES = ((0, 1), (0, 0), (1, 0), (1, 1))
 
 # %% ../nbs/42_relations.ipynb #09406d5a

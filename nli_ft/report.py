@@ -20,6 +20,7 @@ from .files import atomic_writer
 from .paired import minimum_detectable_difference
 from .predictions import CARRIED, NO_ANSWER, check_predictions, predictions_seal
 from .reading import words
+from .baselines import baseline_labels
 from nli_ft.evaluate import (
     _labelled,
     _with_probability,
@@ -34,7 +35,7 @@ from nli_ft.evaluate import (
     score,
     slices,
 )
-from .reasoning import baseline_labels, compare_answers, reasoning
+from .reasoning import compare_answers, reasoning
 
 # %% ../nbs/24_report.ipynb #634958dc
 BLUE, ORANGE, GREEN, GREY = (
@@ -46,7 +47,8 @@ BLUE, ORANGE, GREEN, GREY = (
 
 
 def new_figure(width: float = 5, height: float = 3.6, panels: int = 1):  # inches; axes side by side
-    "A figure that a notebook shows once: pyplot's own copy is closed, so that it is not drawn again at the end of the cell."
+    """A figure that a notebook shows once: pyplot's own copy is closed, so that it is not drawn again at the
+    end of the cell."""
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained")
@@ -96,7 +98,8 @@ def plot_confusion(
 def metric_series(
     metrics: list,  # rows of metrics.jsonl
 ) -> dict:  # name -> (steps, values)
-    "Every finite numeric series over `step`; rows without a step and one-off summaries of the whole training are left out."
+    """Every finite numeric series over `step`; rows without a step and one-off summaries of the whole training
+    are left out."""
     series = defaultdict(lambda: ([], []))
     for row in metrics:
         for key, value in row.items():
@@ -118,7 +121,10 @@ def plot_loss(
 ):  # Figure of three panels
     "Train and eval loss; loss on thought and on label tokens; learning rate; all over optimizer steps."
     series = metric_series(metrics)
-    is_split = lambda k: "loss" in k and ("thought" in k or "label" in k)
+
+    def is_split(k):
+        return "loss" in k and ("thought" in k or "label" in k)
+
     panels = [
         ("loss (nats per trained token)", [k for k in series if "loss" in k and not is_split(k)]),
         ("loss, split", [k for k in series if is_split(k)]),
@@ -144,7 +150,8 @@ def plot_loss(
 
 # %% ../nbs/24_report.ipynb #8e68985e
 def plot_reliability(preds: list, n_bins: int = 15):  # prediction rows with gold labels; bins wanted
-    "Accuracy against confidence in equal-mass bins with 95 % intervals at the effective number of rows; the diagonal is perfect calibration."
+    """Accuracy against confidence in equal-mass bins with 95 % intervals at the effective number of rows; the
+    diagonal is perfect calibration."""
     conf, right = confidences(preds)
     fig, ax = new_figure(4.2, 3.8)
     ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
@@ -168,7 +175,8 @@ def plot_reliability(preds: list, n_bins: int = 15):  # prediction rows with gol
 
 # %% ../nbs/24_report.ipynb #0230a296
 def plot_risk_coverage(preds: list):  # prediction rows with gold labels
-    "Share of wrong answers among the surest part of the rows; flat means that the probabilities do not rank the answers."
+    """Share of wrong answers among the surest part of the rows; flat means that the probabilities do not rank
+    the answers."""
     fig, ax = new_figure(4.4, 3.4)
     ax.set(
         xlabel="coverage (share answered, surest first)",
@@ -270,15 +278,20 @@ def show_examples(
     "The first `n` right and the first `n` wrong predictions with their reasoning."
     right = [p for p in preds if p["predicted_label"] == p["label"]][:n]
     wrong = [p for p in preds if p["predicted_label"] != p["label"]][:n]
-    cell = lambda x: f"<td style='text-align:left;vertical-align:top'>{html.escape(str(x))}</td>"
-    line = lambda p: [
-        ("right" if p in right else "wrong"),
-        p["premise"],
-        p["hypothesis"],
-        p["label"],
-        "none" if p["predicted_label"] is None else p["predicted_label"],
-        _reasoning(p),
-    ]
+
+    def cell(x):
+        return f"<td style='text-align:left;vertical-align:top'>{html.escape(str(x))}</td>"
+
+    def line(p):
+        return [
+            ("right" if p in right else "wrong"),
+            p["premise"],
+            p["hypothesis"],
+            p["label"],
+            "none" if p["predicted_label"] is None else p["predicted_label"],
+            _reasoning(p),
+        ]
+
     names, table = (
         ("", "premise", "hypothesis", "gold", "answer", "reasoning"),
         [line(p) for p in right + wrong],
@@ -409,14 +422,19 @@ def report_text(
     lines = [
         f"accuracy {s['accuracy']:.3f} {_interval_text(s['accuracy_ci'])}, n = {s['n']} in {s['n_clusters']} clusters "
         f"(95 % Wilson at n / {s['deff']:.2f}; no answer is wrong)",
-        f"answered {s['coverage']:.3f}, valid JSON {s['valid_rate']:.3f}, accuracy of the answered {_number_text(s['parsed_accuracy'])}; outcomes "
+        f"answered {s['coverage']:.3f}, valid JSON {s['valid_rate']:.3f}, accuracy of the answered "
+        f"{_number_text(s['parsed_accuracy'])}; outcomes "
         + ", ".join(f"{k} {v}" for k, v in s["outcomes"].items()),
-        f"macro-F1 {_defined(s['macro_f1'])}, balanced accuracy {_defined(s['balanced_accuracy'])}, MCC {_defined(s['mcc'])}; "
+        f"macro-F1 {_defined(s['macro_f1'])}, balanced accuracy {_defined(s['balanced_accuracy'])}, "
+        f"MCC {_defined(s['mcc'])}; "
         f"tokens per answer {_number_text(s['mean_tokens'], 1)}, seconds per item {_number_text(s['mean_seconds'])}",
-        f"calibration over {c['n']}: ECE {_number_text(c['ece'])} (of a calibrated model with these confidences {_number_text(c['ece_calibrated'])}, "
-        f"up to {_number_text(c['ece_calibrated_95'])}), Brier {_number_text(c['brier'])}, NLL {_number_text(c['nll'])}; "
+        f"calibration over {c['n']}: ECE {_number_text(c['ece'])} (of a calibrated model with these "
+        f"confidences {_number_text(c['ece_calibrated'])}, "
+        f"up to {_number_text(c['ece_calibrated_95'])}), Brier {_number_text(c['brier'])}, NLL "
+        f"{_number_text(c['nll'])}; "
         f"AURC {_number_text(c['aurc'])} (of a random ranking {_number_text(c['aurc_random'])})",
-        f"thoughts: {t['n']}, mean {_number_text(t['mean_words'], 1)} words, verdict stated in {_number_text(t['stated'])}, agrees with the label in {_number_text(t['agreement'])}, "
+        f"thoughts: {t['n']}, mean {_number_text(t['mean_words'], 1)} words, verdict stated in "
+        f"{_number_text(t['stated'])}, agrees with the label in {_number_text(t['agreement'])}, "
         f"grounded words {_number_text(t['grounded'])}",
         "at this n an equally good, independent rival would have to differ by "
         + (
@@ -444,7 +462,8 @@ def _baseline_lines(baselines):
         return []
     head = f"{'baseline on the same items':<32} accuracy   this run is better by      p (Holm)   p (McNemar)"
     lines = [
-        f"{k:<32} {b['accuracy']:>8.3f}   {b['difference']:+.3f} {_interval_text(b['ci']):<18} {b['p_holm']:<10.2g} {b['p_mcnemar']:.2g}"
+        f"{k:<32} {b['accuracy']:>8.3f}   {b['difference']:+.3f} {_interval_text(b['ci']):<18} "
+        f"{b['p_holm']:<10.2g} {b['p_mcnemar']:.2g}"
         for k, b in baselines.items()
     ]
     return ["", head, *lines, *(f"against {k}: {b['verdict']}" for k, b in baselines.items())]
@@ -464,7 +483,8 @@ def save_report(
     extra: dict | None = None,  # further keys of report.json, such as the mode
     **kwargs,  # `train`, `before` and `forced`, as in `report`
 ) -> dict:  # the report
-    "Write the report and its plots beside the predictions they are computed from; both can be made again from these at any time."
+    """Write the report and its plots beside the predictions they are computed from; both can be made again
+    from these at any time."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     made = report(preds, **kwargs) | (extra or {})

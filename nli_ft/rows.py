@@ -50,11 +50,13 @@ def prompt_messages(
     hypothesis: str,  # hypothesis, used as it stands
     template: str = "standard",  # a name in `PROMPTS`
 ) -> list:  # messages, each `{role, content}`
-    "The chat messages that ask for a pair's label; the same for training and inference. Raises `DataError` on an unknown template."
+    """The chat messages that ask for a pair's label; the same for training and inference. Raises `DataError`
+    on an unknown template."""
     if template not in PROMPTS:
         raise DataError(f"no prompt template {template!r}; there are: {', '.join(PROMPTS)}")
     vals = dict(premise=premise, hypothesis=hypothesis)
-    # one pass: a premise that itself contains "{hypothesis}" is left alone, and the JSON braces of the wording need no escaping
+    # one pass: a premise that itself contains "{hypothesis}" is left alone, and the JSON braces of the
+    # wording need no escaping
     return [
         dict(role=m["role"], content=_slot.sub(lambda k: vals[k[1]], m["content"])) for m in PROMPTS[template]
     ]
@@ -266,7 +268,8 @@ def check_gold(row: dict, label: int, contract: str | None = None):
 
 # %% ../nbs/05_rows.ipynb #ab663488
 def check_writable(row: dict):
-    "Raises `ValueError` where a value could not be written again: half a surrogate pair (from an escape, or a spoilt byte in CSV), or too deep nesting."
+    """Raises `ValueError` where a value could not be written again: half a surrogate pair (from an escape, or
+    a spoilt byte in CSV), or too deep nesting."""
     for k, v in row.items():
         try:
             s = k + (
@@ -387,7 +390,8 @@ def file_kind(
     path,
     recs: list,  # the first (line, record) of the file
 ) -> str:  # a name in `KINDS`
-    "The kind most of the records have. Raises `DataError` naming the columns that are missing and those that were found."
+    """The kind most of the records have. Raises `DataError` naming the columns that are missing and those that
+    were found."""
     rows = [r for _, r in recs if isinstance(r, dict)]
     kinds = Counter(k for k in map(row_kind, rows) if k)
     if kinds:
@@ -396,7 +400,8 @@ def file_kind(
         return "pair"  # every line is bad, and will be named as such
     found = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     lacks = {kind: missing_columns(kind, found) for kind in KINDS}
-    # the kind that lacks least is what was probably meant; a file that has nothing of any kind holds pairs in other words
+    # the kind that lacks least is what was probably meant; a file that has nothing of any kind holds pairs
+    # in other words
     some = [k for k in KINDS if len(lacks[k]) < len(KINDS[k])]
     kind = min(some or ["pair"], key=lambda k: (len(lacks[k]), -len(KINDS[k])))
     raise DataError(

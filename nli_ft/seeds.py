@@ -26,7 +26,8 @@ from nli_ft.differences import (
 
 # %% ../nbs/27_seeds.ipynb #daa9c870
 def _configs(entries):
-    "Lists of the entries that nothing but the seed tells apart. Files count by their content, so that runs started from two copies of a project are repetitions of one config."
+    """Lists of the entries that nothing but the seed tells apart. Files count by their content, so that runs
+    started from two copies of a project are repetitions of one config."""
     groups = []
     for e in entries:
         same = (
@@ -67,7 +68,8 @@ def _rerun(entries):
 
 # %% ../nbs/27_seeds.ipynb #32a26f54
 def _twins(entries):
-    "`{id(entry): why}` of runs whose adapter or whose answers are those of an earlier run: another seed in config.json makes no repetition."
+    """`{id(entry): why}` of runs whose adapter or whose answers are those of an earlier run: another seed in
+    config.json makes no repetition."""
     why, adapters = {}, {}
     for e in entries:
         sha = None if _is_before(e) else e[0].summary.get("adapter_sha256")
@@ -87,9 +89,11 @@ def _twins(entries):
 def distinct_entries(
     entries,  # of `load_compared`
 ) -> tuple:  # (entries that are runs of their own, {id(entry): why another is not})
-    """Runs that count once: of copies the first, of runs made again with one config and seed the last, of runs with the same adapter or answers the first.
+    """Runs that count once: of copies the first, of runs made again with one config and seed the last, of runs
+    with the same adapter or answers the first.
 
-    Where nothing would be left to compare with, runs made again stay: what they show is how far one config and seed repeat."""
+    Where nothing would be left to compare with, runs made again stay: what they show is how far one config
+    and seed repeat."""
     why = {}
     for i, e in enumerate(entries):
         twin = next((o for o in entries[:i] if id(o) not in why and _copied(o, e)), None)
@@ -198,7 +202,10 @@ def _no_config_verdict(few):
     "What is missing for a verdict on a config."
     names = " and ".join(es[0][0].config["name"] for es in few)
     commands = " and ".join(dict.fromkeys(f"`{_more_seeds(es)}`" for es in few))
-    return f"no verdict on the config: {names} {'have' if len(few) > 1 else 'has'} one seed, and at least 2 are needed in each trained arm, 3 are better: {commands}"
+    return (
+        f"no verdict on the config: {names} {'have' if len(few) > 1 else 'has'} one seed, and at least 2 "
+        f"are needed in each trained arm, 3 are better: {commands}"
+    )
 
 # %% ../nbs/27_seeds.ipynb #5dda5252
 def _more_seeds(es):

@@ -57,7 +57,8 @@ def split_paths(
     output,  # the file named for the training rows
     names,  # the splits wanted
 ) -> dict:  # split -> path
-    "One path per split: `train` in the file's name is replaced, else `_train`, `_dev`, `_test` are put before the suffix."
+    """One path per split: `train` in the file's name is replaced, else `_train`, `_dev`, `_test` are put
+    before the suffix."""
     p = Path(output)
     if "train" in p.name:
         return {s: p.with_name(p.name.replace("train", s)) for s in names}
@@ -120,7 +121,8 @@ def suspect_path(reflections) -> Path:
 def use_reflections(
     rows, path, known: Seen, counts: Counter, drop_wrong: bool = False, max_bad: float = 0.0
 ):  # yields (row, thought, source)
-    "The reflections that stand for a wrong thought. Raises `DataError` where more than `max_bad` belong to no wrong thought."
+    """The reflections that stand for a wrong thought. Raises `DataError` where more than `max_bad` belong to
+    no wrong thought."""
     strays, good = BadRows(), 0
     for row in rows:
         right = known.get(thought_key(row))
@@ -149,7 +151,8 @@ def shuffle_thoughts(
     rows: list,  # SFT rows
     seed: int = 42,
 ) -> list:  # new rows in the same order, with `thought_of` naming the row each thought came from
-    "Exchange thoughts between rows of the same label; no row keeps its own. Raises `DataError` where a label has one row only."
+    """Exchange thoughts between rows of the same label; no row keeps its own. Raises `DataError` where a label
+    has one row only."""
     rng, order = random.Random(seed), list(range(len(rows)))
     for label in (0, 1):
         at = [i for i, r in enumerate(rows) if r["label"] == label]
@@ -195,7 +198,8 @@ class Shuffler:
 def chosen_rows(
     thoughts, reflections, known, counts, mix=False, drop_wrong=False, max_bad=0.0, contract=None
 ):  # yields (row, thought, source)
-    "The rows a strategy is made of: right thoughts, then (where a reflections file is given) reflections on the wrong ones."
+    """The rows a strategy is made of: right thoughts, then (where a reflections file is given) reflections on
+    the wrong ones."""
     seen = set()
     yield from use_thoughts(
         one_contract(iter_rows(thoughts, "thought", max_bad, contract), seen, thoughts, mix), known, counts
@@ -228,7 +232,8 @@ def write_sft(
         reflections = None
     elif reflections is None:
         raise DataError(
-            f"strategy {strategy!r} needs a reflections file (--reflections); without one there is --strategy correct_only"
+            f"strategy {strategy!r} needs a reflections file (--reflections); without one there is "
+            "--strategy correct_only"
         )
     prompt_messages("", "", template)
     known, counts, written = Seen("B"), Counter(), Counter()

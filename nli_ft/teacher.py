@@ -174,7 +174,8 @@ def refuse(self: Augmentation, row, trail, error):
     self.rejected += 1
     if not s.proven and self.rejected >= REJECTED:
         s.halt(
-            f"the server rejected the first {self.rejected} rows, the last {whose}: {error}. See base_url, model, key and --prompt"
+            f"the server rejected the first {self.rejected} rows, the last {whose}: {error}. See "
+            "base_url, model, key and --prompt"
         )
 
 
@@ -231,7 +232,10 @@ def reason_to_end(self: Augmentation, row) -> bool:
     "Is the budget spent? Rows in flight are then finished, new ones are not begun."
     s = self.session
     if s.reason is None and not self.affordable(row):
-        s.reason = f"the budget: another row could exceed --max_cost {self.max_cost} ({self.before.cost + s.tally.cost:.6f} spent on this file)"
+        s.reason = (
+            f"the budget: another row could exceed --max_cost {self.max_cost} "
+            f"({self.before.cost + s.tally.cost:.6f} spent on this file)"
+        )
     return s.reason is not None
 
 # %% ../nbs/50_teacher.ipynb #791836b5
@@ -403,12 +407,16 @@ def say_summary(r: dict, run: Augmentation):
     say = partial(print, file=sys.stderr)
     price = f", cost {r['cost']:.6f} (file so far {r['cost_of_file']:.6f})" if run.session.prices else ""
     say(
-        f"{run.session.stage.name}: {r['written']:,} written to {run.output}, {r['failed']:,} failed, {r['left']:,} left, "
+        f"{run.session.stage.name}: {r['written']:,} written to {run.output}, {r['failed']:,} failed, "
+        f"{r['left']:,} left, "
         f"{r['finished_before']:,} were finished before"
     )
     say(
-        f"{r['calls']:,} calls ({r['retries']:,} retried, {r['reprompts']:,} reprompted, {r['wrong_label']:,} with a label that was not gold, {r['not_argued']:,} without a reason for it), "
-        f"{r['prompt_tokens']:,} tokens in, {r['completion_tokens']:,} out{price}; response format {r['response_format']}"
+        f"{r['calls']:,} calls ({r['retries']:,} retried, {r['reprompts']:,} reprompted, "
+        f"{r['wrong_label']:,} with a label that was not gold, {r['not_argued']:,} without a reason "
+        "for it), "
+        f"{r['prompt_tokens']:,} tokens in, {r['completion_tokens']:,} out{price}; response format "
+        f"{r['response_format']}"
     )
     for fmt, why in r["formats_refused"].items():
         say(f"  {fmt} was refused: {why}")
@@ -416,7 +424,8 @@ def say_summary(r: dict, run: Augmentation):
         say(f"why they failed: {run.failed}; they are tried again on the next start")
     if r["suspects"]:
         say(
-            f"{r['suspects']:,} set apart because their gold label is doubted: {suspect_path(run.output)}. Read them; they are not asked again"
+            f"{r['suspects']:,} set apart because their gold label is doubted: "
+            f"{suspect_path(run.output)}. Read them; they are not asked again"
         )
     if r["reason"]:
         say(f"stopped: {r['reason']}")

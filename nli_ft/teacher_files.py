@@ -164,7 +164,8 @@ def settings_differ(output, n, was, now) -> str:
     rows = "\n".join(f"  {k}: {was[k]} there, {now[k]} now" for k in now if was[k] != now[k])
     return (
         f"{output}:{n} was made with other settings:\n{rows}\n"
-        "Name another --output, or say --allow_mixed to keep its rows and make only the missing ones with these settings"
+        "Name another --output, or say --allow_mixed to keep its rows and make only the missing ones "
+        "with these settings"
     )
 
 # %% ../nbs/49_teacher_files.ipynb #f9329eec
@@ -240,8 +241,10 @@ def survey(
             held.append(row["id"])
     if held and not allow_eval:
         raise DataError(
-            f"{len(held)} rows are marked dev or test (ids {', '.join(map(str, held[:5]))}{' …' if len(held) > 5 else ''}): "
-            "reflections see gold, so those rows could not be evaluated on any more. --allow_eval_rows does it all the same, and records it"
+            f"{len(held)} rows are marked dev or test (ids "
+            f"{', '.join(map(str, held[:5]))}{' …' if len(held) > 5 else ''}): "
+            "reflections see gold, so those rows could not be evaluated on any more. "
+            "--allow_eval_rows does it all the same, and records it"
         )
     s.elsewhere = len(unseen)
     return s

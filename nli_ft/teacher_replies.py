@@ -31,7 +31,8 @@ class Answer(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def is_an_answer(cls, v):
-        "`True` and `1.0` equal 1 in Python but are no label; small models copy the placeholder `...` out of the prompt."
+        """`True` and `1.0` equal 1 in Python but are no label; small models copy the placeholder `...` out of
+        the prompt."""
         if not isinstance(v, str):
             if type(v) is int:
                 return v
@@ -272,10 +273,14 @@ def not_argued(row, answer):
     if said is not None and said != gold:
         return f"improved_thought_process concludes {said}, but predicted_label is {gold}. {end}"
     if words := leaks_gold(thought):
-        return f"improved_thought_process refers to what only you were shown ({words!r}). Write it as if from premise and hypothesis only."
+        return (
+            f"improved_thought_process refers to what only you were shown ({words!r}). Write it as if "
+            "from premise and hypothesis only."
+        )
     if gold == 1 and (words := weak_inference(thought)):
         return (
-            f"improved_thought_process argues with {words!r}. That a thing is possible, or that nothing speaks against it, does not make it "
+            f"improved_thought_process argues with {words!r}. That a thing is possible, or that "
+            "nothing speaks against it, does not make it "
             f"follow. Name the step by which the premise makes the hypothesis true."
         )
 
@@ -338,7 +343,8 @@ def read_prompt(
     path: str | Path,  # .json or .toml file with `user` and maybe `system`
     stage: Stage,  # THINK or REFLECT
 ) -> Stage:  # the same question in other words
-    "A stage with the user's own prompt. Raises `ConfigError` for a missing text or place, or one that the stage may not show."
+    """A stage with the user's own prompt. Raises `ConfigError` for a missing text or place, or one that the
+    stage may not show."""
     spec = read_spec(path, "a prompt")
     if not (
         set(spec) <= {"system", "user"}
@@ -346,14 +352,16 @@ def read_prompt(
         and isinstance(spec.get("system", ""), str)
     ):
         raise ConfigError(
-            f"{path}: a prompt needs the text user, and may hold the text system; it holds {', '.join(spec) or 'nothing'}"
+            f"{path}: a prompt needs the text user, and may hold the text system; it holds "
+            f"{', '.join(spec) or 'nothing'}"
         )
     places = set(re.findall(r"\{(\w+)\}", spec["user"]))
     if gone := {"premise", "hypothesis"} - places:
         raise ConfigError(f"{path}: user lacks the place {', '.join(f'{{{k}}}' for k in sorted(gone))}")
     if more := places - set(stage.shows):
         raise ConfigError(
-            f"{path}: user holds {', '.join(f'{{{k}}}' for k in sorted(more))}, but nli_{stage.name} shows only {', '.join(stage.shows)}"
+            f"{path}: user holds {', '.join(f'{{{k}}}' for k in sorted(more))}, but nli_{stage.name} "
+            f"shows only {', '.join(stage.shows)}"
         )
     return replace(stage, system=spec.get("system", ""), user=spec["user"])
 
@@ -379,7 +387,10 @@ def label_words(label) -> str | None:
     if type(label) is int and label in (0, 1):
         return None
     meant = _NAMED.get(re.sub(r"[\W_]+", " ", str(label)).strip().lower())
-    said = f"predicted_label is {json.dumps(label, ensure_ascii=False)[:80]}, but must be a number: 1 for entailment, 0 otherwise (neutral or contradiction)."
+    said = (
+        f"predicted_label is {json.dumps(label, ensure_ascii=False)[:80]}, but must be a number: 1 for "
+        "entailment, 0 otherwise (neutral or contradiction)."
+    )
     return said + ("" if meant is None else f" If you mean that, write {meant}.")
 
 # %% ../nbs/47_teacher_replies.ipynb #44b05fba

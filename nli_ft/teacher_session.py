@@ -195,7 +195,8 @@ HINTS = dict(
 def about_request(words: str) -> str | None:  # "system", "format", "length" or None
     "What a refusal is about, as far as its words tell."
     if re.search(
-        r"roles? must alternate|system (?:role|message|prompt)s? (?:is |are )?(?:not |un)|(?:not |un)support\w* (?:\w+ ){0,2}system|role\W{1,3}system"
+        r"roles? must alternate|system (?:role|message|prompt)s? (?:is |are )?(?:not |un)|(?:not "
+        r"|un)support\w* (?:\w+ ){0,2}system|role\W{1,3}system"
         r"|only (?:user|assistant)\b.{0,40}roles",
         words,
         re.I,
@@ -270,7 +271,8 @@ def make_client(
     endpoint: Endpoint,
     key: str,  # "" for a local server that wants none
 ):
-    "An `AsyncOpenAI` without retries of its own. The SDK insists on some key, so a server that wants none is sent the word `none`."
+    """An `AsyncOpenAI` without retries of its own. The SDK insists on some key, so a server that wants none is
+    sent the word `none`."""
     from openai import AsyncOpenAI
 
     return AsyncOpenAI(
@@ -535,7 +537,8 @@ def count_useless(self: TeacherSession, why, trail):
     most = max(self.held, key=self.held.get)
     shown = (trail.elsewhere or trail.reply)[:200]
     self.halt(
-        f"{self.useless} replies in a row and not one of use. The last: {why}. {self.held[most]} of them had their text in {most}: "
+        f"{self.useless} replies in a row and not one of use. The last: {why}. {self.held[most]} of "
+        f"them had their text in {most}: "
         f"{ELSEWHERE[most]}. It begins: {shown or '(nothing)'}"
     )
 

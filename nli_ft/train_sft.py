@@ -73,7 +73,8 @@ from .fit import _say, fit, how_to_go_on, print_log, resume_point, weights_of
 
 # %% ../nbs/36_train_sft.ipynb #d2cc9d7e
 def run_facts(prep: Prepared) -> dict:  # ready for JSON
-    "What a run knows of itself before it trains and no config says: rows, contracts and leakage, the device and the precision it computes in."
+    """What a run knows of itself before it trains and no config says: rows, contracts and leakage, the device
+    and the precision it computes in."""
     import torch
     from nli_ft.bases import compute_dtype, device
 
@@ -116,8 +117,8 @@ class Session:
         when: str,  # "before", "before_forced" or "after"
         progress: bool = True,
     ) -> list:  # prediction rows
-        """Predict the evaluation rows and leave them in the record. "before_forced" scores both labels after what the untrained model wrote "before":
-        no answer in JSON is not the same as knowing nothing."""
+        """Predict the evaluation rows and leave them in the record. "before_forced" scores both labels after
+        what the untrained model wrote "before": no answer in JSON is not the same as knowing nothing."""
         out = (
             self.run
             / dict(
@@ -145,7 +146,8 @@ class Session:
         "Train here, or in children if the config asks for several processes. Once: `RecordError` for a second time."
         if self.begun:
             raise RecordError(
-                "this run has trained before, and its weights are no longer those it started from. In a notebook: restart the kernel and "
+                "this run has trained before, and its weights are no longer those it started from. "
+                "In a notebook: restart the kernel and "
                 "run all cells; with resume_from_checkpoint=latest in `overrides` it goes on from the last checkpoint"
             )
         self.begun = True
@@ -167,7 +169,8 @@ class Session:
                 append_metrics(self.run, row)
             except OSError as e:
                 raise TrainingStopped(
-                    f"metrics could not be written to {self.run} ({e.strerror}): a record with gaps would mislead. Make room on the disk"
+                    f"metrics could not be written to {self.run} ({e.strerror}): a record with gaps "
+                    "would mislead. Make room on the disk"
                 ) from e
             on_log(row)
 
@@ -218,7 +221,8 @@ def _device_gib(cfg):
 
 # %% ../nbs/36_train_sft.ipynb #8e34ae52
 def smaller_configs(cfg: Config):  # yields dicts of changes, each smaller than the one before
-    "Ways to need less memory that leave the rows of a step as they are, cheapest first: recompute activations, then smaller batches, more often."
+    """Ways to need less memory that leave the rows of a step as they are, cheapest first: recompute
+    activations, then smaller batches, more often."""
     changes = {}
     if cfg.quantization == "none":
         yield (changes := dict(quantization="nf4"))
@@ -247,7 +251,10 @@ def memory_advice(
         return estimate_memory(replace(prep, cfg=prep.cfg.replace(**changes)))["total"]
 
     if need({}) is None:
-        return f"The device has {have:.1f} GiB; what this model needs is not known. Try a smaller batch_size, or gradient_checkpointing=true. "
+        return (
+            f"The device has {have:.1f} GiB; what this model needs is not known. Try a smaller "
+            "batch_size, or gradient_checkpointing=true. "
+        )
     options = [(c, need(c)) for c in smaller_configs(prep.cfg)]
     said = f"By the estimate this config needs about {(now := need({})):.1f} GiB; the device has {have:.1f} GiB. "
     if now < 0.9 * have:
@@ -297,7 +304,8 @@ def judge_model(
 # %% ../nbs/36_train_sft.ipynb #84b8ae14
 @contextlib.contextmanager
 def tracker(cfg: Config, run):  # the record's folder
-    "The trackers for the time of training, if configured: online with a key, offline without, never asking, never fatal. The record does not depend on them."
+    """The trackers for the time of training, if configured: online with a key, offline without, never asking,
+    never fatal. The record does not depend on them."""
     first = not int(os.environ.get("RANK", 0))  # the only process that sends
     with (
         _in_the_record(cfg, Path(run).resolve()) if first else contextlib.nullcontext(),
@@ -308,7 +316,8 @@ def tracker(cfg: Config, run):  # the record's folder
 # %% ../nbs/36_train_sft.ipynb #08027178
 @contextlib.contextmanager
 def _in_the_record(cfg, run):
-    "Trackers keep their files in the record and call the run as W&B does, each by its own environment variables; one that the user has set is left alone."
+    """Trackers keep their files in the record and call the run as W&B does, each by its own environment
+    variables; one that the user has set is left alone."""
     tags, e = dict(config=cfg.name, seed=str(cfg.seed)), os.environ
     places = dict(
         tensorboard=dict(TENSORBOARD_LOGGING_DIR=run / "tensorboard"),
@@ -374,7 +383,8 @@ def _wandb(cfg, run):
         tracked = wandb.init(**settings, settings=quiet)
     except Exception as e:
         print(
-            f"W&B cannot be reached ({type(e).__name__}); this run is kept offline under {run.name}/wandb, `wandb sync` sends it later"
+            f"W&B cannot be reached ({type(e).__name__}); this run is kept offline under "
+            f"{run.name}/wandb, `wandb sync` sends it later"
         )
         tracked = wandb.init(**settings, mode="offline", settings=quiet)
     try:
@@ -417,8 +427,9 @@ def launch_command(cfg: Config, run) -> list:  # argv
 
 # %% ../nbs/36_train_sft.ipynb #ab89acfe
 def launch(cfg: Config, run, on_log=print_log) -> dict:  # what `fit` returned in the children
-    """Run `launch_command`, stream its output, end the whole group if anything fails. Raises `TrainingStopped` with the last lines, and
-    `Interrupted` after ctrl-c or another signal that asks to end, when the children have finished their step and saved."""
+    """Run `launch_command`, stream its output, end the whole group if anything fails. Raises `TrainingStopped`
+    with the last lines, and `Interrupted` after ctrl-c or another signal that asks to end, when the
+    children have finished their step and saved."""
     child = subprocess.Popen(
         launch_command(cfg, run),
         cwd=project_root(),
@@ -481,7 +492,10 @@ def _why_failed(cfg, run, code, lines):
     said = [l for l in lines if l.startswith("error: ")]
     on = how_to_go_on(cfg, weights_of(cfg, run))
     if killed:
-        why = f"one of them was ended by {killed[1]}, and the run with it (SIGKILL often means that memory ran out: see `dmesg`). {on}"
+        why = (
+            f"one of them was ended by {killed[1]}, and the run with it (SIGKILL often means that memory "
+            f"ran out: see `dmesg`). {on}"
+        )
     else:
         why = said[0].strip() if said else f"exit code {code}. {on}"
     return f"training in {world_size(cfg)} processes failed: {why}\nTheir last lines:\n" + "".join(
@@ -501,15 +515,17 @@ def _asked_processes():
 
 # %% ../nbs/36_train_sft.ipynb #4a22d9fb
 def join_cpu_processes(argv):
-    """`accelerate launch --cpu --num_processes 2` (1.15) starts *one* process and only sets the master address. Several were asked for, so this
-    process becomes their launcher (`torchrun`); it would otherwise train alone without a word."""
+    """`accelerate launch --cpu --num_processes 2` (1.15) starts *one* process and only sets the master
+    address. Several were asked for, so this process becomes their launcher (`torchrun`); it would otherwise
+    train alone without a word."""
     e = os.environ
     if e.get("ACCELERATE_USE_CPU") != "True" or "MASTER_PORT" not in e or "WORLD_SIZE" in e:
         return
     n = _asked_processes()
     if n is None:
         raise ConfigError(
-            "accelerate was asked for several processes on the CPU and started one; use `torchrun --nproc_per_node N -m nli_ft.train_sft …`"
+            "accelerate was asked for several processes on the CPU and started one; use `torchrun "
+            "--nproc_per_node N -m nli_ft.train_sft …`"
         )
     import socket
 
@@ -662,7 +678,8 @@ def train_cli(argv=None) -> int:
     join_cpu_processes(sys.argv[1:] if argv is None else argv)
     if world_size(cfg) > 1 and "WORLD_SIZE" not in os.environ:
         raise ConfigError(
-            f"config {cfg.name!r} trains in {world_size(cfg)} processes: start it with `nli_run --config {cfg.spec}`, or with "
+            f"config {cfg.name!r} trains in {world_size(cfg)} processes: start it with `nli_run "
+            f"--config {cfg.spec}`, or with "
             f"`accelerate launch --num_processes {world_size(cfg)} -m nli_ft.train_sft --config {cfg.spec}`"
         )
     try:
@@ -747,14 +764,16 @@ def merge_cli(argv=None) -> int:
         prog="nli_merge",
         description=merge_cli.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  nli_merge --run runs/cpu_demo/RUN_ID --out merged/\n  nli_merge --run runs/cpu_demo/RUN_ID --out merged/ --check 200",
+        epilog="examples:\n  nli_merge --run runs/cpu_demo/RUN_ID --out merged/\n  nli_merge --run "
+        "runs/cpu_demo/RUN_ID --out merged/ --check 200",
     )
     p.add_argument(
         "--check",
         type=int,
         default=0,
         metavar="N",
-        help="then ask both models N evaluation rows of the run, and say how far labels and logits agree [0]; exit code 1 below 99 %% of the labels, or where none was given",
+        help="then ask both models N evaluation rows of the run, and say how far labels and logits agree "
+        "[0]; exit code 1 below 99 %% of the labels, or where none was given",
     )
     p.add_argument("--run", required=True, help="folder of a finished run")
     p.add_argument("--out", required=True, help="folder to write; must not exist or be empty")
@@ -790,9 +809,9 @@ def merge_cli(argv=None) -> int:
         return 0
     found = merge_agreement(cfg, adapter, out, rows, ns.dtype == "fp32")
     print(
-        "{rows} rows, {answered:.1%} answered: {same_labels:.1%} of the greedy labels are the same; logits of the first completion token differ by {d[mean]:.3g} on average, {d[max]:.3g} at most".format(
-            **found, d=found["logit_difference"]
-        )
+        "{rows} rows, {answered:.1%} answered: {same_labels:.1%} of the greedy labels are the same; "
+        "logits of the first completion token differ by {d[mean]:.3g} on average, {d[max]:.3g} at "
+        "most".format(**found, d=found["logit_difference"])
     )
     return 0 if found["answered"] and found["same_labels"] >= 0.99 else 1
 

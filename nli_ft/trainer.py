@@ -24,7 +24,8 @@ def _for_scoring(
 ) -> dict:
     "The batch as the model should get it."
     batch = dict(batch)
-    # behind every real token, padding is hidden from it by the order alone, and attention is faster without a mask; FlashAttention skips it by the mask
+    # behind every real token, padding is hidden from it by the order alone, and attention is faster without
+    # a mask; FlashAttention skips it by the mask
     real = batch.get("attention_mask")
     needless = real is not None and "flash" not in conf._attn_implementation
     if needless and (real[:, 1:] <= real[:, :-1]).all():
@@ -61,8 +62,9 @@ def own_log_probs(
 def is_exact(
     model,  # a causal language model with a fused head, no PeftModel
 ) -> bool:
-    """Whether its fused head gives the log-probabilities of its own logits. Found by trial and not by names in a config: on eight tokens, with
-    the last hidden states stretched until the logits are as large as those of a trained model, where a scale or a cap shows."""
+    """Whether its fused head gives the log-probabilities of its own logits. Found by trial and not by names in
+    a config: on eight tokens, with the last hidden states stretched until the logits are as large as those
+    of a trained model, where a scale or a cap shows."""
     import torch
 
     base, stretch = model.base_model, [1.0]
@@ -111,10 +113,11 @@ class KindCollator:
 
 # %% ../nbs/34_trainer.ipynb #f4864a8c
 class EpochOrder:
-    """Row order of an epoch as a function of seed and epoch alone: the same in every process and after a resume.
+    """Row order of an epoch as a function of seed and epoch alone: the same in every process and after a
+    resume.
 
-    transformers' own grouping by length draws from the generator that dropout uses, whose state at the start of an epoch is lost
-    in a resume and differs between processes."""
+    transformers' own grouping by length draws from the generator that dropout uses, whose state at the
+    start of an epoch is lost in a resume and differs between processes."""
 
     def __init__(
         self,
@@ -143,7 +146,8 @@ class EpochOrder:
 
 # %% ../nbs/34_trainer.ipynb #510b00cc
 class NotFinite(Exception):
-    "The loss or the gradient of a step is NaN or infinite; `rows` are the padded token ids of the micro-batches that it came from."
+    """The loss or the gradient of a step is NaN or infinite; `rows` are the padded token ids of the
+    micro-batches that it came from."""
 
     def __init__(self, step, what, rows):
         super().__init__(f"step {step}: {what}")
@@ -159,7 +163,8 @@ def make_trainer_class():
     from trl import SFTTrainer
 
     class NliTrainer(SFTTrainer):
-        "`SFTTrainer` with the head at trained positions only, an fp32 adapter, the loss split into reasoning and label, and exact resuming."
+        """`SFTTrainer` with the head at trained positions only, an fp32 adapter, the loss split into reasoning
+        and label, and exact resuming."""
 
         facts = {}  # `resume_facts`, for the checkpoints
 
@@ -176,7 +181,8 @@ def make_trainer_class():
             self._sums, self._micro = {}, []
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            "Sum of the negative log-likelihood over trained tokens, divided by their number in the whole optimizer step."
+            """Sum of the negative log-likelihood over trained tokens, divided by their number in the whole
+            optimizer step."""
             kind = inputs.pop("kind")[:, 1:]
             log_probs = own_log_probs if self.head == "own" else fused_log_probs
             nll = -log_probs(model, _for_scoring(self.model.config, inputs)).float()
@@ -272,7 +278,8 @@ def make_trainer_class():
                 Exception
             ) as e:  # Python, torch, safetensors and tokenizers each have their own for a full disk
                 raise TrainingStopped(
-                    f"{folder.name} could not be written ({type(e).__name__}: {e}). Make room on the disk, or choose another output_dir"
+                    f"{folder.name} could not be written ({type(e).__name__}: {e}). Make room on the "
+                    "disk, or choose another output_dir"
                 ) from e
             finally:
                 self.args.save_total_limit = limit
@@ -289,8 +296,10 @@ def make_trainer_class():
             self._sums[mode] = now + self._sums.get(mode, 0)
 
         def log(self, logs, start_time=None):
-            "Add the split loss; the evaluation loss becomes the exact mean over tokens instead of a mean of batch means."
-            # not by `model.training`: after the last evaluation the model stays in eval mode, and the tail of training would be lost
+            """Add the split loss; the evaluation loss becomes the exact mean over tokens instead of a mean of
+            batch means."""
+            # not by `model.training`: after the last evaluation the model stays in eval mode, and the tail
+            # of training would be lost
             mode = "eval" if any(k.startswith("eval_") for k in logs) else "train"
             if (sums := self._sums.pop(mode, None)) is not None:
                 thought, n_thought, label, n_label, real = self.accelerator.reduce(sums, "sum").tolist()

@@ -26,7 +26,8 @@ def vllm_completion(
     made,  # a vLLM CompletionOutput: token_ids, logprobs, finish_reason
     style: str = "cot",  # of the completion, as in the config
 ) -> dict:  # text, n_tokens, finish, p_entail, as from `generate_batch`
-    "What `generate_batch` would have made of the same tokens; no probability where the log-probability of either digit was not returned."
+    """What `generate_batch` would have made of the same tokens; no probability where the log-probability of
+    either digit was not returned."""
     if made.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM did not finish a completion: {made.finish_reason}")
     ids = list(made.token_ids)
@@ -55,7 +56,8 @@ def vllm_rank(
         )
     if conf["r"] > LORA_RANKS[-1]:
         raise ConfigError(
-            f"the adapter's rank {conf['r']} is above {LORA_RANKS[-1]}, the highest that vLLM takes; use --engine transformers"
+            f"the adapter's rank {conf['r']} is above {LORA_RANKS[-1]}, the highest that vLLM takes; "
+            "use --engine transformers"
         )
     return next(r for r in LORA_RANKS if r >= conf["r"])
 
@@ -81,7 +83,9 @@ def _adapter_rank(cfg, d, config):
         if k not in want or k not in have or tuple(want[k].shape) != have[k]
     ):
         raise RecordError(
-            f"the adapter in {d} does not load on {cfg.model_id}: {odd[0]} is {have.get(odd[0], 'missing')}, not {tuple(want[odd[0]].shape) if odd[0] in want else 'there'}"
+            f"the adapter in {d} does not load on {cfg.model_id}: {odd[0]} is "
+            f"{have.get(odd[0], 'missing')}, not "
+            f"{tuple(want[odd[0]].shape) if odd[0] in want else 'there'}"
         )
     return rank
 
@@ -100,14 +104,16 @@ def vllm_engine(
     cfg,  # Config of the run
     adapter_dir=None,  # folder with adapter_model.safetensors; None for the untuned base
 ) -> VllmEngine:  # not loaded yet
-    "What vLLM will be asked for; `ConfigError` without the package, a CUDA device or support for the adapter, `RecordError` for an adapter that is damaged or another base's."
+    """What vLLM will be asked for; `ConfigError` without the package, a CUDA device or support for the
+    adapter, `RecordError` for an adapter that is damaged or another base's."""
     from transformers import AutoConfig, GenerationConfig
     from nli_ft.bases import compute_dtype, device, model_source, pinned
 
     for name in ("vllm", *["vllm_bnb_plugin"] * (cfg.quantization == "nf4")):
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
-                f"--engine vllm needs the package {name}: `pip install -e .[vllm]` in the project's folder, or use --engine transformers"
+                f"--engine vllm needs the package {name}: `pip install -e .[vllm]` in the project's "
+                "folder, or use --engine transformers"
             )
     if (dev := device(cfg)).type != "cuda":
         raise ConfigError(
@@ -127,7 +133,8 @@ def vllm_engine(
         generation = GenerationConfig.from_model_config(
             config
         )  # none came with the weights: what transformers does then
-    # vLLM's in-flight quantisation is that of training: NF4, double-quantised. Its own defaults for generation, not those that came with the weights
+    # vLLM's in-flight quantisation is that of training: NF4, double-quantised. Its own defaults for
+    # generation, not those that came with the weights
     settings = dict(
         model=source,
         revision=revision,

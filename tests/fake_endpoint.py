@@ -1,4 +1,5 @@
-"""A scripted OpenAI-compatible endpoint on the loopback interface, for fault tests: it says just what a test tells it to."""
+"""A scripted OpenAI-compatible endpoint on the loopback interface, for fault tests: it says just what a test
+tells it to."""
 
 import json, socket, struct, threading, time
 from dataclasses import dataclass, field
@@ -56,7 +57,8 @@ class Call:
 
 
 class FakeEndpoint:
-    "`script(call, n)` gives the reply to the n-th call (from 0). Use it as a context manager; `url` goes to --base_url."
+    """`script(call, n)` gives the reply to the n-th call (from 0). Use it as a context manager; `url` goes to
+    --base_url."""
 
     def __init__(self, script):
         self.script, self.calls, self.lock, self.closing = script, [], threading.Lock(), threading.Event()

@@ -1,7 +1,9 @@
-"""nli_train in processes that shard the model (FSDP 1) over gloo, on a machine without a GPU: `torchrun … tests/fsdp_on_cpu.py ARGS`.
+"""nli_train in processes that shard the model (FSDP 1) over gloo, on a machine without a GPU: `torchrun …
+tests/fsdp_on_cpu.py ARGS`.
 
-accelerate 1.15 shards on accelerators only, so its state is told here that this is one. Three more things assume a GPU: a barrier names
-its device, weights that are gathered are moved to the CPU by freeing their first copy, and `check_ready` refuses. All else is what a GPU runs."""
+accelerate 1.15 shards on accelerators only, so its state is told here that this is one. Three more things
+assume a GPU: a barrier names its device, weights that are gathered are moved to the CPU by freeing their
+first copy, and `check_ready` refuses. All else is what a GPU runs."""
 
 import contextlib, functools, json, os, sys
 

@@ -1,4 +1,5 @@
-"""The endpoint client against a scripted server: every fault, every way to stop, and that nothing is lost or paid for twice."""
+"""The endpoint client against a scripted server: every fault, every way to stop, and that nothing is lost or
+paid for twice."""
 
 import asyncio, json, os, random, re, signal, subprocess, sys, time
 from collections import Counter
@@ -974,7 +975,10 @@ def test_a_users_prompt_is_sent_word_for_word_and_rows_of_another_prompt_are_ref
             "--model",
             "m",
         ]
-        run = lambda *more: subprocess.run([*map(str, cmd), *map(str, more)], capture_output=True, text=True)
+
+        def run(*more):
+            return subprocess.run([*map(str, cmd), *map(str, more)], capture_output=True, text=True)
+
         assert run("--prompt", prompt).returncode == 0
         assert [m["content"] for m in server.calls[0].body["messages"]] == [
             "Answer in JSON.",

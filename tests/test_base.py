@@ -1,4 +1,5 @@
-"""The base under an adapter, the wording of a run, and the untrained model's fair score: what a record says of them is what is used again."""
+"""The base under an adapter, the wording of a run, and the untrained model's fair score: what a record says of
+them is what is used again."""
 
 import json, shutil
 

@@ -1,4 +1,5 @@
-"The benchmark: that its contestants compute the same, that it notices when they do not, and that a dead one leaves the others standing."
+"""The benchmark: that its contestants compute the same, that it notices when they do not, and that a dead one
+leaves the others standing."""
 
 import json, os, signal, subprocess, sys, time
 

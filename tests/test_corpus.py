@@ -1,4 +1,5 @@
-"""The synthetic corpus: every label derived again, nothing to be learned from one sentence alone, nothing shared between splits."""
+"""The synthetic corpus: every label derived again, nothing to be learned from one sentence alone, nothing
+shared between splits."""
 
 import json, re, subprocess, sys
 from collections import Counter, defaultdict
@@ -21,7 +22,8 @@ from nli_ft.lexicon import LEXICON
 from nli_ft.corpus import write_corpus
 from nli_ft.meanings import as_meaning, model_relation, normal
 
-# Closed-class words and the vocabulary of quantity, attitude and framing: shared by all splits because it is what is taught.
+# Closed-class words and the vocabulary of quantity, attitude and framing: shared by all splits because it
+# is what is taught.
 SHARED = set(
     """a an and any are as at aware be but by both case clearly compared did does each either else every
     exactly fact false fewer for four five six seven eight nine three two one zero if in is it just know
@@ -137,7 +139,8 @@ def test_a_wrong_rule_is_caught_by_the_models(category, monkeypatch):
         forget()
 
 
-# An independent reader of English: it knows nothing of skeletons, so a sentence rendered with the roles swapped is caught here.
+# An independent reader of English: it knows nothing of skeletons, so a sentence rendered with the roles
+# swapped is caught here.
 def read_role(sentence, denied=False):
     s = sentence.rstrip(".")
     for lead, flips in (("It is true that ", False), ("It is false that ", True)):
@@ -339,7 +342,8 @@ def test_the_package_finds_no_fault_in_its_own_corpus_but_what_minimal_pairs_and
     report = check_files(paths)
     assert report["verdict"] != "FAIL", render_report(report)
     warned = {f["check"] for r in report["files"] for f in r["findings"] if f["level"] == "WARN"}
-    # rows that differ in one word have other labels by design; train's wordings are learnt by a tree, the test files' are new
+    # rows that differ in one word have other labels by design; train's wordings are learnt by a tree, the
+    # test files' are new
     assert warned <= {"near-copies with the other label", "boosted-tree baseline"}, render_report(report)
 
 
@@ -414,7 +418,8 @@ def test_an_unknown_size_is_a_config_error():
 def test_sentences_are_grammatical():
     wrong = re.compile(
         r"\ba [aeiou]|\ban [^aeiou]|\bthey is\b|\b(are|is) (is|are)\b|\b(\w+) \2\b|[{}]|  | ,|\.\.|,,|\bdid not \w+ed\b"
-        r"|\b(every|each|no|some|any|this|one) \w+ are\b|\b(two|all) \w+ is\b|\b(thiefs|childs|fishes|mans|storys|bodys)\b",
+        r"|\b(every|each|no|some|any|this|one) \w+ are\b|\b(two|all) \w+ "
+        r"is\b|\b(thiefs|childs|fishes|mans|storys|bodys)\b",
         re.I,
     )
     for _, r in all_rows():

@@ -258,7 +258,8 @@ def test_an_older_row_keeps_its_wording_and_finds_its_answer_past_a_premise_that
 def test_only_the_first_complete_object_of_an_older_answer_counts():
     row = text_to_sft(
         old(
-            answer='{"thought_process": "T [/INST] {}", "predicted_label": 1} {"thought_process": "U", "predicted_label": 0}',
+            answer='{"thought_process": "T [/INST] {}", "predicted_label": 1} {"thought_process": "U", '
+            '"predicted_label": 0}',
             end="",
         ),
         0,
@@ -378,7 +379,8 @@ def test_the_real_sample_gives_the_published_100_rows(tmp_path):
     for i in ours:
         for k in ("prompt", "premise", "hypothesis", "label"):
             assert ours[i][k] == theirs[i][k]
-        # The published thoughts of the 33 reflected rows stand in neither input file (they come from another reflection run):
+        # The published thoughts of the 33 reflected rows stand in neither input file (they come from
+        # another reflection run):
         # ours are the improved thoughts of the reflections that were given.
         assert ours[i]["thought_process"] == improved.get(i, theirs[i]["thought_process"])
     raw = (SAMPLE / "sample_thoughts.json").read_text("utf8") + (
@@ -616,7 +618,11 @@ def test_token_counts_come_from_the_tokenizer_that_is_given(tmp_path):
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
-    code = "import sys, nli_ft.commands; sys.exit(', '.join({'torch','datasets','matplotlib','pandas','numpy','sklearn','transformers'} & set(sys.modules)))"
+    code = (
+        "import sys, nli_ft.commands; sys.exit(', "
+        "'.join({'torch','datasets','matplotlib','pandas','numpy','sklearn','transformers'} & "
+        "set(sys.modules)))"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project_root())
     assert out.stderr.strip() == "", out.stderr
     for cmd in ([], ["prepare"], ["check"], ["stats"], ["download"]):
@@ -812,7 +818,8 @@ def test_reading_streams_and_its_memory_does_not_hold_the_rows(tmp_path):
     )
     code = (
         f"import resource, nli_ft.rows as d; base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        f"print(sum(1 for _ in d.iter_rows({str(f)!r})), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-base)//1024)"
+        f"print(sum(1 for _ in d.iter_rows({str(f)!r})), "
+        "(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-base)//1024)"
     )
     n, mib = map(
         int,

@@ -1,4 +1,5 @@
-"""The documents: every command in them parses and, where a test can, runs; every link, path and quoted message is there."""
+"""The documents: every command in them parses and, where a test can, runs; every link, path and quoted message
+is there."""
 
 import argparse, contextlib, csv, functools, importlib.util, io, itertools, json, re, shlex, shutil, subprocess, sys
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ CLI = {
     name: (module, function)
     for name, module, function in re.findall(r'(nli_\w+)="(\w+):(\w+)"', (ROOT / "setup.py").read_text())
 }
-OTHER = "./run_training.sh ./run_tests.sh papermill accelerate pip conda hf python jupyter wandb nbdev_export nbdev_clean nbdev_test export sbatch".split()
+OTHER = (
+    "./run_training.sh ./run_tests.sh papermill accelerate pip conda hf python jupyter wandb "
+    "nbdev_export nbdev_clean nbdev_test export sbatch"
+).split()
 PLACEHOLDER = re.compile(
     r"…|[|\[\]]|\b(?:[A-Z]|[A-Z][A-Z_]+|RUN_ID|OWNER/NAME)\b|path/to|/path/"
 )  # what a reader replaces: `--config NAME`, `[--json]`, `a|b`
@@ -35,8 +39,8 @@ NOT_RUN = {
     # README
     "./run_training.sh --local --config cpu_demo": LONG + "; runs/cpu_demo/ is what it made",
     "./run_tests.sh": ITSELF,
-    "./run_training.sh --local --config minimal_test --train_data train_ft.jsonl --eval_data dev_ft.jsonl --max_steps 8": LONG
-    + "; tests/test_end_to_end.py does it on real rows",
+    "./run_training.sh --local --config minimal_test --train_data train_ft.jsonl --eval_data "
+    "dev_ft.jsonl --max_steps 8": LONG + "; tests/test_end_to_end.py does it on real rows",
     "./run_training.sh --config ablation2 --gpu 0": GPU,
     'papermill nbs/train.ipynb runs/mine.ipynb -p config ablation2 -p overrides "learning_rate=1e-4 max_steps=4"': GPU,
     "accelerate launch -m nli_ft.train_sft --config distributed": GPU
@@ -72,20 +76,27 @@ NOT_RUN = {
     "nli_run --config ablation2 --use_wandb --wandb_project nli --seeds 1,2,3": GPU,
     "wandb sync runs/ablation2/RUN_ID/wandb/offline-run-*": "needs the W&B server",
     "./run_training.sh --config distributed --all-gpus": GPU,
-    "accelerate launch --config_file nli_ft/configs/accelerate/ddp.yaml --num_processes 4 -m nli_ft.train_sft --config distributed": GPU,  # noqa: E501
-    "accelerate launch --config_file nli_ft/configs/accelerate/fsdp_qlora.yaml --num_processes 4 -m nli_ft.train_sft --config distributed": GPU,  # noqa: E501
+    "accelerate launch --config_file nli_ft/configs/accelerate/ddp.yaml --num_processes 4 -m "
+    "nli_ft.train_sft --config distributed": GPU,  # noqa: E501
+    "accelerate launch --config_file nli_ft/configs/accelerate/fsdp_qlora.yaml --num_processes 4 -m "
+    "nli_ft.train_sft --config distributed": GPU,  # noqa: E501
     "sbatch --nodes 2 scripts/slurm.sh --config distributed": (
         "needs SLURM; tests/test_scale.py runs the script with stand-ins"
     ),
-    'nli_run --config ablation2 --seeds 1,2,3 --engine submitit --engine_args "slurm_partition=gpu timeout_min=240 gpus_per_node=1"': "needs SLURM; tests/test_scale.py runs it as jobs of this machine",  # noqa: E501
+    'nli_run --config ablation2 --seeds 1,2,3 --engine submitit --engine_args "slurm_partition=gpu '
+    'timeout_min=240 gpus_per_node=1"': "needs SLURM; tests/test_scale.py runs it as jobs of this machine",  # noqa: E501
     # DATA
-    "nli_think --input pairs.csv --output thoughts.jsonl --base_url http://localhost:8000/v1 --model NAME --workers 8": ENDPOINT,  # noqa: E501
-    "nli_reflect --input thoughts.jsonl --output reflections.jsonl --base_url http://localhost:8000/v1 --model NAME": ENDPOINT,  # noqa: E501
+    "nli_think --input pairs.csv --output thoughts.jsonl --base_url http://localhost:8000/v1 --model "
+    "NAME --workers 8": ENDPOINT,  # noqa: E501
+    "nli_reflect --input thoughts.jsonl --output reflections.jsonl --base_url "
+    "http://localhost:8000/v1 --model NAME": ENDPOINT,  # noqa: E501
     "nli_data download --dataset snli --from_file snli_1.0_dev.jsonl --output data/snli_dev.jsonl": (
         "needs SNLI's own file; tests/test_cases.py reads such files"
     ),
-    "nli_data download --from_file mine.tsv --columns premise=text,hypothesis=claim,label=verdict --map entails=entailment,other=non-entailment --contract binary --output data/mine.jsonl": "needs such a file; tests/test_cases.py reads some",  # noqa: E501
-    "nli_data download --dataset OWNER/NAME --names entailment,not_entailment --contract binary --split validation --output data/theirs.jsonl": HUB,  # noqa: E501
+    "nli_data download --from_file mine.tsv --columns premise=text,hypothesis=claim,label=verdict "
+    "--map entails=entailment,other=non-entailment --contract binary --output data/mine.jsonl": "needs such a file; tests/test_cases.py reads some",  # noqa: E501
+    "nli_data download --dataset OWNER/NAME --names entailment,not_entailment --contract binary "
+    "--split validation --output data/theirs.jsonl": HUB,  # noqa: E501
     # EVALUATION
     "nli_evaluate --run $RUN --mode forced --probe 100": WEIGHTS,
     "nli_evaluate --run $RUN --data data/other.jsonl --mode vote:5": WEIGHTS,
@@ -415,7 +426,8 @@ def parse(words):
 
 
 def spelled_out(text):
-    "The commands that `a [--b C] d|e …` stands for: with the optional part, one for each alternative, the ellipsis left out or standing for a value."
+    """The commands that `a [--b C] d|e …` stands for: with the optional part, one for each alternative, the
+    ellipsis left out or standing for a value."""
     text = re.sub(r"[\[\]]", "", text)
     per_word = [w.split("|") if "|" in w and "'" not in w else [w] for w in text.split()]
     for words in itertools.product(*per_word):
@@ -555,7 +567,8 @@ def test_a_wrong_option_name_file_or_program_is_noticed(own_config):
 
 @pytest.fixture(scope="module")
 def furnished(tmp_path_factory):
-    "A small project: the committed record, six further ones with its items, thoughts, reflections, pairs and training rows made of them."
+    """A small project: the committed record, six further ones with its items, thoughts, reflections, pairs and
+    training rows made of them."""
     from nli_ft.sft_rows import parse_splits, write_sft
     from nli_ft.rows import prompt_messages, render_completion
     from nli_ft.files import write_jsonl
@@ -572,7 +585,9 @@ def furnished(tmp_path_factory):
     shutil.copytree(ROOT / "runs", desk / "runs", ignore=shutil.ignore_patterns("compare*", "mine*"))
     (record,) = {c.variables[0][1] for c in ALL if c.variables}
     answers = [json.loads(l) for l in (ROOT / record / "predictions.jsonl").read_text().splitlines()]
-    pair = lambda p: {k: p[k] for k in ("id", "premise", "hypothesis", "label", "group_id")}
+
+    def pair(p):
+        return {k: p[k] for k in ("id", "premise", "hypothesis", "label", "group_id")}
 
     def answered(p, label, style):
         text = render_completion(p["thought_process"], label, style)

@@ -1,4 +1,5 @@
-"""Decoding, prediction rows and the two commands, on tiny random models; one test asks the embedded SmolLM2 the same."""
+"""Decoding, prediction rows and the two commands, on tiny random models; one test asks the embedded SmolLM2
+the same."""
 
 import csv, importlib.util, json, subprocess, sys
 from pathlib import Path
@@ -41,7 +42,8 @@ def tok():
 
 
 class Scripted(MistralForCausalLM):
-    "A random model pushed towards a text: row by row the script of its prompt's length, by the count of real (unpadded) tokens so far."
+    """A random model pushed towards a text: row by row the script of its prompt's length, by the count of real
+    (unpadded) tokens so far."""
 
     script, push = {}, 12.0
 
@@ -236,17 +238,20 @@ def test_generation_leaves_no_trace_on_model_tokenizer_or_random_state(tok):
     model.model.layers[0].eval()  # a mixed state must come back mixed
     model.config.use_cache, tok.padding_side = False, "right"
     settings = model.generation_config
-    state = lambda: (
-        [m.training for m in model.modules()],
-        [getattr(m, "gradient_checkpointing", None) for m in model.modules()],
-        model.config.use_cache,
-        model.generation_config is settings,
-        tok.padding_side,
-        tok.pad_token,
-        tok.truncation_side,
-        torch.get_rng_state().tolist(),
-        {k: v.sum().item() for k, v in model.state_dict().items()},
-    )
+
+    def state():
+        return (
+            [m.training for m in model.modules()],
+            [getattr(m, "gradient_checkpointing", None) for m in model.modules()],
+            model.config.use_cache,
+            model.generation_config is settings,
+            tok.padding_side,
+            tok.pad_token,
+            tok.truncation_side,
+            torch.get_rng_state().tolist(),
+            {k: v.sum().item() for k, v in model.state_dict().items()},
+        )
+
     was = state()
     nli_ft.generate.generate_completions(model, tok, [ids_of(tok, "hello")], 4)
     nli_ft.predict.score_labels(model, tok, [(ids_of(tok, "hello"), (20, 21))])
@@ -302,7 +307,10 @@ def test_an_interrupted_prediction_resumes_and_ends_as_if_never_interrupted(
     tok, cfg, tmp_path, monkeypatch, mode
 ):
     rows, model = rows_of(5), tiny(tok)
-    strip = lambda preds: [{k: v for k, v in p.items() if k not in ("seconds", "p_entail")} for p in preds]
+
+    def strip(preds):
+        return [{k: v for k, v in p.items() if k not in ("seconds", "p_entail")} for p in preds]
+
     whole = nli_ft.predict.predict_rows(model, tok, rows, cfg, progress=False, mode=mode)
     out, real, calls = tmp_path / "deep" / "predictions.jsonl", nli_ft.predict._ANSWER[mode.split(":")[0]], []
 
@@ -406,7 +414,10 @@ def test_votes_are_seeded_and_cost_all_their_tokens(tok, cfg):
         nli_ft.predict.predict_rows(model, tok, rows, cfg, progress=False, mode="vote:3") for _ in range(2)
     )
     other = nli_ft.predict.predict_rows(model, tok, rows, cfg.replace(seed=7), progress=False, mode="vote:3")
-    texts = lambda preds: [p["completion"] for p in preds]
+
+    def texts(preds):
+        return [p["completion"] for p in preds]
+
     assert texts(first) == texts(again) != texts(other)
     assert [len(p["votes"]) for p in first] == [3, 3] and first[0]["n_tokens"] > 20
     assert torch.get_rng_state().tolist() == state
@@ -420,9 +431,12 @@ def test_the_probe_swaps_cuts_and_removes_thoughts_and_scores_each_as_training_w
     ]
     probe = nli_ft.reasoning.probe_thoughts(model, tok, rows, preds, cfg)
     assert probe["n"] == 2
-    p = lambda r, thought: nli_ft.predict.score_labels(
-        model, tok, [nli_ft.predict.forced_ids(tok, r["prompt"], thought)]
-    )[0]
+
+    def p(r, thought):
+        return nli_ft.predict.score_labels(
+            model, tok, [nli_ft.predict.forced_ids(tok, r["prompt"], thought)]
+        )[0]
+
     own, other = p(rows[0], "It runs far away."), p(rows[1], "No dog is here.")
     for change, (a, b) in dict(
         halved=("It runs", "No dog"), swapped=("No dog is here.", "It runs far away."), removed=("", "")
@@ -482,7 +496,10 @@ def python(*args, cwd=None):
 
 def test_help_is_free_of_torch_and_all_else_that_is_slow_to_import():
     assert "nli_evaluate" in python("-m", "nli_ft.ask", "--help").stdout
-    heavy = "import sys, nli_ft.ask; print([m for m in ('torch', 'transformers', 'sklearn', 'matplotlib', 'scipy', 'statsmodels', 'pandas') if m in sys.modules])"
+    heavy = (
+        "import sys, nli_ft.ask; print([m for m in ('torch', 'transformers', 'sklearn', 'matplotlib', "
+        "'scipy', 'statsmodels', 'pandas') if m in sys.modules])"
+    )
     assert python("-c", heavy).stdout.strip() == "[]"
 
 
@@ -705,7 +722,9 @@ def test_records_that_cannot_be_evaluated_say_why_with_exit_code_2(run, tmp_path
         assert e.value.code == 2
         return capsys.readouterr().err
 
-    summary = lambda **kw: lambda d: (d / "summary.json").write_text(json.dumps(kw))
+    def summary(**kw):
+        return lambda d: (d / "summary.json").write_text(json.dumps(kw))
+
     assert "still going" in refused(summary(status="running"))
     assert "did not finish" in refused(summary(status="failed"))
     assert "config.json is missing" in refused(lambda d: (d / "config.json").unlink())

@@ -1,5 +1,6 @@
-"""A tiny random model of each family, trained for two steps: its loss is the model's own, and its answers are the same in
-the run, from the saved adapter, each row alone, and merged in plain transformers. What cannot be trained is refused by name."""
+"""A tiny random model of each family, trained for two steps: its loss is the model's own, and its answers are
+the same in the run, from the saved adapter, each row alone, and merged in plain transformers. What cannot
+be trained is refused by name."""
 
 import json
 import shutil

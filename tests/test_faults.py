@@ -1,6 +1,8 @@
-"""Faults: kills, signals, full disks, damaged files, numbers that are not finite. What the user made is kept, and the message says what to do.
+"""Faults: kills, signals, full disks, damaged files, numbers that are not finite. What the user made is kept,
+and the message says what to do.
 
-Faults that records meet without a training run (two runs in one second, a dead kernel, unreadable records) are in test_records.py."""
+Faults that records meet without a training run (two runs in one second, a dead kernel, unreadable records)
+are in test_records.py."""
 
 import contextlib, json, os, random, re, shutil, signal, subprocess, sys, time, zlib
 from pathlib import Path
@@ -83,11 +85,13 @@ def adapter(run):
     return (root / summary(run)["adapter"] / "adapter_model.safetensors").read_bytes()
 
 
-# -- the harness of the kill tests: this file run as a script. It imports once and forks, because an import costs more than a run.
+# -- the harness of the kill tests: this file run as a script. It imports once and forks, because an import
+# costs more than a run.
 
 
 def _attempt(cfg, trace, kill):
-    "In a forked child: one run, in which every file operation, save and micro-batch is an event; SIGKILL at the event `kill` (or at a path)."
+    """In a forked child: one run, in which every file operation, save and micro-batch is an event; SIGKILL at
+    the event `kill` (or at a path)."""
     import safetensors.torch, torch, transformers
 
     torch.set_num_threads(1)
@@ -166,7 +170,9 @@ def kill_often(tmp, kills, seed, overrides):
     import safetensors.torch, transformers, trl, peft, bitsandbytes  # noqa: F401 — once, for all children
     from trl import SFTTrainer  # noqa: F401
 
-    there = lambda name: overrides | dict(output_dir=f"{tmp}/{name}/models", runs_dir=f"{tmp}/{name}/runs")
+    def there(name):
+        return overrides | dict(output_dir=f"{tmp}/{name}/models", runs_dir=f"{tmp}/{name}/runs")
+
     assert _forked(there("whole"), f"{tmp}/whole.trace", None) == 0
     events, rng = int(Path(f"{tmp}/whole.trace.events").read_text()), random.Random(seed)
     for i in range(kills):
@@ -675,7 +681,8 @@ def test_a_signal_ends_the_step_saves_closes_the_record_and_says_how_to_go_on(tm
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
-    "With a stop in the middle of an epoch, where transformers would evaluate, count it against the patience and delete the checkpoint."
+    """With a stop in the middle of an epoch, where transformers would evaluate, count it against the patience
+    and delete the checkpoint."""
     import transformers
 
     kw = dict(early_stopping_patience=9, save_steps=None, save_total_limit=1)
@@ -750,7 +757,8 @@ def test_a_signal_while_the_record_of_a_failed_run_is_closed_does_not_leave_it_o
 
 @pytest.mark.parametrize("module", ["nli_ft.train_sft", "nli_ft.launch"])
 def test_a_reader_that_left_and_a_hangup_that_comes_with_sigterm_leave_one_whole_checkpoint(tmp_path, module):
-    "As when a window with `nli_run … | tee log` in it is closed, or a session is ended: both signals, and nobody reads any more."
+    """As when a window with `nli_run … | tee log` in it is closed, or a session is ended: both signals, and
+    nobody reads any more."""
     p = started(tmp_path, module=module)
     p.stdout.close(), p.stderr.close()
     for sig in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):

@@ -1,7 +1,8 @@
-"""Generated input: whatever stands in a file, a config, a command line or a completion, only the documented errors come out,
-no row is lost without a word, and no label is one that was not written.
+"""Generated input: whatever stands in a file, a config, a command line or a completion, only the documented
+errors come out, no row is lost without a word, and no label is one that was not written.
 
-`NLI_FT_FUZZ=50` tries 50 times as many inputs, other ones at every start. How many were tried is printed at the end, area by area."""
+`NLI_FT_FUZZ=50` tries 50 times as many inputs, other ones at every start. How many were tried is printed at
+the end, area by area."""
 
 import ast, csv, gzip, io, json, os, re, shlex, shutil, tempfile
 from collections import Counter
@@ -581,9 +582,10 @@ def completion(draw):
     if not draw(st.integers(0, 5)):
         pairs.append(("predicted_label", draw(st.sampled_from([0, 1, "1"]))))  # given twice
     ascii, gap = draw(st.booleans()), draw(st.sampled_from(["", " ", " ", "\n"]))
-    spell = lambda v: (
-        v[3:] if isinstance(v, str) and v.startswith("raw") else json.dumps(v, ensure_ascii=ascii)
-    )
+
+    def spell(v):
+        return v[3:] if isinstance(v, str) and v.startswith("raw") else json.dumps(v, ensure_ascii=ascii)
+
     s = (
         "{"
         + f",{gap}".join(f"{json.dumps(k, ensure_ascii=ascii)}:{gap}{spell(v)}" for k, v in pairs)
@@ -1252,7 +1254,8 @@ def tok(request):
     return load_tokenizer(load_config("cpu_demo"))
 
 
-LACKING = b"\xf1\xf2\x04\x06\x13\x14\x16\x1d"  # bytes that SmolLM2's vocabulary has no token for: unassigned planes and control characters
+# bytes that SmolLM2's vocabulary has no token for: unassigned planes and control characters
+LACKING = b"\xf1\xf2\x04\x06\x13\x14\x16\x1d"
 
 plain_text = st.one_of(good_text, st.text(max_size=60).filter(lambda s: s.strip() and "\0" not in s))
 

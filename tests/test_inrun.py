@@ -1,5 +1,5 @@
-"""What a run writes about itself is what its saved adapter answers when it is asked again, alone or among others: nothing that training
-leaves on a model may change judging."""
+"""What a run writes about itself is what its saved adapter answers when it is asked again, alone or among
+others: nothing that training leaves on a model may change judging."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace

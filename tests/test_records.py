@@ -1,4 +1,5 @@
-"""Run records across processes and faults: real kernels, tiny notebooks, a project of their own in a temporary folder."""
+"""Run records across processes and faults: real kernels, tiny notebooks, a project of their own in a temporary
+folder."""
 
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
@@ -21,7 +22,10 @@ OPEN = (
     "run = start_run(load_config(config, overrides), run_dir)"
 )
 STEP = "append_metrics(run, {'step':1, 'loss':2.0})"
-CLOSE = "finish_run(run, before={'accuracy':.125, 'valid_rate':.0, 'n':8}, after={'accuracy':.875, 'valid_rate':1., 'n':8})"
+CLOSE = (
+    "finish_run(run, before={'accuracy':.125, 'valid_rate':.0, 'n':8}, after={'accuracy':.875, "
+    "'valid_rate':1., 'n':8})"
+)
 
 
 @pytest.fixture
@@ -135,7 +139,10 @@ def test_metrics_are_readable_after_every_cut(project):
 
 
 def test_a_run_whose_process_is_gone_is_listed_as_died_and_a_living_one_as_running(project):
-    code = "from nli_ft.config_loader import load_config\nfrom nli_ft.records import start_run\nstart_run(load_config('minimal_test'))"
+    code = (
+        "from nli_ft.config_loader import load_config\nfrom nli_ft.records import "
+        "start_run\nstart_run(load_config('minimal_test'))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     mine = nli_ft.records.start_run(load_config("minimal_test"))
     by_id = {r["run_id"]: r["status"] for r in runs(project)}
@@ -195,7 +202,8 @@ def test_a_run_is_recorded_by_this_python_and_its_scores_are_reported(project):
     notebook(
         project,
         OPEN,
-        "import sys,os\nappend_metrics(run, {'exe':sys.executable, 'cwd':os.path.relpath(os.getcwd())})\nprint('step 1 of 1')",
+        "import sys,os\nappend_metrics(run, {'exe':sys.executable, "
+        "'cwd':os.path.relpath(os.getcwd())})\nprint('step 1 of 1')",
         CLOSE,
     )
     (project / "elsewhere").mkdir()
@@ -267,7 +275,8 @@ def test_a_killed_kernel_is_a_failed_run_and_takes_its_children_with_it(project)
     notebook(
         project,
         OPEN,
-        "import subprocess,os,signal\nsubprocess.Popen(['sleep','61.2525'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\nos.kill(os.getpid(), signal.SIGKILL)",
+        "import subprocess,os,signal\nsubprocess.Popen(['sleep','61.2525'], "
+        "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\nos.kill(os.getpid(), signal.SIGKILL)",
     )
     out = nli_run("--config", "minimal_test")
     assert out.returncode == 1 and "kernel died" in out.stderr
@@ -315,7 +324,10 @@ def test_a_kernel_that_dies_of_the_schedulers_signal_is_an_interrupted_run(proje
         [
             OPEN,
             STEP
-            + "\nimport os,signal,time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: os.kill(os.getpid(), signal.SIGTERM)",
+            + (
+                "\nimport os,signal,time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: "
+                "os.kill(os.getpid(), signal.SIGTERM)"
+            ),
         ],
     )
     p.send_signal(signal.SIGTERM)
@@ -459,7 +471,8 @@ def finished(
     draw=None,
     **changed,
 ):
-    "A finished record of the project of now; `changed` replaces keys of every prediction row, `facts` go into its summary."
+    """A finished record of the project of now; `changed` replaces keys of every prediction row, `facts` go
+    into its summary."""
     from nli_ft.predictions import counted
 
     run = nli_ft.records.start_run(load_config(config, overrides).replace(seed=seed))
@@ -552,7 +565,8 @@ def test_row_order_in_the_predictions_file_does_not_matter(project):
 
 
 def test_the_comparison_equals_one_worked_out_by_hand(project):
-    "Of 60 items 10 are right only in b, 2 only in a: the difference is 8/60, McNemar's p two tails of twelve coin tosses."
+    """Of 60 items 10 are right only in b, 2 only in a: the difference is 8/60, McNemar's p two tails of twelve
+    coin tosses."""
     import math
 
     only_b, only_a = range(0, 20, 2), (21, 23)
@@ -598,7 +612,10 @@ def test_all_seeds_of_configs_are_compared_config_by_config_and_written_once(pro
     out = nli_compare("--all", "minimal_test", "cpu_demo", "--out", "table.md")
     assert (
         out.returncode == 0
-        and "cpu_demo against config minimal_test: +23.3 points: can be told from noise over 3 and 3 seeds and 60 items (30 clusters)"
+        and (
+            "cpu_demo against config minimal_test: +23.3 points: can be told from noise over 3 and 3 "
+            "seeds and 60 items (30 clusters)"
+        )
         in out.stdout
     )
     assert (project / "table.md").read_text().count("| cpu_demo") == 4

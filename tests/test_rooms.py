@@ -1,6 +1,6 @@
 "The shape of the house: which notebook makes which module, who may import whom, and what a notebook must carry."
 
-import ast, configparser, re
+import ast, configparser, re, subprocess, sys
 
 import nbformat
 import pytest
@@ -102,3 +102,12 @@ def test_one_top_level_name_stands_for_one_thing_in_the_whole_package():
             for name in top_level_names(path):
                 rooms_of.setdefault(name, []).append(path.stem)
     assert not (twice := {name: rooms for name, rooms in rooms_of.items() if len(rooms) > 1}), twice
+
+
+def test_one_hand_wrote_notebooks_and_tests():
+    "`ruff format .` mends the first, `ruff check . --fix` much of the second."
+    for what in (["format", "--check"], ["check"]):
+        p = subprocess.run(
+            [sys.executable, "-m", "ruff", *what, "."], cwd=root, capture_output=True, text=True
+        )
+        assert p.returncode == 0, p.stdout + p.stderr

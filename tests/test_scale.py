@@ -1,4 +1,5 @@
-"Several processes, several machines, several trackers: accelerate's files, SLURM, `nli_run --engine`, sharding, and what leaves the machine."
+"""Several processes, several machines, several trackers: accelerate's files, SLURM, `nli_run --engine`,
+sharding, and what leaves the machine."""
 
 import json, os, re, shlex, shutil, signal, socket, subprocess, sys
 from pathlib import Path
@@ -282,8 +283,9 @@ def two_processes(cfg, *, sharded, **env):
 def test_two_processes_with_or_without_shards_are_one_with_the_same_rows_a_step(
     tmp_path, dtype, quantization
 ):
-    """Measured in fp32: losses differ by 1e-7 between one process and two, sharded or not; matrices of the adapter after four steps by 3e-5.
-    In bf16 the norms of a sharded base are in bf16 too: losses differ by 1e-5, matrices by 1e-2."""
+    """Measured in fp32: losses differ by 1e-7 between one process and two, sharded or not; matrices of the
+    adapter after four steps by 3e-5. In bf16 the norms of a sharded base are in bf16 too: losses differ by
+    1e-5, matrices by 1e-2."""
     from nli_ft.bases import bf16_in_hardware
     import torch
 
@@ -306,7 +308,8 @@ def test_two_processes_with_or_without_shards_are_one_with_the_same_rows_a_step(
         ids = [json.loads(l)["id"] for l in (two / "predictions.jsonl").read_text().splitlines()]
         assert len(ids) == len(set(ids)) == 4, "judged once each, by one process"
     assert summary(fsdp)["sharding"] == "fsdp" and "sharding" not in summary(ddp)
-    # each process held half of every unit; the adapter and the rotary frequencies stayed in fp32 whatever the base is in
+    # each process held half of every unit; the adapter and the rotary frequencies stayed in fp32 whatever
+    # the base is in
     halves = [json.loads((tmp_path / f"shards.{rank}").read_text()) for rank in (0, 1)]
     for h in halves:
         assert {d for _, d, trained, _ in h["units"] if trained} == {"torch.float32"} and h["rotary"] == [
@@ -344,7 +347,8 @@ for ((i = 0; i < n; i++)); do SLURM_PROCID=$i "$@"; done
 
 @pytest.fixture
 def cluster(tmp_path):
-    "A project's folder on a cluster of stand-ins: `submit(nodes, gpus, *args)` gives the commands that its nodes would run."
+    """A project's folder on a cluster of stand-ins: `submit(nodes, gpus, *args)` gives the commands that its
+    nodes would run."""
     project, bin = tmp_path / "my project", tmp_path / "bin"
     (project / "scripts").mkdir(parents=True), (project / ".venv/bin").mkdir(parents=True), bin.mkdir()
     shutil.copy(root / "settings.ini", project), shutil.copy(root / "scripts/slurm.sh", project / "scripts")
@@ -358,7 +362,8 @@ def cluster(tmp_path):
     )  # more than a pipe holds: who stops reading early breaks it
     script(
         project / ".venv/bin/accelerate",
-        f'#!/usr/bin/env bash\nprintf \'%s\\0\' "$PWD" "$@" >>{shlex.quote(str(tmp_path))}/calls; echo >>{shlex.quote(str(tmp_path))}/calls\n',
+        f'#!/usr/bin/env bash\nprintf \'%s\\0\' "$PWD" "$@" >>{shlex.quote(str(tmp_path))}/calls; '
+        f"echo >>{shlex.quote(str(tmp_path))}/calls\n",
     )
 
     def submit(nodes, gpus, *args, **env):
@@ -460,7 +465,11 @@ def test_the_job_script_is_sound_and_asks_for_a_warning_before_its_time_is_up():
 
 # -- nli_run --engine
 
-OPEN = "from nli_ft.config_loader import load_config\nfrom nli_ft.records import append_metrics,finish_run,start_run,watch_cells\nrun = start_run(load_config(config, overrides), run_dir)\nwatch_cells(run)"
+OPEN = (
+    "from nli_ft.config_loader import load_config\nfrom nli_ft.records import "
+    "append_metrics,finish_run,start_run,watch_cells\nrun = start_run(load_config(config, overrides), "
+    "run_dir)\nwatch_cells(run)"
+)
 CLOSE = "finish_run(run, after={'accuracy':.875, 'valid_rate':1., 'n':8})"
 
 
@@ -536,7 +545,9 @@ def test_a_job_that_is_told_to_end_interrupts_its_run_which_closes_its_record(pr
     "What SLURM does before the time is up: SIGUSR2, to the job and perhaps to its children."
     there = project(
         OPEN,
-        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGUSR2)\n    os.kill(os.getppid(), signal.SIGUSR2)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    finish_run(run, 'interrupted', saved_step=7); raise",
+        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGUSR2)\n    "
+        "os.kill(os.getppid(), signal.SIGUSR2)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    "
+        "finish_run(run, 'interrupted', saved_step=7); raise",
     )
     r = nli_run(there, "--config", "minimal_test")
     assert r.returncode == 128 + signal.SIGUSR2, r.stderr
@@ -585,7 +596,8 @@ def test_partition_time_and_gpus_reach_sbatch(project, tmp_path):
     for name, text in dict(
         srun="",
         sacct="",
-        sbatch=f'cp "${{@: -1}}" {shlex.quote(str(tmp_path))}/job.sh; echo "sbatch: error: invalid partition specified: gpu" >&2; exit 1',
+        sbatch=f'cp "${{@: -1}}" {shlex.quote(str(tmp_path))}/job.sh; echo "sbatch: error: invalid partition '
+        'specified: gpu" >&2; exit 1',
     ).items():
         (bin / name).write_text(f"#!/usr/bin/env bash\n{text}\n"), (bin / name).chmod(0o755)
     r = nli_run(
@@ -614,7 +626,10 @@ def test_partition_time_and_gpus_reach_sbatch(project, tmp_path):
 @pytest.mark.slow
 def test_two_real_runs_as_jobs_leave_the_records_that_they_leave_here(tmp_path):
     pytest.importorskip("submitit")
-    args = lambda where: ["--seeds", "1,2", *(a for a in tiny(tmp_path / where, max_steps=2).to_args())]
+
+    def args(where):
+        return ["--seeds", "1,2", *(a for a in tiny(tmp_path / where, max_steps=2).to_args())]
+
     for where, more in ("here", []), ("jobs", HERE):
         r = nli_run(root, *args(where), *more)
         assert r.returncode == 0, r.stdout[-2000:] + r.stderr[-2000:]

@@ -1,4 +1,5 @@
-"""run_training.sh, run_tests.sh, the .venv they share, and the pins, on copies of the scripts with stand-ins for docker, Python and nbdev."""
+"""run_training.sh, run_tests.sh, the .venv they share, and the pins, on copies of the scripts with stand-ins
+for docker, Python and nbdev."""
 
 import ast, json, os, re, runpy, shlex, shutil, subprocess, sys, time, zipfile
 from importlib import metadata
@@ -17,7 +18,10 @@ FILES = [
     "setup.py",
     "Dockerfile",
 ]
-TOOLS = "bash cat cut diff dirname env find flock grep head id mkdir realpath rm sed sha256sum sleep sort tail tr uniq xargs".split()
+TOOLS = (
+    "bash cat cut diff dirname env find flock grep head id mkdir realpath rm sed sha256sum sleep sort "
+    "tail tr uniq xargs"
+).split()
 
 # Each call appends its words to $RECORD, NUL between words and a newline after the call.
 DOCKER = r"""#!/usr/bin/env bash

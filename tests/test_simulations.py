@@ -1,7 +1,9 @@
-"""How often the package's own verdicts are wrong, and how often they see what is there, in studies whose truth is known.
+"""How often the package's own verdicts are wrong, and how often they see what is there, in studies whose truth
+is known.
 
-Every cell counts studies with at least one false "can be told from noise": the share may be .06 at most, beyond what the number of studies leaves open.
-The short table runs always. The long one: python -m pytest tests/test_simulations.py -m simulation -n 2 -s"""
+Every cell counts studies with at least one false "can be told from noise": the share may be .06 at most,
+beyond what the number of studies leaves open. The short table runs always. The long one: python -m pytest
+tests/test_simulations.py -m simulation -n 2 -s"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""Every statistic against a source that is not the library behind it: published examples, closed forms, or a second, plainer implementation."""
+"""Every statistic against a source that is not the library behind it: published examples, closed forms, or a
+second, plainer implementation."""
 
 import itertools, json, math, random
 
@@ -53,7 +54,8 @@ def random_preds(n=137, seed=0, failing=0.1):
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
 def test_wilson_intervals_are_those_newcombe_published(right, n, low, high):
-    # R. G. Newcombe (1998), Two-sided confidence intervals for the single proportion, Statistics in Medicine 17:857-872, table I, method 3
+    # R. G. Newcombe (1998), Two-sided confidence intervals for the single proportion, Statistics in
+    # Medicine 17:857-872, table I, method 3
     assert nli_ft.paired.wilson(right, n) == pytest.approx([low, high], abs=5e-5)
 
 
@@ -77,7 +79,8 @@ def from_table(both, only_a, only_b, neither):
 
 
 def test_mcnemar_on_agresti_approval_ratings():
-    # A. Agresti, Categorical Data Analysis, table 10.1: 1,600 Britons asked twice; z = (86 - 150)/sqrt(236) = -4.17, so p is about 3e-5
+    # A. Agresti, Categorical Data Analysis, table 10.1: 1,600 Britons asked twice; z = (86 - 150)/sqrt(236)
+    # = -4.17, so p is about 3e-5
     r = nli_ft.paired.mcnemar(*from_table(794, 150, 86, 570))
     assert (r["only_a"], r["only_b"]) == (150, 86)
     assert r["p"] == pytest.approx(binomial_two_sided(86, 236), rel=1e-9)
@@ -106,7 +109,8 @@ def test_pairing_unequal_or_no_items_is_refused():
 
 
 def test_holm_steps_down_as_defined():
-    # by hand from the definition in S. Holm (1979), Scand. J. Statist. 6:65-70: 4 × .005, 3 × .01, 2 × .03, then never falling
+    # by hand from the definition in S. Holm (1979), Scand. J. Statist. 6:65-70: 4 × .005, 3 × .01, 2 × .03,
+    # then never falling
     adjusted = nli_ft.paired.holm([0.01, 0.04, 0.03, 0.005])
     assert adjusted == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert nli_ft.paired.holm([]) == [] and nli_ft.paired.holm([0.9, 0.8]) == [1.0, 1.0]
@@ -358,7 +362,10 @@ def test_over_seeds_it_is_welchs_test_where_items_do_not_vary():
 
 def test_degrees_of_freedom_are_those_of_satterthwaite_and_no_more_than_the_smaller_arm_allows():
     rng = np.random.default_rng(5)
-    arm = lambda k: (rng.random((k, 400)) < rng.normal(0.7, 0.05, (k, 1))).astype(int)
+
+    def arm(k):
+        return (rng.random((k, 400)) < rng.normal(0.7, 0.05, (k, 1))).astype(int)
+
     a, b = arm(3), arm(3)
     va, vb, difference = a.mean(1).var(ddof=1) / 3, b.mean(1).var(ddof=1) / 3, b.mean(0) - a.mean(0)
     items = difference.var(ddof=1) / 400
@@ -399,7 +406,10 @@ def test_seeds_that_differ_widen_the_interval_that_items_alone_would_give():
     rng = np.random.default_rng(6)
     apart = (rng.random((3, 400)) < [[0.6], [0.75], [0.9]]).astype(float)
     close = (rng.random((3, 400)) < 0.75).astype(float)
-    width = lambda r: r["accuracy_ci"][1] - r["accuracy_ci"][0]
+
+    def width(r):
+        return r["accuracy_ci"][1] - r["accuracy_ci"][0]
+
     assert width(nli_ft.paired.seed_share(apart, range(400))) > 2 * width(
         nli_ft.paired.seed_share(close, range(400))
     )
@@ -411,7 +421,8 @@ def test_seeds_that_differ_widen_the_interval_that_items_alone_would_give():
 
 @pytest.mark.parametrize("n, discordant", [(300, 0.3), (2000, 0.1), (1977, 0.05)])
 def test_the_minimum_detectable_difference_is_found_with_the_stated_power(n, discordant):
-    # second implementation: simulate paired answers with exactly this difference and count how often the McNemar z test sees it
+    # second implementation: simulate paired answers with exactly this difference and count how often the
+    # McNemar z test sees it
     d = nli_ft.paired.minimum_detectable_difference(n, discordant)
     rng = np.random.default_rng(7)
     cells = rng.multinomial(n, [(discordant + d) / 2, (discordant - d) / 2, 1 - discordant], 20_000)
@@ -567,7 +578,10 @@ def test_risk_coverage_is_the_mean_over_all_orders_of_ties():
         pred(6, 0, 0, 0.45),
         pred(7, 0, None),
     ]
-    sure = lambda r: -1 if r["predicted_label"] is None else max(r["p_entail"], 1 - r["p_entail"])
+
+    def sure(r):
+        return -1 if r["predicted_label"] is None else max(r["p_entail"], 1 - r["p_entail"])
+
     curves = []
     for order in itertools.permutations(rows):
         if all(sure(x) >= sure(y) for x, y in zip(order, order[1:])):
@@ -656,7 +670,9 @@ def test_quadruples_need_all_four_right_and_pairs_are_counted_apart():
 
 def test_baselines_find_planted_shortcuts_and_nothing_where_none_is():
     rng = random.Random(3)
-    noun = lambda: rng.choice("man dog cat boy cow owl fox hen".split())
+
+    def noun():
+        return rng.choice("man dog cat boy cow owl fox hen".split())
 
     def rows(n, plant):
         return [
@@ -664,11 +680,15 @@ def test_baselines_find_planted_shortcuts_and_nothing_where_none_is():
             for y in (rng.randint(0, 1) for _ in range(n))
         ]
 
-    acc = lambda found, test: {
-        k: sum(a == r["label"] for a, r in zip(v, test)) / len(test) for k, v in found.items()
-    }
-    negated = lambda y: dict(hypothesis=f"The {noun()} is " + ("here" if y else "not here"))
-    random_ = lambda y: dict(hypothesis=f"The {noun()} is here")
+    def acc(found, test):
+        return {k: sum(a == r["label"] for a, r in zip(v, test)) / len(test) for k, v in found.items()}
+
+    def negated(y):
+        return dict(hypothesis=f"The {noun()} is " + ("here" if y else "not here"))
+
+    def random_(y):
+        return dict(hypothesis=f"The {noun()} is here")
+
     test = rows(200, negated)
     found = acc(nli_ft.baselines.baseline_labels(rows(200, negated), test), test)
     assert (
@@ -728,7 +748,8 @@ def test_a_report_is_plain_json_also_for_the_poorest_rows():
         ("the hypothesis can be inferred from the premise", 1),
         ("the hypothesis cannot be inferred from the premise", 0),
         (
-            "based on the logical reasoning and lack of contradictory facts, the hypothesis can be inferred from the premise",
+            "based on the logical reasoning and lack of contradictory facts, the hypothesis can be "
+            "inferred from the premise",
             1,
         ),
         ("it might be inferred at first, but it does not follow from the premise", 0),

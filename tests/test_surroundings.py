@@ -1,4 +1,5 @@
-"""Where commands are started: locales that are not UTF-8, no home folder, a user id without a name, disks that cannot be written."""
+"""Where commands are started: locales that are not UTF-8, no home folder, a user id without a name, disks that
+cannot be written."""
 
 import ast, json, os, shutil, subprocess, sys
 from pathlib import Path
@@ -350,7 +351,10 @@ def test_a_read_only_project_is_one_message_and_exit_code_2(project, command, sa
 
 @mounts
 def test_a_full_disk_is_one_message(project):
-    full = f"mkdir -p '{project}/runs' && mount -t tmpfs -o size=4k none '{project}/runs' && (yes >'{project}/runs/full' 2>/dev/null || true)"
+    full = (
+        f"mkdir -p '{project}/runs' && mount -t tmpfs -o size=4k none '{project}/runs' && (yes "
+        f">'{project}/runs/full' 2>/dev/null || true)"
+    )
     r = on(full, ["nli_run", *TINY], project)
     assert (
         r.returncode == 2

@@ -1,4 +1,5 @@
-"Training: the mathematics against plain references, the doors (kernel, script, several processes), and what stops a run before it starts."
+"""Training: the mathematics against plain references, the doors (kernel, script, several processes), and what
+stops a run before it starts."""
 
 import json, os, subprocess, sys
 from dataclasses import replace
@@ -50,7 +51,8 @@ def adapter(model):
 
 # -- mathematics
 
-# Losses of the first four steps, recorded on an x86-64 CPU in fp32. On one machine they repeat to the last bit; between CPUs the order
+# Losses of the first four steps, recorded on an x86-64 CPU in fp32. On one machine they repeat to the last
+# bit; between CPUs the order
 # of sums differs, and 1e-3 is the tolerance for that.
 GOLDEN = [10.384272, 10.385620, 10.327404, 10.241380]
 
@@ -174,7 +176,10 @@ def test_the_memory_estimate_counts_what_a_block_keeps_for_its_backward_pass(tmp
         / ids.numel()
     )
     linear, _, conf = linear_shapes(cfg)
-    hit = lambda n: cfg.target_modules == "all-linear" or n.rpartition(".")[2] in cfg.target_modules
+
+    def hit(n):
+        return cfg.target_modules == "all-linear" or n.rpartition(".")[2] in cfg.target_modules
+
     assert _activations(cfg, linear, conf, hit, compute_dtype(cfg), True) == pytest.approx(measured, rel=0.05)
 
 
@@ -220,12 +225,15 @@ def test_a_merged_run_is_checked_against_its_adapter_and_what_differs_ends_with_
         "a random model answers nothing, and that is no agreement"
     )
     assert furthest(said) < 1e-6, "a merge into fp32 is compared in fp32"
-    told = lambda *last: iter(
-        [
-            [dict(text='{"thought_process": "x", "predicted_label": 1}')] * 8,
-            [dict(text='{"thought_process": "x", "predicted_label": 1}')] * 7 + [*last],
-        ]
-    )
+
+    def told(*last):
+        return iter(
+            [
+                [dict(text='{"thought_process": "x", "predicted_label": 1}')] * 8,
+                [dict(text='{"thought_process": "x", "predicted_label": 1}')] * 7 + [*last],
+            ]
+        )
+
     for last, want in ((1, 0), (0, 1)):
         texts = told(dict(text=f'{{"thought_process": "x", "predicted_label": {last}}}'))
         with monkeypatch.context() as m:

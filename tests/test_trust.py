@@ -112,7 +112,10 @@ def dangers(text, file="x.py"):
         if not isinstance(node, ast.Call):
             continue
         name, kw = dotted(node.func), {k.arg: k.value for k in node.keywords}
-        given = lambda k: getattr(kw.get(k), "value", "not a constant") if k in kw else None
+
+        def given(k):
+            return getattr(kw.get(k), "value", "not a constant") if k in kw else None
+
         if name in NAMES and (file, name) not in ALLOWED:
             yield node.lineno, name
         if (
@@ -192,7 +195,8 @@ def test_the_exceptions_are_still_needed():
 
 
 def test_a_config_comes_from_the_package_whatever_lies_on_the_path(tmp_path):
-    "Nothing in the working directory, on PYTHONPATH or beside a file of one's own stands in for a packaged config, and none of it is imported."
+    """Nothing in the working directory, on PYTHONPATH or beside a file of one's own stands in for a packaged
+    config, and none of it is imported."""
     canary = tmp_path / "executed"
     text = "seed = 666\nlora_r = 666\n"
     planted = f"open({str(canary)!r}, 'w').close()\n"
@@ -510,7 +514,8 @@ else: raise SystemExit("the second run should have failed")
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory):
-    "(folder, project, what was said) of a run that ended well and one that failed with every secret in its error, both tracked by W&B, in a project of their own."
+    """(folder, project, what was said) of a run that ended well and one that failed with every secret in its
+    error, both tracked by W&B, in a project of their own."""
     base = tmp_path_factory.mktemp("machine")
     project, home = base / "project", base / "home"
     project.mkdir(), home.mkdir()
@@ -566,7 +571,11 @@ def two_runs(tmp_path_factory):
             OMP_NUM_THREADS="1",
         )
     )
-    tiny = f"model_id=tiny-mistral device=cpu compute_dtype=fp32 quantization=none max_steps=2 max_eval_samples=3 max_new_tokens=4 max_seq_length=900 train_data=rows.jsonl eval_data=dev.jsonl use_wandb=true output_dir={base}/weights"
+    tiny = (
+        "model_id=tiny-mistral device=cpu compute_dtype=fp32 quantization=none max_steps=2 "
+        "max_eval_samples=3 max_new_tokens=4 max_seq_length=900 train_data=rows.jsonl "
+        f"eval_data=dev.jsonl use_wandb=true output_dir={base}/weights"
+    )
     r = subprocess.run(
         [sys.executable, "-c", RUNS, tiny, NETRC],
         cwd=project,

@@ -1,4 +1,5 @@
-"""What `nli_compare`, tables, plots and model cards say of runs and configs: records in a project of their own, commands in this process."""
+"""What `nli_compare`, tables, plots and model cards say of runs and configs: records in a project of their
+own, commands in this process."""
 
 import json
 import shutil
@@ -98,8 +99,8 @@ def test_a_single_run_is_never_worded_as_a_config(project, capsys):
     a, b = record(), record(lambda i: True, "cpu_demo")
     out = compare(capsys, a, b)
     assert (
-        f"run {nli_ft.records.read_run(b).name} against run {nli_ft.records.read_run(a).name}, on these items: +25.0 points: can be told from noise at n=60 (30 clusters)"
-        in out
+        f"run {nli_ft.records.read_run(b).name} against run {nli_ft.records.read_run(a).name}, on "
+        "these items: +25.0 points: can be told from noise at n=60 (30 clusters)" in out
     )
     said = next(
         line for line in out.splitlines() if line.startswith("config cpu_demo against config minimal_test")
@@ -144,8 +145,12 @@ def test_the_majority_line_stands_in_every_comparison_and_format(project, capsys
 
 
 def test_a_gain_in_accuracy_that_is_a_loss_on_the_rare_class_is_said(project):
-    rare = lambda i: int(i >= 50)  # 10 items of 60
-    fair = lambda i: i >= 50 or i % 4 > 0
+    def rare(i):
+        return int(i >= 50)  # 10 items of 60
+
+    def fair(i):
+        return i >= 50 or i % 4 > 0
+
     for seeds in ((1,), (1, 2)):
         arms = [
             record(right, overrides=f"lora_r={r}", seed=s, label=rare)
@@ -167,7 +172,9 @@ def test_a_gain_in_accuracy_that_is_a_loss_on_the_rare_class_is_said(project):
 
 
 def test_a_verdict_on_configs_says_the_other_way_too(project):
-    rare = lambda i: int(i >= 50)
+    def rare(i):
+        return int(i >= 50)
+
     fair = [record(lambda i: i >= 50 or i % 4 != s, overrides="lora_r=2", seed=s, label=rare) for s in (0, 1)]
     lazy = [record(lambda i: i < 50 - s, overrides="lora_r=4", seed=s, label=rare) for s in (0, 1)]
     _, r = nli_ft.seeds.compare_configs([*fair, *lazy])

@@ -1,4 +1,5 @@
-"""The vLLM engine of nli_evaluate, against a stand-in for the package that answers from a script; one test asks the real one, where it and a GPU are there."""
+"""The vLLM engine of nli_evaluate, against a stand-in for the package that answers from a script; one test
+asks the real one, where it and a GPU are there."""
 
 import importlib.machinery, json, math, re, shutil, sys, types
 from pathlib import Path
@@ -99,7 +100,8 @@ def module(name, **names):
 
 @pytest.fixture
 def vllm(monkeypatch, made):
-    "The package as far as it is used. Each row is answered with `say(n-th row)`: the probabilities of both digits follow the text."
+    """The package as far as it is used. Each row is answered with `say(n-th row)`: the probabilities of both
+    digits follow the text."""
     rows, tok = made.rows, made.tok
     place = {tuple(encode_prompt(tok, r["prompt"])): n for n, r in enumerate(rows)}
     fake = SimpleNamespace(
@@ -398,7 +400,8 @@ def test_both_engines_answer_the_embedded_model_alike_on_a_gpu(tmp_path):
     assert nli_ft.ask.evaluate_cli(["--run", str(run)]) == 0
     theirs, ours = evaluated(run)[1], nli_ft.predictions.read_predictions(run / "predictions.jsonl")
     assert [p["id"] for p in theirs] == [p["id"] for p in ours]
-    # products of another shape round otherwise, and a near tie tips; but the same model with the same prompts begins alike
+    # products of another shape round otherwise, and a near tie tips; but the same model with the same
+    # prompts begins alike
     assert sum(a["completion"][:20] == b["completion"][:20] for a, b in zip(ours, theirs)) >= 3
     for a, b in zip(ours, theirs):
         if a["completion"] == b["completion"]:

@@ -1,4 +1,5 @@
-"Random models of a few thousand weights in two families, each with a tokenizer of its own: small enough to learn a form within seconds."
+"""Random models of a few thousand weights in two families, each with a tokenizer of its own: small enough to
+learn a form within seconds."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,7 +21,8 @@ CHAT = (
 
 
 def box_rows(n, template="brief"):
-    "Rows of different lengths with a rule that shows in the text. `template` None: both wordings, two rows each in turn."
+    """Rows of different lengths with a rule that shows in the text. `template` None: both wordings, two rows
+    each in turn."""
     rows = []
     for i in range(n):
         box, ball = COLOURS[i % 8], COLOURS[(i * 3 + 1 + i // 8) % 8]
