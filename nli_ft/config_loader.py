@@ -661,7 +661,7 @@ def _words(text: str) -> list:  # split at blanks, but not inside quotes or brac
     return words
 
 # %% ../nbs/01_config_loader.ipynb #072a6031
-def _pairs(overrides, mistakes: list) -> list:  # [(key, value)]
+def _typed_pairs(overrides, mistakes: list) -> list:  # [(key, value)]
     if isinstance(overrides, dict):
         return list(overrides.items())
     if isinstance(overrides, str):
@@ -687,7 +687,7 @@ def _pairs(overrides, mistakes: list) -> list:  # [(key, value)]
 def _overrides(overrides, mistakes: list) -> dict:  # key -> Setting; values are not checked yet
     settings = {}
     with _collect(mistakes):
-        for k, v in _pairs(overrides, mistakes):
+        for k, v in _typed_pairs(overrides, mistakes):
             value = parse_value(k, v) if k in KEYS and isinstance(v, str) else v
             if k not in KEYS:
                 mistakes.append(_unknown_key(k, "command line"))
