@@ -83,8 +83,14 @@ def _injected(
     "What papermill's last cell assigned."
     sources = [c for c in cells if c.startswith("# Parameters\n")]
     values = {}
-    if sources:
-        exec(sources[-1], {}, values)
+    for node in ast.parse(sources[-1]).body if sources else []:
+        if not isinstance(node, ast.Assign):
+            continue
+        try:
+            value = ast.literal_eval(node.value)
+        except ValueError:  # `float("nan")`: no literal, and no value that a key can have
+            value = ast.unparse(node.value)
+        values[node.targets[0].id] = value
     return values
 
 
