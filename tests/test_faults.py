@@ -529,7 +529,7 @@ def test_the_checkpoint_before_is_deleted_only_when_the_new_one_is_whole(tmp_pat
     import nli_ft.records
     import nli_ft.rows
 
-    owner = nli_ft.train_sft if last_act == "seal" else transformers.Trainer
+    owner = nli_ft.rows if last_act == "seal" else transformers.Trainer
     real, calls = getattr(owner, last_act), []
 
     def die(*a):
@@ -538,7 +538,10 @@ def test_the_checkpoint_before_is_deleted_only_when_the_new_one_is_whole(tmp_pat
             raise KeyboardInterrupt
         return real(*a)
 
-    monkeypatch.setattr(owner, last_act, die)
+    if last_act == "seal":
+        swap(monkeypatch, "nli_ft.rows.seal", die)
+    else:
+        monkeypatch.setattr(owner, last_act, die)
     with pytest.raises(KeyboardInterrupt):
         run_training(tiny(tmp_path, save_total_limit=1))
     said = []
