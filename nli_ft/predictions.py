@@ -13,7 +13,6 @@ import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 from .process import RecordError
@@ -151,14 +150,13 @@ def counted(
     right = cells[0, 0] + cells[1, 1]
     valid = sum(p.get("generated_outcome", p["outcome"]) in ("strict", "forced") for p in preds)
     answered = n - cells[0, NO_ANSWER] - cells[1, NO_ANSWER]
-    confusion = [cells[pair] for pair in product((0, 1), (0, 1, NO_ANSWER))]
     return dict(
         n=n,
         right=right,
         accuracy=right / n,
         coverage=answered / n,
         valid_rate=valid / n,
-        confusion=[confusion[:3], confusion[3:]],
+        confusion=[[cells[y, 0], cells[y, 1], cells[y, NO_ANSWER]] for y in (0, 1)],
         outcomes=dict(Counter(p["outcome"] for p in preds)),
     )
 

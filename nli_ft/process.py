@@ -19,7 +19,6 @@ import re
 import signal
 import sys
 import threading
-import warnings
 from pathlib import Path
 
 # %% ../nbs/00_process.ipynb #905d0f39
@@ -225,14 +224,11 @@ def typed_text(
 
 # %% ../nbs/00_process.ipynb #a01a00f0
 def still_bars():
-    """Where the standard error is no terminal, other libraries draw no bars. A variable that is set already is
-    left alone."""
-    warnings.filterwarnings("ignore", message="IProgress not found")
+    """For a command whose standard error is no terminal, such as a log file: the hub's libraries draw no bars.
+
+    A variable that is set already is left alone."""
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads it too
-
-
-still_bars()
 
 # %% ../nbs/00_process.ipynb #e634e04a
 def can_be_written(
@@ -329,6 +325,7 @@ def command(
             _start_in_utf8()
         with _streams_hold():
             settle()
+            still_bars()
             return _ended(fn, argv)
 
     return run

@@ -273,8 +273,9 @@ def code_changed(
 
 # %% ../nbs/25_records.ipynb #4ba76ba5
 # the rooms that a run's numbers come from
-_CODE = """config_loader labels files duplicates rows sft_rows prompt answers bases cpu_speed model generate
-predictions predict evaluate preflight checkpoints trainer fit train_sft""".split()
+_CODE = """config_loader labels files duplicates rows sft_rows paired reading baselines prompt answers bases
+cpu_speed model generate predictions predict evaluate reasoning report ask preflight checkpoints trainer fit
+train_sft""".split()
 
 
 def _code_hash():
