@@ -1269,19 +1269,24 @@ def test_an_unknown_parameter_stops_the_notebook_at_its_first_cell(project, give
 # -- progress bars
 
 
-def test_no_bar_is_drawn_where_the_output_is_no_terminal(project):
-    "A kernel, and a command whose output goes into a file."
-    code = (
-        "from nli_ft.config_loader import load_config\nfrom nli_ft.model import load_base\n"
-        "load_base(load_config('minimal_test', 'model_id=tiny-mistral device=cpu'))\nprint('loaded')"
-    )
-    notebook(project, "import nli_ft.process\nfrom tqdm.auto import tqdm", code)
+def test_a_command_draws_no_bar_into_a_log_file_and_no_kernel_misses_its_widgets(project):
+    code = """
+from nli_ft.process import command
+from nli_ft.config_loader import load_config
+@command
+def load(argv):
+    from nli_ft.model import load_base
+    load_base(load_config("minimal_test", "model_id=tiny-mistral device=cpu"))
+    print("loaded")
+load([])
+"""
+    plain = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    p = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True)
+    assert (p.stdout, p.stderr) == ("loaded\n", "")
+    notebook(project, "import nli_ft.process\nfrom tqdm.auto import tqdm\nprint('imported')")
     import papermill
 
     nb = papermill.execute_notebook(
         str(project / "nbs/train.ipynb"), str(project / "out.ipynb"), cwd=str(project), progress_bar=False
     )
-    assert printed(nb) == "loaded\n"
-    plain = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_PROGRESS_BARS"}
-    p = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True)
-    assert (p.stdout, p.stderr) == ("loaded\n", "")
+    assert printed(nb) == "imported\n"
