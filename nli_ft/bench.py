@@ -26,6 +26,7 @@ from .prompt import Encoded, LABEL, PROMPT, THOUGHT, encode_prompt
 from .answers import parse_completion
 from .generate import left_pad
 from .predict import predict_rows
+from .records import text_table
 from .ask import evaluation_rows, open_run
 from .ready import check_ready, choose_gpu, embedded_data
 from .preflight import prepare
@@ -55,7 +56,6 @@ from nli_ft.bench_train import (
     plan,
     run_all,
     run_child,
-    text_table,
     train_text,
     parts_of,
 )

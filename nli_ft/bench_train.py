@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JOBS', 'TOLERANCE', 'build_trainer', 'parts_of', 'load_model', 'positions', 'train_once', 'child_main',
-           'child_command', 'run_child', 'cause_of_death', 'text_table', 'loss_differences', 'summarise_train',
-           'train_text', 'alternating', 'run_all', 'plan', 'bench_train']
+           'child_command', 'run_child', 'cause_of_death', 'loss_differences', 'summarise_train', 'train_text',
+           'alternating', 'run_all', 'plan', 'bench_train']
 
 # %% ../nbs/52_bench_train.ipynb #e9f81767
 import json
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from .process import ConfigError, NliError, project_root
 from .config_loader import Config, config_from_json, print_config
+from .records import text_table
 from .ready import check_ready, choose_gpu
 from .preflight import estimate_memory, linear_shapes, prepare
 from .trainer import make_trainer_class
@@ -382,20 +383,6 @@ def _matmul(cfg, tokens):
 @_job
 def _train(cfg, **arguments):
     return train_once(cfg, **arguments)
-
-# %% ../nbs/52_bench_train.ipynb #4175b975
-def text_table(
-    head: list, rows: list
-) -> str:  # column names; rows of texts, the first cell left, the rest right
-    "Aligned columns."
-    width = [max(len(str(r[i])) for r in [head, *rows]) for i in range(len(head))]
-
-    def line(r):
-        return "  ".join(
-            str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(r, width))
-        ).rstrip()
-
-    return "\n".join([line(head), *map(line, rows)])
 
 # %% ../nbs/52_bench_train.ipynb #6e484497
 def _spread(xs, digits=1):

@@ -10,6 +10,7 @@ import html
 import json
 
 from .check import leakage_text
+from .report import _defined
 from .records import _PACKAGES, _share, _write_text, before_text, code_changed, read_run
 from .differences import _majority
 from .compare import _interval, markdown
@@ -72,17 +73,14 @@ def model_card(
     s, cfg = score(run.predictions()), run.cfg
     majority = _majority(run.predictions())
 
-    def defined(x):
-        return "undefined (one class)" if x is None else f"{x:.3f}"
-
     measured = [
         ["accuracy (no answer is wrong)", _interval(s["accuracy"], s["accuracy_ci"])],
         [
             f"accuracy of the majority label ({majority['label']})",
             _interval(majority["accuracy"], majority["accuracy_ci"]),
         ],
-        ["macro-F1", defined(s["macro_f1"])],
-        ["MCC", defined(s["mcc"])],
+        ["macro-F1", _defined(s["macro_f1"])],
+        ["MCC", _defined(s["mcc"])],
         ["valid JSON", f"{s['valid_rate']:.3f}"],
         ["tokens per answer", _share(s["mean_tokens"])],
         ["before training: accuracy", before_text(run.summary)],

@@ -17,7 +17,7 @@ from pathlib import Path
 from .process import NliError, RecordError, command
 from .files import atomic_writer
 from .check import leakage_text
-from .records import _plain, _table, list_runs, read_run
+from .records import _plain, text_table, list_runs, read_run
 from .differences import _entry, _same_task, compare_runs, explains
 from .seeds import compare_configs, distinct_entries
 
@@ -364,8 +364,8 @@ def compare_cli(argv=None) -> int:
         print(
             "\n\n".join(
                 [
-                    *(_table(t[1], t[0]) for t in [config_table(by)] if by),
-                    _table(*reversed(run_table(rows))),
+                    *(text_table(*config_table(by)) for _ in by[:1]),
+                    text_table(*run_table(rows)),
                     "\n".join(said),
                 ]
             )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['redact', 'new_run_dir', 'is_code', 'code_changed', 'environment', 'overrides_text', 'run_command', 'start_run',
            'append_metrics', 'read_metrics', 'note', 'finish_run', 'TrainingStopped', 'close_failed', 'watch_cells',
-           'Run', 'read_run', 'before_text', 'list_runs', 'show_runs']
+           'Run', 'read_run', 'before_text', 'list_runs', 'text_table', 'show_runs']
 
 # %% ../nbs/25_records.ipynb #b0307105
 import hashlib
@@ -740,9 +740,12 @@ def _result_line(run):
     return f"{os.path.relpath(run)}   {s['status']}   {scores}   n={after.get('n', '–')}   {_duration(s.get('wall_s'))}"
 
 # %% ../nbs/25_records.ipynb #dddb2cda
-def _table(rows, head):
-    "Rows of text as aligned columns, numbers to the right."
-    cells = [head] + [[("" if c is None else str(c)) for c in r] for r in rows]
+def text_table(
+    head: list,  # names of the columns
+    rows: list,  # of cells; None is an empty one
+) -> str:
+    "Aligned columns for a terminal or a log, numbers to the right."
+    cells = [head] + [["" if c is None else str(c) for c in r] for r in rows]
     wide = [max(len(r[i]) for r in cells) for i in range(len(head))]
     right = [all(re.fullmatch(r"[-–+]?[\d.:]*", r[i]) for r in cells[1:]) for i in range(len(head))]
     return "\n".join(
@@ -771,4 +774,4 @@ def show_runs(
         for r in rows
     ]
     why = [f"{r['config']}/{r['run_id']}: {r['why'].splitlines()[0]}" for r in rows if r["why"]]
-    return "\n".join([_table(body, head)] + ([""] + why if why else []))
+    return "\n".join([text_table(head, body)] + ([""] + why if why else []))
