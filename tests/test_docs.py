@@ -308,10 +308,12 @@ def parse_papermill(words):
         r"^(\w+)\s*=", next(c.source for c in cells if "parameters" in c.metadata.get("tags", [])), re.M
     )
     given = dict(p["parameters"])
-    if odd := set(given) - set(known):
+    keys = KEYS if "train.ipynb" in p["notebook_path"] else ()
+    if odd := set(given) - set(known) - set(keys):
         raise Refused(f"{p['notebook_path']} has no parameter {odd}")
     if "config" in given:
         load_config(given["config"], given.get("overrides"))
+        load_config(given["config"], {k: str(v) for k, v in given.items() if k in keys})
     for c in given.get("configs", "").split():
         load_config(c)
 

@@ -1266,6 +1266,21 @@ def test_an_unknown_parameter_stops_the_notebook_at_its_first_cell(project, give
     assert len(cells) == 3, "the parameters, what was injected, and the cell that stops"
 
 
+@pytest.mark.parametrize("name, given, says", [("compare", "confgs", "configs"), ("explore", "ruhn", "run")])
+def test_a_misspelt_parameter_stops_the_notebooks_that_read_runs(project, name, given, says):
+    import papermill
+
+    with pytest.raises(papermill.PapermillExecutionError) as e:
+        papermill.execute_notebook(
+            str(ROOT / f"nbs/{name}.ipynb"),
+            str(project / "out.ipynb"),
+            {given: "x"},
+            cwd=str(project),
+            progress_bar=False,
+        )
+    assert e.value.ename == "ConfigError" and f"Did you mean {says}?" in e.value.evalue
+
+
 # -- progress bars
 
 
