@@ -107,11 +107,11 @@ class Spoken:
         try:
             return act(*args)
         except OSError as e:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # for what is still in a buffer: it would fail again at the end
+            os.close(nowhere)
             if e.errno not in (errno.EIO, errno.EPIPE):
                 raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())  # also for what is still in a buffer
-            os.close(nowhere)
             if e.errno == errno.EPIPE and not self.piped:
                 raise ReaderLeft(*e.args) from None
 
@@ -342,9 +342,15 @@ _refused_by_the_system = {
 
 def _ended(fn, argv) -> int:  # 0, or `SystemExit`
     "Call a command and turn what it raises into a line and an exit code."
+    leaving = None
     try:
         with _signals_interrupt():
-            code = fn(argv)
+            try:
+                code = fn(argv)
+            except (
+                SystemExit
+            ) as e:  # argparse: after --help, whose text is still in the buffer, or a wrong argument
+                leaving = e
         if sys.stdout is not None:
             sys.stdout.flush()
     except NliError as e:
@@ -361,6 +367,8 @@ def _ended(fn, argv) -> int:  # 0, or `SystemExit`
             raise
     else:
         said = None
+        if leaving:
+            raise leaving
     if said:
         print(said, file=sys.stderr)
     return sys.exit(code) if code else 0

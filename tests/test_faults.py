@@ -1008,18 +1008,12 @@ def test_running_out_of_memory_says_what_to_change_and_what_would_fit(tmp_path, 
 
 
 def test_the_advice_is_the_least_change_that_fits_and_keeps_the_rows_of_a_step(tmp_path, monkeypatch):
-    import nli_ft.cpu_speed
-    import nli_ft.fit
-    import nli_ft.predict
-    import nli_ft.preflight
-    import nli_ft.records
-    import nli_ft.rows
 
     prep = prepare(tiny(tmp_path, batch_size=8, grad_accumulation_steps=2))
     # 1 GiB and half a GiB a row, a fifth of that with checkpointing
-    monkeypatch.setattr(
-        nli_ft.preflight,
-        "estimate_memory",
+    swap(
+        monkeypatch,
+        "nli_ft.preflight.estimate_memory",
         lambda p: {"total": 1 + p.cfg.batch_size * (0.1 if p.cfg.gradient_checkpointing else 0.5)},
     )
     assert "--gradient_checkpointing true." in memory_advice(

@@ -381,3 +381,12 @@ def test_output_that_cannot_be_written_is_one_message_and_a_reader_that_leaves_i
     )
     os.close(kept)
     assert (r.returncode, r.stderr) == (141, "")
+
+
+def test_help_that_cannot_be_written_is_said_too():
+    env = {k: v for k, v in ALONE.items() if k != "PYTHONUNBUFFERED"}  # unbuffered, argparse swallows it
+    with open("/dev/full", "w") as full:
+        r = subprocess.run(
+            [bin / "nli_runs", "--help"], cwd=root, env=env, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert r.returncode == 1 and r.stderr.startswith("error: what it writes: No space left on device")

@@ -324,9 +324,9 @@ def test_the_head_is_applied_to_trained_positions_only(tmp_path, monkeypatch):
     cfg = tiny(tmp_path)
     prep, model = prepare(cfg), seeded_lora(load_base(cfg), cfg)
     seen, real = [], nli_ft.cpu_speed.target_log_probs
-    monkeypatch.setattr(
-        nli_ft.cpu_speed,
-        "target_log_probs",
+    swap(
+        monkeypatch,
+        "nli_ft.cpu_speed.target_log_probs",
         lambda hidden, *a: (seen.append(len(hidden)), real(hidden, *a))[1],
     )
     with_frozen_head(model)
