@@ -108,7 +108,9 @@ class Spoken:
             return act(*args)
         except OSError as e:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())  # for what is still in a buffer: it would fail again at the end
+            os.dup2(
+                nowhere, self.stream.fileno()
+            )  # for what is still in a buffer: it would fail again at the end
             os.close(nowhere)
             if e.errno not in (errno.EIO, errno.EPIPE):
                 raise

@@ -747,7 +747,7 @@ def text_table(
     "Aligned columns for a terminal or a log, numbers to the right."
     cells = [head] + [["" if c is None else str(c) for c in r] for r in rows]
     wide = [max(len(r[i]) for r in cells) for i in range(len(head))]
-    right = [all(re.fullmatch(r"[-–+]?[\d.:]*", r[i]) for r in cells[1:]) for i in range(len(head))]
+    right = [all(re.fullmatch(r"[-–+\d.,:%e()* ]*", r[i]) for r in cells[1:]) for i in range(len(head))]
     return "\n".join(
         "  ".join(c.rjust(w) if rt else c.ljust(w) for c, w, rt in zip(r, wide, right)).rstrip()
         for r in cells
