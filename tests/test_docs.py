@@ -43,6 +43,7 @@ NOT_RUN = {
     "dev_ft.jsonl --max_steps 8": LONG + "; tests/test_end_to_end.py does it on real rows",
     "./run_training.sh --config ablation2 --gpu 0": GPU,
     'papermill nbs/train.ipynb runs/mine.ipynb -p config ablation2 -p overrides "learning_rate=1e-4 max_steps=4"': GPU,
+    "papermill nbs/train.ipynb runs/mine.ipynb -p config ablation2 -p learning_rate 1e-4 -p max_steps 4": GPU,
     "accelerate launch -m nli_ft.train_sft --config distributed": GPU
     + "; tests/test_train.py does it in two CPU processes",
     ".venv/bin/jupyter lab": "waits for a person",
