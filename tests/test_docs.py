@@ -127,7 +127,7 @@ MADE = {  # files that documents speak of and a clone does not have -> where the
     "runs/.jobs/": "nli_run --engine",
     "tensorboard/": "report_to",
     ".venv": "run_training.sh",
-    "data/embedded/": "train_sft.make_embedded_data",
+    "data/embedded/": "ready.make_embedded_data",
     "models/": "a run",
     "evaluations/": "nli_evaluate",
     "MODEL_CARD.md": "train.ipynb, nli_runs --card",
