@@ -1,4 +1,4 @@
-"""ablation0 at its best: the same small updates for a second epoch.
+"""ablation0 at its best: the same small updates, for a second epoch.
 
 Assumes: as ablation0.py.
 Run:     ./run_training.sh --config ablation0_best

@@ -1,6 +1,6 @@
-"""ablation1 at its best: shorter warm-up, and checkpointing so that it fits smaller GPUs.
+"""ablation1 at its best: a shorter warm-up, and gradient checkpointing so that it fits smaller GPUs.
 
-Assumes: as default.py, whose values it arrives at; the name keeps the pair with ablation1 in view.
+Assumes: as default.py. The values are those of default.py too: the name marks it as the partner of ablation1.
 Run:     ./run_training.sh --config ablation1_best
 """
 base = "ablation1"

@@ -1,6 +1,6 @@
-"""Are reflections worth it? Only rows whose first thought was already right.
+"""Are reflections worth it? Train only on rows whose first thought was right.
 
-Assumes: as ablation2.py; compare with it, seed by seed: this one line is all that differs.
+Assumes: as ablation2.py. Compare with it, seed by seed: only this one line differs.
 Run:     ./run_training.sh --config correct_only
 """
 base = "ablation2"

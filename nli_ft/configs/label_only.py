@@ -1,6 +1,6 @@
-"""Does reasoning help at all? The same rows, and the label is all that is learnt.
+"""Does reasoning help at all? The same rows, but the model learns only the label.
 
-Assumes: as ablation2.py; compare with it, seed by seed: this one line is all that differs.
+Assumes: as ablation2.py. Compare with it, seed by seed: only this one line differs.
 Run:     ./run_training.sh --config label_only
 """
 base = "ablation2"

@@ -1,7 +1,7 @@
-"""Is it the reasoning, or only more text? Thoughts are shuffled between rows of one label.
+"""Is it the reasoning, or only more text? Rows of one label exchange their thoughts.
 
-Assumes: as ablation2.py; compare with it, seed by seed: this one line is all that differs.
+Assumes: as ablation2.py. Compare with it, seed by seed: only this one line differs.
 Run:     ./run_training.sh --config reflected_shuffled
 """
 base = "ablation2"
-data_strategy = "shuffled"           # the same words and lengths, but about another premise
+data_strategy = "shuffled"           # the same words and lengths, about another premise
