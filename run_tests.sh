@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything that must hold, from a fresh clone: notebooks and modules agree, every notebook's examples run, pytest.
+# Checks everything from a fresh clone: notebooks and modules agree, the examples of every notebook run, pytest passes.
 #
 #   ./run_tests.sh            all of it
 #   ./run_tests.sh --fast     without the end-to-end runs (pytest marker "slow")
 #
-# Makes .venv when it is missing or the pins changed. Stops at the first part that fails.
+# Makes .venv if it is missing or the pins changed. Stops at the first part that fails.
 set -euo pipefail
 root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$root"
@@ -21,7 +21,7 @@ esac
 [[ -w nbs && -w nli_ft ]] || { echo "error: $root cannot be written, and the tests export its notebooks: copy it to a folder of your own" >&2; exit 2; }
 ensure_venv "$root"
 export PATH="$root/.venv/bin:$PATH" # papermill and nbdev start kernels and commands by name
-export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" # no test needs a hub; one that reaches for it should fail, not download
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" # no test needs a hub: a test that asks it should fail, not download
 
 echo "== drift: nbs/ cleaned, and nli_ft/ what nbs/ exports"
 snapshot() { find nbs nli_ft -name '*.ipynb' -not -path '*/.*' -o -name '*.py' -not -path '*/.*' | LC_ALL=C sort | xargs -d '\n' sha256sum; }
@@ -30,14 +30,14 @@ nbdev_clean
 nbdev_export
 after=$(snapshot)
 if [[ $before != "$after" ]]; then
-  { echo "error: these files were not what nbdev_clean and nbdev_export make of nbs/ (they are now; look at them and commit):"
+  { echo "error: these files were not what nbdev_clean and nbdev_export make of nbs/. They are now: look at them and commit:"
     diff <(echo "$before") <(echo "$after") | sed -n 's/^[<>] [0-9a-f]* */  /p' | sort -u; } >&2
   exit 1
 fi
 
 echo "== notebooks: every example and test in them"
-# train.ipynb is a whole training run; tests/ execute it by papermill, as a person does
-# (two at a time, with one thread each: more only get in each other's way)
+# train.ipynb is a whole training run. The tests execute it by papermill, as a person does.
+# Two notebooks at a time, with one thread each: more would only slow each other down.
 OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --skip_file_glob train.ipynb
 
 echo "== pytest"

@@ -5,19 +5,19 @@
 #   ./run_training.sh --config ablation2 --gpu 0         in Docker, on one GPU
 #   ./run_training.sh --config distributed --gpus 0,1    in Docker, both GPUs through accelerate
 #
-#   --config NAME|PATH   a file of nli_ft/configs/ by name, or your own by path (default: default);
-#                        train/configs/NAME.py, as older instructions write it, means the config of that name
+#   --config NAME|PATH   a file of nli_ft/configs/ by name, or your own by path (default: default).
+#                        Older instructions write train/configs/NAME.py: that means the config of that name
 #   --gpu N              use this GPU
-#   --gpus N,M           use these; more than one turns distributed_training on
+#   --gpus N,M           use these. More than one turns distributed_training on
 #   --all-gpus           use all of them, distributed
-#   --local              no Docker: the project's .venv, made when missing or when the pins changed (Python >= 3.11)
-#   --dry-run            check the config, print the exact command and stop; needs no Docker engine
+#   --local              no Docker: use the project's .venv. It is made if it is missing or the pins changed (Python >= 3.11)
+#   --dry-run            check the config, print the exact command and stop. This needs no Docker engine
 #   --help               this text
-#   --KEY VALUE          anything else goes on to nli_run as it is: every key of the config (--learning_rate 1e-4), --seeds 1,2,3
+#   --KEY VALUE          all other options go to nli_run unchanged: any config key (--learning_rate 1e-4), --seeds 1,2,3
 #
-# Relative paths are relative to where you stand. In Docker the project, your model caches and the files and folders
-# named in KEY VALUE are mounted at their own paths; name data there, not in a config file, when it lies outside the project.
-# HF_TOKEN and WANDB_API_KEY reach the container by name only: their values are in no command line and no output.
+# Relative paths are relative to your current folder. Docker mounts the project, your model caches, and the files and
+# folders named in KEY VALUE at their own paths. So name data outside the project there, not in a config file.
+# HF_TOKEN and WANDB_API_KEY reach the container by name only. Their values are in no command line and no output.
 # Exit codes: 0 done, 1 failed while running, 2 bad arguments, config or data (nothing started).
 set -euo pipefail
 root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -45,7 +45,7 @@ choose_gpus() { # choose_gpus FLAG VALUE
 while (($#)); do
   arg=$1 written=$1 value='' has_value=''
   shift
-  # "--key value" and "--key=value" are the same; a value starts with -- only in the second form
+  # "--key value" and "--key=value" are the same. Only in the second form may a value start with --
   if [[ $arg == --*=* ]]; then value=${arg#*=} arg=${arg%%=*} has_value=inline
   elif (($#)) && [[ $1 != --* ]]; then value=$1 has_value=next; fi
   case $arg in
@@ -77,7 +77,7 @@ while (($#)); do
   esac
 done
 
-# The configs once lay in train/configs/. A file that is there wins.
+# The configs were once in train/configs/. If a file is there today, it is used.
 if [[ $config =~ ^(\./)?train/configs/([A-Za-z0-9_]+)\.py$ && ! -e $config && -e $root/nli_ft/configs/${BASH_REMATCH[2]}.py ]]; then
   echo "note: $config means the config ${BASH_REMATCH[2]} (nli_ft/configs/${BASH_REMATCH[2]}.py)" >&2
   config=${BASH_REMATCH[2]}
@@ -86,7 +86,7 @@ fi
 command=(nli_run --config "$config" "${overrides[@]}")
 [[ $gpus == all || $gpus == *,* ]] && command+=(--distributed_training true)
 
-# check_config: before a dry run prints a command, nli_run of .venv says whether it would take these arguments.
+# check_config: before a dry run prints a command, nli_run of .venv says whether it accepts these arguments.
 check_config() {
   local message status=0
   if [[ ! -x $root/.venv/bin/nli_run ]]; then
@@ -151,7 +151,7 @@ converted=$(realpath -m "${NLI_FT_CACHE:-${HOME-}/.cache/nli_ft}") # the embedde
   die "the folders for model caches, $hub and $converted, cannot be made: set HF_HOME and NLI_FT_CACHE to folders of your own"
 bind "$hub" /home/nli/.cache/huggingface
 bind "$converted" /home/nli/.cache/nli_ft
-for link in "$root"/{data,models,runs} "$root"/data/* "$root"/data/finetune/*; do # perhaps links to a larger disk
+for link in "$root"/{data,models,runs} "$root"/data/* "$root"/data/finetune/*; do # these may be links to a larger disk
   [[ -L $link && -e $link ]] || continue
   real=$(realpath "$link")
   if outside "$real"; then bind "$real" "$real"; fi
@@ -159,9 +159,9 @@ done
 for item in "config=$config" "${paths[@]}"; do
   [[ -n ${item#*=} ]] || continue # nli_run refuses an empty path, naming the key
   key=${item%%=*} path=$(realpath -ms "${item#*=}")
-  if [[ $key == output_dir || $key == runs_dir ]]; then # written to, and perhaps not there yet
+  if [[ $key == output_dir || $key == runs_dir ]]; then # the run writes to them, and they may not exist yet
     outside "$path" || continue
-    [[ -n $dry_run ]] || mkdir -p "$path" 2>/dev/null || die "$key = ${item#*=}: cannot be made; choose another $key"
+    [[ -n $dry_run ]] || mkdir -p "$path" 2>/dev/null || die "$key = ${item#*=}: cannot be made. Choose another $key"
     bind "$(realpath -m "$path")" "$path"
   elif [[ -e $path ]]; then
     real=$(realpath "$path")
@@ -171,13 +171,13 @@ for item in "config=$config" "${paths[@]}"; do
 done
 
 case $gpus in
-  "") if [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then docker_args+=(--gpus all); fi ;; # without one the CPU configs still run
+  "") if [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then docker_args+=(--gpus all); fi ;; # without a GPU the CPU configs still run
   all) docker_args+=(--gpus all) ;;
   *,*) docker_args+=(--gpus "\"device=$gpus\"") ;; # Docker splits this at commas unless it is quoted
   *) docker_args+=(--gpus "device=$gpus") ;;
 esac
 
-docker_args+=(--env PYTHONPATH="$root") # the image holds the commands, the mounted project their code
+docker_args+=(--env PYTHONPATH="$root") # the image holds the commands, and the mounted project holds their code
 for name in HF_TOKEN WANDB_API_KEY HF_HUB_OFFLINE HF_ENDPOINT WANDB_MODE; do docker_args+=(--env "$name"); done # names only
 
 built=1

@@ -1,20 +1,20 @@
 # shellcheck shell=bash
-# Sourced by run_training.sh and run_tests.sh: makes the project's .venv and keeps it equal to the pins.
+# run_training.sh and run_tests.sh source this file. It makes the project's .venv and keeps it equal to the pins.
 #
 #   source scripts/env.sh; ensure_venv ROOT        (ROOT: absolute, without symbolic links)
 #
-# Does nothing, quickly, when .venv was completed for these very pins in this very folder. Otherwise it installs:
-# the marker is written last, so an install that was interrupted is redone. PYTHON=... names the interpreter to use.
+# It does nothing if .venv was completed for these pins in this folder. Otherwise it installs. The marker is written
+# last, so an interrupted install is repeated. PYTHON=... names the interpreter to use.
 
-# own_python: nothing of another Python reaches this one. PYTHONHOME and PYTHONPATH of a conda, a module system or ROS would
-# shadow .venv's packages, or keep Python from starting; and files are UTF-8 whatever the locale says.
+# own_python: nothing of another Python reaches this one. PYTHONHOME and PYTHONPATH of conda, a module system or ROS
+# would shadow the packages of .venv, or keep Python from starting. Files are UTF-8 in every locale.
 own_python() {
   [[ -z ${PYTHONPATH-} ]] || echo "note: PYTHONPATH ($PYTHONPATH) is not used; .venv holds what is needed" >&2
   unset PYTHONHOME PYTHONPATH
   export PYTHONUTF8=1
 }
 
-# What decides the contents of .venv. The folder counts too: a .venv does not survive being moved.
+# pins_hash ROOT: a hash of all that decides the contents of .venv. The folder counts too: a moved .venv does not work.
 pins_hash() { { echo "$1"; cat "$1"/requirements.txt "$1"/requirements-model.txt "$1"/setup.py; } | sha256sum | cut -c1-16; }
 
 venv_is_current() { [[ -x $1/.venv/bin/python && $(cat "$1/.venv/nli_ft_pins" 2>/dev/null) == "$(pins_hash "$1")" ]]; }
@@ -35,18 +35,18 @@ END
   return 2
 }
 
-# keepable ROOT: this .venv works and was made here, so it can be brought up to date with whatever its owner added
+# keepable ROOT: this .venv works and was made here. So it can be updated, and what its owner added stays.
 keepable() { new_enough "$1/.venv/bin/python" && grep -qsF "$1/.venv/bin/" "$1/.venv/bin/pip" && "$1/.venv/bin/python" -m pip --version >/dev/null 2>&1; }
 
-# own_pip ROOT PIP-ARGUMENTS...: into .venv, whatever pip's variables and files say of places (PIP_USER, `user = true`, target …).
-# Everything else they say holds: indexes, proxies, certificates, caches. Runs in a subshell of its own.
+# own_pip ROOT PIP-ARGUMENTS...: installs into .venv, even if pip's variables and files name another place (PIP_USER,
+# `user = true`, target …). Their other settings hold: indexes, proxies, certificates, caches. Runs in its own subshell.
 own_pip() (
   root=$1
   shift
   unset PIP_TARGET PIP_PREFIX PIP_ROOT PIP_PYTHON
   export PIP_USER=0 PIP_DRY_RUN=0 PIP_NO_DEPS=0 # stronger than pip's files
   places=()
-  while read -r setting; do # of pip's files, which an empty variable does not overrule
+  while read -r setting; do # a setting in pip's files: an empty variable does not overrule it
     case $setting in
       *.target=*) places+=("--target=") ;;
       *.prefix=*) places+=("--prefix=$root/.venv") ;;
@@ -56,7 +56,7 @@ own_pip() (
   cd "$root" && .venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off "${places[@]}" "$@"
 )
 
-# install_step ROOT LABEL PIP-ARGUMENTS...: one line with its seconds; when it fails, the end of the log
+# install_step ROOT LABEL PIP-ARGUMENTS...: prints one line with its seconds, and the end of the log if it fails
 install_step() {
   local root=$1 label=$2 start=$SECONDS
   shift 2
@@ -64,13 +64,13 @@ install_step() {
   if own_pip "$root" "$@" >>"$root/.venv/install.log" 2>&1 </dev/null
   then echo "$((SECONDS - start)) s" >&2; return; fi
   { echo "failed:"; tail -n 15 "$root/.venv/install.log"
-    echo "error: setting up .venv failed at: $label. The whole log is $root/.venv/install.log; the same command again goes on from here."; } >&2
+    echo "error: setting up .venv failed at: $label. The whole log is $root/.venv/install.log. The same command goes on from here."; } >&2
   return 1
 }
 
 fill_venv() {
   local root=$1 py=$2 pins
-  pins=$(pins_hash "$root") # before the install: a file edited during it is not what was installed
+  pins=$(pins_hash "$root") # taken before the install: a file that changes during it was not installed
   rm -f "$root/.venv/nli_ft_pins"
   if ! keepable "$root"; then
     [[ -e $root/.venv ]] && echo "  the .venv that is there is incomplete, moved or broken: making a new one" >&2
@@ -87,7 +87,7 @@ fill_venv() {
   echo "$pins" >"$root/.venv/nli_ft_pins"
 }
 
-# -w asks the system, so that it also tells of a read-only disk. A .venv may be a link to a larger disk.
+# -w asks the system, so it also recognises a read-only disk. .venv may be a link to a larger disk.
 writable() { if [[ -e $1/.venv ]]; then [[ -w $1/.venv ]]; else [[ -w $1 && ! -L $1/.venv ]]; fi; }
 
 ensure_venv() {
@@ -99,8 +99,8 @@ ensure_venv() {
     return 2
   fi
   py=$(find_python) || return
-  exec {lock}<"$root" # the folder itself is the lock: nothing to clean up, and the kernel lets go however we end
-  flock -n "$lock" || { echo "Another start is setting up .venv; waiting for it ..." >&2; flock "$lock"; }
+  exec {lock}<"$root" # the folder is the lock: there is nothing to clean up, and the kernel frees it however this ends
+  flock -n "$lock" || { echo "Another start is setting up .venv. Waiting for it ..." >&2; flock "$lock"; }
   if ! venv_is_current "$root"; then
     echo "Setting up .venv with $("$py" --version): some minutes the first time" >&2
     fill_venv "$root" "$py" || status=$?

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=nli_ft
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1      # one launcher a node; it starts a process per GPU
+#SBATCH --ntasks-per-node=1      # one launcher a node, which starts a process per GPU
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=16
 #SBATCH --time=08:00:00
 #SBATCH --signal=TERM@180        # three minutes before the end: finish the step, save a checkpoint, close the record
 #
-# One training run over the GPUs of one or more nodes, through accelerate. Submit it from the project's folder,
-# which must be on a disk that all nodes share, with .venv in it (./run_training.sh --local makes one).
+# One training run over the GPUs of one or more nodes, through accelerate. Submit it from the project's folder.
+# All nodes must share the disk of that folder, and .venv must be in it (./run_training.sh --local makes one).
 #
 #   sbatch scripts/slurm.sh --config distributed                                         4 GPUs of one node
 #   sbatch --nodes 2 --partition gpu scripts/slurm.sh --config distributed --seed 2      8 GPUs of two
 #   NLI_ACCELERATE=fsdp_qlora sbatch scripts/slurm.sh --config distributed               the base sharded over the GPUs
 #
-# Everything after the script's name goes to nli_train; what sbatch is to do differently stands before it.
+# Arguments after the script's name go to nli_train. Options of sbatch stand before it.
 # NLI_ACCELERATE: ddp (the default) or fsdp_qlora, a file of nli_ft/configs/accelerate/.
 # Many runs on one GPU each are `nli_run --engine submitit`.
 set -euo pipefail
@@ -28,15 +28,15 @@ kind=${NLI_ACCELERATE:-ddp} nodes=$SLURM_NNODES gpus=${SLURM_GPUS_ON_NODE:-0}
 [[ $kind == ddp || $kind == fsdp_qlora ]] || die "NLI_ACCELERATE=$kind: expected ddp or fsdp_qlora"
 ((gpus > 0)) || die "the job has no GPU: add --gpus-per-node"
 ((nodes * gpus > 1)) || die "one GPU needs no launcher: nli_run --config NAME --engine submitit, or ./run_training.sh in a job of your own"
-((nodes == 1)) || kind+=_two_nodes # for any number of them
+((nodes == 1)) || kind+=_two_nodes # for any number of nodes, in spite of its name
 unset PYTHONHOME PYTHONPATH # a module system's Python would shadow the packages of .venv
-export PATH="$PWD/.venv/bin:$PATH" PYTHONUTF8=1 # files are UTF-8, whatever the node's locale says
+export PATH="$PWD/.venv/bin:$PATH" PYTHONUTF8=1 # files are UTF-8 in every locale
 command -v accelerate >/dev/null || die "no accelerate in $PWD/.venv: ./run_training.sh --local --config minimal_test makes it"
 
 launch=(accelerate launch --config_file "nli_ft/configs/accelerate/$kind.yaml" --num_machines "$nodes" --num_processes "$((nodes * gpus))")
 if ((nodes > 1)); then
   hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  MASTER_ADDR=${hosts%%$'\n'*} # not by `head`: it closes the pipe, of which scontrol and so this job may die
+  MASTER_ADDR=${hosts%%$'\n'*} # not by `head`: it closes the pipe, which may end scontrol and with it this job
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one node do not meet
   launch+=(--main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
 fi

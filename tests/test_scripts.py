@@ -531,7 +531,7 @@ def test_two_starts_at_once_install_once(place):
         for _ in range(2)
     ]
     said = [p.communicate(timeout=60)[1] for p in ps]
-    assert [p.returncode for p in ps] == [0, 0] and sum("waiting" in s for s in said) == 1
+    assert [p.returncode for p in ps] == [0, 0] and sum("Waiting for it" in s for s in said) == 1
     assert len(place.calls()) == 3 + 2  # pip three times, nli_run twice
 
 
@@ -569,7 +569,7 @@ def test_caches_that_cannot_be_made_are_one_message(place):
     p = place.run("--output_dir", "/dev/null/below")
     assert (
         p.returncode == 2
-        and p.stderr == "error: output_dir = /dev/null/below: cannot be made; choose another output_dir\n"
+        and p.stderr == "error: output_dir = /dev/null/below: cannot be made. Choose another output_dir\n"
     )
 
 
