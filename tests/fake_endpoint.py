@@ -1,5 +1,5 @@
-"""A scripted OpenAI-compatible endpoint on the loopback interface, for fault tests: it says just what a test
-tells it to."""
+"""A scripted OpenAI-compatible endpoint on the loopback interface, for fault tests. It says exactly what a test
+scripts."""
 
 import json, socket, struct, threading, time
 from dataclasses import dataclass, field
@@ -12,13 +12,13 @@ class Reply:
 
     text: str = ""  # content of the assistant's message
     status: int = 200
-    body: object = None  # raw JSON body instead of a completion; bytes are sent as they are
+    body: object = None  # raw JSON body instead of a completion (bytes are sent unchanged)
     headers: dict = field(default_factory=dict)
     finish: str = "stop"
-    usage: object = (100, 50)  # prompt and completion tokens; None: the server reports none
+    usage: object = (100, 50)  # prompt and completion tokens (None: the server reports none)
     delay: float = 0.0  # s before answering
     drip: float = 0.0  # s between the bytes of the body
-    drop: str = ""  # "reset": connection reset; "cut": the body ends before its announced length
+    drop: str = ""  # "reset": connection reset. "cut": the body ends before its announced length
 
 
 def completion(r: Reply, model) -> dict:
@@ -57,7 +57,7 @@ class Call:
 
 
 class FakeEndpoint:
-    """`script(call, n)` gives the reply to the n-th call (from 0). Use it as a context manager; `url` goes to
+    """`script(call, n)` gives the reply to the n-th call (from 0). Use it as a context manager. `url` goes to
     --base_url."""
 
     def __init__(self, script):
@@ -77,7 +77,7 @@ class FakeEndpoint:
             daemon_threads = True
 
             def handle_error(self, *a):
-                pass  # clients are killed in these tests
+                pass  # these tests kill clients
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"

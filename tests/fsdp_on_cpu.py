@@ -1,9 +1,9 @@
 """nli_train in processes that shard the model (FSDP 1) over gloo, on a machine without a GPU: `torchrun …
 tests/fsdp_on_cpu.py ARGS`.
 
-accelerate 1.15 shards on accelerators only, so its state is told here that this is one. Three more things
-assume a GPU: a barrier names its device, weights that are gathered are moved to the CPU by freeing their
-first copy, and `check_ready` refuses. All else is what a GPU runs."""
+accelerate 1.15 shards on accelerators only, so this script says to its state that the CPU is one. Three more
+things assume a GPU. A barrier names its device. Gathered weights move to the CPU by freeing their first copy.
+`check_ready` refuses. All else is what a GPU runs."""
 
 import contextlib, functools, json, os, sys
 
@@ -38,7 +38,7 @@ FlatParamHandle.to_cpu = lambda self: contextlib.nullcontext()
 nli_ft.ready._missing_for_fsdp = lambda cfg: [l for l in missing(cfg) if "needs CUDA" not in l]
 nli_ft.ready._missing_device = lambda cfg: []
 
-if os.environ.get("SHARDS_TO"):  # leave a note of what was sharded, and how
+if os.environ.get("SHARDS_TO"):  # write down what was sharded, and how
     made = nli_ft.fit._trainer
 
     def noted(*a, **kw):

@@ -1,10 +1,10 @@
-"""Are the outputs committed in a notebook those that executing it gives?
+"""Does executing a notebook give the outputs that are committed in it?
 
     python tests/outputs.py nbs/tour.ipynb      # execute it and write its outputs anew
 
-Compared, cell by cell, is what a reader reads: printed text, and the text, Markdown and HTML of what is displayed.
-Not compared: pictures (they depend on fonts), and what goes to stderr (bars and warnings depend on the machine);
-`refresh` leaves the latter out of the file. See `normalised` for what may differ within a text."""
+The comparison goes cell by cell. It looks at what a reader reads: printed text, and the text, Markdown and HTML of
+what is displayed. It ignores pictures (they depend on fonts) and stderr (bars and warnings depend on the machine).
+`refresh` leaves stderr out of the file. `normalised` says what may differ within a text."""
 
 import difflib, re, sys, tempfile
 from pathlib import Path
@@ -13,7 +13,7 @@ import nbformat
 
 READ = ("text/plain", "text/markdown", "text/html")
 ROOT = Path(__file__).resolve().parent.parent
-# what differs between two executions that say the same: (name in its place, what it looks like)
+# what may differ between two equal executions: (the name put in its place, what it looks like)
 VARIES = [
     ("RUN_ID", r"\b\d{8}-\d{6}-s\d+-[0-9a-f]{8}\b"),
     ("DATE", r"\b20\d\d-\d\d-\d\d([T ]\d\d:\d\d(:\d\d)?(\.\d+)?Z?)?"),
@@ -23,7 +23,7 @@ VARIES = [
 ]
 
 
-def execute(path, timeout: int = 600):  # a notebook; seconds that a cell may take
+def execute(path, timeout: int = 600):  # a notebook, seconds that a cell may take
     "The notebook with the outputs of a fresh kernel. It starts in the notebook's folder, as in JupyterLab."
     from nbclient import NotebookClient
 
@@ -69,7 +69,7 @@ def differences(committed, executed) -> list:  # of text: one for each cell that
 
 
 def assert_outputs_hold(path):
-    "Execute a notebook. Fails with a diff, and with what to do, where it shows something else than the committed file."
+    "Execute a notebook. If it shows something else than the committed file, fail with a diff and with what to do."
     found = differences(nbformat.read(path, 4), execute(path))
     remedy = f"If the new outputs are right: python tests/outputs.py nbs/{Path(path).name} && nbdev_clean"
     assert not found, "\n\n".join([*found, remedy])

@@ -8,12 +8,12 @@ INDEPENDENT = dict(item=0.0, cluster=0.0, run=0.0)
 DIFFICULTY = dict(item=0.2, cluster=0.5, run=0.0)  # some clusters are hard, for every run alike
 DIFFERENCES = dict(
     item=0.0, cluster=0.0, run=0.35
-)  # a run has luck with whole clusters: design effect 1.6 in fours
+)  # a run is lucky with whole clusters: design effect 1.6 for clusters of four
 STRONG = dict(item=0.0, cluster=0.0, run=0.95)  # a cluster is right or wrong as one
 
 
 def clusters(n_items, size):
-    "Cluster of each item; `size` is a number, or a list of sizes that is repeated."
+    "Cluster of each item. `size` is a number, or a list of sizes that repeats."
     sizes = np.resize(np.atleast_1d(size), n_items)
     return np.repeat(np.arange(n_items), sizes)[:n_items]
 

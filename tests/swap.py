@@ -1,11 +1,11 @@
-"Stand something else in for a function, wherever a room has imported it."
+"Replace a function in every room that has imported it."
 
 import importlib, sys
 
 
 def swap(
     monkeypatch, target: str, value
-):  # pytest's monkeypatch; "nli_ft.room.name", or a name that one room has
+):  # pytest's monkeypatch. `name` is "nli_ft.room.name", or a name that one room has
     "A name that is imported by `from room import name` is looked up in each importer, so all of them get `value`."
     room, _, name = target.rpartition(".")
     if room:

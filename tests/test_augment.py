@@ -1,5 +1,5 @@
-"""The endpoint client against a scripted server: every fault, every way to stop, and that nothing is lost or
-paid for twice."""
+"""The endpoint client against a scripted server: every fault and every way to stop. Nothing is lost, and nothing
+is paid for twice."""
 
 import asyncio, json, os, random, re, signal, subprocess, sys, time
 from collections import Counter
@@ -70,7 +70,7 @@ def wrong_thought(i, label=0, **kw):
 
 @pytest.fixture
 def files(tmp_path):
-    "Write an input; give the paths of input and output."
+    "Write an input and return the paths of input and output."
 
     def make(n_or_rows):
         rs = [pair(i) for i in range(n_or_rows)] if isinstance(n_or_rows, int) else n_or_rows
@@ -81,7 +81,7 @@ def files(tmp_path):
 
 
 def go(script, files, n=1, stage=THINK, model="m", workers=1, kw={}, **ep):
-    "Run a stage against a script; give (result, calls, output rows, failed rows)."
+    "Run a stage against a script and return (result, calls, output rows, failed rows)."
     inp, out = files(n)
     with FakeEndpoint(script) as server:
         e = Endpoint(
@@ -89,7 +89,7 @@ def go(script, files, n=1, stage=THINK, model="m", workers=1, kw={}, **ep):
             model=model,
             **{**dict(backoff=0.02, timeout=5, api_key_env="NLI_TEST_KEY"), **ep},
         )
-        # what guards reflections has tests of its own at the end
+        # the guards of reflections have their own tests at the end
         r = augment(
             stage, inp, out, e, workers=workers, progress=False, **dict(guards=Guards(blind=False)) | kw
         )
@@ -387,7 +387,7 @@ def test_a_passing_fault_is_retried(files, fault):
 def test_a_server_that_drips_bytes_is_bounded_as_a_whole(files):
     r, calls, *_ = go(
         lambda c, n: Reply(thought(), drip=0 if n else 0.1), files, timeout=1.0
-    )  # each byte is in time, the whole would take a minute
+    )  # each byte is in time, but the whole would take a minute
     assert calls[1].at - calls[0].at < 5 and r["retries"] == 1 and r["written"] == 1
 
 
@@ -401,7 +401,7 @@ def test_retry_after_holds_every_worker(files):
     limited = calls[4].at
     early = [
         c for c in calls[5:] if c.at - limited < 1.0
-    ]  # each other worker may have a call or two on its way when the 429 arrives
+    ]  # when the 429 arrives, each other worker may have sent a call or two
     assert len(out) == 24 and len(early) <= 6 and len(calls) == 25
 
 
@@ -639,7 +639,7 @@ def test_rows_are_forced_to_disk_in_batches(tmp_path, monkeypatch):
         j.append(dict(i=i))
         assert (
             len(rows(tmp_path / "x")) == i + 1
-        )  # handed to the system at once, whatever happens to this process
+        )  # the system has it at once, whatever happens to this process
     j.close()
     assert synced == [4 * 9, 8 * 9, 10 * 9]
 
@@ -678,7 +678,7 @@ def test_no_more_rows_are_read_than_are_being_worked_on(files, monkeypatch):
     ahead = []
 
     def script(c, k):
-        ahead.append(read[0] - n - k)  # rows of the second pass that were taken, less calls so far
+        ahead.append(read[0] - n - k)  # rows taken in the second pass, minus the calls so far
         return Reply(thought())
 
     swap(monkeypatch, "nli_ft.teacher_files.wanted_rows", counting)
@@ -1147,7 +1147,7 @@ def test_samples_without_gold_set_apart_what_they_outvote(files):
 
 
 def test_of_simulated_reflections_fewer_teach_a_wrong_label_when_gold_is_doubted(files):
-    "A synthetic teacher that is right in 90 %, also blindly, on rows of which 5 % have a wrong gold label."
+    "A synthetic teacher on rows of which 5 % have a wrong gold label. It is right in 90 %, also without gold."
     rng = random.Random(0)
     truth = {i: rng.randint(0, 1) for i in range(1500)}
     gold = {i: 1 - y if rng.random() < 0.05 else y for i, y in truth.items()}

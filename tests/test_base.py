@@ -1,5 +1,5 @@
-"""The base under an adapter, the wording of a run, and the untrained model's fair score: what a record says of
-them is what is used again."""
+"""The base under an adapter, the wording of a run, and the fair score of the untrained model: later commands use
+what the record says of them."""
 
 import json, shutil
 
@@ -60,11 +60,11 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def project(made, tmp_path):
-    "(folder, run, adapter) that may be spoiled: all is put back after the test."
+    "(folder, run, adapter) that a test may damage. All is restored after the test."
     shutil.copytree(made, tmp_path / "kept")
     (run,) = (made / "runs").glob("*/*")
     (adapter,) = (made / "models").glob("*/*/adapter")
-    (adapter / "sha256.json").unlink()  # an adapter that is taken as it is
+    (adapter / "sha256.json").unlink()  # an adapter without hashes is used as it is
     yield made, run, adapter
     shutil.rmtree(made)
     shutil.copytree(tmp_path / "kept", made)

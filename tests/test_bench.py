@@ -1,5 +1,4 @@
-"""The benchmark: that its contestants compute the same, that it notices when they do not, and that a dead one
-leaves the others standing."""
+"""The benchmark. Its contestants compute the same, and it notices if they do not. If one dies, the others go on."""
 
 import json, os, signal, subprocess, sys, time
 
@@ -84,7 +83,7 @@ def test_every_variant_of_the_same_mathematics_has_the_same_losses_and_runs_what
         )
     swap(
         monkeypatch, "nli_ft.trainer.is_exact", lambda model: True
-    )  # its trial scores seven tokens of no row
+    )  # its trial scores seven tokens that belong to no row
     plain = None
     for name in filter(same_mathematics, VARIANTS):
         seen.clear()
@@ -351,7 +350,7 @@ def test_json_and_output_hold_everything_and_nothing_is_overwritten(pretend, cap
     assert [r["name"] for r in made["runs"]] == ["plain", "ours"] and made["settings"]["config"]["config"][
         "lora_dropout"
     ] == 0
-    # 2 timed steps of 100 tokens in 2 s; 4*1000*100 + 4*100*40 FLOPs a step
+    # 2 timed steps of 100 tokens in 2 s, with 4*1000*100 + 4*100*40 FLOPs a step
     ours = made["summary"]["contestants"]["ours"]
     assert (
         ours["tokens_per_s"] == [100.0]

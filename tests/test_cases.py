@@ -1,8 +1,8 @@
-"""Files as the public sets distribute them and as people's programs write them: each with its right outcome,
-one a line.
+"""Files as the public sets distribute them, and as people's programs write them. Each line is a file with its
+right outcome.
 
-The sentences are our own, the layouts are those of the sets. In an outcome, digits are the labels of the
-rows that are read, and words stand in the message of a refusal."""
+The sentences are our own, and the layouts are those of the sets. Digits in an outcome are the labels of the
+rows that are read. Words in an outcome are part of the message that refuses the file."""
 
 import csv, gzip, json, shlex
 from pathlib import Path

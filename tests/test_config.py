@@ -413,7 +413,7 @@ def test_the_resolved_config_is_printed_without_heavy_imports():
 
 
 def test_importing_the_module_imports_nothing_heavy():
-    "A command's help, and a refusal, should not wait for what only a run needs."
+    "Help and refusals should not wait for packages that only a run needs."
     heavy = {"torch", "transformers", "numpy", "pandas", "pydantic", "fastcore", "datasets", "trl", "peft"}
     code = f"import sys, nli_ft.config_loader; print(sorted({heavy} & set(sys.modules)))"
     p = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -1040,7 +1040,9 @@ def test_a_command_that_fails_after_its_reader_left_still_says_why():
     body = "print('half'); raise p.DataError('a.csv line 3: no label')"
     code = f"import nli_ft.process as p\n@p.command\ndef f(argv): {body}\nf([])"
     script = f"sleep .2; {shlex.quote(sys.executable)} -c {shlex.quote(code)}; echo $? >&2"
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # unbuffered, print is what fails
+    env = {
+        k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"
+    }  # without a buffer, print itself fails
     p = subprocess.run(
         ["bash", "-c", f"{{ {script}; }} | true"], cwd=ROOT, capture_output=True, text=True, env=env
     )

@@ -1,6 +1,6 @@
-"""Every key of the config is read by some module: a key that nobody reads is a setting silently ignored.
+"""Some module reads every key of the config. A key that nobody reads would be a setting that is silently ignored.
 
-This looks at the source only; that a key changes the outcome is shown where the outcome is made."""
+These tests look at the source only. Other tests show that a key changes the outcome."""
 
 import ast
 from pathlib import Path

@@ -139,8 +139,8 @@ def test_a_wrong_rule_is_caught_by_the_models(category, monkeypatch):
         forget()
 
 
-# An independent reader of English: it knows nothing of skeletons, so a sentence rendered with the roles
-# swapped is caught here.
+# An independent reader of English. It knows nothing of skeletons, so it notices a sentence whose roles are
+# swapped.
 def read_role(sentence, denied=False):
     s = sentence.rstrip(".")
     for lead, flips in (("It is true that ", False), ("It is false that ", True)):
@@ -227,7 +227,7 @@ def test_the_demo_has_640_short_rows_of_two_categories():
 
 
 def groups(rows):
-    "Rows by group, in order; rows of a group must be neighbours."
+    "Rows by group, in order. Rows of a group must be neighbours."
     out = {}
     for i, r in enumerate(rows):
         out.setdefault(r["group_id"], []).append((i, r))
@@ -342,8 +342,8 @@ def test_the_package_finds_no_fault_in_its_own_corpus_but_what_minimal_pairs_and
     report = check_files(paths)
     assert report["verdict"] != "FAIL", render_report(report)
     warned = {f["check"] for r in report["files"] for f in r["findings"] if f["level"] == "WARN"}
-    # rows that differ in one word have other labels by design; train's wordings are learnt by a tree, the
-    # test files' are new
+    # by design, rows that differ in one word have other labels. A tree learns the wordings of train, but the
+    # wordings of the test files are new
     assert warned <= {"near-copies with the other label", "boosted-tree baseline"}, render_report(report)
 
 

@@ -557,7 +557,7 @@ def test_check_counts_leakage_in_the_later_file_and_fails(tmp_path):
     assert finding(rep, "pairs in an earlier file", 0)["n"] == 0
     assert (
         finding(rep, "premises in an earlier file", 0)["n"] == 0
-    )  # a premise may come again within its own file
+    )  # a premise may occur twice within its own file
     assert check_files([tmp_path / "a.jsonl"])["verdict"] == "OK"
 
 

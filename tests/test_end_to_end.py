@@ -1,5 +1,5 @@
-"""The commands of the README, as a person types them: papermill, run_training.sh, and what is said where a GPU
-is missing."""
+"""The commands of the README, as a person types them: papermill, run_training.sh, and the message when a GPU is
+missing."""
 
 import json, os, re, subprocess, sys, time
 from pathlib import Path
@@ -65,8 +65,8 @@ def test_papermill_without_a_gpu_stops_at_once_and_says_what_the_config_needs(tm
 
 
 def assert_reads_well(path):
-    """An executed train.ipynb is for people: every plot drawn, no widgets that need a kernel, no loading bars
-    line by line, small enough to look at anywhere."""
+    """An executed train.ipynb is for people. Every plot is drawn. No widget needs a kernel. Loading bars do not fill
+    lines. The file is small enough to look at anywhere."""
     nb = nbformat.read(path, 4)
     outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
     assert "widgets" not in nb.metadata and not any(

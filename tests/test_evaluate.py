@@ -1,5 +1,5 @@
-"""Decoding, prediction rows and the two commands, on tiny random models; one test asks the embedded SmolLM2
-the same."""
+"""Decoding, prediction rows and the two commands, on tiny random models. One test repeats this with the embedded
+SmolLM2."""
 
 import csv, importlib.util, json, subprocess, sys
 from pathlib import Path
@@ -42,8 +42,8 @@ def tok():
 
 
 class Scripted(MistralForCausalLM):
-    """A random model pushed towards a text: row by row the script of its prompt's length, by the count of real
-    (unpadded) tokens so far."""
+    """A random model that is pushed towards a text. Each row follows the script for the length of its prompt. The
+    count of real (unpadded) tokens says how far the row is."""
 
     script, push = {}, 12.0
 
@@ -235,7 +235,7 @@ def test_generation_leaves_no_trace_on_model_tokenizer_or_random_state(tok):
     model = tiny(tok)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     model.train()
-    model.model.layers[0].eval()  # a mixed state must come back mixed
+    model.model.layers[0].eval()  # a mixture of training and eval mode must be restored as it was
     model.config.use_cache, tok.padding_side = False, "right"
     settings = model.generation_config
 
@@ -338,7 +338,7 @@ def test_an_interrupted_prediction_resumes_and_ends_as_if_never_interrupted(
     ] == done  # and the file is in the order of the data
     assert (
         [len(c) for c in calls] == [2, 2, 2, 1, 1] and calls[1] == calls[2] and calls[3] == calls[4]
-    )  # nothing was asked twice but what was lost
+    )  # only the lost rows were asked again
 
 
 def test_resuming_with_other_rows_labels_prompts_or_mode_is_refused(tok, cfg, tmp_path):
@@ -373,7 +373,10 @@ def test_forced_scores_the_completion_that_training_teaches(tok, cfg, style):
     )
     for r, p in zip(rows, preds):
         losses = []
-        for label in (0, 1):  # independently: the log-probability of either whole training row, thought empty
+        for label in (
+            0,
+            1,
+        ):  # computed independently: the log-probability of each whole training row, with an empty thought
             e = encode_row(tok, r | dict(thought_process="", label=label), style)
             with torch.no_grad():
                 logp = model(input_ids=torch.tensor([e.input_ids])).logits[0].log_softmax(-1)
@@ -574,7 +577,7 @@ def test_other_modes_and_data_go_into_folders_of_their_own(run, tmp_path, capsys
     assert nli_ft.ask.evaluate_cli(["--run", str(run), "--mode", "forced", "--probe", "4"]) == 0
     assert (
         "no probe: the probe needs at least two" in capsys.readouterr().out
-    )  # an untrained model writes no thoughts; its scores are reported all the same
+    )  # an untrained model writes no thoughts, and the report has its scores all the same
     assert nli_ft.ask.evaluate_cli(["--run", str(run), "--data", str(csv_file), "--untuned"]) == 0
     names = sorted(p.name for p in (run / "evaluations").iterdir())
     assert (

@@ -12,7 +12,7 @@ EXAMPLE = next((ROOT / "runs" / "cpu_demo").glob("*/predictions.jsonl")).parent
 
 
 def explore(folder, out, **parameters):
-    "The executed notebook's printed text and tables, and whether it drew."
+    "The printed text and tables of the executed notebook, and whether it drew a plot."
     nb = papermill.execute_notebook(
         str(ROOT / "nbs" / "explore.ipynb"), str(out), parameters, cwd=str(folder), progress_bar=False
     )
@@ -35,7 +35,7 @@ def test_the_committed_example_is_explored_and_left_as_it_is(tmp_path):
 
 
 def test_the_newest_run_is_taken_and_what_is_missing_is_one_line(project):
-    finished(n=20, facts=dict(started="2026-01-01T00:00:00Z"))  # both begin in one second otherwise
+    finished(n=20, facts=dict(started="2026-01-01T00:00:00Z"))  # otherwise both begin in the same second
     finished(n=40, right=lambda i: i % 8 > 0, facts=dict(adapter="models/gone"))
     text, drew = explore(project, project / "out.ipynb")
     assert "35 of 40 right" in text and "5 of 40 answers are wrong" in text and drew

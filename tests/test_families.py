@@ -1,6 +1,6 @@
-"""A tiny random model of each family, trained for two steps: its loss is the model's own, and its answers are
-the same in the run, from the saved adapter, each row alone, and merged in plain transformers. What cannot
-be trained is refused by name."""
+"""A tiny random model of each family is trained for two steps. Its loss is the model's own. Its answers are the
+same in the run, from the saved adapter, for each row alone, and merged in plain transformers. What cannot be
+trained is refused by name."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ LINEAR = dict(
 )
 GEMMA = SMALL | dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=32)
 
-# name -> (configuration class, values, how its log-probabilities are had); the first ones stand for the kinds
+# name -> (configuration class, values, how to get its log-probabilities). The first ones stand for the kinds
 FAST = dict(
     llama=("LlamaConfig", SMALL, "frozen"),
     gemma2=("Gemma2Config", GEMMA, "trl"),  # soft caps, no SDPA, windows, no system turn
@@ -102,7 +102,7 @@ def tokenizer(template=TURNS):
 
 
 def make(folder, name, tok=None, **changes):
-    "Write a random model, with norms and biases that are not trivial."
+    "Write a random model whose norms and biases are not trivial."
     import transformers
 
     kind, values, _ = (FAST | LONG)[name]
@@ -183,7 +183,7 @@ def trainer_of(model, prep, encs, out):
 
 
 def own_loss_agrees(model, prep, out):
-    "Loss and gradients of a batch against the model's own forward with labels; returns which head gave them."
+    "Compare loss and gradients of a batch with the model's own forward with labels. Return the head that gave them."
     for m in model.modules():
         if isinstance(m, torch.nn.Dropout):
             m.p = 0.0
@@ -511,7 +511,7 @@ def test_a_token_without_a_row_in_the_embedding_ends_a_run_with_2_before_anythin
     model.save_pretrained(folder)
     swap(monkeypatch, "nli_ft.train_sft.judge_model", lambda *a, **kw: pytest.fail("it was judged"))
     assert not proofs(prepare(cfg))["every token has a row in the model's embedding"][0]
-    # a run refuses rows that it was trained on, so it gets others to be judged
+    # a run refuses evaluation rows that it trains on, so it gets other rows
     other = [r | dict(premise=r["premise"].replace("box", "bag")) for r in read_rows(cfg.train_data)]
     write_jsonl(folder.parent / "other.jsonl", other)
     cfg = cfg.replace(eval_data=str(folder.parent / "other.jsonl"), prompt_template="brief")

@@ -1,5 +1,5 @@
-"""Faults: kills, signals, full disks, damaged files, numbers that are not finite. What the user made is kept,
-and the message says what to do.
+"""Faults: kills, signals, full disks, damaged files, numbers that are not finite. What the user made stays, and
+the message says what to do.
 
 Faults that records meet without a training run (two runs in one second, a dead kernel, unreadable records)
 are in test_records.py."""
@@ -23,7 +23,7 @@ from nli_ft.fit import resume_point
 from nli_ft.preflight import prepare
 
 root = project_root()
-# dropout, two micro-batches a step and four epochs of three steps: the states of all generators and counters matter
+# with dropout, two micro-batches a step and four epochs of three steps, all generators and counters matter
 TINY = dict(
     model_id="tiny-mistral",
     device="cpu",
@@ -90,8 +90,8 @@ def adapter(run):
 
 
 def _attempt(cfg, trace, kill):
-    """In a forked child: one run, in which every file operation, save and micro-batch is an event; SIGKILL at
-    the event `kill` (or at a path)."""
+    """One run in a forked child. Every file operation, save and micro-batch is an event. SIGKILL comes at the event
+    `kill` (or at a path)."""
     import safetensors.torch, torch, transformers
 
     torch.set_num_threads(1)
@@ -111,7 +111,7 @@ def _attempt(cfg, trace, kill):
         ):
             event(str(args[0]))
 
-    def torn(real):  # writes outside Python's sight: killed with half the file there
+    def torn(real):  # Python does not see these writes: the kill comes when half of the file is there
         def save(obj, path, *a, **kw):
             real(obj, path, *a, **kw)
             if str(path).startswith(here):
@@ -166,7 +166,7 @@ def _latest(overrides):
 
 
 def kill_often(tmp, kills, seed, overrides):
-    "An undisturbed run in `tmp`/whole, then one in `tmp`/cut that is killed `kills` times and goes on each time."
+    "One run without a kill in `tmp`/whole. Then one in `tmp`/cut that is killed `kills` times and goes on each time."
     import safetensors.torch, transformers, trl, peft, bitsandbytes  # noqa: F401 — once, for all children
     from trl import SFTTrainer  # noqa: F401
 
@@ -190,7 +190,7 @@ def kill_often(tmp, kills, seed, overrides):
 
 
 def trace(path):
-    "Global step -> the micro-batches that were seen there, for every time the step was begun."
+    "Global step -> its micro-batches, for every time that the step began."
     seen = {}
     for line in path.read_text().splitlines():
         step, crc = line.split()
@@ -255,7 +255,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_never_been(tmp_path, kil
     )
     assert adapter(cut) == adapter(whole)
     want, got = trace(tmp_path / "whole.trace"), trace(tmp_path / "cut.trace")
-    for step, crcs in got.items():  # a step that was cut off and repeated saw the same rows each time
+    for step, crcs in got.items():  # a step that was cut off and repeated had the same rows each time
         assert set(crcs) <= set(want[step]) and crcs[-len(want[step]) :] == want[step], f"step {step}"
     assert summary(cut)["train_loss"] == summary(whole)["train_loss"] and "resumed_from" in summary(cut)
     assert r.stdout.count("going on from") >= 1
@@ -264,7 +264,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_never_been(tmp_path, kil
 @pytest.mark.parametrize(
     "kw, steps, total",
     [
-        (dict(), (3, 5), 12),  # the end of an epoch, whose evaluation belongs to it; the middle of one
+        (dict(), (3, 5), 12),  # the end of an epoch, whose evaluation belongs to it, and the middle of one
         (dict(group_by_length=False, save_steps=2, logging_steps=3), (4, 8), 12),  # between two logs
         (
             dict(
@@ -305,7 +305,7 @@ def test_every_kind_of_checkpoint_leads_to_the_same_end(tmp_path, kw, steps, tot
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    "A run of three steps with a checkpoint at each; tests that damage it work on a copy."
+    "A run of three steps with a checkpoint at each. Tests that damage it work on a copy."
     tmp = tmp_path_factory.mktemp("finished")
     return tmp, run_training(tiny(tmp, num_epochs=1, save_total_limit=3))
 
@@ -362,7 +362,7 @@ def test_with_no_whole_checkpoint_latest_is_refused_before_a_record_is_opened(co
 
 
 def save_time(checkpoint, seconds):
-    "Let a checkpoint say that it was saved at another time."
+    "Change the time at which a checkpoint says it was saved."
     info = json.loads((checkpoint / "resume.json").read_text())
     (checkpoint / "resume.json").write_text(json.dumps(info | dict(saved=seconds)))
     seal(checkpoint)
@@ -371,7 +371,7 @@ def save_time(checkpoint, seconds):
 def test_latest_is_of_this_config_and_seed_and_has_the_most_steps_whatever_the_clock_said(copied):
     tmp, _, cfg = copied
     found = by_step(tmp)
-    os.utime(found[1])  # a copy or a backup touches folders
+    os.utime(found[1])  # a copy or a backup changes the times of folders
     assert find_checkpoint(cfg) == found[3]
     save_time(found[1], time.time() + 1e6)  # a clock that was set back after it
     assert find_checkpoint(cfg) == found[3]
@@ -393,7 +393,7 @@ def test_latest_is_of_this_config_and_seed_and_has_the_most_steps_whatever_the_c
 
 
 def test_a_checkpoint_with_a_planted_pickle_is_not_executed(copied):
-    "Even with a manifest that fits: tensors are read with weights_only."
+    "This holds even if the manifest fits: tensors are read with weights_only."
     tmp, _, cfg = copied
     import pickle, torch
 
@@ -625,7 +625,7 @@ def test_the_order_of_an_epoch_is_the_same_in_every_process_whatever_was_drawn_b
 
 
 def started(tmp_path, *args, until=2, module="nli_ft.train_sft", ignores_hangup=False, **env):
-    "A running command, once its training has logged `until` steps."
+    "A running command whose training has logged `until` steps."
     over = [
         f"--{k}={','.join(v) if isinstance(v, list) else str(v).lower() if not isinstance(v, str) else v}"
         for k, v in settings(tmp_path, num_epochs=400, save_steps=1000).items()
@@ -760,16 +760,13 @@ def test_a_signal_while_the_record_of_a_failed_run_is_closed_does_not_leave_it_o
 
 @pytest.mark.parametrize("module", ["nli_ft.train_sft", "nli_ft.launch"])
 def test_a_reader_that_left_and_a_hangup_that_comes_with_sigterm_leave_one_whole_checkpoint(tmp_path, module):
-    """As when a window with `nli_run … | tee log` in it is closed, or a session is ended: both signals, and
+    """This happens when a window with `nli_run … | tee log` is closed, or a session ends: both signals come, and
     nobody reads any more."""
     p = started(tmp_path, module=module)
     p.stdout.close(), p.stderr.close()
     for sig in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
         p.send_signal(sig)
-    assert p.wait(timeout=120) in (
-        129,
-        143,
-    )  # of two signals that wait, the system does not say which came first
+    assert p.wait(timeout=120) in (129, 143)  # if two signals wait, the system does not say which came first
     [at] = checkpoints(tmp_path)
     run = summary(only_run(tmp_path))
     assert damage(at) is None and run["status"] == "interrupted" and at.name in run["error"]
@@ -833,7 +830,7 @@ def test_ctrl_c_in_the_notebook_of_a_run_saves_and_says_how_to_go_on(tmp_path):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    "Make the log-probabilities of a row NaN (or its gradient infinite) wherever it occurs; returns the row's id."
+    "Make the log-probabilities of a row NaN (or its gradient infinite) wherever it occurs. Return the row's id."
     import torch
     import nli_ft.cpu_speed
     import nli_ft.fit
@@ -904,7 +901,7 @@ def test_a_step_that_is_not_finite_stops_the_run_before_the_weights_and_names_th
 
 
 def test_the_row_is_reached_only_after_a_good_checkpoint(tmp_path, poisoned):
-    "Otherwise the test above would say nothing about checkpoints."
+    "Without this, the test above would say nothing about checkpoints."
     cfg = tiny(tmp_path)
     order = EpochOrder([len(e) for e in prepare(cfg).train], 42, 4)
     assert list(order).index(7) >= 4

@@ -1,8 +1,8 @@
-"""Generated input: whatever stands in a file, a config, a command line or a completion, only the documented
-errors come out, no row is lost without a word, and no label is one that was not written.
+"""Generated input. Whatever is in a file, a config, a command line or a completion, only the documented errors come
+out. No row is lost without a message. No label comes out that was not written.
 
-`NLI_FT_FUZZ=50` tries 50 times as many inputs, other ones at every start. How many were tried is printed at
-the end, area by area."""
+`NLI_FT_FUZZ=50` tries 50 times as many inputs, with other inputs at every start. At the end it prints for each
+area how many it tried."""
 
 import ast, csv, gzip, io, json, os, re, shlex, shutil, tempfile
 from collections import Counter
@@ -50,7 +50,7 @@ tried = Counter()
 
 
 def fuzz(area, n, *args, **kw):
-    "`given` with `n` inputs, the same ones at every start unless NLI_FT_FUZZ asks for more; the inputs are counted."
+    "`given` with `n` inputs, the same at every start unless NLI_FT_FUZZ asks for more. It counts the inputs."
 
     def wrap(test):
         def counted(*a, **k):
@@ -58,7 +58,7 @@ def fuzz(area, n, *args, **kw):
             return test(*a, **k)
 
         counted.__name__, counted.__doc__, counted.__module__ = test.__name__, test.__doc__, test.__module__
-        counted.__wrapped__ = test  # its signature tells hypothesis and pytest what to fill in
+        counted.__wrapped__ = test  # hypothesis and pytest read from its signature what to fill in
         how = settings(
             max_examples=int(n * max(MANY, 1)),
             deadline=None,
@@ -221,7 +221,7 @@ def good_row(draw, kind, i):
             draw(st.sampled_from(STYLES)),
         )
     if kind == "text":
-        p, h = p.replace("\nHypothesis: ", " "), h.strip()  # the older form cannot tell these apart
+        p, h = p.replace("\nHypothesis: ", " "), h.strip()  # the older form cannot distinguish these
         completion = render_completion(t, label, draw(st.sampled_from(["cot", "label_first"])))
         end = draw(st.sampled_from(["", "</s>", " "]))
         row = dict(text=f"<s>[INST] {prompt_messages(p, h)[0]['content']} [/INST] {completion}{end}")
@@ -236,7 +236,7 @@ def good_row(draw, kind, i):
 
 @st.composite
 def bad_line(draw, row):
-    "A line that may or may not hold a row: a row with something wrong, any JSON, torn or wild bytes."
+    "A line that may hold a row or not: a row with a fault, any JSON, torn or random bytes."
     how = draw(
         st.sampled_from(["value", "value", "lost", "json", "torn", "bytes", "twice", "deep", "utf8", "big"])
     )
@@ -278,7 +278,7 @@ def bad_line(draw, row):
 
 @st.composite
 def data_file(draw, kind):
-    "(bytes, rows that must be kept as {id: (as written, what it says)}, lines that are no blank)."
+    "(bytes, rows that must be kept as {id: (the row as written, its meaning)}, lines that are not blank)."
     lines, good = [], {}
     for i in range(draw(st.integers(1, 5))):
         row, says = draw(good_row(kind, i))
@@ -307,7 +307,7 @@ def read_or_refuse(path, **kw):
 
 
 def check_kept(row, raw):
-    "A row that was kept says what was written, and can be written again."
+    "A row that was read says what was written, and can be written again."
     for k, v in raw.items():
         if k in ("label", "true_label", "predicted_label"):
             assert type(row[k]) is int or row[k] is None, (k, v, row[k])
@@ -637,13 +637,16 @@ def own_keys(obj):
 
 
 def written_label(text):
-    "What an independent reader sees: (label or None, the object); None, None where it sees no object."
+    "What an independent reader sees: (label or None, the object), or (None, None) if it sees no object."
     for obj in first_objects(text):
         try:
             value = from_json(obj)
         except ValueError:
             if re.search(r"[\x00-\x1f]|\\u[dD]", obj):
-                return None, None  # line breaks and half surrogates in a string: mended here, refused there
+                return (
+                    None,
+                    None,
+                )  # line breaks and half surrogates in a string: our reader mends them, the other refuses them
             continue
         labels = [v for k, v in own_keys(obj) if k == '"predicted_label"']
         return (
@@ -653,7 +656,7 @@ def written_label(text):
 
 
 def has_label(p, text):
-    "What holds for every label that was read."
+    "Check what must hold for every label that was read."
     if p.label is None:
         return False
     assert type(p.label) is int and re.search(rf'"predicted_label"\s*:\s*("?){p.label}\1\s*[,}}]', text), (
@@ -714,7 +717,7 @@ def test_two_answers_are_read_where_they_agree_and_one_inside_a_thought_is_none(
 ):
     one, two = render_completion(thought, label, style), render_completion(second, other, style)
     read = parse_completion(one + two, style).label
-    # an object with a placeholder for a thought is the form, and no answer that could disagree
+    # an object with a placeholder as its thought is the form. It is no answer, so it cannot disagree
     if thought.isalpha() and second.isalpha():
         assert read == (label if other == label else None)
     else:
@@ -776,7 +779,7 @@ values = st.one_of(
 
 
 def is_declared(key, v):
-    "Is `v` of the type that the key's annotation declares? Written out, so that it does not go through the loader."
+    "Is `v` of the type that the key's annotation declares? This is written out, so that it does not use the loader."
     kinds = str(
         KEYS[key].type
         if isinstance(KEYS[key].type, str)
@@ -808,7 +811,7 @@ def test_a_value_is_taken_as_it_is_or_refused_by_name(key, value):
 
 
 def meaning(key, text):
-    "Values that a typed text may stand for: itself and what Python reads in it."
+    "The values that a text may stand for: the text itself, and what Python reads in it."
     t = text.strip()
     yield t
     for read in (int, float):
@@ -828,7 +831,7 @@ def meaning(key, text):
 
 
 def typed(argv):
-    "(Config or None, what was said)."
+    "(Config or None, the message)."
     import argparse
 
     p, said = argparse.ArgumentParser(prog="x"), io.StringIO()
@@ -1046,7 +1049,7 @@ def test_a_shipped_config_with_typing_errors_is_a_config_or_a_config_error_with_
     except ConfigError as e:
         assert "mine.py" in str(e) or any(
             n + ".py" in str(e) for n in SHIPPED
-        )  # a contradiction may be with a value of a base
+        )  # a value may contradict a value of a base
         return
     keys = {n.targets[0].id for n in ast.parse(path.read_bytes()).body if isinstance(n, ast.Assign)}
     assert keys <= {*KEYS, "base"} and set(c.sources) == set(KEYS)
@@ -1292,7 +1295,7 @@ def test_a_row_comes_back_from_its_tokens_or_is_refused(
     said = tok.decode([i for i, y in zip(e.input_ids, e.labels) if y != -100][:-1])
     assert said == (
         text.replace("▁", " ") if mistral else text
-    )  # SentencePiece writes a blank as ▁ and cannot tell the two apart
+    )  # SentencePiece writes a blank as ▁, so it cannot distinguish the two
     p = parse_completion(said, style)
     if p.outcome == "echo":
         assert style != "label_only" and _EMPTY_THOUGHT.fullmatch(thought), "only a placeholder is no thought"
@@ -1308,7 +1311,7 @@ def test_a_row_comes_back_from_its_tokens_or_is_refused(
         else tok.decode(e.labels[-1:]) == "<|im_end|>"
     )
     assert e.input_ids[0] == tok.bos_token_id and (not mistral or e.input_ids.count(tok.bos_token_id) == 1)
-    # of a chat template BOS opens every turn: as many as the template has turns, and none out of the text of a row
+    # a chat template may open every turn with BOS: as many as it has turns, and none from the text of a row
     if not mistral:
         assert e.input_ids.count(tok.bos_token_id) == encode_prompt(
             tok, prompt_messages("p", "h", template)

@@ -1,5 +1,5 @@
-"""What a run writes about itself is what its saved adapter answers when it is asked again, alone or among
-others: nothing that training leaves on a model may change judging."""
+"""A run writes what its saved adapter answers when it is asked again, for a row alone or among others. Nothing that
+training leaves on a model may change its answers."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from nli_ft.records import start_run
 from nli_ft.train_sft import Session
 from nli_ft.ready import check_ready
 
-STEPS = 60  # after which most answers are JSON
+STEPS = 60  # after these steps most answers are JSON
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def config(base, tmp_path, **changes):
 
 
 def trained_session(cfg, tmp_path):
-    "A session that has judged before, trained, and still holds its model."
+    "A session that has judged before training, has trained, and still holds its model."
     session = Session(cfg, start_run(cfg, tmp_path / "run"))
     session.judge("before", progress=False)
     session.train(on_log=lambda row: None)
@@ -82,7 +82,7 @@ def run(request, bases, tmp_path_factory):
 
 
 def answers(model, tok, groups, cfg, mode):
-    "Row id -> what was answered, each group of rows asked by itself."
+    "Row id -> its answer, with each group of rows asked by itself."
     made = [p for rows in groups for p in predict_rows(model, tok, rows, cfg, progress=False, mode=mode)]
     return {p["id"]: (p["completion"], p["predicted_label"], p["p_entail"]) for p in made}
 

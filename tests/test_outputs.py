@@ -1,4 +1,4 @@
-"What stands on the page of the quick numbered notebooks is what executing them gives. The tour has a test of its own."
+"Executing the quick numbered notebooks gives the outputs on their pages. The tour has a test of its own."
 
 import nbformat
 import pytest
@@ -11,7 +11,7 @@ QUICK = "02_labels 05_rows 06_sft_rows 08_reading 13_answers 40_meanings 43_quan
 
 @pytest.mark.parametrize("name", QUICK)
 def test_committed_text_outputs_are_what_executing_gives(name):
-    "A cell whose output was not committed is not compared: it holds temporary folders, or nothing to read."
+    "A cell without a committed output is not compared. It holds temporary folders, or nothing to read."
     path = project_root() / "nbs" / f"{name}.ipynb"
     committed, executed = nbformat.read(path, 4), execute(path)
     for old, new in zip(committed.cells, executed.cells, strict=True):

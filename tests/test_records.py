@@ -421,7 +421,7 @@ def answer(label, thought="so"):
 
 
 def said_rows(right, n=60, seed=0, **changed):
-    "Prediction rows as a run writes them; the seed is in their thoughts, as another draw of training would be."
+    "Prediction rows as a run writes them. Their thoughts differ by the seed, as those of another training would."
     rows = []
     for i in range(n):
         label = i % 2 if right(i) else 1 - i % 2
@@ -471,8 +471,8 @@ def finished(
     draw=None,
     **changed,
 ):
-    """A finished record of the project of now; `changed` replaces keys of every prediction row, `facts` go
-    into its summary."""
+    """A finished record of the current project. `changed` replaces keys of every prediction row. `facts` go into its
+    summary."""
     from nli_ft.predictions import counted
 
     run = nli_ft.records.start_run(load_config(config, overrides).replace(seed=seed))
@@ -565,8 +565,8 @@ def test_row_order_in_the_predictions_file_does_not_matter(project):
 
 
 def test_the_comparison_equals_one_worked_out_by_hand(project):
-    """Of 60 items 10 are right only in b, 2 only in a: the difference is 8/60, McNemar's p two tails of twelve
-    coin tosses."""
+    """Of 60 items 10 are right only in b, 2 only in a. So the difference is 8/60, and McNemar's p is that of two tails
+    of twelve coin tosses."""
     import math
 
     only_b, only_a = range(0, 20, 2), (21, 23)
@@ -989,7 +989,7 @@ def in_summary(**changed):
 
 
 def unsealed(change):
-    "As if the record were older than the hash."
+    "The record looks as if it were older than the hash."
 
     def edit(run):
         change(run)
@@ -999,7 +999,7 @@ def unsealed(change):
 
 
 def covered_up(run):
-    "The edited file's own counts and no hash: only the completions still tell."
+    "The record has the counts of the edited file and no hash. Only the completions show the edit."
     from nli_ft.predictions import counted
 
     flip(run)
@@ -1010,7 +1010,7 @@ def covered_up(run):
 
 
 def sealed_again(run):
-    "The edited file's own counts and hash."
+    "The record has the counts and the hash of the edited file."
     from nli_ft.predictions import counted, predictions_seal
 
     flip(run)
@@ -1092,7 +1092,7 @@ def test_listing_runs_reads_no_predictions(project, monkeypatch):
 
 
 def test_older_completions_that_todays_rules_read_otherwise_are_told_and_not_refused(project, capsys):
-    "Text around the object may have been read by other rules then; the object alone may not."
+    "Earlier rules may have read text around the object otherwise. They cannot have read the object alone otherwise."
     loose = [
         dict(
             r,
@@ -1169,7 +1169,7 @@ def recorded_git(run):
 
 @pytest.mark.parametrize("overrides", ["", "runs_dir=results"])
 def test_a_run_in_a_clean_clone_is_a_run_of_its_commit(clone, overrides):
-    for _ in range(2):  # the second one finds the record of the first
+    for _ in range(2):  # the second run finds the record of the first
         run = finished(overrides=overrides)
         assert recorded_git(run) == dict(
             commit=git(clone, "rev-parse", "HEAD").strip(), dirty=False, changed=[]

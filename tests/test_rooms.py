@@ -1,4 +1,4 @@
-"The shape of the house: which notebook makes which module, who may import whom, and what a notebook must carry."
+"The shape of the house: which notebook makes which module, who may import whom, and what a notebook must have."
 
 import ast, configparser, re, subprocess, sys
 
@@ -10,9 +10,9 @@ from nli_ft.process import project_root
 root = project_root()
 numbered = sorted((root / "nbs").glob("[0-9][0-9]_*.ipynb"))
 runnable = [root / "nbs" / n for n in ("train.ipynb", "compare.ipynb", "tour.ipynb", "explore.ipynb")]
-# they are read and run as they stand: papermill has nothing to fill in
+# people read and run them unchanged: papermill has nothing to fill in
 WITHOUT_PARAMETERS = {"tour.ipynb"}
-# rows for the embedded model are generated on first use, by a room that nothing else of the core needs
+# the room that generates the embedded rows on first use. Nothing else of the core needs it
 ON_FIRST_USE = {("ready", "corpus")}
 order = {p.stem[3:]: int(p.stem[:2]) for p in numbered}
 
@@ -82,7 +82,7 @@ def test_kernels_are_named_with_their_language_and_outputs_stay_small(path):
 
 
 def top_level_names(path):
-    "Functions, classes and constants of a module; methods that `@patch` adds to a class belong to the class."
+    "Functions, classes and constants of a module. Methods that `@patch` adds to a class belong to the class."
     names = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -105,7 +105,7 @@ def test_one_top_level_name_stands_for_one_thing_in_the_whole_package():
 
 
 def test_one_hand_wrote_notebooks_and_tests():
-    "`ruff format .` mends the first, `ruff check . --fix` much of the second."
+    "`ruff format .` mends the format, and `ruff check . --fix` much of the rest."
     for what in (["format", "--check"], ["check"]):
         p = subprocess.run(
             [sys.executable, "-m", "ruff", *what, "."], cwd=root, capture_output=True, text=True

@@ -106,7 +106,7 @@ def test_every_key_of_an_accelerate_file_is_known_and_explained(path):
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
-    conf = load_config_from_file(str(path))  # refuses unknown keys at the top; of those below it takes any
+    conf = load_config_from_file(str(path))  # it refuses unknown keys at the top, and accepts any below
     known = {a.dest for a in launch_command_parser()._actions}
     assert set(conf.fsdp_config) <= known
     assert set(re.findall(r"^(\w+):", path.read_text(), re.M)) - {
@@ -263,7 +263,7 @@ FSDP = dict(
 
 
 def two_processes(cfg, *, sharded, **env):
-    "The script under torchrun; sharded by tests/fsdp_on_cpu.py."
+    "The script under torchrun. tests/fsdp_on_cpu.py shards the model."
     what = ["tests/fsdp_on_cpu.py"] if sharded else ["-m", "nli_ft.train_sft"]
     return python(
         "-m",
@@ -283,8 +283,8 @@ def two_processes(cfg, *, sharded, **env):
 def test_two_processes_with_or_without_shards_are_one_with_the_same_rows_a_step(
     tmp_path, dtype, quantization
 ):
-    """Measured in fp32: losses differ by 1e-7 between one process and two, sharded or not; matrices of the
-    adapter after four steps by 3e-5. In bf16 the norms of a sharded base are in bf16 too: losses differ by
+    """Measured in fp32: between one process and two, sharded or not, losses differ by 1e-7. Matrices of the adapter
+    differ by 3e-5 after four steps. In bf16 the norms of a sharded base are in bf16 too. There losses differ by
     1e-5, matrices by 1e-2."""
     from nli_ft.bases import bf16_in_hardware
     import torch
@@ -308,7 +308,7 @@ def test_two_processes_with_or_without_shards_are_one_with_the_same_rows_a_step(
         ids = [json.loads(l)["id"] for l in (two / "predictions.jsonl").read_text().splitlines()]
         assert len(ids) == len(set(ids)) == 4, "judged once each, by one process"
     assert summary(fsdp)["sharding"] == "fsdp" and "sharding" not in summary(ddp)
-    # each process held half of every unit; the adapter and the rotary frequencies stayed in fp32 whatever
+    # each process held half of every unit. The adapter and the rotary frequencies stayed in fp32, whatever
     # the base is in
     halves = [json.loads((tmp_path / f"shards.{rank}").read_text()) for rank in (0, 1)]
     for h in halves:
@@ -322,7 +322,7 @@ def test_two_processes_with_or_without_shards_are_one_with_the_same_rows_a_step(
         sum(n for _, _, trained, n in halves[0]["units"] if trained)
         == sum(t.numel() for t in saved(fsdp).values()) / 2
     )
-    # a run that was cut off goes on from its shards to the same end
+    # an interrupted run goes on from its shards to the same end
     [at] = (tmp_path / "fsdp").glob("models/*/*/checkpoint-2")
     r = two_processes(tiny(tmp_path / "on", batch_size=2, resume_from_checkpoint=str(at), **kw), sharded=True)
     assert r.returncode == 0, r.all[-4000:]
@@ -347,8 +347,8 @@ for ((i = 0; i < n; i++)); do SLURM_PROCID=$i "$@"; done
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A project's folder on a cluster of stand-ins: `submit(nodes, gpus, *args)` gives the commands that its
-    nodes would run."""
+    """A project's folder on a cluster of stand-ins. `submit(nodes, gpus, *args)` returns the commands that its nodes
+    would run."""
     project, bin = tmp_path / "my project", tmp_path / "bin"
     (project / "scripts").mkdir(parents=True), (project / ".venv/bin").mkdir(parents=True), bin.mkdir()
     shutil.copy(root / "settings.ini", project), shutil.copy(root / "scripts/slurm.sh", project / "scripts")
@@ -359,7 +359,7 @@ def cluster(tmp_path):
     script(bin / "srun", SRUN)
     script(
         bin / "scontrol", "#!/usr/bin/env bash\nseq -f node%g 7 20000\n"
-    )  # more than a pipe holds: who stops reading early breaks it
+    )  # more than a pipe holds: a reader that stops early breaks the pipe
     script(
         project / ".venv/bin/accelerate",
         f'#!/usr/bin/env bash\nprintf \'%s\\0\' "$PWD" "$@" >>{shlex.quote(str(tmp_path))}/calls; '
@@ -475,7 +475,7 @@ CLOSE = "finish_run(run, after={'accuracy':.875, 'valid_rate':1., 'n':8})"
 
 @pytest.fixture
 def project(tmp_path):
-    "An empty project whose train.ipynb is `cells`; commands run in it use this checkout's package."
+    "An empty project whose train.ipynb is `cells`. Commands that run in it use this checkout's package."
     import nbformat
 
     shutil.copy(root / "settings.ini", tmp_path)
@@ -542,7 +542,7 @@ def test_each_run_is_a_job_and_a_failed_one_is_told_beside_the_others(project):
 
 
 def test_a_job_that_is_told_to_end_interrupts_its_run_which_closes_its_record(project):
-    "What SLURM does before the time is up: SIGUSR2, to the job and perhaps to its children."
+    "Before the time is up, SLURM sends SIGUSR2 to the job and perhaps to its children."
     there = project(
         OPEN,
         "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGUSR2)\n    "
@@ -675,7 +675,7 @@ def test_tensorboard_gets_the_curve_into_the_record_and_no_path_or_host_of_this_
 
 
 def found_in(sent, tmp_path):
-    "What tells of this machine. A path from the project's folder (../../tmp/…) is what the config itself says."
+    "What reveals this machine. A path from the project's folder (../../tmp/…) does not count: the config has it."
     return [
         p
         for p in (

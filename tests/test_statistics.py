@@ -1,5 +1,5 @@
-"""Every statistic against a source that is not the library behind it: published examples, closed forms, or a
-second, plainer implementation."""
+"""Every statistic is checked against a source that is not the library behind it: published examples, closed forms,
+or a second, plainer implementation."""
 
 import itertools, json, math, random
 
@@ -79,7 +79,7 @@ def from_table(both, only_a, only_b, neither):
 
 
 def test_mcnemar_on_agresti_approval_ratings():
-    # A. Agresti, Categorical Data Analysis, table 10.1: 1,600 Britons asked twice; z = (86 - 150)/sqrt(236)
+    # A. Agresti, Categorical Data Analysis, table 10.1: 1,600 Britons asked twice, z = (86 - 150)/sqrt(236)
     # = -4.17, so p is about 3e-5
     r = nli_ft.paired.mcnemar(*from_table(794, 150, 86, 570))
     assert (r["only_a"], r["only_b"]) == (150, 86)
@@ -120,7 +120,7 @@ def test_holm_steps_down_as_defined():
 
 
 def all_flips(sums, sizes, difference=0.0):
-    "Second implementation: p of the hypothesis that the difference is this one, every flip in a loop."
+    "A second implementation with every flip in a loop: p of the hypothesis that the difference is this one."
     left = [s - difference * m for s, m in zip(sums, sizes)]
     seen = abs(sum(left)) - 1e-9
     flips = itertools.product((1, -1), repeat=len(left))
@@ -128,7 +128,7 @@ def all_flips(sums, sizes, difference=0.0):
 
 
 def answers(sums, sizes):
-    "Right and wrong of two runs with these differences per cluster, and the clusters."
+    "The right and wrong answers of two runs that differ by these amounts per cluster, and the clusters."
     a, b, groups = [], [], []
     for k, (s, m) in enumerate(zip(sums, sizes)):
         b += [1] * max(s, 0) + [0] * (m - max(s, 0))
@@ -173,7 +173,7 @@ def test_random_flips_agree_with_all_flips_and_are_the_same_each_time():
         some.p == pytest.approx(all_flips(*UNEQUAL), abs=0.02)
         and some.p == nli_ft.paired.paired_test(a, b, groups, n_flips=1000).p
     )
-    assert some.p >= 1 / 1001  # what was seen is one of the flips
+    assert some.p >= 1 / 1001  # the observed difference is one of the flips
 
 
 def test_the_names_of_clusters_and_the_order_of_items_do_not_matter():
@@ -251,7 +251,7 @@ def test_a_family_is_decided_as_holm_decides_and_each_interval_says_the_same():
 
 
 def test_interval_and_detectable_difference_are_at_the_level_of_the_family():
-    # nine items of forty, all one way: p = 2/2^9, enough alone and not among fourteen
+    # nine items of forty, all in one direction: p = 2/2^9, enough alone but not among fourteen
     base, better = [0] * 40, [1] * 9 + [0] * 31
     lone, one_of_many = (
         nli_ft.paired.paired_test(base, better),
@@ -348,7 +348,7 @@ def test_every_accuracy_interval_of_a_report_is_made_the_same_way():
 
 
 def test_over_seeds_it_is_welchs_test_where_items_do_not_vary():
-    # B. L. Welch (1947); scipy's own implementation on the seeds' means
+    # B. L. Welch (1947), and scipy's own implementation on the seeds' means
     from scipy.stats import ttest_ind
 
     means = ([0.60, 0.62, 0.67], [0.70, 0.71, 0.66])
@@ -374,7 +374,7 @@ def test_degrees_of_freedom_are_those_of_satterthwaite_and_no_more_than_the_smal
     assert t.se**2 == pytest.approx(va + vb + items)
     assert t.df == pytest.approx((va + vb + items) ** 2 / ((va + vb) ** 2 / seeds_df + items**2 / 399))
     few, many = arm(3), arm(10)
-    few[1:] = few[0]  # the three vary by nothing, the ten by much
+    few[1:] = few[0]  # the three do not vary, the ten vary much
     seeds, items = many.mean(1).var(ddof=1) / 10, (many.mean(0) - few.mean(0)).var(ddof=1) / 400
     assert nli_ft.paired.seed_test(few, many).df == pytest.approx(
         (seeds + items) ** 2 / (seeds**2 / 4 + items**2 / 399)
@@ -467,7 +467,7 @@ def test_scores_by_hand_with_failures_as_misses():
 
 
 def test_mcc_against_its_determinant_and_its_general_form():
-    # binary: B. W. Matthews (1975); with a third column: J. Gorodkin (2004), R_K, from the confusion matrix
+    # binary: B. W. Matthews (1975). With a third column: J. Gorodkin (2004), R_K, from the confusion matrix
     def r_k(c):
         c = np.array(c, float)
         s, t, p = c.sum(), c.sum(1), c.sum(0)
@@ -537,7 +537,7 @@ def test_the_valid_rate_counts_repairs_apart_and_coverage_counts_them_in():
 
 def test_ece_against_a_plain_second_implementation():
     rng = random.Random(1)
-    conf = rng.sample([i / 1000 for i in range(500, 1000)], 150)  # no ties; 150 rows fill 15 bins of 10
+    conf = rng.sample([i / 1000 for i in range(500, 1000)], 150)  # no ties: 150 rows fill 15 bins of 10
     right = [int(rng.random() < c) for c in conf]
     order = sorted(range(150), key=conf.__getitem__)
     want = (

@@ -1,5 +1,5 @@
-"""Where commands are started: locales that are not UTF-8, no home folder, a user id without a name, disks that
-cannot be written."""
+"""Where commands start: locales that are not UTF-8, no home folder, a user id without a name, disks that nobody can
+write to."""
 
 import ast, json, os, shutil, subprocess, sys
 from pathlib import Path
@@ -36,7 +36,7 @@ PAIR = dict(premise="一只狗在跑。→ café", hypothesis="Ein Hund läuft �
 
 @pytest.fixture(scope="session")
 def latin(tmp_path_factory):
-    "Variables for a Latin-1 locale, which is compiled here because no machine has it."
+    "Variables for a Latin-1 locale. It is compiled here, because no machine has it."
     folder = tmp_path_factory.mktemp("locales")
     if shutil.which("localedef") is None:
         pytest.skip("localedef is not installed")
@@ -68,7 +68,7 @@ def nli(command, *args, cwd=root, **env):
 
 
 def read(output, env):
-    "Text as a terminal that was described by `env` would show it: escapes stand for what an encoding lacks."
+    "Text as a terminal with these variables would show it. Escapes stand for what an encoding lacks."
     return output.decode(env.get("PYTHONIOENCODING", "utf-8"))
 
 
@@ -101,7 +101,7 @@ def test_light_commands_read_and_write_any_text_in_every_locale(tmp_path, locale
         "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
     )
     record = next((root / "runs" / "cpu_demo").glob("*/summary.json")).parent
-    # a config of one's own is text too
+    # a user's own config is text too
     (there / "mine.py").write_text(
         f'"""Größer."""\nbase = "minimal_test"\nwandb_run_name = "{PAIR["premise"]}"\n', encoding="utf-8"
     )
@@ -225,7 +225,7 @@ def test_a_command_without_a_home_says_once_where_its_caches_go(tmp_path):
 
 
 def settled(code, **env):
-    "What a new process prints after `settle`; `code` comes before it."
+    "What a new process prints after `settle`. It runs `code` first."
     text = (
         f"import getpass, os, pwd, tempfile, json\n{code}\nfrom nli_ft.process import settle\nsettle()\n"
         "print(json.dumps(dict(os.environ) | dict(user=getpass.getuser())))"
@@ -384,7 +384,9 @@ def test_output_that_cannot_be_written_is_one_message_and_a_reader_that_leaves_i
 
 
 def test_help_that_cannot_be_written_is_said_too():
-    env = {k: v for k, v in ALONE.items() if k != "PYTHONUNBUFFERED"}  # unbuffered, argparse swallows it
+    env = {
+        k: v for k, v in ALONE.items() if k != "PYTHONUNBUFFERED"
+    }  # without a buffer, argparse swallows the error
     with open("/dev/full", "w") as full:
         r = subprocess.run(
             [bin / "nli_runs", "--help"], cwd=root, env=env, stdout=full, stderr=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"The tour is read more often than it is run: what stands on its page must be what it gives."
+"More people read the tour than run it. So its page must show what running it gives."
 
 import copy, re, tempfile
 

@@ -1,4 +1,4 @@
-"""Training: the mathematics against plain references, the doors (kernel, script, several processes), and what
+"""Training: the mathematics against plain references, the entrances (kernel, script, several processes), and what
 stops a run before it starts."""
 
 import json, os, subprocess, sys
@@ -52,13 +52,12 @@ def adapter(model):
 # -- mathematics
 
 # Losses of the first four steps, recorded on an x86-64 CPU in fp32. On one machine they repeat to the last
-# bit; between CPUs the order
-# of sums differs, and 1e-3 is the tolerance for that.
+# bit. Between CPUs the order of sums differs, and 1e-3 is the tolerance for that.
 GOLDEN = [10.384272, 10.385620, 10.327404, 10.241380]
 
 
 def golden_rows(path):
-    "Rows of their own, so that a change of the corpus does not move the golden losses."
+    "Rows of the test's own, so that a change of the corpus does not move the golden losses."
     from nli_ft.rows import sft_row
 
     words = "red green blue black white grey brown pink".split()
@@ -254,7 +253,7 @@ def test_a_merged_run_is_checked_against_its_adapter_and_what_differs_ends_with_
 
 
 def test_accumulation_is_per_token_and_not_a_mean_of_means(tmp_path):
-    "8 x 1 rows and 1 x 8 rows of very different lengths are the same step."
+    "8 x 1 rows and 1 x 8 rows of very different lengths make the same step."
     finals, losses = [], []
     for name, kw in (
         ("one", dict(batch_size=8, grad_accumulation_steps=1)),
@@ -294,7 +293,7 @@ def test_the_split_loss_adds_up_to_the_loss(tmp_path):
 
 
 def test_every_trained_token_is_counted_whatever_the_logging_interval(tmp_path):
-    "The tail after the last logged step comes with an evaluation in between: tokens per second is a published figure."
+    "After the last logged step, more steps and an evaluation follow. Tokens per second is published, so all count."
     cfg = tiny(tmp_path, max_steps=None, num_epochs=1.0, max_train_samples=24, batch_size=4, logging_steps=4)
     _, _, result = trained(cfg, tmp_path / "m")
     assert result["steps"] == 6 and result["train_tokens"] == sum(map(len, prepare(cfg).train))
@@ -314,7 +313,7 @@ def with_frozen_head(model):
 
 
 def test_the_head_is_applied_to_trained_positions_only(tmp_path, monkeypatch):
-    "What makes it fast: the number of scored rows is the number of labels, not of tokens."
+    "This makes it fast: it scores as many positions as there are labels, not as there are tokens."
     import nli_ft.config_loader
     import nli_ft.cpu_speed
     import nli_ft.generate
@@ -337,7 +336,7 @@ def test_the_head_is_applied_to_trained_positions_only(tmp_path, monkeypatch):
 
 
 def test_padding_on_either_side_leaves_log_probabilities_as_they_are(tmp_path):
-    "Behind the real tokens it needs no mask, before them it does."
+    "Padding needs no mask behind the real tokens, but needs one before them."
     cfg = tiny(tmp_path)
     prep, model = prepare(cfg), seeded_lora(load_base(cfg), cfg).train()
     with_frozen_head(model)
@@ -465,7 +464,7 @@ def test_preflight_refuses_rows_whose_proofs_fail(tmp_path):
 
 
 def rows_of(path, words, spelled=str):
-    "Rows about boxes; `spelled` changes how premise and hypothesis are written."
+    "Rows about boxes. `spelled` changes how premise and hypothesis are written."
     from nli_ft.rows import sft_row
 
     write_jsonl(
@@ -760,7 +759,7 @@ def test_module_file_and_two_processes_leave_one_record_each_and_the_same_losses
         "false",
         "--compute_dtype",
         "fp32",
-    ]  # grouping by length depends on the batch size of a process
+    ]  # grouping by length depends on the batch size of one process
     ways = {
         "module": [
             *launch,
@@ -835,7 +834,7 @@ def test_the_notebook_is_the_door_for_several_processes_too(tmp_path):
 
 
 class Watched:
-    "A Config that notes which keys are asked for from outside the config loader."
+    "A Config that records which keys code outside the config loader reads."
 
     def __init__(self, cfg, seen):
         self.__dict__.update(_cfg=cfg, _seen=seen)
@@ -856,7 +855,7 @@ class Watched:
 
 
 def test_a_run_reads_every_key(tmp_path, monkeypatch):
-    "No key is decoration: the code of one run, tracked and saved, asks for each of them."
+    "No key is decoration: a tracked and saved run reads each of them."
     import nli_ft.config_loader
     import nli_ft.cpu_speed
     import nli_ft.generate
@@ -868,7 +867,7 @@ def test_a_run_reads_every_key(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     swap(
         monkeypatch, "nli_ft.config_loader.print_config", lambda c: print_config(c._cfg)
-    )  # printing the config would read all of it
+    )  # printing the config would read all keys
     swap(monkeypatch, "nli_ft.config_loader.config_hash", lambda c: "-")
     swap(monkeypatch, "nli_ft.records.run_command", lambda c: "-")
     seen = set()
@@ -881,7 +880,7 @@ def test_a_run_reads_every_key(tmp_path, monkeypatch):
     swap(monkeypatch, "nli_ft.ready._gpu", None)  # a GPU is chosen once in a process
     run = run_training(cfg)
     assert json.loads((run / "summary.json").read_text())["status"] == "done"
-    # read only where several processes are asked for
+    # only a run with several processes reads them
     from nli_ft.preflight import world_size
 
     world_size(Watched(tiny(tmp_path, distributed_training=True, num_processes=2), seen))

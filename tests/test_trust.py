@@ -1,4 +1,4 @@
-"Secrets stay where they are, data is never code, markup or a file name, and what is downloaded is what was asked for."
+"Secrets stay secret. Data is never code, markup or a file name. A download is what the user asked for."
 
 import ast, json, os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
@@ -54,14 +54,14 @@ FILE_NAMES = [
 
 # -- data is not code
 
-# what may be called although it runs code or a program, and why
+# calls that are allowed although they run code or a program, and why
 ALLOWED = {
     (
         "train_sft.py",
         "runpy.run_module",
     ): "the module starts itself again by its name, where it was started by its path",
-    ("train_sft.py", "os.execv"): "becomes its own launcher; a list of arguments, no shell",
-    ("process.py", "os.execv"): "starts itself again in UTF-8 mode; its own arguments, no shell",
+    ("train_sft.py", "os.execv"): "becomes its own launcher (a list of arguments, no shell)",
+    ("process.py", "os.execv"): "starts itself again in UTF-8 mode (its own arguments, no shell)",
 }
 NAMES = {
     "eval",
@@ -97,7 +97,7 @@ def dotted(node):
 
 
 def dangers(text, file="x.py"):
-    "Every way in which a source could run what it reads, as (line, what)."
+    "Every place where a source could run what it reads, as (line, call)."
     for node in ast.walk(ast.parse(text)):
         names = (
             [a.name for a in node.names]
@@ -128,7 +128,7 @@ def dangers(text, file="x.py"):
             yield node.lineno, f"{name}(shell=…)"
         if given("trust_remote_code"):
             yield node.lineno, f"{name}(trust_remote_code=…)"
-        # without a word transformers asks on the terminal whether a repository's code may run
+        # without this argument transformers asks on the terminal whether a repository's code may run
         if (
             re.search(r"Auto\w+\.from_pretrained$", name)
             and "trust_remote_code" not in kw
@@ -195,8 +195,8 @@ def test_the_exceptions_are_still_needed():
 
 
 def test_a_config_comes_from_the_package_whatever_lies_on_the_path(tmp_path):
-    """Nothing in the working directory, on PYTHONPATH or beside a file of one's own stands in for a packaged
-    config, and none of it is imported."""
+    """No file in the working directory, on PYTHONPATH or beside a user's own file replaces a packaged config, and none
+    is imported."""
     canary = tmp_path / "executed"
     text = "seed = 666\nlora_r = 666\n"
     planted = f"open({str(canary)!r}, 'w').close()\n"
@@ -269,7 +269,7 @@ class Page(HTMLParser):
 
 
 def test_every_place_that_makes_html_or_markdown_is_tested_here():
-    "A new one fails here until it is added below."
+    "A new page fails here until it is added below."
     made = set()
     for f in sorted(PACKAGE.glob("*.py")):
         if f.name == "_modidx.py":
@@ -330,7 +330,7 @@ def test_the_mask_shows_tokens_as_text(evil):
     plain = page.text.replace("|", "").replace("▁", " ").replace("<0x0A>", "\n")
     assert (
         plain.count(evil.replace("|", "")) >= 2
-    )  # premise and hypothesis; the thought is JSON, with its quotes escaped
+    )  # premise and hypothesis. The thought is JSON, with its quotes escaped
 
 
 @pytest.mark.parametrize("name", ["<img src=x onerror=alert(1)>.jsonl", '"><script>x.jsonl', "$x^{$.jsonl"])
@@ -515,8 +515,8 @@ else: raise SystemExit("the second run should have failed")
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory):
-    """(folder, project, what was said) of a run that ended well and one that failed with every secret in its
-    error, both tracked by W&B, in a project of their own."""
+    """(folder, project, output) of two runs in a project of their own, both tracked by W&B. One ended well. The
+    error of the other holds every secret."""
     base = tmp_path_factory.mktemp("machine")
     project, home = base / "project", base / "home"
     project.mkdir(), home.mkdir()
@@ -631,7 +631,7 @@ def test_no_folder_of_this_machine_is_in_a_record_or_sent_to_wandb(two_runs):
 
 
 def test_wandb_still_gets_config_and_metrics(two_runs):
-    "What the transformers callback would have sent beside them is this machine's folders."
+    "Beside the metrics, the transformers callback would have sent this machine's folders."
     _, project, _ = two_runs
     for p in project.glob("runs/*/*/wandb/offline-run-*/*.wandb"):
         for word in (b"learning_rate", b"train/loss", b"train/global_step", b"minimal_test"):

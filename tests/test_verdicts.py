@@ -1,5 +1,5 @@
-"""What `nli_compare`, tables, plots and model cards say of runs and configs: records in a project of their
-own, commands in this process."""
+"""What `nli_compare`, tables, plots and model cards say about runs and configs. The records are in a project of their
+own, and the commands run in this process."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def record(
     size=2,
     label=lambda i: i % 2,
 ):
-    "A finished record: item i has this label and is answered right or wrong; `size` items form a group."
+    "A finished record. Item i has this label and is answered right or wrong. `size` items form a group."
     run = nli_ft.records.start_run(load_config(config, overrides).replace(seed=seed))
     gold = [label(i) for i in range(n)]
     rows = [row(i, y, y if right(i) else 1 - y, i // size) for i, y in enumerate(gold)]
@@ -71,7 +71,7 @@ def record(
 
 
 def compare(capsys, *args):
-    "What `nli_compare` prints; it must end well."
+    "What `nli_compare` prints. It must end with exit code 0."
     assert nli_ft.compare.compare_cli([str(a) for a in args]) == 0
     return capsys.readouterr().out
 

@@ -1,5 +1,5 @@
-"""The vLLM engine of nli_evaluate, against a stand-in for the package that answers from a script; one test
-asks the real one, where it and a GPU are there."""
+"""The vLLM engine of nli_evaluate, against a stand-in for the package that answers from a script. One test asks the
+real package, if it is installed and there is a GPU."""
 
 import importlib.machinery, json, math, re, shutil, sys, types
 from pathlib import Path
@@ -100,7 +100,7 @@ def module(name, **names):
 
 @pytest.fixture
 def vllm(monkeypatch, made):
-    """The package as far as it is used. Each row is answered with `say(n-th row)`: the probabilities of both
+    """The parts of the package that are used. `say(n-th row)` gives the answer to each row. The probabilities of both
     digits follow the text."""
     rows, tok = made.rows, made.tok
     place = {tuple(encode_prompt(tok, r["prompt"])): n for n, r in enumerate(rows)}
@@ -221,7 +221,7 @@ def test_the_predictions_are_in_order_say_who_made_them_and_lie_in_a_folder_of_t
     assert json.loads((folder / "report.json").read_text())["engine"] == "vllm"
     assert (
         nli_ft.ask.evaluate_cli(["--run", str(run), "--engine", "vllm"]) == 0 and len(vllm.loaded) == 1
-    )  # once all is answered nothing is loaded
+    )  # once every row is answered, nothing is loaded
 
 
 def test_the_untuned_base_is_asked_without_an_adapter_and_an_unquantised_one_without_bitsandbytes(
@@ -400,7 +400,7 @@ def test_both_engines_answer_the_embedded_model_alike_on_a_gpu(tmp_path):
     assert nli_ft.ask.evaluate_cli(["--run", str(run)]) == 0
     theirs, ours = evaluated(run)[1], nli_ft.predictions.read_predictions(run / "predictions.jsonl")
     assert [p["id"] for p in theirs] == [p["id"] for p in ours]
-    # products of another shape round otherwise, and a near tie tips; but the same model with the same
+    # products of another shape round otherwise, and a near tie tips. But the same model with the same
     # prompts begins alike
     assert sum(a["completion"][:20] == b["completion"][:20] for a, b in zip(ours, theirs)) >= 3
     for a, b in zip(ours, theirs):

@@ -21,8 +21,8 @@ CHAT = (
 
 
 def box_rows(n, template="brief"):
-    """Rows of different lengths with a rule that shows in the text. `template` None: both wordings, two rows
-    each in turn."""
+    """Rows of different lengths. Their text shows the rule of their label. If `template` is None, the two wordings take
+    turns, two rows each."""
     rows = []
     for i in range(n):
         box, ball = COLOURS[i % 8], COLOURS[(i * 3 + 1 + i // 8) % 8]
@@ -64,7 +64,7 @@ def _shape(tok):
 
 
 def mistral():
-    "Prompts with [INST] and without a chat template; two key heads."
+    "Prompts with [INST] and without a chat template. It has two key heads."
     special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
     tok = _tokenizer(420, special, unk_token="<unk>", pad_token="<unk>", bos_token="<s>", eos_token="</s>")
     return tok, MistralForCausalLM(MistralConfig(sliding_window=None, num_key_value_heads=2, **_shape(tok)))
@@ -82,7 +82,7 @@ FAMILIES = dict(mistral=mistral, qwen2=qwen2)
 
 
 def save_model(family, folder, **how):
-    "Make a family's model and save it with its tokenizer; `how` goes to `save_pretrained`."
+    "Make a family's model and save it with its tokenizer. `how` goes to `save_pretrained`."
     torch.manual_seed(0)
     tok, model = FAMILIES[family]()
     with torch.no_grad():
