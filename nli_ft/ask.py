@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ANSWER_COLUMNS', 'open_run', 'asked_wording', 'check_recorded_base', 'question', 'without_prompt', 'evaluation_rows',
-           'evaluation_dir', 'evaluate_cli', 'read_pairs', 'answer_pairs', 'predict_cli']
+           'evaluation_dir', 'evaluate_run', 'evaluate_cli', 'read_pairs', 'answer_pairs', 'predict_pairs',
+           'predict_cli']
 
 # %% ../nbs/30_ask.ipynb #2d737bde
 import argparse
@@ -16,7 +17,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from .process import ConfigError, DataError, RecordError, command, project_root, typed_text
+from .process import ConfigError, DataError, RecordError, add_options, command, project_root, typed_text
 from .config_loader import config_from_json
 from .labels import CONTRACTS
 from nli_ft.files import (
@@ -31,7 +32,7 @@ from nli_ft.files import (
 )
 from .rows import PROMPTS, find_column, prompt_messages, read_rows, spread, template_of
 from .check import leakage, leakage_text
-from .public_sets import SOURCES, column_option, layout_args, source_pairs
+from .public_sets import LAYOUT, SOURCES, column_option, source_pairs
 from .prompt import encode_prompt
 from .generate import _check_prompts
 from .predictions import prompt_hash, read_predictions, resume_predictions
@@ -185,105 +186,117 @@ def evaluation_dir(
     )
     return run / "evaluations" / "-".join(name)
 
-# %% ../nbs/30_ask.ipynb #a5cac993
-def _changes(ns):
-    return {
-        k: v
-        for k in ("eval_batch_size", "max_new_tokens", "max_eval_samples", "device")
-        if (v := getattr(ns, k, None)) is not None
-    }
-
 # %% ../nbs/30_ask.ipynb #cca25741
-def _model_args(p):
-    p.add_argument("--run", required=True, metavar="DIR", help="a run's folder, runs/<config>/<run_id>")
-    p.add_argument(
-        "--mode",
-        default="cot",
-        metavar="cot|forced|vote:K",
-        help="generate and parse; score both labels after the thought; majority of K samples",
-    )
-    p.add_argument("--eval_batch_size", type=int, metavar="N", help="rows generated together [the run's]")
-    p.add_argument("--max_new_tokens", type=int, metavar="N", help="token budget of a completion [the run's]")
-    p.add_argument("--device", choices=("auto", "cuda", "cpu"), help="where to run [the run's]")
+# how the options that say which model is asked, and how, are typed
+_ASKING = dict(
+    run=dict(metavar="DIR"),
+    mode=dict(metavar="cot|forced|vote:K"),
+    eval_batch_size=dict(metavar="N"),
+    max_new_tokens=dict(metavar="N"),
+    device=dict(choices=("auto", "cuda", "cpu")),
+)
+
+
+def _only_set(**values) -> dict:
+    "The values that are not None: the run's own stand for the others."
+    return {k: v for k, v in values.items() if v is not None}
 
 # %% ../nbs/30_ask.ipynb #ba47cb95
-@command
-def evaluate_cli(argv=None) -> int:
+def evaluate_run(
+    run,  # a run's folder, runs/<config>/<run_id>
+    mode: str = "cot",  # generate and parse; score both labels after the thought; majority of K samples
+    eval_batch_size: int | None = None,  # rows generated together [the run's]
+    max_new_tokens: int | None = None,  # token budget of a completion [the run's]
+    device: str | None = None,  # where to run [the run's]
+    data=None,  # rows to score [the run's eval_data]
+    contract: str | None = None,  # what the labels of the data mean, for rows that do not say
+    dataset: str | None = None,  # the data are a file of this public set, in its own columns
+    columns: dict | None = None,  # the file's own names of premise, hypothesis, label and id
+    words: dict | None = None,  # what the file's own label words mean, as in entails=entailment
+    names: tuple | None = None,  # class names of integer labels, class 0 first; they replace the set's own
+    max_eval_samples: int | None = None,  # score only N rows, evenly spaced [the run's]
+    untuned: bool = False,  # ask the base model without the adapter
+    probe: int = 0,  # also probe faithfulness on N rows: cut, swap, remove the thought
+    engine: str = "transformers",  # what generates; vllm: on a CUDA GPU, mode cot only, after `pip install -e .[vllm]`
+) -> tuple:  # the report, the folder it is in, and sentences that belong beside it
     "Predict a file with a run's model and report scores, intervals, slices and baselines into the record."
-    p = argparse.ArgumentParser(
-        prog="nli_evaluate",
-        description=evaluate_cli.__doc__,
-        epilog="example: nli_evaluate --run runs/cpu_demo/… --mode forced",
-    )
-    _model_args(p)
-    p.add_argument("--data", metavar="FILE", help="rows to score [the run's eval_data]")
-    p.add_argument(
-        "--contract", choices=CONTRACTS, help="what the labels of --data mean, for rows that do not say"
-    )
-    p.add_argument(
-        "--dataset", choices=SOURCES, help="--data is a file of this public set, in its own columns"
-    )
-    layout_args(p)
-    p.add_argument(
-        "--max_eval_samples", type=int, metavar="N", help="score only N rows, evenly spaced [the run's]"
-    )
-    p.add_argument("--untuned", action="store_true", help="ask the base model without the adapter")
-    p.add_argument(
-        "--probe",
-        type=int,
-        default=0,
-        metavar="N",
-        help="also probe faithfulness on N rows: cut, swap, remove the thought",
-    )
-    p.add_argument(
-        "--engine",
-        choices=("transformers", "vllm"),
-        default="transformers",
-        help="what generates; vllm: on a CUDA GPU, mode cot only, after `pip install -e .[vllm]`",
-    )
-    p.add_argument("--json", action="store_true", help="print the report as JSON")
-    ns = p.parse_args(argv)
-    parse_mode(ns.mode)
-    if ns.engine == "vllm" and (ns.mode != "cot" or ns.probe):
+    parse_mode(mode)
+    if engine == "vllm" and (mode != "cot" or probe):
         raise ConfigError(
-            f"--engine vllm has mode cot only; {'--probe' if ns.probe else '--mode ' + ns.mode} needs "
+            f"--engine vllm has mode cot only; {'--probe' if probe else '--mode ' + mode} needs "
             "--engine transformers"
         )
-    run, cfg, adapter, template = open_run(ns.run, **_changes(ns))
-    if ns.probe and cfg.completion != "cot":
+    layout = _only_set(dataset=dataset, columns=columns, words=words, names=names)
+    changes = _only_set(
+        eval_batch_size=eval_batch_size,
+        max_new_tokens=max_new_tokens,
+        max_eval_samples=max_eval_samples,
+        device=device,
+    )
+    run, cfg, adapter, template = open_run(run, **changes)
+    if probe and cfg.completion != "cot":
         raise DataError(
             f"--probe changes the thought before the label; with completion={cfg.completion} there is none"
         )
-    layout = {k: v for k in ("dataset", "columns", "words", "names") if (v := getattr(ns, k)) is not None}
-    if ns.data is None and (layout or ns.contract):
+    if data is None and (layout or contract):
         raise ConfigError(
             "--contract, --dataset, --columns, --map and --names say how --data is read: name the file "
             "with it"
         )
-    own = ns.data is None or Path(ns.data).resolve() == cfg.path("eval_data").resolve()
-    data = cfg.path("eval_data") if own else Path(ns.data)
-    rows = evaluation_rows(data, cfg, template, ns.contract, layout)
-    out = evaluation_dir(run, data, own, ns.mode, ns.untuned, ns.max_new_tokens, ns.engine)
-    resume_predictions(
-        out / "predictions.jsonl", rows, ns.mode, ns.engine
-    )  # other rows or another mode: said before the model is loaded
+    own = data is None or Path(data).resolve() == cfg.path("eval_data").resolve()
+    data = cfg.path("eval_data") if own else Path(data)
+    rows = evaluation_rows(data, cfg, template, contract, layout)
+    out = evaluation_dir(run, data, own, mode, untuned, max_new_tokens, engine)
+    # other rows or another mode are named before the model is loaded
+    resume_predictions(out / "predictions.jsonl", rows, mode, engine)
+    how = dict(mode=mode, untuned=untuned, engine=engine)
+    preds, probed = _predict_and_probe(run, cfg, None if untuned else adapter, rows, out, how, probe)
+    return _evaluation_report(run, cfg, rows, out, preds, how | probed)
+
+# %% ../nbs/30_ask.ipynb #52ede729
+def _evaluation_report(run: Path, cfg, rows, out: Path, preds, extra: dict) -> tuple:
     train = _learnt_pairs(cfg) if cfg.path("train_data").is_file() else None
     untuned = dict(before=run / "predictions_before.jsonl", forced=run / "predictions_before_forced.jsonl")
     untuned = {k: read_predictions(p) for k, p in untuned.items() if out == run and p.is_file()}
-    preds, extra = _predict_and_probe(cfg, None if ns.untuned else adapter, rows, out, ns)
     extra["leakage"] = leakage(train, rows) if train else None
-    made = save_report(out, preds, extra, train=train, **untuned)
-    if ns.json:
-        print(json.dumps(made, ensure_ascii=False))
-        return 0
-    print(report_text(made))
-    if ns.probe:
-        print("\n" + _probe_text(made["probe"]))
+    report = save_report(out, preds, extra, train=train, **untuned)
+    beside = []
     if train is None:
-        print(f"\nno shortcut baselines: {cfg.train_data} is not there to learn them from")
-    for sentence in leakage_text(extra["leakage"]):
-        print(f"\nWARNING: {sentence}")
-    print(f"\n{os.path.relpath(out)}: predictions.jsonl, report.json and plots")
+        beside.append(f"no shortcut baselines: {cfg.train_data} is not there to learn them from")
+    beside += [f"WARNING: {sentence}" for sentence in leakage_text(extra["leakage"])]
+    return report, out, beside
+
+# %% ../nbs/30_ask.ipynb #b6101a57
+@command
+def evaluate_cli(argv=None) -> int:
+    "The command `nli_evaluate`."
+    parser = argparse.ArgumentParser(
+        prog="nli_evaluate",
+        description=evaluate_run.__doc__,
+        epilog="example: nli_evaluate --run runs/cpu_demo/… --mode forced",
+    )
+    add_options(
+        parser,
+        evaluate_run,
+        **_ASKING,
+        **LAYOUT,
+        data=dict(metavar="FILE"),
+        contract=dict(choices=CONTRACTS),
+        dataset=dict(choices=SOURCES),
+        max_eval_samples=dict(metavar="N"),
+        probe=dict(metavar="N"),
+        engine=dict(choices=("transformers", "vllm")),
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    options = vars(parser.parse_args(argv))
+    as_json = options.pop("json")
+    report, folder, beside = evaluate_run(**options)
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False))
+        return 0
+    probed = [_probe_text(report["probe"])] if options["probe"] else []
+    files = f"{os.path.relpath(folder)}: predictions.jsonl, report.json and plots"
+    print("\n\n".join([report_text(report), *probed, *beside, files]))
     return 0
 
 # %% ../nbs/30_ask.ipynb #4690b8db
@@ -296,29 +309,28 @@ def _learnt_pairs(cfg):
     )
 
 # %% ../nbs/30_ask.ipynb #6a935097
-def _predict_and_probe(cfg, adapter, rows, out, ns):
-    "Predictions and what else the report says; the model is loaded only when something is left to ask."
-    path, mode = out / "predictions.jsonl", ns.mode
-    extra = dict(mode=mode, untuned=ns.untuned, engine=ns.engine)
-    if len(done := resume_predictions(path, rows, mode, ns.engine)) == len(rows) and not ns.probe:
-        return [done[r["id"]] for r in rows], extra
-    if len(done) < len(rows):
+def _predict_and_probe(run: Path, cfg, adapter, rows, out: Path, how: dict, probe: int) -> tuple:
+    "Predictions, and what the probe found. The model is loaded only when something is left to ask."
+    path, mode, engine = out / "predictions.jsonl", how["mode"], how["engine"]
+    answered = resume_predictions(path, rows, mode, engine)
+    if len(answered) == len(rows) and not probe:
+        return [answered[r["id"]] for r in rows], {}
+    if len(answered) < len(rows):
         (out / "report.json").unlink(missing_ok=True)  # it tells of fewer rows
     from nli_ft.model import load_for_inference
     from nli_ft.bases import load_tokenizer
 
-    check_recorded_base(Path(ns.run), cfg)
-    if ns.engine == "vllm":
-        engine = vllm_engine(cfg, adapter)
-        return predict_rows_vllm(engine, load_tokenizer(cfg), rows, cfg, out=path), extra
+    check_recorded_base(run, cfg)
+    if engine == "vllm":
+        return predict_rows_vllm(vllm_engine(cfg, adapter), load_tokenizer(cfg), rows, cfg, out=path), {}
     tok, model = load_tokenizer(cfg), load_for_inference(cfg, adapter)
     preds = predict_rows(model, tok, rows, cfg, out=path, mode=mode)
+    if not probe:
+        return preds, {}
     try:
-        return preds, extra | (
-            dict(probe=probe_thoughts(model, tok, rows, preds, cfg, ns.probe)) if ns.probe else {}
-        )
+        return preds, dict(probe=probe_thoughts(model, tok, rows, preds, cfg, probe))
     except DataError as e:
-        return preds, extra | dict(probe=dict(n=0, why=str(e)))  # the scores stand without it
+        return preds, dict(probe=dict(n=0, why=str(e)))  # the scores stand without it
 
 # %% ../nbs/30_ask.ipynb #cf0a8722
 def _probe_text(probe):
@@ -451,77 +463,86 @@ def answer_pairs(
     return answers
 
 # %% ../nbs/30_ask.ipynb #5509065b
-@command
-def predict_cli(argv=None) -> int:
+def predict_pairs(
+    run,  # a run's folder, runs/<config>/<run_id>
+    mode: str = "cot",  # generate and parse; score both labels after the thought; majority of K samples
+    eval_batch_size: int | None = None,  # rows generated together [the run's]
+    max_new_tokens: int | None = None,  # token budget of a completion [the run's]
+    device: str | None = None,  # where to run [the run's]
+    premise: str | None = None,
+    hypothesis: str | None = None,
+    table=None,  # comma, semicolon, tab or JSON Lines, with the columns premise and hypothesis; others are kept
+    columns: dict | None = None,  # the file's own names of the two
+    output=None,  # table to write (CSV), with the columns of `ANSWER_COLUMNS` added
+) -> list:  # answers, one for each pair, as `answer_pairs` gives them
     "Ask a run's model about one pair, or about every row of a CSV file."
-    p = argparse.ArgumentParser(
-        prog="nli_predict",
-        description=predict_cli.__doc__,
-        epilog='example: nli_predict --run runs/cpu_demo/… --premise "A dog runs." --hypothesis "An animal runs."',
-    )
-    _model_args(p)
-    p.add_argument("--premise", metavar="TEXT")
-    p.add_argument("--hypothesis", metavar="TEXT")
-    p.add_argument(
-        "--csv",
-        metavar="FILE",
-        help="table (comma, semicolon, tab) or JSON Lines with the columns premise "
-        "and hypothesis, or sentence1 and sentence2; others are kept",
-    )
-    p.add_argument(
-        "--columns",
-        type=column_option,
-        metavar="premise=A,hypothesis=B",
-        help="the file's own names of the two",
-    )
-    p.add_argument(
-        "--output",
-        metavar="FILE",
-        help="table to write (CSV), with the columns " + ", ".join(ANSWER_COLUMNS) + " added",
-    )
-    p.add_argument("--json", action="store_true", help="print the answer to one pair as JSON")
-    ns = p.parse_args(argv)
-    parse_mode(ns.mode)
-    names, pairs = _asked_pairs(ns)
-    run, cfg, adapter, template = open_run(ns.run, **_changes(ns))
+    parse_mode(mode)
+    column_names, pairs = _asked_pairs(premise, hypothesis, table, columns, output)
+    changes = _only_set(eval_batch_size=eval_batch_size, max_new_tokens=max_new_tokens, device=device)
+    run, cfg, adapter, template = open_run(run, **changes)
     _refuse_unnamed(template)
     from nli_ft.model import load_for_inference
     from nli_ft.bases import load_tokenizer
 
     check_recorded_base(run, cfg)
-    answers = answer_pairs(
-        load_for_inference(cfg, adapter),
-        load_tokenizer(cfg),
-        pairs,
-        cfg,
-        template,
-        ns.mode,
-        progress=bool(ns.csv),
+    model, tok = load_for_inference(cfg, adapter), load_tokenizer(cfg)
+    answers = answer_pairs(model, tok, pairs, cfg, template, mode, progress=bool(table))
+    if table:
+        _write_answers(output, column_names, pairs, answers)
+    return answers
+
+# %% ../nbs/30_ask.ipynb #13f70cd2
+@command
+def predict_cli(argv=None) -> int:
+    "The command `nli_predict`."
+    parser = argparse.ArgumentParser(
+        prog="nli_predict",
+        description=predict_pairs.__doc__,
+        epilog='example: nli_predict --run runs/cpu_demo/… --premise "A dog runs." --hypothesis "An animal runs."',
     )
-    if ns.csv:
-        _write_answers(ns.output, names, pairs, answers)
+    add_options(
+        parser,
+        predict_pairs,
+        **_ASKING,
+        premise=dict(metavar="TEXT"),
+        hypothesis=dict(metavar="TEXT"),
+        table=dict(
+            flag="--csv",
+            metavar="FILE",
+            help="table (comma, semicolon, tab) or JSON Lines with the columns premise and hypothesis, or "
+            "sentence1 and sentence2; others are kept",
+        ),
+        columns=dict(type=column_option, metavar="premise=A,hypothesis=B"),
+        output=dict(
+            metavar="FILE",
+            help="table to write (CSV), with the columns " + ", ".join(ANSWER_COLUMNS) + " added",
+        ),
+    )
+    parser.add_argument("--json", action="store_true", help="print the answer to one pair as JSON")
+    options = vars(parser.parse_args(argv))
+    as_json, table = options.pop("json"), options["table"]
+    if table and as_json:
+        raise DataError("--csv goes with --output, and without --premise, --hypothesis and --json")
+    answers = predict_pairs(**options)
     failed = sum(a["predicted_label"] is None for a in answers)
-    print(
-        f"{ns.output}: {len(answers)} rows, {failed} without an answer"
-        if ns.csv
-        else json.dumps(answers[0], ensure_ascii=False)
-        if ns.json
-        else _one_answer(answers[0])
-    )
-    return int(failed > 0 and not ns.csv)
+    if table:
+        print(f"{options['output']}: {len(answers)} rows, {failed} without an answer")
+        return 0
+    print(json.dumps(answers[0], ensure_ascii=False) if as_json else _one_answer(answers[0]))
+    return int(failed > 0)
 
 # %% ../nbs/30_ask.ipynb #fb3452a4
-def _asked_pairs(ns):
-    "Column names and pairs of the command line."
-    if ns.csv:
-        if ns.premise or ns.hypothesis or ns.json or not ns.output:
+def _asked_pairs(premise, hypothesis, table, columns, output) -> tuple:  # (column names, pairs)
+    if table:
+        if premise or hypothesis or not output:
             raise DataError("--csv goes with --output, and without --premise, --hypothesis and --json")
-        if Path(ns.output).exists():
-            raise DataError(f"{ns.output} exists and is not overwritten; name another --output")
-        return read_pairs(ns.csv, ns.columns)
-    if not (ns.premise and ns.hypothesis) or ns.output or ns.columns:
+        if Path(output).exists():
+            raise DataError(f"{output} exists and is not overwritten; name another --output")
+        return read_pairs(table, columns)
+    if not (premise and hypothesis) or output or columns:
         raise DataError("give --premise and --hypothesis, or --csv and --output")
-    return [], [{k: typed_text(getattr(ns, k), f"--{k}") for k in ("premise", "hypothesis")}]
+    pair = dict(premise=premise, hypothesis=hypothesis)
+    return [], [{k: typed_text(text, f"--{k}") for k, text in pair.items()}]
 
 # %% ../nbs/30_ask.ipynb #e5751bdf
 def _one_answer(a):

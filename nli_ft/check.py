@@ -297,11 +297,11 @@ def check_files(
     paths: list,  # data files, the training file first
     tokens=None,  # function: list of texts -> list of token counts; None: `estimated_lengths`
     max_tokens: int = 512,  # token limit of a row
-    kind: str | None = None,  # force a kind
+    kind: str | None = None,  # force the kind of the rows
     contract: str | None = None,  # what the labels mean, for rows that do not say
     near_rows: int = 20_000,  # rows held for near-duplicates
     baseline_rows: int = 5000,  # rows per file for the baselines
-    seed: int = 42,
+    seed: int = 42,  # of the samples of rows
 ) -> dict:  # verdict, files: each with its facts and findings
     "Check data files, each by itself and against the ones before it; see `LIMITS`."
     if len(paths) > 127:
@@ -574,11 +574,11 @@ def plot_stats(
 
 # %% ../nbs/10_check.ipynb #2a211927
 def write_stats(
-    paths: list,
-    out,  # .png or .html
-    max_bad: float = 0.0,
-    contract: str | None = None,
-    overwrite: bool = False,
+    paths: list,  # data files
+    out,  # a .png or .html file
+    max_bad: float = 0.0,  # share of unusable rows that is tolerated
+    contract: str | None = None,  # needed where labels are relation names
+    overwrite: bool = False,  # replace an existing file
 ) -> list:  # of `gather_stats` dicts
     "Plots of data files, one row of panels per file, as PNG or as one HTML page."
     out = Path(out)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_table', 'config_table', 'remarks', 'markdown', 'plot_differences', 'plot_losses', 'newest', 'distinct',
-           'comparable', 'record_notes', 'full_comparison', 'compare_cli']
+           'comparable', 'record_notes', 'full_comparison', 'compare_selected', 'compare_cli']
 
 # %% ../nbs/28_compare.ipynb #6376216d
 import argparse
@@ -14,7 +14,7 @@ import io
 import json
 from pathlib import Path
 
-from .process import NliError, RecordError, command
+from .process import NliError, RecordError, add_options, command
 from .files import atomic_writer
 from .check import leakage_text
 from .records import _plain, text_table, list_runs, read_run
@@ -317,57 +317,61 @@ def _save(path, rows, by, said):
         f.write(text)
 
 # %% ../nbs/28_compare.ipynb #421a53d1
-@command
-def compare_cli(argv=None) -> int:
+def compare_selected(
+    runs: list,  # records' folders; the first is the baseline
+    latest: list = (),  # the newest finished run of each config
+    all: list = (),  # every finished run of each config: all its seeds
+    baseline=None,  # compare with this one instead of the first
+    runs_dir=None,  # where --latest and --all look (default: runs of this project)
+) -> tuple:  # rows, one for each run; rows, one for each config; sentences below the tables
     """Compare runs on the same items: scores with intervals, paired differences, and whether they can be told
     from noise."""
-    p = argparse.ArgumentParser(
+    refs = list(runs)
+    for config in latest:
+        refs += newest(config, runs_dir)
+    for config in all:
+        refs += newest(config, runs_dir, every=True)
+    refs, repeats = distinct(refs)
+    left_out = [f"left out: {why}" for _, why in repeats]
+    if left_out and len(refs) < 2:
+        raise RecordError("fewer than two runs are left to compare\n" + "\n".join(f"  {o}" for o in left_out))
+    rows, configs, remarks = full_comparison(refs, baseline)
+    return rows, configs, left_out + remarks + record_notes(refs)
+
+# %% ../nbs/28_compare.ipynb #a72dc038
+@command
+def compare_cli(argv=None) -> int:
+    "The command `nli_compare`."
+    parser = argparse.ArgumentParser(
         prog="nli_compare",
-        description=compare_cli.__doc__,
+        description=compare_selected.__doc__,
         epilog="example: nli_compare --all ablation1 ablation2 --out compare.md; RUN:before is the "
         "untrained model of a run",
     )
-    p.add_argument("runs", nargs="*", metavar="RUN", help="records' folders; the first is the baseline")
-    p.add_argument(
-        "--latest", nargs="+", default=[], metavar="CONFIG", help="the newest finished run of each config"
+    add_options(
+        parser,
+        compare_selected,
+        runs=dict(flag="RUN", nargs="*"),
+        latest=dict(metavar="CONFIG"),
+        all=dict(metavar="CONFIG"),
+        baseline=dict(metavar="RUN|CONFIG"),
     )
-    p.add_argument(
-        "--all",
-        nargs="+",
-        default=[],
-        metavar="CONFIG",
-        help="every finished run of each config: all its seeds",
-    )
-    p.add_argument("--baseline", metavar="RUN|CONFIG", help="compare with this one instead of the first")
-    p.add_argument("--runs_dir", help="where --latest and --all look (default: runs of this project)")
-    p.add_argument(
+    parser.add_argument(
         "--out", metavar="FILE", help="also write the table: .md, .csv or .json; not over an existing file"
     )
-    p.add_argument("--json", action="store_true", help="print JSON")
-    ns = p.parse_args(argv)
-    refs = (
-        ns.runs
-        + [r for c in ns.latest for r in newest(c, ns.runs_dir)]
-        + [r for c in ns.all for r in newest(c, ns.runs_dir, every=True)]
-    )
-    refs, left_out = distinct(refs)
-    left_out = [f"left out: {why}" for _, why in left_out]
-    if left_out and len(refs) < 2:
-        raise RecordError("fewer than two runs are left to compare\n" + "\n".join(f"  {o}" for o in left_out))
-    rows, by, said = full_comparison(refs, ns.baseline)
-    said = left_out + said + record_notes(refs)
-    if ns.out:
-        _save(ns.out, rows, by, said)
-    if ns.json:
-        print(json.dumps(_plain(dict(runs=rows, configs=by, remarks=said)), indent=1, ensure_ascii=False))
-    else:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = vars(parser.parse_args(argv))
+    out, as_json = options.pop("out"), options.pop("json")
+    rows, configs, remarks = compare_selected(**options)
+    if out:
+        _save(out, rows, configs, remarks)
+    if as_json:
         print(
-            "\n\n".join(
-                [
-                    *(text_table(*config_table(by)) for _ in by[:1]),
-                    text_table(*run_table(rows)),
-                    "\n".join(said),
-                ]
+            json.dumps(
+                _plain(dict(runs=rows, configs=configs, remarks=remarks)), indent=1, ensure_ascii=False
             )
         )
+        return 0
+    tables = [config_table(configs)] if configs else []
+    print("\n\n".join([*(text_table(*t) for t in [*tables, run_table(rows)]), "\n".join(remarks)]))
     return 0

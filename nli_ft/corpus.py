@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
 
-from .process import DataError, command
+from .process import DataError, add_options, command
 from .files import atomic_writer, write_jsonl
 from .rows import PROMPTS, data_hash
 from .paired import wilson
@@ -165,11 +165,11 @@ MEASURES = dict(  # file -> what it measures
 
 
 def write_corpus(
-    out,  # folder
-    size: str = "tiny",
-    seed: int = 0,
-    overwrite: bool = False,
-    template: str = "brief",
+    out,  # folder for train.jsonl, dev.jsonl, test*.jsonl
+    size: str = "tiny",  # a name in `SIZES`
+    seed: int = 0,  # same seed, same bytes
+    overwrite: bool = False,  # replace files that are there
+    template: str = "brief",  # wording of the prompt
 ) -> dict:  # split -> rows written
     """Write every split as `<split>.jsonl`, and `manifest.json`. Raises DataError, before anything is written,
     where a file exists and `overwrite` is not set, or a shortcut solves a category."""
@@ -242,26 +242,20 @@ def outdated(
 # %% ../nbs/46_corpus.ipynb #8806ee42
 @command
 def corpus_cli(argv=None) -> int:  # exit code
-    "Command `nli_corpus`."
-    ap = argparse.ArgumentParser(
+    "The command `nli_corpus`."
+    parser = argparse.ArgumentParser(
         "nli_corpus",
         description="Write the synthetic NLI corpus: crossed quadruples with machine-checked labels.",
         epilog="example: nli_corpus --size small --out data/corpus",
     )
-    ap.add_argument(
-        "--size",
-        choices=SIZES,
-        default="tiny",
-        help="rows of train/dev/test: tiny 640/120/240, small 3968/360/720, full 24064/2280/4560; demo: "
-        "two easy categories, 640/128/240",
+    rows = (
+        "rows of train/dev/test: tiny 640/120/240, small 3968/360/720, full 24064/2280/4560; demo: "
+        "two easy categories, 640/128/240"
     )
-    ap.add_argument("--out", required=True, help="folder for train.jsonl, dev.jsonl, test*.jsonl")
-    ap.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
-    ap.add_argument("--template", choices=PROMPTS, default="brief", help="prompt wording")
-    ap.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    ns = ap.parse_args(argv)
-    for split, n in write_corpus(ns.out, ns.size, ns.seed, ns.overwrite, ns.template).items():
-        print(f"{n:6d} rows  {Path(ns.out) / split}.jsonl")
+    add_options(parser, write_corpus, size=dict(choices=SIZES, help=rows), template=dict(choices=PROMPTS))
+    options = vars(parser.parse_args(argv))
+    for split, n in write_corpus(**options).items():
+        print(f"{n:6d} rows  {Path(options['out']) / split}.jsonl")
     return 0
 
 # %% ../nbs/46_corpus.ipynb #2e1c0062

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SaysItAll', 'NliError', 'ConfigError', 'DataError', 'RecordError', 'Interrupted', 'stop_signals', 'ReaderLeft',
            'Spoken', 'escape_as_json', 'outlives_its_reader', 'typed_text', 'still_bars', 'can_be_written', 'settle',
-           'command', 'project_root']
+           'command', 'add_options', 'project_root']
 
 # %% ../nbs/00_process.ipynb #4076fe4b
 import codecs
 import contextlib
 import errno
 import functools
+import inspect
 import json
 import locale
 import os
@@ -387,6 +388,50 @@ def _system_error(e: OSError) -> tuple:  # (line, exit code), or (None, 1) where
         errno.EDQUOT,
     )  # which comes while something is being written; what is forbidden is so from the start
     return f"error: {e.filename or 'what it writes'}: {e.strerror}; {cure}", 1 if full else 2
+
+# %% ../nbs/00_process.ipynb #466f319d
+def add_options(
+    parser,  # of `argparse`, or a group of its options
+    function,  # its parameters become options
+    skip: tuple = (),  # parameters that get none
+    **changes,  # parameter -> what `add_argument` takes otherwise; `flag` is another name for the option
+):
+    "One option per parameter of a function, with its docment as the help and its default in brackets."
+    from fastcore.docments import docments
+
+    for name, p in docments(function, full=True, returns=False).items():
+        if name in skip:
+            continue
+        change = dict(changes.get(name, {}))
+        flag = change.pop("flag", f"--{name}")
+        option = _option(p) | change
+        option["help"] = _help_text(option.get("help") or p.docment or "", option.get("default"))
+        if flag.startswith("-"):
+            parser.add_argument(flag, dest=name, **option)
+        else:
+            option.pop("required", None)
+            parser.add_argument(name, metavar=flag, **option)
+
+# %% ../nbs/00_process.ipynb #bc836a5b
+def _option(p) -> dict:  # a docment -> arguments of `add_argument`
+    "What the annotation and the default of a parameter say about its option."
+    kinds = getattr(p.anno, "__args__", None) or (p.anno,)
+    if bool in kinds:
+        return dict(action="store_true")
+    option = dict(required=True) if p.default is inspect.Parameter.empty else dict(default=p.default)
+    if list in kinds:
+        option["nargs"] = "+"
+    for kind in (int, float):
+        if kind in kinds:
+            option["type"] = kind
+    return option
+
+
+def _help_text(doc: str, default) -> str:
+    "The docment on one line. argparse reads a % as the start of a place for a value."
+    shown_elsewhere = doc.endswith("]") or not isinstance(default, (int, float, str)) or default == ""
+    shown = "" if shown_elsewhere else f" [{default}]"
+    return f"{' '.join(doc.split())}{shown}".replace("%", "%%")
 
 # %% ../nbs/00_process.ipynb #09b8397a
 def _package_dir() -> Path:  # the folder of the imported package, which also holds `configs/`

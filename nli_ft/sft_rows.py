@@ -213,17 +213,17 @@ def chosen_rows(
 # %% ../nbs/06_sft_rows.ipynb #4fd9a79f
 def write_sft(
     thoughts,  # file of thought rows
-    reflections=None,  # file of reflection rows; not read by "correct_only"
-    output="train_ft.jsonl",  # file to write; with `splits`, the name the others are made from
+    reflections=None,  # file of reflection rows (not for correct_only)
+    output="train_ft.jsonl",  # file to write; with splits, train in its name becomes dev and test
     strategy: str = "reflected",  # a name in `STRATEGIES`
     splits: list | None = None,  # shares of train, dev(, test)
-    template: str = "standard",  # a name in `PROMPTS`
-    overwrite: bool = False,  # replace existing files?
-    seed: int = 42,  # of the split and of "shuffled"
+    template: str = "standard",  # wording of the prompt
+    overwrite: bool = False,  # replace existing files
+    seed: int = 42,  # of the splits and of the shuffled strategy
     max_bad: float = 0.0,  # share of unusable rows that is tolerated
-    contract: str | None = None,  # what the labels mean, for rows that do not say
-    mix: bool = False,  # allow rows of different contracts in one file?
-    drop_wrong: bool = False,  # leave out reflections whose own label is not gold?
+    contract: str | None = None,  # what 0 and 1 mean, for rows that do not say
+    mix: bool = False,  # allow rows of different label contracts
+    drop_wrong: bool = False,  # leave out reflections whose own label is not gold
 ) -> dict:  # counts, by what was counted; `written`: rows by file
     "Thoughts and reflections to SFT rows, streaming. Raises `DataError`; then nothing is left behind."
     if strategy not in STRATEGIES:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_facts', 'Session', 'smaller_configs', 'memory_advice', 'explained_memory', 'judge_model', 'tracker',
            'launch_command', 'launch', 'join_cpu_processes', 'run_training', 'sigterm_interrupts', 'train_cli',
-           'merge_agreement', 'merge_cli']
+           'merge_agreement', 'merge_run', 'merge_cli']
 
 # %% ../nbs/36_train_sft.ipynb #8b8d5252
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -35,6 +35,7 @@ from nli_ft.process import (
     ConfigError,
     Interrupted,
     RecordError,
+    add_options,
     command,
     outlives_its_reader,
     project_root,
@@ -757,63 +758,55 @@ def merge_agreement(
     )
 
 # %% ../nbs/36_train_sft.ipynb #e263e33e
-@command
-def merge_cli(argv=None) -> int:
+def merge_run(
+    run,  # folder of a finished run
+    out,  # folder to write; must not exist or be empty
+    check: int = 0,  # then ask both models N evaluation rows of the run, and say how far labels and logits agree
+    dtype: str = "bf16",  # of the saved weights
+) -> dict | None:  # what `merge_agreement` finds, or None where nothing was asked
     "Merge a run's adapter into its dequantised base and save a plain safetensors model with its tokenizer."
-    p = argparse.ArgumentParser(
-        prog="nli_merge",
-        description=merge_cli.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  nli_merge --run runs/cpu_demo/RUN_ID --out merged/\n  nli_merge --run "
-        "runs/cpu_demo/RUN_ID --out merged/ --check 200",
-    )
-    p.add_argument(
-        "--check",
-        type=int,
-        default=0,
-        metavar="N",
-        help="then ask both models N evaluation rows of the run, and say how far labels and logits agree "
-        "[0]; exit code 1 below 99 %% of the labels, or where none was given",
-    )
-    p.add_argument("--run", required=True, help="folder of a finished run")
-    p.add_argument("--out", required=True, help="folder to write; must not exist or be empty")
-    p.add_argument(
-        "--dtype",
-        choices=["bf16", "fp16", "fp32"],
-        default="bf16",
-        help="of the saved weights (default: bf16)",
-    )
-    ns = p.parse_args(argv)
-    out = Path(ns.out)
+    out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} already holds something; give a new folder")
-    if ns.check < 0:
-        raise ConfigError(f"--check {ns.check}: expected a number of rows")
-    run, cfg, adapter, template = open_run(ns.run)
-    rows = (
-        evaluation_rows(cfg.path("eval_data"), cfg.replace(max_eval_samples=ns.check), template)
-        if ns.check
-        else []
-    )  # missing ones are said before the work
+    if check < 0:
+        raise ConfigError(f"--check {check}: expected a number of rows")
+    run, cfg, adapter, template = open_run(run)
+    rows = []
+    if check:  # missing rows are named before the work
+        rows = evaluation_rows(cfg.path("eval_data"), cfg.replace(max_eval_samples=check), template)
     import torch
     from nli_ft.bases import load_tokenizer
     from nli_ft.model import merge_adapter
 
     check_recorded_base(run, cfg)
-    merge_adapter(
-        cfg, adapter, dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[ns.dtype]
-    ).save_pretrained(out)
+    formats = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
+    merge_adapter(cfg, adapter, formats[dtype]).save_pretrained(out)
     load_tokenizer(cfg).save_pretrained(out)
     print(f"merged model: {out}")
-    if not rows:
+    return merge_agreement(cfg, adapter, out, rows, dtype == "fp32") if rows else None
+
+# %% ../nbs/36_train_sft.ipynb #98a7f146
+@command
+def merge_cli(argv=None) -> int:
+    "The command `nli_merge`."
+    parser = argparse.ArgumentParser(
+        prog="nli_merge",
+        description=merge_run.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  nli_merge --run runs/cpu_demo/RUN_ID --out merged/\n"
+        "  nli_merge --run runs/cpu_demo/RUN_ID --out merged/ --check 200\n"
+        "exit code 1: after --check, fewer than 99 % of the labels are the same, or no row was answered",
+    )
+    add_options(parser, merge_run, check=dict(metavar="N"), dtype=dict(choices=("bf16", "fp16", "fp32")))
+    agreement = merge_run(**vars(parser.parse_args(argv)))
+    if agreement is None:
         return 0
-    found = merge_agreement(cfg, adapter, out, rows, ns.dtype == "fp32")
     print(
         "{rows} rows, {answered:.1%} answered: {same_labels:.1%} of the greedy labels are the same; "
         "logits of the first completion token differ by {d[mean]:.3g} on average, {d[max]:.3g} at "
-        "most".format(**found, d=found["logit_difference"])
+        "most".format(**agreement, d=agreement["logit_difference"])
     )
-    return 0 if found["answered"] and found["same_labels"] >= 0.99 else 1
+    return 0 if agreement["answered"] and agreement["same_labels"] >= 0.99 else 1
 
 # %% ../nbs/36_train_sft.ipynb #8422c6a8
 #| eval: false
