@@ -10,16 +10,15 @@ cfg = configparser.ConfigParser()
 cfg.read(here / "settings.ini", encoding="utf-8")
 s = cfg["DEFAULT"]
 
-# a pin ends where its why-comment begins; a comment that begins with [name] makes it an extra
+# a pin ends where the comment with its reason begins. A comment that begins with [name] makes the pin an extra
 pins, extras = [], {}
 for line in (here / "requirements.txt").read_text(encoding="utf-8").splitlines():
     pin, _, why = (part.strip() for part in line.partition("#"))
     name = re.match(r"\[(\w+)\]", why)
     if pin:
         (extras.setdefault(name[1], []) if name else pins).append(pin)
-# Not among the pins, because requirements.txt is also what CI and a machine without a GPU
-# install. The vLLM that is built for the torch pinned there
-# (it takes no other); 4-bit bitsandbytes weights are a plugin of its own
+# Not among the pins, because CI and machines without a GPU install requirements.txt too. This vLLM is built for the
+# torch pinned there and takes no other. A plugin of its own reads 4-bit bitsandbytes weights.
 extras["vllm"] = ["vllm==0.30.0", "vllm-bnb-plugin==0.0.3"]
 readme = here / "README.md"
 
