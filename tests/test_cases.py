@@ -62,7 +62,7 @@ rte_hub_ints.jsonl               | --dataset glue/rte --contract binary --map 0=
 rte_hub_ints.jsonl               | --dataset rte | 10010
 ok/RTE_dev.tsv                   | --dataset rte | 100100
 ok/RTE_dev.tsv                   | --dataset glue/rte --contract binary | 100100
-ok/RTE_dev.tsv                   | --dataset glue/rte --contract entailment | maps only entailment, neutral, contradiction; binary map it
+ok/RTE_dev.tsv                   | --dataset glue/rte --contract entailment | maps only entailment, neutral, contradiction. For this label choose binary
 ok/WNLI_dev.tsv                  | --dataset wnli | 100100
 ok/WNLI_dev.tsv                  | --dataset glue/wnli --contract binary --names not_entailment,entailment | 100100
 QNLI_dev.tsv                     | --dataset qnli | 100100
