@@ -120,7 +120,7 @@ ok/pairs_json_array.json | |                    jq -c '.[]' pairs_json_array.jso
 ok/pairs_pretty.json     | |                    jq -c . pairs_pretty.json
 ok/pairs_smart.jsonl     | |                    10
 ok/pairs_tab_in_text.tsv | |                    pairs_tab_in_text.tsv:2: 4 fields where the header has 3
-ok/predict_blank_lines.csv | |                  missing column label (for pair rows); found: premise, hypothesis
+ok/predict_blank_lines.csv | |                  missing column label (for pair rows). The file has: premise, hypothesis
 ok/snli_case.jsonl       | entailment |         1100
 ok/snli_mixed_types.jsonl | entailment |        label 'neutral' is a relation, unlike that of line 1
 ok/upper.TSV             | entailment |         1
