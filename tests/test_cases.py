@@ -98,8 +98,8 @@ excel_semicolon.csv      | |                    10
 pairs_header_case.csv    | |                    10
 rte_pairs.csv            | |                    'not_entailment' is a relation, not 0 or 1: name a contract (binary)
 rte_pairs.csv            | binary |             10
-pairs_index_col.csv      | |                    name it id, or write the table with index=False; found: , premise, hypothesis, label
-trailing_comma.csv       | entailment |         the line ends in a delimiter; remove it
+pairs_index_col.csv      | |                    name it id, or write the table with index=False. The columns are: , premise, hypothesis, label
+trailing_comma.csv       | entailment |         the line ends in a delimiter. Remove it
 pairs_nan.jsonl          | |                    label is NaN, a gap in a table: fill it in
 pairs_none.csv           | |                    0001
 pairs_one_class.jsonl    | |                    0000
@@ -352,7 +352,7 @@ def test_a_broken_file_is_refused_in_words_by_every_door(tmp_path, name, ending)
 
 def test_a_table_under_the_name_of_json_and_json_under_the_name_of_a_table(tmp_path):
     (tmp_path / "a.jsonl").write_text("premise,hypothesis,label\nP,H,1\n")
-    with pytest.raises(DataError, match="rename it to .csv or .tsv"):
+    with pytest.raises(DataError, match="Rename it to .csv or .tsv"):
         read_rows(tmp_path / "a.jsonl")
     (tmp_path / "a.csv").write_text('{"premise": "P", "hypothesis": "H", "label": 1}\n')
     assert labels(read_rows(tmp_path / "a.csv")) == "1"
