@@ -39,8 +39,11 @@ _no_text = {
     b"PAR1": ("a Parquet file", "nli_data download --from_file reads it"),
     b"%PDF": ("a PDF document", "export its text"),
     b"version https://git-lfs": ("a pointer of Git LFS, not the file itself", "git lfs pull fetches it"),
-    b"<!doctype html": ("a web page", "look at it in a browser: the download was refused"),
-    b"<html": ("a web page", "look at it in a browser: the download was refused"),
+    b"<!doctype html": (
+        "a web page",
+        "the server probably refused the download. Look at the page in a browser",
+    ),
+    b"<html": ("a web page", "the server probably refused the download. Look at the page in a browser"),
 }
 
 
