@@ -33,10 +33,10 @@ CONTRACTS = dict(
 def check_contract(
     contract: str | None,  # a name in `CONTRACTS`, or None for "not recorded"
 ) -> str | None:  # the same name
-    "Refuse an unknown contract with a `DataError` that lists the known ones."
+    "Refuse an unknown contract with a `DataError` that lists the contracts."
     if contract is not None and contract not in CONTRACTS:
-        known = "".join(f"\n  {name}: {c['says']}" for name, c in CONTRACTS.items())
-        raise DataError(f"no label contract {contract!r}. The contracts are:{known}")
+        contracts = "".join(f"\n  {name}: {c['says']}" for name, c in CONTRACTS.items())
+        raise DataError(f"no label contract {contract!r}. The contracts are:{contracts}")
     return contract
 
 # %% ../nbs/02_labels.ipynb #2a73f676

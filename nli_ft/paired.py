@@ -308,7 +308,7 @@ def decide(
     decisions = []
     for i, t in enumerate(tests):
         level = alpha / (len(tests) - min(rank[i], n_told))
-        told = adjusted[i] <= alpha if t.n_clusters >= MIN_CLUSTERS else None
+        differs = adjusted[i] <= alpha if t.n_clusters >= MIN_CLUSTERS else None
         decisions.append(
             dict(
                 difference=t.difference,
@@ -316,7 +316,7 @@ def decide(
                 ci_level=1 - level,
                 p=t.p,
                 p_holm=adjusted[i],
-                told=told,
+                told=differs,
                 detectable=t.detectable(level),
                 n_clusters=t.n_clusters,
             )

@@ -382,13 +382,13 @@ def refuse(
 # %% ../nbs/05_rows.ipynb #bacc5eec
 def find_column(
     columns,  # names of a file's columns
-    wanted,  # names to look for, the best first
+    names,  # names to look for, the best first
     path="the file",  # for the message
 ) -> str | None:  # the column's own name
     """The column that has one of the names, else one that differs from it only in case and blanks.
 
     Raises `DataError` where two columns do."""
-    for name in wanted:
+    for name in names:
         if name in columns:
             return name
         alike = [c for c in columns if isinstance(c, str) and c.strip().lower() == name.lower()]
@@ -428,7 +428,7 @@ def columns_hint(columns: list, kind: str) -> str:  # the end of a message
     "The command that makes pair rows of a file whose columns have other names."
     if kind != "pair":
         return ""
-    names = {want: find_column(columns, known) for want, known in PAIR_NAMES.items()}
+    names = {want: find_column(columns, synonyms) for want, synonyms in PAIR_NAMES.items()}
     if None in (names["premise"], names["hypothesis"]):
         names = dict(premise="…", hypothesis="…", label="…")
     elif names["label"] is None:
@@ -496,9 +496,9 @@ def check_records(
     bad = BadRows() if bad is None else bad
     ids, first_lines = Seen(), {}
     head = list(itertools.islice(recs, 50))
-    renamed = other_spellings(head, path)
-    if renamed:
-        head = [(line, rename(rec, renamed)) for line, rec in head]
+    new_names = other_spellings(head, path)
+    if new_names:
+        head = [(line, rename(rec, new_names)) for line, rec in head]
     kind = kind or file_kind(path, head)
     if meta is not None:
         meta["kind"] = kind
@@ -506,8 +506,8 @@ def check_records(
         try:
             if isinstance(rec, ValueError):
                 raise rec
-            if renamed:
-                rec = rename(rec, renamed)
+            if new_names:
+                rec = rename(rec, new_names)
             row = clean_row(rec, kind, contract, i)
             if kind == "pair":
                 one_spelling(rec["label"], line, first_lines)

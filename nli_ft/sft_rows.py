@@ -105,12 +105,12 @@ def one_contract(
 # %% ../nbs/06_sft_rows.ipynb #e0e3562e
 def use_thoughts(
     rows,  # thought rows
-    known: Seen,  # is filled with a note for each row: 1 right, 0 wrong
+    notes: Seen,  # is filled with a note for each row: 1 right, 0 wrong
     counts: Counter,  # is filled here
 ):  # yields (row, thought, source)
     "Yield the right thoughts. Wrong ones are only noted, so that their reflections can be recognised."
     for row in rows:
-        known.add(thought_key(row), int(row["correct"]))
+        notes.add(thought_key(row), int(row["correct"]))
         counts["thoughts right" if row["correct"] else "thoughts wrong"] += 1
         if row["correct"]:
             yield row, row["thought_process"], "thought"
@@ -122,14 +122,14 @@ def suspect_path(reflections) -> Path:
 
 # %% ../nbs/06_sft_rows.ipynb #9d29018b
 def use_reflections(
-    rows, path, known: Seen, counts: Counter, drop_wrong: bool = False, max_bad: float = 0.0
+    rows, path, notes: Seen, counts: Counter, drop_wrong: bool = False, max_bad: float = 0.0
 ):  # yields (row, thought, source)
     """Yield the reflections that take the place of a wrong thought.
 
     Raises `DataError` where a share above `max_bad` belongs to no wrong thought."""
     strays, good = BadRows(), 0
     for row in rows:
-        right = known.get(thought_key(row))
+        right = notes.get(thought_key(row))
         if right is None:
             strays.add(f"id {row['id']}", "no thought has this id, premise, hypothesis and gold label")
         elif right:
@@ -205,17 +205,17 @@ class Shuffler:
 
 # %% ../nbs/06_sft_rows.ipynb #6550e262
 def chosen_rows(
-    thoughts, reflections, known, counts, mix=False, drop_wrong=False, max_bad=0.0, contract=None
+    thoughts, reflections, notes, counts, mix=False, drop_wrong=False, max_bad=0.0, contract=None
 ):  # yields (row, thought, source)
     "The right thoughts, then the reflections on the wrong ones. The latter only where there is a reflections file."
     contracts = set()
     rows = one_contract(iter_rows(thoughts, "thought", max_bad, contract), contracts, thoughts, mix)
-    yield from use_thoughts(rows, known, counts)
+    yield from use_thoughts(rows, notes, counts)
     if reflections is None:
         counts["wrong thoughts (left out)"] = counts["thoughts wrong"]
         return
     rows = one_contract(iter_rows(reflections, "reflection", max_bad, contract), contracts, reflections, mix)
-    yield from use_reflections(rows, reflections, known, counts, drop_wrong, max_bad)
+    yield from use_reflections(rows, reflections, notes, counts, drop_wrong, max_bad)
 
 # %% ../nbs/06_sft_rows.ipynb #4fd9a79f
 def checked_strategy(strategy: str, reflections):  # the reflections file that it reads, or None
@@ -249,7 +249,7 @@ def write_sft(
     "Write thoughts and reflections as SFT rows, streaming. After a `DataError` no file is left behind."
     reflections = checked_strategy(strategy, reflections)
     prompt_messages("", "", template)  # refuses an unknown template before anything is written
-    known, counts, written = Seen("B"), Counter(), Counter()
+    notes, counts, written = Seen("B"), Counter(), Counter()
     style = strategy if strategy in STYLES else "cot"
     paths = split_paths(output, SPLITS[: len(splits)]) if splits else {"": Path(output)}
     mixers = {s: Shuffler(seed) for s in paths} if strategy == "shuffled" else {}
@@ -261,7 +261,7 @@ def write_sft(
                 writers[split].write(json_line(row))
             written[str(paths[split])] += len(rows)
 
-        rows = chosen_rows(thoughts, reflections, known, counts, mix, drop_wrong, max_bad, contract)
+        rows = chosen_rows(thoughts, reflections, notes, counts, mix, drop_wrong, max_bad, contract)
         for row, thought, source in rows:
             split = split_of(row["premise"], splits, seed) if splits else ""
             extra = {k: row[k] for k in CARRY if k in row}
