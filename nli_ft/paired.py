@@ -11,22 +11,23 @@ __all__ = ['MIN_CLUSTERS', 'wilson', 'cluster_codes', 'design_effect', 'share_ri
 import math
 from dataclasses import dataclass
 
+from fastcore.basics import patch
+
 from .process import RecordError
 
 # %% ../nbs/07_paired.ipynb #0e0473cf
 def wilson(
-    right: int,
-    n: int,  # successes; trials
+    right: int,  # successes
+    n: int,  # trials
     alpha: float = 0.05,  # 1 - confidence
-    deff: float = 1.0,  # design effect of trials that come in clusters, from `design_effect`
-    clusters: float
-    | None = None,  # equal clusters the trials are worth, from `design_effect`; None: trials of their own
+    deff: float = 1.0,  # from `design_effect`, for trials that come in clusters
+    clusters: float | None = None,  # what the clusters are worth, from `design_effect`; None: no clusters
 ) -> list:  # [low, high]
     """Wilson score interval of a proportion (Wilson 1927; `statsmodels.stats.proportion.proportion_confint`).
 
-    With clusters it is the interval of `n / deff` trials, fewer where the design effect itself is known
-    from few clusters: the degrees-of-freedom adjusted effective sample size of Korn and Graubard (1998),
-    Survey Methodology 24:193-201."""
+    With clusters it is the interval of `n / deff` trials. Few clusters tell little about the design effect
+    itself, so then it is the interval of still fewer trials: the degrees-of-freedom adjusted effective sample
+    size of Korn and Graubard (1998), Survey Methodology 24:193-201."""
     from statsmodels.stats.proportion import proportion_confint
 
     if not n:
@@ -38,7 +39,7 @@ def wilson(
 
 # %% ../nbs/07_paired.ipynb #38a40245
 def _few_clusters(n, clusters, alpha):
-    "Squared ratio of the t quantiles of n trials and of so many clusters; 1 for trials of their own."
+    "Squared ratio of the t quantiles of n trials and of so many clusters. 1 where there are no clusters."
     from scipy.stats import t
 
     if clusters is None or clusters >= n:
@@ -51,7 +52,7 @@ def _few_clusters(n, clusters, alpha):
 def cluster_codes(
     groups,  # a name per row, of any hashable kind
 ):  # int array: 0, 1, … in the order of first appearance
-    "Number the clusters."
+    "The number of each row's cluster."
     import numpy as np
 
     codes = {}
@@ -59,14 +60,15 @@ def cluster_codes(
 
 # %% ../nbs/07_paired.ipynb #1f39a081
 def design_effect(
-    right,
-    groups,  # 1/0 per row; its cluster
-) -> tuple:  # (design effect, clusters, equal clusters that they are worth)
+    right,  # 1 or 0 for each row
+    groups,  # the cluster of each row
+) -> tuple:  # (design effect, number of clusters, equal clusters that they are worth)
     "By what factor clustering raises the variance of a share."
     import numpy as np
 
     right = np.asarray(right, float)
-    size = np.bincount(codes := cluster_codes(groups))
+    codes = cluster_codes(groups)
+    size = np.bincount(codes)
     n, count = len(right), len(size)
     if count == n:
         return 1.0, count, float(count)
@@ -74,18 +76,16 @@ def design_effect(
     binomial = right.mean() * (1 - right.mean()) / (n - 1)
     if count < 2 or not binomial:
         return n / worth, count, worth
-    left_out = np.bincount(codes, right - right.mean()) / (
-        n - size
-    )  # change of the share without one cluster
-    return max(1.0, (count - 1) / count * float(left_out @ left_out) / binomial), count, worth
+    change = np.bincount(codes, right - right.mean()) / (n - size)  # of the share, without one cluster
+    return max(1.0, (count - 1) / count * float(change @ change) / binomial), count, worth
 
 # %% ../nbs/07_paired.ipynb #4ff2f484
 def share_right(
-    right,
-    groups,  # 1/0 per row; its cluster
+    right,  # 1 or 0 for each row
+    groups,  # the cluster of each row
     alpha: float = 0.05,  # 1 - confidence
 ) -> dict:  # n, right, accuracy, accuracy_ci, deff, n_clusters
-    "A share with the one interval that this package prints for shares: Wilson's at the effective number of rows."
+    "A share with its interval: Wilson's, at the effective number of rows. This package prints no other interval."
     k, n = int(sum(right)), len(right)
     deff, count, worth = design_effect(right, groups)
     return dict(
@@ -99,20 +99,19 @@ def share_right(
 
 # %% ../nbs/07_paired.ipynb #eafe757d
 def mcnemar(
-    a,
-    b,  # right (1) or wrong (0) per item, same items in the same order
-) -> dict:  # only_a, only_b (items only one has right), p (exact, two-sided)
+    a,  # right (1) or wrong (0) for each item
+    b,  # the same items in the same order
+) -> dict:  # only_a, only_b (items that only one of them has right), p (exact, two-sided)
     "Exact McNemar test (`statsmodels.stats.contingency_tables.mcnemar`)."
     from statsmodels.stats.contingency_tables import mcnemar as exact
 
     a, b = _same_items(a, b)
     only_a, only_b = int((a > b).sum()), int((b > a).sum())
-    table = [[int((a * b).sum()), only_a], [only_b, int(((1 - a) * (1 - b)).sum())]]
-    return dict(
-        only_a=only_a,
-        only_b=only_b,
-        p=min(1.0, float(exact(table, exact=True).pvalue)) if only_a + only_b else 1.0,
-    )
+    if not only_a + only_b:
+        return dict(only_a=0, only_b=0, p=1.0)
+    both, neither = int((a * b).sum()), int(((1 - a) * (1 - b)).sum())
+    p = float(exact([[both, only_a], [only_b, neither]], exact=True).pvalue)
+    return dict(only_a=only_a, only_b=only_b, p=min(1.0, p))
 
 
 def _same_items(a, b):
@@ -121,131 +120,40 @@ def _same_items(a, b):
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape or not a.size:
         raise RecordError(
-            f"paired statistics need the same items on both sides, at least one; got shapes {a.shape} and {b.shape}"
+            f"paired statistics need the same items on both sides, and at least one. "
+            f"The shapes are {a.shape} and {b.shape}"
         )
     return a, b
 
 # %% ../nbs/07_paired.ipynb #77929074
-MIN_CLUSTERS = 10  # below it no verdict: flips are too few, and one odd cluster weighs too much
+MIN_CLUSTERS = 10  # with fewer, no verdict: there are too few flips, and one odd cluster weighs too much
 
 
 @dataclass
 class PairedTest:
-    "A difference of two accuracies on the same items, with all sign flips of its clusters; made by `paired_test`."
+    "A difference of two accuracies on the same items, with all sign flips of its clusters. `paired_test` makes it."
 
     difference: float  # b - a
     p: float  # two-sided
     n_clusters: int
-    sums: object  # per cluster: b - a summed over its items
-    sizes: object  # per cluster: items
+    sums: object  # for each cluster: b - a, summed over its items
+    sizes: object  # for each cluster: its number of items
     flips: tuple  # (flipped sums, flipped sizes, weight of each flip)
-
-    def interval(self, alpha: float = 0.05) -> list:  # 1 - confidence -> [low, high]
-        """Every difference that the sign-flip test, at this level and with these flips, does not refuse: it
-        leaves 0 out exactly where p ≤ alpha.
-
-        Differences are refused monotonically, so that each flip bounds them by two roots, and the ends are
-        weighted quantiles of these."""
-        import numpy as np
-
-        few = self._few(alpha)
-        if few:
-            return few
-        total, n = self.sums.sum(), self.sizes.sum()
-        flipped, sizes, weight = self.flips
-        none = np.abs(sizes) == n  # nothing flipped, or everything: fits any difference
-        sizes = np.where(none, 0, sizes)
-        roots = np.sort([(total - flipped) / (n - sizes), (total + flipped) / (n + sizes)], axis=0)
-        low, high = np.where(none, [[-1.0], [1.0]], roots.clip(-1, 1))
-        low, high = _first_beyond(low, weight, alpha), -_first_beyond(-high, weight, alpha)
-        if low < high:
-            return [low, high]
-        unseen = 1 - alpha ** (
-            1 / self.n_clusters
-        )  # all clusters alike: so many others may exist, with no difference or a full one
-        return sorted(
-            [
-                self.difference * (1 - unseen),
-                self.difference + (math.copysign(1, self.difference) - self.difference) * unseen,
-            ]
-        )
-
-    def _few(self, alpha):
-        """Where fewer clusters differ than any flips could tell: as large a difference as the share of
-        clusters that may differ (Clopper and Pearson 1934)."""
-        import numpy as np
-
-        from scipy.stats import beta
-
-        differ = int(np.count_nonzero(self.sums))
-        if self.p <= alpha or differ >= _least_differing(alpha):
-            return None
-        same = self.n_clusters - differ
-        share = float(beta.ppf(1 - alpha, differ + 1, same)) if same else 1.0
-        bound = min(1.0, share * float(self.sizes.max() / self.sizes.mean()))
-        return [-bound, bound]
-
-    def detectable(
-        self,
-        alpha: float = 0.05,
-        power: float = 0.8,  # two-sided level; chance to see the difference
-    ) -> float | None:  # smallest difference; None where even 1 would not be seen, or no item differs
-        """The sample size formula of a paired test (Connor 1987) with this test's own critical value and
-        variance over clusters, solved for the difference.
-
-        A difference that this test has not told from noise at `alpha` is always smaller."""
-        import numpy as np
-
-        from scipy.optimize import brentq
-        from scipy.stats import gamma, norm
-
-        own = math.sqrt(self.sums @ self.sums)
-        if not own:
-            return None
-        flipped, _, weight = self.flips
-        level = -_first_beyond(-np.abs(flipped), weight, alpha)
-        beyond = np.abs(flipped)[np.abs(flipped) > level + 1e-9]
-        critical = (level + beyond.min()) / 2 / own if len(beyond) else norm.ppf(1 - alpha / 2)
-        off = self.sums - self.difference * self.sizes
-        toward = self.sizes * math.copysign(1, self.difference)
-        n, spread = self.sizes.sum(), norm.ppf(power) * math.sqrt(off @ off)
-
-        def spare(d):
-            return d * n - critical * math.sqrt((off + d * toward) @ (off + d * toward)) - spread
-
-        if spare(1) <= 0:
-            return None
-        typical = np.abs(self.sums)[self.sums != 0].mean() / n
-        least = float(
-            gamma.ppf(power, _least_differing(alpha)) * typical
-        )  # as many clusters must differ, the same way
-        found = max(least, float(brentq(spare, 0, 1)))
-        return found if found < 1 else None
-
-# %% ../nbs/07_paired.ipynb #b4b60dbc
-def _least_differing(alpha):
-    return math.ceil(math.log2(2 / alpha))
-
-# %% ../nbs/07_paired.ipynb #113fb976
-def _first_beyond(values, weight, alpha):
-    "The smallest value up to which there is more than `alpha` of the weight."
-    import numpy as np
-
-    order = np.argsort(values)
-    return float(values[order][(weight[order].cumsum() > alpha * (1 + 1e-9)).argmax()])
 
 # %% ../nbs/07_paired.ipynb #9c34672f
 def paired_test(
-    a,
-    b,  # right (1) or wrong (0) per item, same items in the same order
-    groups=None,  # cluster of each item; None takes each item by itself
-    n_flips: int = 10_000,
-    seed: int = 0,  # random flips where there are more than that many; random seed
+    a,  # right (1) or wrong (0) for each item
+    b,  # the same items in the same order
+    groups=None,  # the cluster of each item; None takes each item by itself
+    n_flips: int = 10_000,  # more possible flips than this are drawn at random
+    seed: int = 0,  # of the random flips
 ) -> PairedTest:
     """Sign-flip test over clusters (Fisher 1935; for clusters Canay, Romano and Shaikh 2017, Econometrica
-    85:1013-1030): were the two equal, each cluster's difference could as well have had the other sign. All
-    flips where they are few, else random ones and the one that was seen, which is the +1 of Phipson and
-    Smyth (2010). Clusters of the same sum and size are flipped together: their signs sum to a binomial."""
+    85:1013-1030).
+
+    It takes all flips where they are few. Else it takes random ones and the one that was seen, which is the +1
+    of Phipson and Smyth (2010). Clusters of the same sum and size are flipped together, because their signs
+    sum to a binomial."""
     import numpy as np
 
     a, b = _same_items(a, b)
@@ -262,21 +170,121 @@ def paired_test(
 
 # %% ../nbs/07_paired.ipynb #f0a80a6f
 def _flips(alike, n_flips, seed):
-    "(kinds, flips) array: how many clusters of each kind change their sign; and the weight of each flip."
+    """(how many clusters of each kind change their sign, the weight of each flip).
+
+    The first is an array with a row for each kind and a column for each flip."""
     import numpy as np
 
     from scipy.stats import binom
 
     if math.prod(int(k) + 1 for k in alike) <= n_flips:
-        minus = np.stack([m.ravel() for m in np.meshgrid(*(np.arange(k + 1) for k in alike), indexing="ij")])
+        grid = np.meshgrid(*map(np.arange, alike + 1), indexing="ij")
+        minus = np.stack([axis.ravel() for axis in grid])
         return minus, binom.pmf(minus, alike[:, None], 0.5).prod(axis=0)
     rng = np.random.default_rng(seed)
     minus = np.stack([np.append(0, rng.binomial(k, 0.5, n_flips)) for k in alike])
     return minus, np.full(n_flips + 1, 1 / (n_flips + 1))
 
+# %% ../nbs/07_paired.ipynb #113fb976
+def _first_beyond(values, weight, alpha):
+    "The smallest value such that it and the values below it have more than `alpha` of the weight."
+    import numpy as np
+
+    order = np.argsort(values)
+    beyond = weight[order].cumsum() > alpha * (1 + 1e-9)
+    return float(values[order][beyond.argmax()])
+
+# %% ../nbs/07_paired.ipynb #448b9522
+@patch
+def interval(self: PairedTest, alpha: float = 0.05) -> list:  # 1 - confidence -> [low, high]
+    """Every difference that the sign-flip test, at this level and with these flips, does not reject.
+
+    It leaves 0 out exactly where p ≤ alpha. The farther a difference lies from the one seen, the sooner the test
+    rejects it. So two roots bound the differences that a flip agrees with, and the ends of the interval are
+    weighted quantiles of these roots."""
+    import numpy as np
+
+    few = self._few(alpha)
+    if few:
+        return few
+    total, n = self.sums.sum(), self.sizes.sum()
+    flipped, sizes, weight = self.flips
+    none = np.abs(sizes) == n  # nothing is flipped, or everything: such a flip agrees with any difference
+    sizes = np.where(none, 0, sizes)
+    roots = np.sort([(total - flipped) / (n - sizes), (total + flipped) / (n + sizes)], axis=0)
+    low, high = np.where(none, [[-1.0], [1.0]], roots.clip(-1, 1))
+    low, high = _first_beyond(low, weight, alpha), -_first_beyond(-high, weight, alpha)
+    if low < high:
+        return [low, high]
+    # All clusters are alike. This share of others may exist unseen, with no difference or with a full one.
+    other = 1 - alpha ** (1 / self.n_clusters)
+    full = math.copysign(1, self.difference)
+    return sorted([self.difference * (1 - other), self.difference + (full - self.difference) * other])
+
+# %% ../nbs/07_paired.ipynb #b4b60dbc
+def _least_differing(alpha):
+    "The number of differing clusters from which on a two-sided flip test can give p ≤ alpha."
+    return math.ceil(math.log2(2 / alpha))
+
+
+@patch
+def _few(self: PairedTest, alpha):
+    """The interval where fewer clusters differ than the flips need to tell, else None.
+
+    It is as wide as the share of clusters that may differ (Clopper and Pearson 1934)."""
+    import numpy as np
+
+    from scipy.stats import beta
+
+    differ = int(np.count_nonzero(self.sums))
+    if self.p <= alpha or differ >= _least_differing(alpha):
+        return None
+    same = self.n_clusters - differ
+    share = float(beta.ppf(1 - alpha, differ + 1, same)) if same else 1.0
+    bound = min(1.0, share * float(self.sizes.max() / self.sizes.mean()))
+    return [-bound, bound]
+
+# %% ../nbs/07_paired.ipynb #2ac4eede
+@patch
+def detectable(
+    self: PairedTest,
+    alpha: float = 0.05,  # two-sided level
+    power: float = 0.8,  # chance to see the difference
+) -> float | None:  # smallest difference; None where even 1 would not be seen, or no item differs
+    """The sample size formula of a paired test (Connor 1987), solved for the difference.
+
+    It uses this test's own critical value and variance over clusters. A difference that this test has not told
+    from noise at `alpha` is always smaller."""
+    import numpy as np
+
+    from scipy.optimize import brentq
+    from scipy.stats import gamma, norm
+
+    own = math.sqrt(self.sums @ self.sums)
+    if not own:
+        return None
+    flipped, _, weight = self.flips
+    level = -_first_beyond(-np.abs(flipped), weight, alpha)
+    beyond = np.abs(flipped)[np.abs(flipped) > level + 1e-9]
+    critical = (level + beyond.min()) / 2 / own if len(beyond) else norm.ppf(1 - alpha / 2)
+    off = self.sums - self.difference * self.sizes
+    toward = self.sizes * math.copysign(1, self.difference)
+    n, spread = self.sizes.sum(), norm.ppf(power) * math.sqrt(off @ off)
+
+    def spare(d):
+        return d * n - critical * math.sqrt((off + d * toward) @ (off + d * toward)) - spread
+
+    if spare(1) <= 0:
+        return None
+    typical = np.abs(self.sums)[self.sums != 0].mean() / n
+    # at least so many clusters must differ, all in the same direction
+    least = float(gamma.ppf(power, _least_differing(alpha)) * typical)
+    smallest = max(least, float(brentq(spare, 0, 1)))
+    return smallest if smallest < 1 else None
+
 # %% ../nbs/07_paired.ipynb #f2ec4332
 def holm(
-    pvalues: list,  # of one family of comparisons
+    pvalues: list,  # of the comparisons of one family
 ) -> list:  # adjusted p-values, in order
     "Holm's step-down correction (`statsmodels.stats.multitest.multipletests`)."
     from statsmodels.stats.multitest import multipletests
@@ -285,39 +293,39 @@ def holm(
 
 # %% ../nbs/07_paired.ipynb #ffdf212b
 def decide(
-    tests: list,  # one family: `PairedTest` or `SeedTest`, each against the same baseline
+    tests: list,  # of one family: `PairedTest` or `SeedTest`, each against the same baseline
     alpha: float = 0.05,  # chance of any false verdict in the family
 ) -> list:  # dicts: difference, ci, ci_level, p, p_holm, told, detectable, n_clusters
-    """What may be said of each difference. `told`: True where it can be told from noise, False where it
-    cannot, None where there are too few clusters to say.
+    """What may be said of each difference.
 
-    Interval and detectable difference are at the level at which Holm's step-down procedure asked: alpha
-    over the comparisons not yet decided. So an interval has at least 1 - alpha confidence, and leaves 0 out
-    exactly where the verdict is that the difference can be told from noise."""
+    `told` is True where the difference can be told from noise, False where it cannot, and None where there are
+    too few clusters to say. Holm's step-down procedure tests each difference at its own level: alpha over the
+    number of comparisons that are not yet decided. Interval and detectable difference are at that level too. So
+    an interval has at least 1 - alpha confidence, and it leaves 0 out exactly where `told` is True."""
     adjusted = holm([t.p for t in tests])
     n_told = sum(p <= alpha for p in adjusted)
     rank = {i: r for r, i in enumerate(sorted(range(len(tests)), key=lambda i: tests[i].p))}
-    found = []
+    decisions = []
     for i, t in enumerate(tests):
         level = alpha / (len(tests) - min(rank[i], n_told))
-        told = adjusted[i] <= alpha if t.n_clusters >= MIN_CLUSTERS else None
-        found.append(
+        differs = adjusted[i] <= alpha if t.n_clusters >= MIN_CLUSTERS else None
+        decisions.append(
             dict(
                 difference=t.difference,
                 ci=t.interval(level),
                 ci_level=1 - level,
                 p=t.p,
                 p_holm=adjusted[i],
-                told=told,
+                told=differs,
                 detectable=t.detectable(level),
                 n_clusters=t.n_clusters,
             )
         )
-    return found
+    return decisions
 
 # %% ../nbs/07_paired.ipynb #9ae35b3f
 def verdict(
-    r: dict,  # of `decide`, with `n` and `discordant` (share of items that only one has right), maybe `doubt`
+    r: dict,  # from `decide`, with `n`, `discordant` (share of items that only one has right), maybe `doubt`
 ) -> str:
     "In plain words whether a difference can be told from noise."
     points, doubt = f"{100 * r['difference']:+.1f} points", r.get("doubt") or ""
@@ -334,7 +342,7 @@ def verdict(
     return f"{points}: cannot be told from noise at {where}; {unseen(r['detectable'])}{doubt}"
 
 # %% ../nbs/07_paired.ipynb #9390bf14
-def unseen(detectable: float | None) -> str:  # of `decide`
+def unseen(detectable: float | None) -> str:  # from `decide`
     "What a difference that cannot be told from noise leaves open."
     if detectable is None:
         return "even a very large difference would mostly go unseen"
@@ -342,27 +350,28 @@ def unseen(detectable: float | None) -> str:  # of `decide`
 
 # %% ../nbs/07_paired.ipynb #0e6c03d8
 def other_way(
-    better: dict,
-    baseline: dict,  # accuracy, macro_f1 and mcc of both
+    better: dict,  # accuracy, macro_f1 and mcc
+    baseline: dict,  # the same
 ) -> str:  # "" or a clause for the end of a verdict
-    """Where accuracy rises and a score that looks at both classes falls, or the reverse: an answer that
-    favours the frequent class does that."""
+    """A warning where accuracy rises and a score that looks at both classes falls, or the reverse.
+
+    An answer that favours the frequent class does that."""
     gain = better["accuracy"] - baseline["accuracy"]
-    said = []
+    changes = []
     for key, name in (("macro_f1", "macro-F1"), ("mcc", "MCC")):
         if better[key] is None or baseline[key] is None:
             continue
         change = better[key] - baseline[key]
         if gain * change < 0 and abs(change) >= 0.0005:
-            said.append(f"{name} {change:+.3f}")
-    return f"; but the other way by {' and '.join(said)}: look at the classes" if said else ""
+            changes.append(f"{name} {change:+.3f}")
+    return f"; but the other way by {' and '.join(changes)}: look at the classes" if changes else ""
 
 # %% ../nbs/07_paired.ipynb #412776dc
 def minimum_detectable_difference(
     n: int,  # paired items
     discordant: float,  # share of items that exactly one of the two has right
-    alpha: float = 0.05,
-    power: float = 0.8,  # two-sided level; chance to see the difference
+    alpha: float = 0.05,  # two-sided level
+    power: float = 0.8,  # chance to see the difference
 ) -> float | None:  # smallest difference of accuracies; None where even `discordant` itself could not be seen
     "Connor (1987), Biometrics 43:207–211: n = (z_α √ψ + z_β √(ψ − δ²))² / δ², solved for δ."
     from scipy.optimize import brentq
@@ -380,7 +389,7 @@ def minimum_detectable_difference(
 # %% ../nbs/07_paired.ipynb #280ab305
 @dataclass
 class SeedTest:
-    "A difference of two configs over their seeds; made by `seed_test`."
+    "A difference of two configs over their seeds. `seed_test` makes it."
 
     difference: float  # of the means over seeds and items
     se: float  # standard error, over seeds and clusters of items
@@ -398,11 +407,11 @@ class SeedTest:
     def interval(self, alpha: float = 0.05) -> list:  # 1 - confidence -> [low, high]
         from scipy.stats import t
 
-        half = (
-            float(t.ppf(1 - alpha / 2, self.df)) * self.se if self.se else 1 - alpha ** (1 / self.n_clusters)
-        )
-        if not self.se and self.difference:
-            half *= abs(self.difference)
+        if self.se:
+            half = float(t.ppf(1 - alpha / 2, self.df)) * self.se
+        else:
+            half = 1 - alpha ** (1 / self.n_clusters)
+            half *= abs(self.difference) or 1
         return [max(-1.0, self.difference - half), min(1.0, self.difference + half)]
 
     def detectable(
@@ -410,28 +419,34 @@ class SeedTest:
     ) -> float | None:  # smallest difference that this standard error would show
         from scipy.stats import t
 
-        found = float(t.ppf(1 - alpha / 2, self.df) + t.ppf(power, self.df)) * self.se if self.se else None
-        return found if found is not None and found < 1 else None
+        if not self.se:
+            return None
+        smallest = float(t.ppf(1 - alpha / 2, self.df) + t.ppf(power, self.df)) * self.se
+        return smallest if smallest < 1 else None
 
 # %% ../nbs/07_paired.ipynb #6dc54c60
 def seed_test(
-    base,
-    runs,  # (seeds, items) arrays of right/wrong, on the same items
-    groups=None,  # cluster of each item; None takes each item by itself
-    seedless: tuple = (False, False),  # is each of the two a model that no seed changes: an untrained one?
+    base,  # (seeds, items) array of right (1) and wrong (0)
+    runs,  # the same for the other config, on the same items
+    groups=None,  # the cluster of each item; None takes each item by itself
+    seedless: tuple = (
+        False,
+        False,
+    ),  # for base and runs: a model that no seed changes, such as an untrained one?
 ) -> SeedTest | None:  # runs - base; None where an arm has one seed
     """Welch's t test over seeds, with the variance over clusters of items as a third part (Satterthwaite 1946,
     Biometrics Bulletin 2:110-114).
 
-    Satterthwaite's degrees of freedom are themselves an estimate, and too many where an arm is small. So
-    the seeds of both arms together count for no more than twice those of the smaller arm, and with two
-    seeds in an arm that is all there is: two do not show that seeds vary little."""
+    Satterthwaite's degrees of freedom are themselves an estimate, and too many where an arm is small. So the
+    seeds of both arms together count for no more than twice those of the smaller arm. With two seeds in an arm,
+    the whole test has no more than two: two seeds do not show that seeds vary little."""
     import numpy as np
 
     base, runs = (np.atleast_2d(np.asarray(x, float)) for x in (base, runs))
     if base.shape[1] != runs.shape[1]:
         raise RecordError(
-            f"runs have {runs.shape[1]} items and the baseline {base.shape[1]}: not the same items"
+            f"runs have {runs.shape[1]} items and the baseline {base.shape[1]}: not the same items. "
+            "Compare runs on the same file"
         )
     arms = [_seed_variance(m) for m, fixed in zip((base, runs), seedless) if not fixed]
     if None in arms:
@@ -463,12 +478,12 @@ def _cluster_variance(values, codes):
     n, count = len(values), len(size)
     if count < 2:
         return 0.0, 1.0
-    left_out = np.bincount(codes, values - values.mean()) / (n - size)
-    return (count - 1) / count * float(left_out @ left_out), max(1.0, n**2 / float(size @ size) - 1)
+    change = np.bincount(codes, values - values.mean()) / (n - size)
+    return (count - 1) / count * float(change @ change), max(1.0, n**2 / float(size @ size) - 1)
 
 # %% ../nbs/07_paired.ipynb #9bcaf56e
 def _satterthwaite(parts):
-    "Degrees of freedom of a sum of variances; those that are 0 say nothing."
+    "Degrees of freedom of a sum of variances. A variance of 0 is left out, because it says nothing."
     parts = [(v, f) for v, f in parts if v > 0]
     if not parts:
         return math.inf
@@ -476,13 +491,14 @@ def _satterthwaite(parts):
 
 # %% ../nbs/07_paired.ipynb #8c119166
 def seed_share(
-    runs,
-    groups,  # (seeds, items) array of right/wrong; cluster of each item
+    runs,  # (seeds, items) array of right (1) and wrong (0)
+    groups,  # the cluster of each item
     seedless: bool = False,  # a model that no seed changes
     alpha: float = 0.05,  # 1 - confidence
-) -> dict:  # accuracy, sd (over seeds), accuracy_ci; the last two None for one seed
-    """Mean accuracy of a config with Wilson's interval at the effective number of rows, where seeds vary as
-    well as clusters of items."""
+) -> dict:  # accuracy, sd (over seeds), accuracy_ci; the last two are None for one seed
+    """Mean accuracy of a config, with Wilson's interval at the effective number of rows.
+
+    Both the seeds and the clusters of items vary."""
     import numpy as np
 
     from scipy.stats import norm, t
@@ -498,9 +514,6 @@ def seed_share(
         return dict(accuracy=share, sd=sd, accuracy_ci=share_right(runs[0], groups, alpha)["accuracy_ci"])
     items, df = _cluster_variance(runs.mean(0), cluster_codes(groups))
     parts = [_seed_variance(runs), (max(items, binomial / (n - 1)), df)]
-    worth = (
-        binomial
-        / sum(v for v, _ in parts)
-        * (norm.ppf(alpha / 2) / t.ppf(alpha / 2, _satterthwaite(parts))) ** 2
-    )
+    few = (norm.ppf(alpha / 2) / t.ppf(alpha / 2, _satterthwaite(parts))) ** 2
+    worth = binomial / sum(v for v, _ in parts) * few
     return dict(accuracy=share, sd=sd, accuracy_ci=wilson(share * worth, worth, alpha))

@@ -12,7 +12,7 @@ import re
 def words(
     text: str | None,  # any text
 ) -> list:  # its words, lower case
-    "Letters, digits and inner apostrophes."
+    "The words of a text: runs of letters and digits, with apostrophes inside them."
     return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", (text or "").lower())
 
 # %% ../nbs/08_reading.ipynb #0ac42a4f
@@ -24,6 +24,7 @@ def negations(text: str) -> int:
     return sum(w in NEGATIONS or w.endswith(("n't", "n’t")) for w in words(text))
 
 # %% ../nbs/08_reading.ipynb #95c524c6
+# "did not follow Nancy" is no verdict: after "follow" the sentence must end, or "from", "that" … must come
 _verdict = re.compile(
     r"""
     \b(?P<lead> (?:cannot|can't|can|could|is|are|does|do|may|might|would|should)(?:\ not|n't)?
@@ -34,7 +35,7 @@ _verdict = re.compile(
       | follows? (?= \s*[.,;] | \s*$ | \s+(?:from|that|logically|necessarily|directly)\b ) )\b
     """,
     re.I | re.X,
-)  # "did not follow Nancy" is no verdict
+)
 _denial = re.compile(
     r"""
     \b(?:not|cannot|no|nor|neither|impossible|unable|insufficient|incorrect|invalid|wrong|hard|difficult|premature
@@ -53,48 +54,49 @@ _plain_verdict = re.compile(
     """,
     re.I | re.X,
 )
-_turn = re.compile(
-    r"\b(?:therefore|thus|hence|so|however|but|yet)\b", re.I
-)  # the next sentence judges for itself
 _denied_before = re.compile(r"\b(?:not|never) (?:\w+ )?$", re.I)
 
-
+# %% ../nbs/08_reading.ipynb #d1772f1c
 def sentence_verdict(sentence: str) -> int | None:  # 1 entailed, 0 not entailed, None: no verdict recognised
     "The last verdict that a sentence states."
-    found, quoted_from = [], len(sentence)
+    verdicts, quotation = [], len(sentence)  # (position, verdict), and where a quotation begins
     for m in _verdict.finditer(sentence):
         denied = _denial.search(m["lead"] + " " + m["between"]) is not None
         if denied or not m["only_denied"]:
-            found.append((m.start("verb"), int(not denied)))
+            verdicts.append((m.start("verb"), int(not denied)))
             if sentence.startswith(" that ", m.end()):
-                quoted_from = min(quoted_from, m.end())
-    for m in _plain_verdict.finditer(sentence, 0, quoted_from):
+                quotation = min(quotation, m.end())
+    for m in _plain_verdict.finditer(sentence, 0, quotation):
         if not _denied_before.search(sentence[: m.start()]):
-            found.append((m.start(), int(m["yes"] is not None)))
-    return max(found)[1] if found else None
+            verdicts.append((m.start(), int(m["yes"] is not None)))
+    return max(verdicts)[1] if verdicts else None
+
+# %% ../nbs/08_reading.ipynb #3924b2d2
+_turn = re.compile(r"\b(?:therefore|thus|hence|so|however|but|yet)\b", re.I)
 
 
 def concludes(thought: str | None) -> int | None:  # 1 entailed, 0 not entailed, None: no verdict recognised
-    "The verdict that a thought states in its last sentence, or else in the one before it."
+    "The verdict that a thought states in its last sentence, or else in the sentence before it."
     sentences = re.split(r"(?<=[.!?])\s+(?=\S)", (thought or "").replace("’", "'").strip())
     for sentence in reversed(sentences[-2:]):
-        if (verdict := sentence_verdict(sentence)) is not None:
+        verdict = sentence_verdict(sentence)
+        if verdict is not None:
             return verdict
         if _turn.search(sentence):
             return None
 
 # %% ../nbs/08_reading.ipynb #e41b21c2
 _leak = re.compile(
-    r"\b(?:true|correct|gold|given|actual|provided|expected|target)[ -](?:standard "
-    r")?(?:label|answer)s?\b|\bground[ -]truth\b|\blabel(?:led|ed)? (?:as )?(?:is|was|given as|of)? "
-    r"?[01]\b"
-    r"|\b(?:initial|original|previous|earlier|first) (?:reasoning|thought(?: "
-    r"process)?|prediction|analysis|answer|response|conclusion)\b",
+    r"\b(?:true|correct|gold|given|actual|provided|expected|target)[ -](?:standard )?(?:label|answer)s?\b"
+    r"|\bground[ -]truth\b"
+    r"|\blabel(?:led|ed)? (?:as )?(?:is|was|given as|of)? ?[01]\b"
+    r"|\b(?:initial|original|previous|earlier|first)"
+    r" (?:reasoning|thought(?: process)?|prediction|analysis|answer|response|conclusion)\b",
     re.I,
 )
 
 
-def leaks_gold(thought: str) -> str | None:  # the telling words
-    "The words by which a thought shows that its writer was shown the label or an earlier attempt."
+def leaks_gold(thought: str) -> str | None:  # the telling words, or None
+    "The words by which a thought shows that its writer saw the gold label or an earlier attempt."
     m = _leak.search(thought)
     return m[0] if m else None

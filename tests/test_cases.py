@@ -62,7 +62,7 @@ rte_hub_ints.jsonl               | --dataset glue/rte --contract binary --map 0=
 rte_hub_ints.jsonl               | --dataset rte | 10010
 ok/RTE_dev.tsv                   | --dataset rte | 100100
 ok/RTE_dev.tsv                   | --dataset glue/rte --contract binary | 100100
-ok/RTE_dev.tsv                   | --dataset glue/rte --contract entailment | maps only entailment, neutral, contradiction; binary map it
+ok/RTE_dev.tsv                   | --dataset glue/rte --contract entailment | maps only entailment, neutral, contradiction. For this label choose binary
 ok/WNLI_dev.tsv                  | --dataset wnli | 100100
 ok/WNLI_dev.tsv                  | --dataset glue/wnli --contract binary --names not_entailment,entailment | 100100
 QNLI_dev.tsv                     | --dataset qnli | 100100
@@ -98,8 +98,8 @@ excel_semicolon.csv      | |                    10
 pairs_header_case.csv    | |                    10
 rte_pairs.csv            | |                    'not_entailment' is a relation, not 0 or 1: name a contract (binary)
 rte_pairs.csv            | binary |             10
-pairs_index_col.csv      | |                    name it id, or write the table with index=False; found: , premise, hypothesis, label
-trailing_comma.csv       | entailment |         the line ends in a delimiter; remove it
+pairs_index_col.csv      | |                    name it id, or write the table with index=False. The columns are: , premise, hypothesis, label
+trailing_comma.csv       | entailment |         the line ends in a delimiter. Remove it
 pairs_nan.jsonl          | |                    label is NaN, a gap in a table: fill it in
 pairs_none.csv           | |                    0001
 pairs_one_class.jsonl    | |                    0000
@@ -120,7 +120,7 @@ ok/pairs_json_array.json | |                    jq -c '.[]' pairs_json_array.jso
 ok/pairs_pretty.json     | |                    jq -c . pairs_pretty.json
 ok/pairs_smart.jsonl     | |                    10
 ok/pairs_tab_in_text.tsv | |                    pairs_tab_in_text.tsv:2: 4 fields where the header has 3
-ok/predict_blank_lines.csv | |                  missing column label (for pair rows); found: premise, hypothesis
+ok/predict_blank_lines.csv | |                  missing column label (for pair rows). The file has: premise, hypothesis
 ok/snli_case.jsonl       | entailment |         1100
 ok/snli_mixed_types.jsonl | entailment |        label 'neutral' is a relation, unlike that of line 1
 ok/upper.TSV             | entailment |         1
@@ -352,7 +352,7 @@ def test_a_broken_file_is_refused_in_words_by_every_door(tmp_path, name, ending)
 
 def test_a_table_under_the_name_of_json_and_json_under_the_name_of_a_table(tmp_path):
     (tmp_path / "a.jsonl").write_text("premise,hypothesis,label\nP,H,1\n")
-    with pytest.raises(DataError, match="rename it to .csv or .tsv"):
+    with pytest.raises(DataError, match="Rename it to .csv or .tsv"):
         read_rows(tmp_path / "a.jsonl")
     (tmp_path / "a.csv").write_text('{"premise": "P", "hypothesis": "H", "label": 1}\n')
     assert labels(read_rows(tmp_path / "a.csv")) == "1"

@@ -77,7 +77,10 @@ def test_an_unclosed_quote_in_csv_is_named_by_the_line_it_opens_on(tmp_path):
 
 def test_a_missing_column_is_named_with_the_columns_that_were_found(tmp_path):
     msg = why(put(tmp_path / "a.csv", "premise,conclusion,label\nP,H,1\n"))
-    assert "missing column hypothesis (for pair rows)" in msg and "found: premise, conclusion, label" in msg
+    assert (
+        "missing column hypothesis (for pair rows)" in msg
+        and "The file has: premise, conclusion, label" in msg
+    )
     msg = why(put(tmp_path / "a.jsonl", lines(dict(premise="P", hypothesis="H"))))
     assert "missing column label" in msg
 
@@ -121,7 +124,7 @@ def test_other_labels_are_refused_by_name(tmp_path, label, what):
         ("", "premise is empty"),
         (" \n", "premise is empty"),
         (None, "missing premise"),
-        (5, "premise is a int"),
+        (5, "premise is of type int"),
         ("a\0b", "NUL bytes"),
         ("broken \ud800", "invalid UTF-8"),
     ],
@@ -206,7 +209,7 @@ def test_a_file_over_its_share_of_bad_rows_is_refused_with_the_first_few(tmp_pat
     f = put(tmp_path / "a.jsonl", lines(*[PAIR | dict(id=i, label=i % 5) for i in range(50)]))
     msg = why(f, max_bad=0.59)
     assert (
-        "30 of 50 rows unusable (60.0%; tolerated: 59.0%)" in msg
+        "30 of 50 rows unusable (60.0%, tolerated 59.0%)" in msg
         and msg.count("a.jsonl:") == 6
         and msg.endswith("…")
     )
