@@ -263,7 +263,7 @@ def corpus_cli(argv=None) -> int:  # exit code
         "--size",
         choices=SIZES,
         default="tiny",
-        help="rows of train/dev/test: tiny 640/120/240, small 3968/360/720, full 24064/2280/4560; demo: "
+        help="rows of train/dev/test: tiny 640/120/240, small 3968/360/720, full 24064/2280/4560. demo: "
         "two easy categories, 640/128/240",
     )
     ap.add_argument("--out", required=True, help="folder for train.jsonl, dev.jsonl, test*.jsonl")

@@ -534,7 +534,7 @@ def focus_text(f: tuple, variant: str) -> str:  # a sentence
     }[op][new]
 
 # %% ../nbs/44_logic.ipynb #511a2dca
-def presupposed(f: tuple) -> tuple:  # of literals; a capital is the earlier time
+def presupposed(f: tuple) -> tuple:  # of literals. A capital is the earlier time
     "What *only* and *again* say, and what they take for granted. The latter outlives denial (Horn 1969, Heim 1983)."
     if f[0] in ("true", "not"):
         return (f,)

@@ -72,7 +72,7 @@ REPORTS = ATTITUDES | IMPLICATIVES | ADJECTIVES
 # %% ../nbs/40_meanings.ipynb #3fddd074
 def has(
     thing: frozenset,  # properties of one individual
-    props: tuple,  # property names; "-B" is the complement of "B"
+    props: tuple,  # property names. "-B" is the complement of "B"
 ) -> bool:
     "Does `thing` have every property in `props`?"
 

@@ -110,7 +110,7 @@ def iter_written(
                 raise DataError(f"{path}:{n}: not a row written by this command")
             yield n, row
     except DataError as e:
-        raise DataError(f"{e}; name another --output") from None
+        raise DataError(f"{e}. Name another --output") from None
 
 # %% ../nbs/49_teacher_files.ipynb #6e0e8b10
 @dataclass
@@ -199,7 +199,7 @@ def wanted_rows(
         if not stage.saw_gold:
             yield {k: v for k, v in row.items() if k not in ADDED}
         elif meta["kind"] != "thought":
-            raise DataError(f"{source.path} holds {meta['kind']} rows; reflections are made of thoughts")
+            raise DataError(f"{source.path} holds {meta['kind']} rows. Reflections are made of thoughts")
         elif not row["correct"]:
             yield row
 

@@ -403,7 +403,7 @@ async def send(self: TeacherSession, messages, fmt, trail):
         if again(e):
             hint = f" (if it fails only so: {HINTS['format']})" if status == 500 and fmt != "plain" else ""
             raise Unreachable(
-                f"given up after {ep.max_attempts} attempts; the last: {words}{hint}", status
+                f"given up after {ep.max_attempts} attempts. The last: {words}{hint}", status
             ) from None
         about = about_request(words) if status in (400, 415, 422, 501) else None
         has_system = any(m["role"] == "system" for m in messages)
