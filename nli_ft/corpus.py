@@ -92,14 +92,14 @@ class Lookup:
 
     def fit(self, rows: list):
         "Count the labels of every pair of wordings in `rows`."
-        self.seen = defaultdict(Counter)
+        self.labels = defaultdict(Counter)
         for r in rows:
-            self.seen[delexed(r)][r["label"]] += 1
+            self.labels[delexed(r)][r["label"]] += 1
         return self
 
     def knows(self, row: dict) -> bool:
         "Is the pair of wordings in the table?"
-        return delexed(row) in self.seen
+        return delexed(row) in self.labels
 
     def predict(self, rows: list) -> list:  # labels
         "The more frequent label of each pair in the table, and 0 for the other pairs."
@@ -107,7 +107,7 @@ class Lookup:
         def one(row):
             if not self.knows(row):
                 return 0
-            return self.seen[delexed(row)].most_common(1)[0][0]
+            return self.labels[delexed(row)].most_common(1)[0][0]
 
         return list(map(one, rows))
 

@@ -40,30 +40,30 @@ COUNTS = {
 
 # %% ../nbs/40_meanings.ipynb #b36b1f74
 ATTITUDES = {  # (is it a fact? is it believed?) -> is the report true?
-    "knows": lambda fact, held: fact and held,
-    "right": lambda fact, held: fact and held,
-    "unaware": lambda fact, held: fact and not held,
-    "wrong": lambda fact, held: held and not fact,
-    "thinks": lambda fact, held: held,
+    "knows": lambda fact, belief: fact and belief,
+    "right": lambda fact, belief: fact and belief,
+    "unaware": lambda fact, belief: fact and not belief,
+    "wrong": lambda fact, belief: belief and not fact,
+    "thinks": lambda fact, belief: belief,
 }
-IMPLICATIVES = {  # (did it happen? was it wanted, tried or asked for?) -> is the report true?
-    "manage": lambda fact, held: fact,
-    "remember": lambda fact, held: fact,
-    "happen": lambda fact, held: fact,
-    "fail": lambda fact, held: not fact,
-    "forget": lambda fact, held: not fact,
-    "neglect": lambda fact, held: not fact,
-    "refuse": lambda fact, held: held and not fact,
-    "be forced": lambda fact, held: held and fact,
-    "try": lambda fact, held: held,
-    "want": lambda fact, held: held,
+IMPLICATIVES = {  # (did it happen? was it wanted, tried or demanded?) -> is the report true?
+    "manage": lambda fact, demand: fact,
+    "remember": lambda fact, demand: fact,
+    "happen": lambda fact, demand: fact,
+    "fail": lambda fact, demand: not fact,
+    "forget": lambda fact, demand: not fact,
+    "neglect": lambda fact, demand: not fact,
+    "refuse": lambda fact, demand: demand and not fact,
+    "be forced": lambda fact, demand: demand and fact,
+    "try": lambda fact, demand: demand,
+    "want": lambda fact, demand: demand,
 }
-ADJECTIVES = {  # (does the noun apply? does the adjective or the name apply?) -> do both words together?
-    "intersective": lambda fact, held: fact and held,
-    "subsective": lambda fact, held: fact and held,
-    "privative": lambda fact, held: held and not fact,
-    "former": lambda fact, held: held and not fact,
-    "alleged": lambda fact, held: held,
+ADJECTIVES = {  # (does the noun apply? does the adjective apply, or the name?) -> do both words together?
+    "intersective": lambda fact, name: fact and name,
+    "subsective": lambda fact, name: fact and name,
+    "privative": lambda fact, name: name and not fact,
+    "former": lambda fact, name: name and not fact,
+    "alleged": lambda fact, name: name,
 }
 
 # %% ../nbs/40_meanings.ipynb #93f9c39c
@@ -203,12 +203,12 @@ def model_relation(
     models: list,  # the finite models to enumerate
 ) -> str:  # entailment | neutral | contradiction
     "The relation of `h` to `p`, found by trying all `models`. Raises ValueError if no model satisfies `p`."
-    seen = {holds(h, m) for m in models if holds(p, m)}
-    if not seen:
+    values = {holds(h, m) for m in models if holds(p, m)}
+    if not values:
         raise ValueError(f"the premise {p} has no model")
-    if len(seen) == 2:
+    if len(values) == 2:
         return "neutral"
-    return "entailment" if seen == {True} else "contradiction"
+    return "entailment" if values == {True} else "contradiction"
 
 # %% ../nbs/40_meanings.ipynb #a27b1bb7
 def as_meaning(text) -> tuple:  # of meanings

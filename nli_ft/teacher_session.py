@@ -450,17 +450,17 @@ def note(self: TeacherSession, reply, messages, trail):
     trail.elsewhere = elsewhere.encode("utf-8", "replace").decode()
     trail.finish_reason, trail.model_served = choice.finish_reason, reply.model
     u = reply.usage
-    known = u is not None and u.prompt_tokens is not None and u.completion_tokens is not None
-    if known:
-        used = dict(prompt_tokens=u.prompt_tokens, completion_tokens=u.completion_tokens)
+    has_usage = u is not None and u.prompt_tokens is not None and u.completion_tokens is not None
+    if has_usage:
+        tokens = dict(prompt_tokens=u.prompt_tokens, completion_tokens=u.completion_tokens)
     else:
         reply_tokens = estimate_tokens([dict(content=trail.reply + trail.elsewhere)])
-        used = dict(prompt_tokens=estimate_tokens(messages), completion_tokens=reply_tokens)
-    trail.usage["estimated"] |= not known
-    for k, n in used.items():
+        tokens = dict(prompt_tokens=estimate_tokens(messages), completion_tokens=reply_tokens)
+    trail.usage["estimated"] |= not has_usage
+    for k, n in tokens.items():
         trail.usage[k] += n
         setattr(self.tally, k, getattr(self.tally, k) + n)
-    self.tally.cost += token_cost(used, self.prices) or 0.0
+    self.tally.cost += token_cost(tokens, self.prices) or 0.0
 
 # %% ../nbs/48_teacher_session.ipynb #89957037
 @patch
