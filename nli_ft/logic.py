@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MODES', 'PROJECTS', 'SIGNATURES', 'SAYS', 'VERBS', 'ADJECTIVE_WORDS', 'clauses', 'refuted', 'resolution_rule',
-           'frameable', 'pair_says', 'logic_deep', 'logic_says', 'atoms', 'cases', 'logic_thought', 'mode',
-           'modal_rule', 'modal_text', 'modal_says', 'modal_thought', 'signature', 'projected', 'embedding_rule',
-           'fact', 'attitude', 'literals', 'said_of', 'embedding_hyps', 'conditional', 'embedding_deep',
-           'embedding_says', 'report_thought', 'embedding_thought', 'implicative_text', 'adjective_text', 'two_reports',
-           'report_clauses', 'implicative_says', 'is_one', 'adjective_says', 'focus_text', 'presupposed', 'focus_rule',
-           'focus_fact', 'focus_says', 'focus_thought', 'focus_models']
+           'frameable', 'pair_says', 'logic_deep', 'logic_says', 'atoms', 'cases', 'logic_thought', 'fact', 'literals',
+           'mode', 'modal_rule', 'modal_text', 'modal_says', 'modal_thought', 'signature', 'projected',
+           'embedding_rule', 'attitude', 'said_of', 'embedding_hyps', 'conditional', 'embedding_deep', 'embedding_says',
+           'report_thought', 'embedding_thought', 'implicative_text', 'adjective_text', 'two_reports', 'report_clauses',
+           'implicative_says', 'is_one', 'adjective_says', 'focus_fact', 'focus_text', 'presupposed', 'focus_rule',
+           'focus_says', 'focus_models', 'focus_thought']
 
 # %% ../nbs/44_logic.ipynb #9de11142
 import re
@@ -32,7 +32,7 @@ from nli_ft.meanings import (
 
 # %% ../nbs/44_logic.ipynb #f878f8a2
 def clauses(f: tuple, sign: bool = True) -> set:  # of frozensets of (atom, sign)
-    "Clausal form of `f`, or of its denial."
+    "The clauses of `f`, or of its denial if `sign` is False. They all hold, each through at least one member."
     if f[0] == "true":
         return {frozenset({(f[1], sign)})}
     if f[0] == "not":
@@ -44,13 +44,15 @@ def clauses(f: tuple, sign: bool = True) -> set:  # of frozensets of (atom, sign
 
 # %% ../nbs/44_logic.ipynb #c69f2f2a
 def refuted(cs: set) -> bool:
-    "Does resolution reach the empty clause?"
+    "Does resolution reach the empty clause: do the clauses clash?"
     cs = set(cs)
     while frozenset() not in cs:
-        new = {
-            (c - {l}) | (d - {(l[0], not l[1])}) for c in cs for l in c for d in cs if (l[0], not l[1]) in d
-        } - cs
-        if not new:
+        new = set()
+        for c, d in product(cs, repeat=2):
+            for atom, sign in c:
+                if (atom, not sign) in d:
+                    new.add((c - {(atom, sign)}) | (d - {(atom, not sign)}))
+        if new <= cs:
             return False
         cs |= new
     return True
@@ -58,64 +60,53 @@ def refuted(cs: set) -> bool:
 # %% ../nbs/44_logic.ipynb #6b286771
 @lru_cache(None)
 def resolution_rule(p: tuple, h: tuple) -> str:
-    "Entailment where premise and denied hypothesis are refuted, contradiction where premise and hypothesis are."
+    "Entailment if the premise clashes with the denied hypothesis, contradiction if it clashes with the hypothesis."
     if refuted(clauses(p) | clauses(h, False)):
         return "entailment"
     return "contradiction" if refuted(clauses(p) | clauses(h)) else "neutral"
 
 # %% ../nbs/44_logic.ipynb #fb3512e5
 def frameable(text: str) -> bool:
-    "Is it clear what *it is false that* would deny? Not before a comma or a second clause."
+    "Is it clear what *it is false that* denies? Before a comma or a second clause it is not."
     return not re.search(r",|^it is|^either|did not \{base\} or|\} or \{.\} did not", text)
 
 # %% ../nbs/44_logic.ipynb #61c93d56
-def pair_says(x: str, y: str, variant: str) -> list:
+def pair_says(x: str, y: str, variant: str) -> list:  # of Says
     "What can be said about two people and one verb."
     X, Y, p, q = f"{{{x}}}", f"{{{y}}}", ("true", x), ("true", y)
     np, nq = ("not", p), ("not", q)
-    new = variant == "templates"
-    out = [
-        Says(f, t[new])
-        for f, t in (
-            (p, (f"{X} {{past}}", f"{X} certainly {{past}}")),
-            (np, (f"{X} did not {{base}}", f"{X} never {{past}}")),
-            (("and", p, q), (f"both {X} and {Y} {{past}}", f"{X} as well as {Y} {{past}}")),
-            (("or", p, q), (f"{X} or {Y} {{past}}", f"at least one of {X} and {Y} {{past}}")),
-            (("and", p, nq), (f"{X} {{past}}, but {Y} did not", f"{X} {{past}}, unlike {Y}")),
-            (
-                ("and", np, nq),
-                (
-                    f"{X} did not {{base}}, and {Y} did not {{base}}",
-                    f"{X} did not {{base}}, and neither did {Y}",
-                ),
-            ),
-            (("not", ("or", p, q)), (f"neither {X} nor {Y} {{past}}", f"not one of {X} and {Y} {{past}}")),
-            (
-                ("not", ("and", p, q)),
-                (f"{X} and {Y} did not both {{base}}", f"at most one of {X} and {Y} {{past}}"),
-            ),
-            (
-                ("or", np, nq),
-                (
-                    f"{X} did not {{base}} or {Y} did not {{base}}",
-                    f"either {X} did not {{base}} or {Y} did not",
-                ),
-            ),
-            (("or", p, nq), (f"{X} {{past}} or {Y} did not {{base}}", f"either {X} {{past}} or {Y} did not")),
-            (
-                ("and", ("or", p, q), np),
-                (
-                    f"{X} or {Y} {{past}}, but {X} did not",
-                    f"at least one of {X} and {Y} {{past}}, and {X} did not",
-                ),
-            ),
-        )
-    ]
-    return [g for s in out for g in (framed(s, variant) if frameable(s.text) else [s])]
+    neither = (
+        f"{X} did not {{base}}, and {Y} did not {{base}}",
+        f"{X} did not {{base}}, and neither did {Y}",
+    )
+    not_both = (f"{X} and {Y} did not both {{base}}", f"at most one of {X} and {Y} {{past}}")
+    one_not = (f"{X} did not {{base}} or {Y} did not {{base}}", f"either {X} did not {{base}} or {Y} did not")
+    other = (
+        f"{X} or {Y} {{past}}, but {X} did not",
+        f"at least one of {X} and {Y} {{past}}, and {X} did not",
+    )
+    texts = (  # meaning, (plain words, words of the variant `templates`)
+        (p, (f"{X} {{past}}", f"{X} certainly {{past}}")),
+        (np, (f"{X} did not {{base}}", f"{X} never {{past}}")),
+        (("and", p, q), (f"both {X} and {Y} {{past}}", f"{X} as well as {Y} {{past}}")),
+        (("or", p, q), (f"{X} or {Y} {{past}}", f"at least one of {X} and {Y} {{past}}")),
+        (("and", p, nq), (f"{X} {{past}}, but {Y} did not", f"{X} {{past}}, unlike {Y}")),
+        (("and", np, nq), neither),
+        (("not", ("or", p, q)), (f"neither {X} nor {Y} {{past}}", f"not one of {X} and {Y} {{past}}")),
+        (("not", ("and", p, q)), not_both),
+        (("or", np, nq), one_not),
+        (("or", p, nq), (f"{X} {{past}} or {Y} did not {{base}}", f"either {X} {{past}} or {Y} did not")),
+        (("and", ("or", p, q), np), other),
+    )
+    out = []
+    for f, wordings in texts:
+        s = Says(f, wordings[variant == "templates"])
+        out += framed(s, variant) if frameable(s.text) else [s]
+    return out
 
 # %% ../nbs/44_logic.ipynb #8ded8926
-def logic_deep(x, y, z) -> list:
-    "Three facts about three people."
+def logic_deep(x: str, y: str, z: str) -> list:  # of Says
+    "What can be said about three people."
     X, Y, Z, p, q, r = f"{{{x}}}", f"{{{y}}}", f"{{{z}}}", ("true", x), ("true", y), ("true", z)
     return [
         Says(("and", ("or", p, q), ("not", p), r), f"{X} or {Y} {{past}}, but {X} did not, and {Z} {{past}}"),
@@ -126,68 +117,89 @@ def logic_deep(x, y, z) -> list:
         Says(("and", ("or", p, q, r), ("not", p)), f"{X}, {Y}, or {Z} {{past}}, but {X} did not"),
     ]
 
-
+# %% ../nbs/44_logic.ipynb #76ef0b7a
 def logic_says(variant: str) -> tuple:  # premises, hypotheses
-    "Skeletons of conjunction and disjunction."
-    names = "bcd" if variant == "depth3" else "bc"
-    hs = [
-        s
-        for x, y in permutations(names, 2)
-        for s in pair_says(x, y, "plain" if variant == "depth3" else variant)
-    ]
-    hs = list({s.text: s for s in hs}.values())
-    return ([s for t in permutations(names) for s in logic_deep(*t)] if variant == "depth3" else hs), hs
+    "The skeletons of conjunction and disjunction."
+    is_deep = variant == "depth3"
+    names = "bcd" if is_deep else "bc"
+    by_text = {}
+    for x, y in permutations(names, 2):
+        for s in pair_says(x, y, "plain" if is_deep else variant):
+            by_text[s.text] = s
+    hypotheses = list(by_text.values())
+    premises = hypotheses
+    if is_deep:
+        premises = [s for three in permutations(names) for s in logic_deep(*three)]
+    return premises, hypotheses
 
 # %% ../nbs/44_logic.ipynb #f1b05aa9
 def atoms(f: tuple) -> set:
-    return {f[1]} if f[0] == "true" else set().union(*(atoms(g) for g in f[1:]))
+    "The names of the facts in a meaning."
+    if f[0] == "true":
+        return {f[1]}
+    return set().union(*map(atoms, f[1:]))
 
 # %% ../nbs/44_logic.ipynb #b1c58854
 def cases(f: tuple, x: str, y: str) -> str:  # e.g. "all but neither"
     "The combinations of x and y that `f` leaves possible, in words."
     names = {(1, 1): "both", (1, 0): f"only {{{x}}}", (0, 1): f"only {{{y}}}", (0, 0): "neither"}
-    ms = [dict(true=t) for t in subsets(sorted(atoms(f) | {x, y}))]
-    ok = {(int(x in m["true"]), int(y in m["true"])) for m in ms if holds(f, m)}
-    named = [n for k, n in names.items() if k in ok]
-    return (
-        "all but " + next(n for k, n in names.items() if k not in ok)
-        if len(named) == 3
-        else "anything"
-        if len(named) == 4
-        else " or ".join(named)
-    )
+    models = [dict(true=t) for t in subsets(sorted(atoms(f) | {x, y}))]
+    possible = {(int(x in m["true"]), int(y in m["true"])) for m in models if holds(f, m)}
+    if len(possible) == 4:
+        return "anything"
+    if len(possible) == 3:
+        return "all but " + next(name for case, name in names.items() if case not in possible)
+    return " or ".join(name for case, name in names.items() if case in possible)
 
 # %% ../nbs/44_logic.ipynb #b789c72d
 def logic_thought(p: Says, h: Says, rel: str) -> str:
-    "Compare the cases the premise allows with those the hypothesis needs."
-    rest = sorted(atoms(p.form) - atoms(h.form)) + [
-        n for n in "bcd" if n not in atoms(p.form) | atoms(h.form)
-    ]
-    x, y = sorted([*sorted(atoms(h.form)), *rest][:2])
+    "Compare the cases that the premise allows with those that the hypothesis needs."
+    in_h = sorted(atoms(h.form))
+    only_in_p = sorted(atoms(p.form) - atoms(h.form))
+    others = [name for name in "bcd" if name not in (*in_h, *only_in_p)]
+    x, y = sorted([*in_h, *only_in_p, *others][:2])
     return covered(cases(p.form, x, y), cases(h.form, x, y), rel)
 
+# %% ../nbs/44_logic.ipynb #e2ef29a4
+def fact(f: tuple) -> str:
+    "A fact or its denial in words."
+    if f[0] == "not":
+        return f"{{{f[1][1]}}} did not {{base}}"
+    return f"{{{f[1]}}} {{past}}"
+
+# %% ../nbs/44_logic.ipynb #79757a55
+def literals(names: str) -> list:  # of meanings
+    "A fact and its denial for every name."
+    out = []
+    for x in names:
+        out += [("true", x), ("not", ("true", x))]
+    return out
+
 # %% ../nbs/44_logic.ipynb #62a57682
-MODES = ("might", "is", "must")  # by strength
+MODES = ("might", "is", "must")  # from weak to strong
 
-
+# %% ../nbs/44_logic.ipynb #c4990734
 def mode(f: tuple) -> tuple:  # (strength, literal)
     "How strongly a sentence speaks of a fact."
-    return (MODES.index(f[0]), f[1]) if f[0] in DUALS else (1, f)
+    if f[0] in DUALS:
+        return MODES.index(f[0]), f[1]
+    return 1, f
 
 # %% ../nbs/44_logic.ipynb #071312ef
 def modal_rule(p: tuple, h: tuple) -> str:
-    "The stronger gives the weaker; opposite literals clash where together they are strong enough."
+    "The stronger entails the weaker. Opposite literals clash if together they are strong enough."
+    strength, literal = mode(h)
     for f in facts_of(p):
-        (k, l), (n, g) = mode(f), mode(h)
-        if l == g:
-            return "entailment" if k >= n else "neutral"
-        if l == deny(g):
-            return "contradiction" if k + n >= 2 else "neutral"
+        known, of = mode(f)
+        if of == literal:
+            return "entailment" if known >= strength else "neutral"
+        if of == deny(literal):
+            return "contradiction" if known + strength >= 2 else "neutral"
     return "neutral"
 
 # %% ../nbs/44_logic.ipynb #a30e8f05
 def modal_text(f: tuple, variant: str = "plain") -> str:  # a sentence
-    "A fact that must, might or cannot be, or just is."
+    "The words of a literal that must be, might be, cannot be, or simply is."
     if f[0] not in DUALS:
         return fact(f)
     words = {
@@ -200,11 +212,11 @@ def modal_text(f: tuple, variant: str = "plain") -> str:  # a sentence
             "might": ("it is possible that", "it is not certain that"),
         }
     denied = f[1][0] == "not"
-    return f"{words[f[0]][denied]} {fact(('true', atoms(f).copy().pop()))}"
+    return f"{words[f[0]][denied]} {fact(('true', next(iter(atoms(f)))))}"
 
 # %% ../nbs/44_logic.ipynb #67de1514
 def modal_says(variant: str) -> tuple:  # premises, hypotheses
-    "Skeletons of certainty and possibility about two people."
+    "The skeletons of certainty and possibility about two people."
 
     def ways(x):
         return [f for l in literals(x) for f in (l, ("must", l), ("might", l))]
@@ -212,33 +224,37 @@ def modal_says(variant: str) -> tuple:  # premises, hypotheses
     lead = "in fact, " if variant == "templates" else ""
 
     def text(f):
-        return modal_text(f, variant) if f[0] in DUALS else lead + fact(f)
+        if f[0] in DUALS:
+            return modal_text(f, variant)
+        return lead + fact(f)
 
-    ps = [
-        Says(("and", f, g), f"{text(f)}. {text(g)}")
-        for x, y in permutations("bc")
-        for f in ways(x)
-        for g in ways(y)
-        if f[0] != g[0]
-    ]
-    return ps, [Says(f, text(f)) for x in "bc" for f in ways(x)]
+    premises = []
+    for x, y in permutations("bc"):
+        for f, g in product(ways(x), ways(y)):
+            if f[0] != g[0]:
+                premises.append(Says(("and", f, g), f"{text(f)}. {text(g)}"))
+    return premises, [Says(f, text(f)) for x in "bc" for f in ways(x)]
 
 # %% ../nbs/44_logic.ipynb #011ad1ec
 def modal_thought(p: Says, h: Says, rel: str) -> str:
     "Cite the sentence about the same person, and compare how strongly both speak."
     x = next(iter(atoms(h.form)))
     f = next(f for f in facts_of(p.form) if atoms(f) == {x})
-    (k, l), (n, g) = mode(f), mode(h.form)
+    (k, literal), (n, other) = mode(f), mode(h.form)
     does = dict(entailment="gives", neutral="permits", contradiction="excludes")[rel]
+    likeness = "same" if literal == other else "opposite"
     return (
         f"the premise says {modal_text(f)}. {MODES[k]} {does} {MODES[n]} of the "
-        f"{'same' if l == g else 'opposite'}, so it {VERDICTS[rel]}"
+        f"{likeness}, so it {VERDICTS[rel]}"
     )
 
 # %% ../nbs/44_logic.ipynb #2b61e01a
+# attitude -> what it says of its complement. 1: true, -1: false, 0: open
 PROJECTS = dict(knows=1, unaware=1, right=1, wrong=-1, thinks=0)
-# what affirming and what denying says of the fact: 1 true, -1 false, 0 open (Karttunen 1971; Nairn,
-# Condoravdi and Karttunen 2006)
+
+# %% ../nbs/44_logic.ipynb #5102c8b7
+# report -> what it says of the fact, and what its denial says. 1: true, -1: false, 0: open. Verbs: Karttunen 1971,
+# and Nairn, Condoravdi and Karttunen 2006. Adjectives: Partee 2010
 SIGNATURES = {
     "manage": (1, -1),
     "remember": (1, -1),
@@ -255,29 +271,31 @@ SIGNATURES = {
     "privative": (-1, 0),
     "former": (-1, 0),
     "alleged": (0, 0),
-}  # (adjectives: Partee 2010)
+}
 
-
-def signature(f: tuple) -> tuple | None:  # (fact, sign), or None for what is no report
-    "The fact that a report, or the denial of one, is about, and what it says of it."
+# %% ../nbs/44_logic.ipynb #711ab500
+def signature(f: tuple) -> tuple | None:  # (fact, sign), or None if `f` is no report
+    "The fact that a report or its denial is about, and what it says of the fact."
     if f[0] in PROJECTS:
         return f[1], PROJECTS[f[0]]
     if f[0] in SIGNATURES:
-        return f[1], SIGNATURES[f[0]][0]
+        affirmed, _ = SIGNATURES[f[0]]
+        return f[1], affirmed
     if f[0] == "not" and f[1][0] in SIGNATURES:
-        return f[1][1], SIGNATURES[f[1][0]][1]
+        _, denied = SIGNATURES[f[1][0]]
+        return f[1][1], denied
 
 # %% ../nbs/44_logic.ipynb #04b50c3e
 def projected(p: tuple) -> set:  # literals that follow
-    "Facts that follow from what the premise states, embeds and conditions."
-    known, rules = set(), []
+    "The facts that follow from what the premise states, reports and makes conditional."
+    known, rules = set(), []  # rules: (condition, consequence)
     for f in facts_of(p):
         if f[0] == "if":
-            rules += [(f[1], f[2]), (deny(f[2]), deny(f[1]))]
-        elif found := signature(f):
-            of, sign = found
+            rules += [(f[1], f[2]), (deny(f[2]), deny(f[1]))]  # modus ponens, modus tollens
+        elif report := signature(f):
+            about, sign = report
             if sign:
-                known.add(of if sign > 0 else deny(of))
+                known.add(about if sign > 0 else deny(about))
         else:
             known.add(f)
     while new := {b for a, b in rules if a in known} - known:
@@ -286,20 +304,18 @@ def projected(p: tuple) -> set:  # literals that follow
 
 # %% ../nbs/44_logic.ipynb #649850db
 def embedding_rule(p: tuple, h: tuple) -> str:
-    "Does the projection hold the hypothesis, its denial, or neither?"
+    "Is the hypothesis among the facts that follow, or its denial, or neither?"
     known = projected(p)
     if h in known:
         return "entailment"
     return "contradiction" if deny(h) in known else "neutral"
 
-# %% ../nbs/44_logic.ipynb #e2ef29a4
-def fact(f: tuple) -> str:
-    "An atomic fact or its denial in words."
-    return f"{{{f[1][1]}}} did not {{base}}" if f[0] == "not" else f"{{{f[1]}}} {{past}}"
-
 # %% ../nbs/44_logic.ipynb #a8073921
 def attitude(
-    op: str, f: tuple, variant: str = "plain", who: str = "{a} "
+    op: str,  # an attitude
+    f: tuple,  # the literal that it is about
+    variant: str = "plain",
+    who: str = "{a} ",
 ) -> str:  # e.g. "{a} {knows} that {b} {past}"
     "An attitude report in words."
     lead = {
@@ -319,74 +335,66 @@ def attitude(
         }
     return f"{who}{lead[op]} that {fact(f)}"
 
-# %% ../nbs/44_logic.ipynb #79757a55
-def literals(names: str) -> list:
-    return [g for x in names for g in (("true", x), ("not", ("true", x)))]
-
 # %% ../nbs/44_logic.ipynb #ecae46f0
 def said_of(words, names: str, variant: str) -> list:  # of Says
-    "A fact or its denial in `words`, plain or framed."
+    "Every fact about `names` and its denial, as the function `words` puts it, plain and framed."
     lead = "in fact, " if variant == "templates" else ""
-    return [
-        g
-        for x in names
-        for f in literals(x)
-        for g in [Says(f, lead + words(f)), *framed(Says(f, words(f)), variant)[1:]]
-    ]
+    out = []
+    for f in literals(names):
+        out += [Says(f, lead + words(f)), *framed(Says(f, words(f)), variant)[1:]]
+    return out
 
 # %% ../nbs/44_logic.ipynb #d7883110
-def embedding_hyps(names: str, variant: str) -> list:
+def embedding_hyps(names: str, variant: str) -> list:  # of Says
+    "The hypotheses of this category: somebody sang, or did not."
     return said_of(fact, names, variant)
 
 # %% ../nbs/44_logic.ipynb #fbdc8424
 def conditional(f: tuple, g: tuple, extra: tuple, variant: str) -> Says:
-    """If f, then g. And, in a sentence of its own, a further fact: after a comma it could belong to the
-    condition's consequence."""
-    t = (
-        f"{fact(g)} if {fact(f)}. In addition"
-        if variant == "templates"
-        else f"if {fact(f)}, then {fact(g)}. Also"
-    )
-    return Says(("and", ("if", f, g), extra), f"{t}, {fact(extra)}")
+    "If f, then g. And a further fact, in its own sentence: after a comma it could belong to the consequence."
+    start = f"if {fact(f)}, then {fact(g)}. Also"
+    if variant == "templates":
+        start = f"{fact(g)} if {fact(f)}. In addition"
+    return Says(("and", ("if", f, g), extra), f"{start}, {fact(extra)}")
 
 # %% ../nbs/44_logic.ipynb #156c5826
-def embedding_deep(names: str = "bcd") -> list:
+def embedding_deep(names: str = "bcd") -> list:  # of Says
     "Three attitudes in a row, or two conditionals and a fact."
     out = []
     for signs in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
-        fs = [literals(x)[s] for x, s in zip(names, signs)]
+        facts = [literals(x)[sign] for x, sign in zip(names, signs)]
         for ops in product(("knows", "thinks"), repeat=3):
-            t = ". ".join(attitude(op, f) for op, f in zip(ops, fs))
-            out.append(Says(("and", *zip(ops, fs)), t))
-    T = [("true", x) for x in names]
-    for f, g, h in permutations(T):
+            text = ". ".join(attitude(op, f) for op, f in zip(ops, facts))
+            out.append(Says(("and", *zip(ops, facts)), text))
+    for f, g, h in permutations([("true", x) for x in names]):
         for (i, j), (k, l) in (((f, g), (g, h)), ((f, g), (h, g))):
             for extra in (f, ("not", h), h, ("not", g)):
-                t = f"if {fact(i)}, then {fact(j)}. If {fact(k)}, then {fact(l)}. Also, {fact(extra)}"
-                out.append(Says(("and", ("if", i, j), ("if", k, l), extra), t))
+                text = f"if {fact(i)}, then {fact(j)}. If {fact(k)}, then {fact(l)}. Also, {fact(extra)}"
+                out.append(Says(("and", ("if", i, j), ("if", k, l), extra), text))
     return out
 
 # %% ../nbs/44_logic.ipynb #4debbd10
 def embedding_says(variant: str) -> tuple:  # premises, hypotheses
-    "Skeletons of factive and conditional embedding."
+    "The skeletons of factive and conditional embedding."
     if variant == "depth3":
         return embedding_deep(), embedding_hyps("bcd", variant)
-    ps = [Says((op, f), attitude(op, f, variant)) for op in PROJECTS for f in literals("b")]
-    ps += [
-        Says(("and", (o1, f), (o2, g)), f"{attitude(o1, f, variant)}. {attitude(o2, g, variant)}")
-        for f, g in product(literals("b"), literals("c"))
-        for o1, o2 in permutations(("knows", "thinks"))
-        if "not" not in (f[0], g[0]) or f[0] != g[0]
-    ]
-    ps += [conditional(("true", x), ("true", y), e, variant) for x, y in ("bc", "cb") for e in literals("bc")]
-    return ps, embedding_hyps("bc", variant)
+    premises = [Says((op, f), attitude(op, f, variant)) for op in PROJECTS for f in literals("b")]
+    for f, g in product(literals("b"), literals("c")):
+        for op, other in permutations(("knows", "thinks")):
+            if "not" not in (f[0], g[0]) or f[0] != g[0]:
+                text = f"{attitude(op, f, variant)}. {attitude(other, g, variant)}"
+                premises.append(Says(("and", (op, f), (other, g)), text))
+    for x, y in ("bc", "cb"):
+        premises += [conditional(("true", x), ("true", y), extra, variant) for extra in literals("bc")]
+    return premises, embedding_hyps("bc", variant)
 
 # %% ../nbs/44_logic.ipynb #a1ade762
+# sign -> words in a thought
 SAYS = {1: "makes it true", -1: "makes it false", 0: "leaves it open"}
 
-
+# %% ../nbs/44_logic.ipynb #3ad46fef
 def report_thought(text, words, p: Says, h: Says, rel: str) -> str:
-    "Cite the report on the one whom the hypothesis names, and what it says of the fact."
+    "Cite the report on the person whom the hypothesis names, and what it says of the fact."
     x = next(iter(atoms(h.form)))
     f = next(f for f in facts_of(p.form) if signature(f)[0] == ("true", x))
     op, yes = (f[1][0], False) if f[0] == "not" else (f[0], True)
@@ -394,7 +402,7 @@ def report_thought(text, words, p: Says, h: Says, rel: str) -> str:
 
 # %% ../nbs/44_logic.ipynb #cc2372a4
 def embedding_thought(p: Says, h: Says, rel: str) -> str:
-    "Cite the attitude or the conditional that decides, and what it makes of the fact."
+    "Cite the attitude, the fact or the conditional that decides, and what it says of the fact."
     x = next(iter(atoms(h.form)))
     for f in facts_of(p.form):
         if f[0] in PROJECTS and atoms(f[1]) == {x}:
@@ -404,14 +412,16 @@ def embedding_thought(p: Says, h: Says, rel: str) -> str:
         if f in (h.form, deny(h.form)):
             return f"the premise says {fact(f)}. Saying so {SAYS[1]}, {compared(rel)}"
     known = {g for g in literals(x) if g in projected(p.form)}
-    cond = next(f for f in facts_of(p.form) if f[0] == "if" and x in atoms(f[1]) | atoms(f[2]))
+    _, condition, consequence = next(
+        f for f in facts_of(p.form) if f[0] == "if" and x in atoms(f[1]) | atoms(f[2])
+    )
     does = SAYS[0]
     if known:
         does = SAYS[1] if ("true", x) in known else SAYS[-1]
-    return f"the premise says if {fact(cond[1])}, {fact(cond[2])}. The rest {does}, {compared(rel)}"
+    return f"the premise says if {fact(condition)}, {fact(consequence)}. The rest {does}, {compared(rel)}"
 
 # %% ../nbs/44_logic.ipynb #201463f2
-VERBS = dict(  # base -> past
+VERBS = dict(  # base form -> past form
     manage="managed",
     remember="remembered",
     happen="happened",
@@ -422,19 +432,24 @@ VERBS = dict(  # base -> past
     want="wanted",
     **{"try": "tried"},
 )
+
+# %% ../nbs/44_logic.ipynb #a8704b0e
+# kind of adjective -> word
 ADJECTIVE_WORDS = dict(intersective="{marked}", privative="fake", former="former", alleged="alleged")
 
-
+# %% ../nbs/44_logic.ipynb #98fabf4b
 def implicative_text(op: str, x: str, yes: bool, variant: str) -> str:  # a sentence
-    "What x managed, forgot, … to do, or did not."
+    "What x managed, forgot, … to do, or did not manage, forget, … to do."
     lead = "in the end, " if variant == "templates" else ""
     if op == "be forced":
-        return f"{lead}{{{x}}} was {'' if yes else 'not '}forced to {{base}}"
-    return f"{lead}{{{x}}} {VERBS[op] if yes else 'did not ' + op} to {{base}}"
+        was = "was" if yes else "was not"
+        return f"{lead}{{{x}}} {was} forced to {{base}}"
+    verb = VERBS[op] if yes else f"did not {op}"
+    return f"{lead}{{{x}}} {verb} to {{base}}"
 
 # %% ../nbs/44_logic.ipynb #3e2cf619
 def adjective_text(op: str, x: str, yes: bool, variant: str) -> str:
-    "What kind of a … x is."
+    "What x is: a former doctor, a fake doctor, …"
     link = "counts as" if variant == "templates" else "is"
     return f"{{{x}}} {link} a {ADJECTIVE_WORDS[op]} {{noun}}"
 
@@ -453,47 +468,65 @@ def two_reports(
 
 # %% ../nbs/44_logic.ipynb #227e6a74
 def report_clauses(ops: list, text, deniable: bool, variant: str) -> list:  # of functions
-    "The affirmed reports, and the denied ones."
+    "Functions from a name to a report, (meaning, text): the affirmed reports and, if `deniable`, the denied ones."
 
     def clause(op, yes):
         def about(x):
-            f = (op, ("true", x))
-            return f if yes else ("not", f), text(op, x, yes, variant)
+            report = (op, ("true", x))
+            return report if yes else ("not", report), text(op, x, yes, variant)
 
         return about
 
-    return [clause(op, yes) for op in ops for yes in ((True, False) if deniable and op != "try" else (True,))]
+    out = []
+    for op in ops:
+        out.append(clause(op, True))
+        if deniable and op != "try":
+            out.append(clause(op, False))
+    return out
 
 # %% ../nbs/44_logic.ipynb #6147d6ab
 def implicative_says(variant: str) -> tuple:  # premises, hypotheses
-    "Skeletons of implicative verbs."
-    return two_reports(report_clauses(list(IMPLICATIVES), implicative_text, True, variant)), embedding_hyps(
-        "bc", variant
-    )
+    "The skeletons of implicative verbs."
+    clauses = report_clauses(list(IMPLICATIVES), implicative_text, True, variant)
+    return two_reports(clauses), embedding_hyps("bc", variant)
 
 # %% ../nbs/44_logic.ipynb #5fa72277
 def is_one(f: tuple) -> str:
-    "x is, or is not, one."
-    return f"{{{f[1][1]}}} is not a {{noun}}" if f[0] == "not" else f"{{{f[1]}}} is a {{noun}}"
+    "The noun applies to x, or does not."
+    if f[0] == "not":
+        return f"{{{f[1][1]}}} is not a {{noun}}"
+    return f"{{{f[1]}}} is a {{noun}}"
 
 # %% ../nbs/44_logic.ipynb #e01b000b
 def adjective_says(variant: str) -> tuple:  # premises, hypotheses
-    "Skeletons of adjectives that keep their noun, take it away or leave it open."
+    "The skeletons of adjectives that keep their noun, take it away, or leave it open."
     clauses = report_clauses(list(ADJECTIVE_WORDS), adjective_text, False, variant)
     return two_reports(clauses), said_of(is_one, "bc", variant)
 
+# %% ../nbs/44_logic.ipynb #5c8616bf
+def focus_fact(f: tuple, variant: str = "plain") -> str:
+    "A fact about this time or an earlier one."
+    yes, x = f[0] != "not", next(iter(atoms(f)))
+    did = "{past}" if yes else "did not {base}"
+    when = "this time"
+    earlier = "at some earlier time" if yes else "at any earlier time"
+    if variant == "templates":
+        when = "that time"
+        earlier = "on an earlier day" if yes else "on any earlier day"
+    return f"{{{x.lower()}}} {did} {earlier if x.isupper() else when}"
+
 # %% ../nbs/44_logic.ipynb #4a92cfb4
 def focus_text(f: tuple, variant: str) -> str:  # a sentence
-    "*Only* and *again* in words, or just what happened this time; the people meant stand beside *only*."
+    "*Only* and *again* in words, or just what happened this time. *Only* names the people it chooses from."
     if f[0] in ("true", "not"):
         return focus_fact(f, variant)
     op, x = f[:2]
     new = variant == "templates"
     if op in ("only", "not only"):
         pair = " and ".join(f"{{{n}}}" for n in sorted(f[1:]))
-        return f"{'among' if new else 'of'} {pair}, {op} {{{x}}} {{past}}" + (
-            " that time" if new else " this time"
-        )
+        if new:
+            return f"among {pair}, {op} {{{x}}} {{past}} that time"
+        return f"of {pair}, {op} {{{x}}} {{past}} this time"
     return {
         "again": (f"{{{x}}} {{past}} again", f"{{{x}}} {{past}} once more"),
         "not again": (f"{{{x}}} did not {{base}} again", f"{{{x}}} did not {{base}} once more"),
@@ -501,8 +534,8 @@ def focus_text(f: tuple, variant: str) -> str:  # a sentence
     }[op][new]
 
 # %% ../nbs/44_logic.ipynb #511a2dca
-def presupposed(f: tuple) -> tuple:  # of literals; a capital is the earlier time
-    "What *only* and *again* say, and what they take for granted: the latter outlives denial (Horn 1969; Heim 1983)."
+def presupposed(f: tuple) -> tuple:  # of literals. A capital is the earlier time
+    "What *only* and *again* say, and what they take for granted. The latter outlives denial (Horn 1969, Heim 1983)."
     if f[0] in ("true", "not"):
         return (f,)
     op, x = f[:2]
@@ -511,50 +544,57 @@ def presupposed(f: tuple) -> tuple:  # of literals; a capital is the earlier tim
         return now, ("not", ("true", f[2]))
     if op == "not only":
         return now, ("true", f[2])
-    return (
-        dict(again=(now, before), first=(now, ("not", before)))[op]
-        if op != "not again"
-        else (("not", now), before)
-    )
+    if op == "not again":
+        return ("not", now), before
+    return dict(again=(now, before), first=(now, ("not", before)))[op]
 
 # %% ../nbs/44_logic.ipynb #6d43c100
 def focus_rule(p: tuple, h: tuple) -> str:
-    "Is the hypothesis, or its denial, among what the premise says or takes for granted?"
+    "Is the hypothesis among what the premise says or takes for granted, or its denial, or neither?"
     known = {g for f in facts_of(p) for g in presupposed(f)}
     if h in known:
         return "entailment"
     return "contradiction" if deny(h) in known else "neutral"
 
-# %% ../nbs/44_logic.ipynb #5c8616bf
-def focus_fact(f: tuple, variant: str = "plain") -> str:
-    "A fact about this time or an earlier one."
-    yes, x = f[0] != "not", atoms(f).copy().pop()
-    did = "{past}" if yes else "did not {base}"
-    when, earlier = "this time", "at some earlier time" if yes else "at any earlier time"
-    if variant == "templates":
-        when, earlier = "that time", "on an earlier day" if yes else "on any earlier day"
-    return f"{{{x.lower()}}} {did} {earlier if x.isupper() else when}"
-
 # %% ../nbs/44_logic.ipynb #0491ab85
 def focus_says(variant: str) -> tuple:  # premises, hypotheses
-    "Skeletons of *only* and *again*."
+    "The skeletons of *only* and *again*."
 
-    def clause(make):
-        return lambda x: (make(x), focus_text(make(x), variant))
+    def clause(meaning_of):
+        def about(x):
+            f = meaning_of(x)
+            return f, focus_text(f, variant)
 
-    makes = [lambda x, op=op: (op, x) for op in ("again", "not again", "first")]
-    again = [clause(make) for make in (*makes, lambda x: ("true", x), lambda x: ("not", ("true", x)))]
-    only = [
-        Says((op, x, y), focus_text((op, x, y), variant))
-        for x, y in permutations("bc")
-        for op in ("only", "not only")
-    ]
-    hyps = [g for x in "bcBC" for f in literals(x) for g in framed(Says(f, focus_fact(f, variant)), variant)]
-    return two_reports(again) + only, hyps
+        return about
+
+    def with_operator(op):
+        def meaning_of(x):
+            return op, x
+
+        return meaning_of
+
+    def denied(x):
+        return "not", ("true", x)
+
+    operators = ("again", "not again", "first", "true")
+    again = [clause(meaning_of) for meaning_of in (*map(with_operator, operators), denied)]
+    only = []
+    for x, y in permutations("bc"):
+        for op in ("only", "not only"):
+            only.append(Says((op, x, y), focus_text((op, x, y), variant)))
+    hypotheses = []
+    for f in literals("bcBC"):
+        hypotheses += framed(Says(f, focus_fact(f, variant)), variant)
+    return two_reports(again) + only, hypotheses
+
+# %% ../nbs/44_logic.ipynb #1a32d691
+def focus_models() -> list:  # of models
+    "Who sang this time (small letters), and who sang earlier (capitals)."
+    return [dict(true=t) for t in subsets("bcBC")]
 
 # %% ../nbs/44_logic.ipynb #8cb2331b
 def focus_thought(p: Says, h: Says, rel: str) -> str:
-    "Cite the sentence that is about the fact, and what it says or takes for granted."
+    "Cite the sentence about the fact of the hypothesis, and what it says of it or takes for granted."
     x = next(iter(atoms(h.form)))
 
     def is_about_it(fact):
@@ -567,7 +607,3 @@ def focus_thought(p: Says, h: Says, rel: str) -> str:
     return (
         f"the premise says {focus_text(f, 'plain')}. For {{{x.lower()}}} this {SAYS[sign]}, {compared(rel)}"
     )
-
-# %% ../nbs/44_logic.ipynb #1a32d691
-def focus_models() -> list:
-    return [dict(true=t) for t in subsets("bcBC")]

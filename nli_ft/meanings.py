@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['QUANTIFIERS', 'COUNTS', 'ATTITUDES', 'IMPLICATIVES', 'ADJECTIVES', 'REPORTS', 'CONTRADICTORY', 'DUALS', 'VERDICTS',
            'COMPARE', 'COVER', 'has', 'holds', 'subsets', 'did_models', 'rank_models', 'time_models', 'act_models',
-           'count_models', 'truth_models', 'world_models', 'subsets_of', 'thing_models', 'model_relation', 'as_meaning',
-           'Says', 'filled_sentence', 'normal', 'framed', 'compared', 'lined_up', 'covered', 'facts_of', 'deny']
+           'count_models', 'truth_models', 'subsets_of', 'world_models', 'thing_models', 'model_relation', 'as_meaning',
+           'Says', 'filled_sentence', 'facts_of', 'deny', 'normal', 'framed', 'compared', 'lined_up', 'covered']
 
 # %% ../nbs/40_meanings.ipynb #2803308b
 import json
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import combinations_with_replacement, compress, permutations, product
 
 # %% ../nbs/40_meanings.ipynb #79c42735
-QUANTIFIERS = {  # k of the n restrictor members are in the scope
+QUANTIFIERS = {  # n individuals are in the restrictor, k of them in the scope too
     "every": lambda k, n: k == n,
     "some": lambda k, n: k >= 1,
     "no": lambda k, n: k == 0,
@@ -28,6 +28,8 @@ QUANTIFIERS = {  # k of the n restrictor members are in the scope
     "at most half": lambda k, n: 2 * k <= n,
     "at least half": lambda k, n: 2 * k >= n,
 }
+
+# %% ../nbs/40_meanings.ipynb #bd69387b
 COUNTS = {
     "exactly": lambda n, k: n == k,
     "at least": lambda n, k: n >= k,
@@ -35,48 +37,56 @@ COUNTS = {
     "more than": lambda n, k: n > k,
     "fewer than": lambda n, k: n < k,
 }
-ATTITUDES = {  # is the complement a fact, is it held true -> is the report true
-    "knows": lambda fact, held: fact and held,
-    "right": lambda fact, held: fact and held,
-    "unaware": lambda fact, held: fact and not held,
-    "wrong": lambda fact, held: held and not fact,
-    "thinks": lambda fact, held: held,
+
+# %% ../nbs/40_meanings.ipynb #b36b1f74
+ATTITUDES = {  # (is it a fact? is it believed?) -> is the report true?
+    "knows": lambda fact, belief: fact and belief,
+    "right": lambda fact, belief: fact and belief,
+    "unaware": lambda fact, belief: fact and not belief,
+    "wrong": lambda fact, belief: belief and not fact,
+    "thinks": lambda fact, belief: belief,
 }
-IMPLICATIVES = {  # did it happen, was it wanted (asked, …) -> is the report true
-    "manage": lambda fact, held: fact,
-    "remember": lambda fact, held: fact,
-    "happen": lambda fact, held: fact,
-    "fail": lambda fact, held: not fact,
-    "forget": lambda fact, held: not fact,
-    "neglect": lambda fact, held: not fact,
-    "refuse": lambda fact, held: held and not fact,
-    "be forced": lambda fact, held: held and fact,
-    "try": lambda fact, held: held,
-    "want": lambda fact, held: held,
+IMPLICATIVES = {  # (did it happen? was it wanted, tried or demanded?) -> is the report true?
+    "manage": lambda fact, demand: fact,
+    "remember": lambda fact, demand: fact,
+    "happen": lambda fact, demand: fact,
+    "fail": lambda fact, demand: not fact,
+    "forget": lambda fact, demand: not fact,
+    "neglect": lambda fact, demand: not fact,
+    "refuse": lambda fact, demand: demand and not fact,
+    "be forced": lambda fact, demand: demand and fact,
+    "try": lambda fact, demand: demand,
+    "want": lambda fact, demand: demand,
 }
-ADJECTIVES = {  # is it one, is it (called, like) so -> is it an … one
-    "intersective": lambda fact, held: fact and held,
-    "subsective": lambda fact, held: fact and held,
-    "privative": lambda fact, held: held and not fact,
-    "former": lambda fact, held: held and not fact,
-    "alleged": lambda fact, held: held,
+ADJECTIVES = {  # (does the noun apply? does the adjective apply, or the name?) -> do both words together?
+    "intersective": lambda fact, name: fact and name,
+    "subsective": lambda fact, name: fact and name,
+    "privative": lambda fact, name: name and not fact,
+    "former": lambda fact, name: name and not fact,
+    "alleged": lambda fact, name: name,
 }
+
+# %% ../nbs/40_meanings.ipynb #93f9c39c
 REPORTS = ATTITUDES | IMPLICATIVES | ADJECTIVES
 
 # %% ../nbs/40_meanings.ipynb #3fddd074
 def has(
     thing: frozenset,  # properties of one individual
-    props: tuple,  # property names; "-B" is the complement of "B"
-) -> bool:  # does it have them all?
+    props: tuple,  # property names. "-B" is the complement of "B"
+) -> bool:
     "Does `thing` have every property in `props`?"
-    return all((p[1:] not in thing) if p[0] == "-" else (p in thing) for p in props)
+
+    def has_one(prop):
+        return prop[1:] not in thing if prop[0] == "-" else prop in thing
+
+    return all(map(has_one, props))
 
 # %% ../nbs/40_meanings.ipynb #d613a49c
 def holds(
-    f: tuple,  # meaning
-    m: dict,  # finite model: `did` pairs, `rank`, `true` atoms, `held` beliefs, `things`, `n`
-) -> bool:  # is `f` true in `m`?
-    "Truth of meaning `f` in model `m`. Raises KeyError for an unknown operator."
+    f: tuple,  # a meaning
+    m: dict,  # a situation: its keys depend on the kind of meaning
+) -> bool:
+    "Is meaning `f` true in model `m`? Raises KeyError for an unknown operator."
     op, *args = f
     if op == "not":
         return not holds(args[0], m)
@@ -123,99 +133,115 @@ def holds(
 
 # %% ../nbs/40_meanings.ipynb #4901df6f
 def subsets(xs) -> list:  # of sets
-    "Every subset of `xs`."
+    "Every subset of `xs`, the empty one and the whole one too."
     xs = list(xs)
     return [set(compress(xs, bits)) for bits in product((0, 1), repeat=len(xs))]
 
-
-def did_models(names: str = "abc"):
+# %% ../nbs/40_meanings.ipynb #e45661a0
+def did_models(names: str = "abc") -> list:  # of models
+    "Who did it to whom, in every combination."
     return [dict(did=d) for d in subsets(permutations(names, 2))]
 
-
-def rank_models(names: str = "abcd"):
+# %% ../nbs/40_meanings.ipynb #72ad4a8b
+def rank_models(names: str = "abcd") -> list:  # of models
+    "Every ranking of `names`. Ties are included."
     return [dict(rank=dict(zip(names, r))) for r in product(range(len(names)), repeat=len(names))]
 
-
-def time_models(names: str = "bcd"):
+# %% ../nbs/40_meanings.ipynb #50e0ca02
+def time_models(names: str = "bcd") -> list:  # of models
+    "Every order in time of `names`. Two people may act at the same time."
     return [dict(time=dict(zip(names, t))) for t in product(range(len(names)), repeat=len(names))]
 
-
-def act_models(details: str = "YWV"):
+# %% ../nbs/40_meanings.ipynb #00e30729
+def act_models(details: str = "YWV") -> list:  # of models
+    "One event that happened (`B`) or did not, with any of the `details`."
     return [dict(act=frozenset(s)) for s in subsets("B" + details)]
 
-
-def count_models(most: int = 12):
+# %% ../nbs/40_meanings.ipynb #1b838384
+def count_models(most: int = 12) -> list:  # of models
+    "Every count from 0 to `most`."
     return [dict(n=n) for n in range(most + 1)]
 
 # %% ../nbs/40_meanings.ipynb #88595eb4
-def truth_models(names: str = "bcd") -> list:
-    "Facts about `names`, and whether each fact or its denial is held true by the one who thinks."
+def truth_models(names: str = "bcd") -> list:  # of models
+    "Facts about `names`, and what the thinker believes: each fact and its denial may or may not be held true."
     beliefs = [g for x in names for g in (("true", x), ("not", ("true", x)))]
     return [dict(true=t, held=h) for t in subsets(names) for h in subsets(beliefs)]
 
-# %% ../nbs/40_meanings.ipynb #f031a08c
-def world_models(names: str = "bc") -> list:
-    """What is the case (`true`), and the situations that are possible as far as is known; what is the case is
-    one of them."""
-    facts = subsets(names)
-    return [dict(true=now, worlds=[now, *others]) for now in facts for others in subsets_of(facts)]
-
 # %% ../nbs/40_meanings.ipynb #1b8995c4
 def subsets_of(items: list) -> list:  # of lists
-    "Every sublist of a list whose members cannot be hashed."
+    "Every sublist. `subsets` cannot serve here: the members are sets and cannot be hashed."
     return [list(compress(items, bits)) for bits in product((0, 1), repeat=len(items))]
+
+# %% ../nbs/40_meanings.ipynb #f031a08c
+def world_models(names: str = "bc") -> list:  # of models
+    "The facts (`true`), and the situations that are possible as far as anyone knows. The facts are one of these."
+    facts = subsets(names)
+    return [dict(true=now, worlds=[now, *others]) for now in facts for others in subsets_of(facts)]
 
 # %% ../nbs/40_meanings.ipynb #ce54fb9f
 def thing_models(
     props: str,  # property names besides A, one letter each
     most: int = 4,  # largest number of individuals
-) -> list:
-    """Up to `most` A's, one of them pointed at, with any of `props`; import: some A has every restricting
-    property (X, Z)."""
-    kinds, narrow = [frozenset({"A"} | s) for s in subsets(props)], set(props) & set("XZ")
-    ms = [
+) -> list:  # of models
+    """Up to `most` individuals that are A, each with any of `props`. The first is the one that *this* points at.
+    Existential import: some A has every restricting property (X, Z)."""
+    kinds = [frozenset({"A"} | s) for s in subsets(props)]
+    restricting = set(props) & set("XZ")
+    models = [
         dict(things=(this, *rest))
         for n in range(most)
         for this in kinds
         for rest in combinations_with_replacement(kinds, n)
     ]
-    return [m for m in ms if any(map(narrow.issubset, m["things"]))]
+    return [m for m in models if any(map(restricting.issubset, m["things"]))]
 
 # %% ../nbs/40_meanings.ipynb #4bac65fb
 def model_relation(
-    p: tuple,
-    h: tuple,  # meanings of premise and hypothesis
+    p: tuple,  # meaning of the premise
+    h: tuple,  # meaning of the hypothesis
     models: list,  # the finite models to enumerate
 ) -> str:  # entailment | neutral | contradiction
-    "The relation of `h` to `p` by brute force over `models`. Raises ValueError where no model satisfies `p`."
-    seen = {holds(h, m) for m in models if holds(p, m)}
-    if not seen:
+    "The relation of `h` to `p`, found by trying all `models`. Raises ValueError if no model satisfies `p`."
+    values = {holds(h, m) for m in models if holds(p, m)}
+    if not values:
         raise ValueError(f"the premise {p} has no model")
-    if len(seen) == 2:
+    if len(values) == 2:
         return "neutral"
-    return "entailment" if seen == {True} else "contradiction"
+    return "entailment" if values == {True} else "contradiction"
 
 # %% ../nbs/40_meanings.ipynb #a27b1bb7
 def as_meaning(text) -> tuple:  # of meanings
-    "Meanings from a row's `meaning` (JSON text, or lists already read)."
-    x = json.loads(text) if isinstance(text, str) and text[:1] == "[" else text
+    "Tuples from a row's `meaning`, which is JSON text or the lists read from it."
+    is_json = isinstance(text, str) and text[:1] == "["
+    x = json.loads(text) if is_json else text
     return tuple(map(as_meaning, x)) if isinstance(x, list) else x
 
 # %% ../nbs/40_meanings.ipynb #984055af
 @dataclass(frozen=True)
 class Says:
-    "A sentence skeleton."
+    "A sentence without its content words."
 
-    form: tuple  # meaning
-    text: str  # words with `{slots}`; no capital, no full stop
-    pole: str = ""  # which word of an inverse pair it uses
-    halves: tuple | None = None  # as premise, as hypothesis: see `half` (None: by the hash of its wording)
+    form: tuple  # its meaning
+    text: str  # words and `{slots}`, without capital and full stop
+    pole: str = ""  # "more" or "less": which word of a pair such as taller/shorter it uses
+    halves: tuple | None = None  # its colours as premise and as hypothesis, see `half`. None: by hash
 
-
+# %% ../nbs/40_meanings.ipynb #ca232dde
 def filled_sentence(text: str, slots: dict) -> str:  # one or more sentences
-    "Put in the content words, settle a/an, capitalise sentences, end with a full stop."
+    "Put in the content words, choose a or an, capitalise each sentence, and end with a full stop."
     s = re.sub(r"\ba (?=[aeiou])", "an ", text.format(**slots)).rstrip(".") + "."
     return re.sub(r"(^|\. )([a-z])", lambda m: m[1] + m[2].upper(), s)
+
+# %% ../nbs/40_meanings.ipynb #5196bc32
+def facts_of(f: tuple) -> tuple:  # the facts `f` states
+    "The parts of a conjunction, or `f` alone."
+    return f[1:] if f[0] == "and" else (f,)
+
+# %% ../nbs/40_meanings.ipynb #1fb35839
+def deny(f: tuple) -> tuple:
+    "The denial of `f`. A denied denial is `f` again."
+    return f[1] if f[0] == "not" else ("not", f)
 
 # %% ../nbs/40_meanings.ipynb #233016d5
 CONTRADICTORY = {
@@ -229,10 +255,10 @@ CONTRADICTORY |= {v: k for k, v in CONTRADICTORY.items()}
 
 DUALS = {"must": "might", "might": "must"}
 
-
+# %% ../nbs/40_meanings.ipynb #f1c238c3
 def normal(f: tuple) -> tuple:  # an equivalent meaning without needless negation
-    """Drop double negation and turn denied quantifiers into their contradictories, denied adjectives into
-    their antonyms."""
+    """Drop double negation. Turn a denied quantifier into its contradictory, a denied modal into its dual, and a
+    denied adjective into its antonym."""
     if f[0] != "not":
         return f
     g = normal(f[1])
@@ -245,47 +271,49 @@ def normal(f: tuple) -> tuple:  # an equivalent meaning without needless negatio
     return ("q", CONTRADICTORY[g[1]], *g[2:]) if g[0] == "q" else ("not", g)
 
 # %% ../nbs/40_meanings.ipynb #36a9351b
-def framed(s: Says, variant: str, deniable: bool = True) -> list:  # of Says
-    "`s` alone, affirmed, and denied."
-    yes, no = (
-        ("it is a fact that", "it is untrue that")
-        if variant == "templates"
-        else ("it is true that", "it is false that")
-    )
-    denied = re.sub(r"^some ", "any ", re.sub(r"^there (was|is) a \{", r"there \1 any {", s.text))
-    return [s, Says(s.form, f"{yes} {s.text}", s.pole)] + (
-        [Says(("not", s.form), f"{no} {denied}", s.pole)] if deniable else []
-    )
+def framed(
+    s: Says,
+    variant: str,  # "templates" uses other words for the frames
+    deniable: bool = True,  # is there a denied form?
+) -> list:  # of Says
+    "`s` as it is, affirmed by a frame, and denied by a frame."
+    yes, no = "it is true that", "it is false that"
+    if variant == "templates":
+        yes, no = "it is a fact that", "it is untrue that"
+    denied = re.sub(r"^there (was|is) a \{", r"there \1 any {", s.text)
+    denied = re.sub(r"^some ", "any ", denied)
+    frames = [s, Says(s.form, f"{yes} {s.text}", s.pole)]
+    if deniable:
+        frames.append(Says(("not", s.form), f"{no} {denied}", s.pole))
+    return frames
 
 # %% ../nbs/40_meanings.ipynb #a181e012
 VERDICTS = dict(entailment="must hold", neutral="may fail", contradiction="must fail")
 COMPARE = dict(entailment="match", neutral="differ", contradiction="clash")
 COVER = dict(entailment="covers", neutral="splits", contradiction="misses")
 
-
-def compared(rel):
+# %% ../nbs/40_meanings.ipynb #c48e632f
+def compared(rel: str) -> str:
+    "The close of a thought that compares two clauses."
     return f"so they {COMPARE[rel]} and it {VERDICTS[rel]}"
 
 # %% ../nbs/40_meanings.ipynb #87f798b4
 def lined_up(
-    thought: str, rel: str
-) -> str:  # a skeleton of two clauses with the same words, ending in `compared(rel)`
-    "Name what is compared, who comes first in each clause, before judging it."
+    thought: str,  # a skeleton of two clauses with the same words, which ends in `compared(rel)`
+    rel: str,
+) -> str:
+    "The thought with one step more before the verdict: who comes first in each clause?"
     first, _, second, _ = re.findall(r"\{([ab])\}", thought)
-    return thought.replace(
-        f", {compared(rel)}",
-        f". First {{{first}}} then {{{second}}}: {'same' if first == second else 'different'}, so it {VERDICTS[rel]}",
-    )
+    likeness = "same" if first == second else "different"
+    step = f". First {{{first}}} then {{{second}}}: {likeness}, so it {VERDICTS[rel]}"
+    return thought.replace(f", {compared(rel)}", step)
 
 # %% ../nbs/40_meanings.ipynb #23fcc069
-def covered(premise, needed, rel):
-    return f"the premise allows {premise}. The hypothesis needs {needed}, which {COVER[rel]} it, so it {VERDICTS[rel]}"
-
-# %% ../nbs/40_meanings.ipynb #5196bc32
-def facts_of(f: tuple) -> tuple:  # the facts `f` states
-    "The conjuncts of `f`, or `f` alone."
-    return f[1:] if f[0] == "and" else (f,)
-
-# %% ../nbs/40_meanings.ipynb #1fb35839
-def deny(f: tuple) -> tuple:
-    return f[1] if f[0] == "not" else ("not", f)
+def covered(
+    allowed: str,  # the cases that the premise allows, in words
+    needed: str,  # the cases that the hypothesis needs
+    rel: str,
+) -> str:
+    "A thought that compares two sets of cases."
+    lead = f"the premise allows {allowed}. The hypothesis needs {needed}"
+    return f"{lead}, which {COVER[rel]} it, so it {VERDICTS[rel]}"

@@ -92,14 +92,16 @@ from nli_ft.logic import (
 # %% ../nbs/45_quadruples.ipynb #52d4a790
 @dataclass(frozen=True)
 class Category:
-    "What makes one category: skeletons, the rule, the models that check it, the thought, and where its labels hide."
+    "One kind of sentence, and where its labels hide."
 
-    says: object
-    rule: object
-    models: object
-    thought: object
-    turns: bool = False  # in the direction of a step
-    binds: bool = False  # in who did what: both premises have the same words, and both hypotheses
+    says: object  # variant -> (premises, hypotheses), as skeletons
+    rule: object  # (meaning, meaning) -> relation
+    models: object  # () -> the situations that check the rule
+    thought: object  # (premise, hypothesis, relation) -> skeleton of the thought, or None
+    turns: bool = False  # do the labels hide in the direction of a step?
+    binds: bool = (
+        False  # do they hide in who did what? Then both premises have the same words, and both hypotheses
+    )
 
 # %% ../nbs/45_quadruples.ipynb #e739eda1
 def _monotone(category: str, props: str) -> Category:
@@ -112,7 +114,7 @@ def _monotone(category: str, props: str) -> Category:
         turns=True,
     )
 
-
+# %% ../nbs/45_quadruples.ipynb #94bf7e50
 CATEGORIES = dict(
     role_swap=Category(role_says, role_rule, did_models, role_thought),
     comparatives=Category(order_says, order_rule, rank_models, order_thought),
@@ -145,8 +147,13 @@ CATEGORIES = dict(
         binds=True,
     ),
 )
+
+# %% ../nbs/45_quadruples.ipynb #fe6751f2
+# the categories about direction
 TURNS = tuple(c for c, cat in CATEGORIES.items() if cat.turns)
-VARIANT_CATEGORIES = dict(
+
+# %% ../nbs/45_quadruples.ipynb #d4dd6c47
+VARIANT_CATEGORIES = dict(  # variant of the wordings -> categories
     demo=("role_swap", "comparatives"),
     plain=tuple(CATEGORIES),
     templates=tuple(CATEGORIES),
@@ -156,21 +163,24 @@ VARIANT_CATEGORIES = dict(
 )
 
 # %% ../nbs/45_quadruples.ipynb #96b8bf8b
-DENIALS = NEGATIONS | {"false", "untrue"}  # words that turn a sentence round, frames among them
-MODIFIERS = "XZYWV"  # letters of a meaning that stand for a modifier (or for a more special noun)
+DENIALS = NEGATIONS | {"false", "untrue"}  # words that deny a sentence, those of frames included
 
+# %% ../nbs/45_quadruples.ipynb #8f845006
+MODIFIERS = "XZYWV"  # letters of a meaning that stand for a modifier, or for a narrower noun
 
-def skeleton_words(text: str) -> list:
+# %% ../nbs/45_quadruples.ipynb #f5d8a87e
+def skeleton_words(text: str) -> list:  # of words and slots, lower case
+    "The words of a skeleton, or of a sentence."
     return re.findall(r"\{?\w+\}?", text.lower())
 
 # %% ../nbs/45_quadruples.ipynb #e505fa2f
 def named(text: str) -> list:  # slots of people, in order of first mention
-    "The people a skeleton names."
+    "The people whom a skeleton names."
     return list(dict.fromkeys(re.findall(r"\{[abcd]\}", text)))
 
 # %% ../nbs/45_quadruples.ipynb #0c6cd432
 def bared(f) -> tuple:  # meaning
-    "A meaning without its modifiers: what a reader sees who deletes every adjective and adverb."
+    "A meaning without its modifiers: what is left for a reader who deletes every adjective and adverb."
     if not isinstance(f, tuple):
         return f
     return tuple(bared(x) for x in f if not (isinstance(x, str) and len(x) == 1 and x in MODIFIERS))
@@ -178,8 +188,8 @@ def bared(f) -> tuple:  # meaning
 # %% ../nbs/45_quadruples.ipynb #21d45b1f
 @lru_cache(None)
 def features(p: str, h: str) -> dict:  # name -> value
-    """What a shallow reader sees of a pair: shared words, negation words, difference in length (`shape`: all
-    three at once), whether the same person comes first."""
+    """What a shallow reader sees of a pair. `shape` is overlap, negation and length at once. `parity` and `denials`
+    say whether the number of negation words is odd."""
     wp, wh = skeleton_words(p), skeleton_words(h)
     overlap, length = len(set(wp) & set(wh)), len(wh) - len(wp)
     negation = (bool(NEGATIONS & set(wp)), bool(NEGATIONS & set(wh)))
@@ -201,75 +211,77 @@ def features(p: str, h: str) -> dict:  # name -> value
 # %% ../nbs/45_quadruples.ipynb #3f3d2bfa
 @lru_cache(None)
 def checked_relations(category: str, variant: str) -> dict:  # (premise, hypothesis) skeletons -> relation
-    """Relation of every pair by rule, confirmed by model enumeration. Raises AssertionError where the two
+    """The relation of every pair by rule, confirmed by enumerating the models. Raises AssertionError if the two
     paths disagree."""
     cat = CATEGORIES[category]
-    (ps, hs), models = cat.says("plain" if variant == "direction" else variant), cat.models()
+    premises, hypotheses = cat.says("plain" if variant == "direction" else variant)
+    models = cat.models()
     true_in = {}  # form -> bits of the models in which it holds
-    for form in {s.form for s in (*ps, *hs)}:
+    for form in {s.form for s in (*premises, *hypotheses)}:
         true_in[form] = sum(1 << i for i, m in enumerate(models) if holds(form, m))
     out = {}
-    for p, h in product(ps, hs):
+    for p, h in product(premises, hypotheses):
         both, rest = true_in[p.form] & true_in[h.form], true_in[p.form] & ~true_in[h.form]
-        found = "entailment" if both else "contradiction"
+        by_models = "entailment" if both else "contradiction"
         if both and rest:
-            found = "neutral"
-        rel = cat.rule(normal(p.form), normal(h.form))
-        assert (both or rest) and rel == found, (
-            f"{category}: {p.text} / {h.text}: the rule says {rel}, the models {found}"
+            by_models = "neutral"
+        by_rule = cat.rule(normal(p.form), normal(h.form))
+        assert (both or rest) and by_rule == by_models, (
+            f"{category}: {p.text} / {h.text}: the rule says {by_rule}, the models {by_models}"
         )
-        out[p, h] = rel
+        out[p, h] = by_rule
     return out
 
 # %% ../nbs/45_quadruples.ipynb #673e2344
-def explained(category: str, pair: tuple, rel: str, variant: str):  # the thought's skeleton, or None
-    """The thought of a pair, unless the sentences are the same, the hypothesis names someone new, or the
-    category cannot explain it in a line."""
+def explained(category: str, pair: tuple, rel: str, variant: str) -> str | None:  # skeleton of the thought
+    """The thought of a pair. None if the sentences are the same, if the hypothesis names somebody new, or if the
+    category cannot explain the label in one line."""
     p, h = pair
     if p.text == h.text or not set(named(h.text)) <= set(named(p.text)):
         return None
-    made = CATEGORIES[category].thought(*(replace(s, form=normal(s.form)) for s in pair), rel)
-    # 135M parameters and 40 steps learn to compare two names that stand side by side, not two clauses at
+    thought = CATEGORIES[category].thought(*(replace(s, form=normal(s.form)) for s in pair), rel)
+    # 135M parameters and 40 steps learn to compare two names that stand side by side, but not two clauses at
     # once (runs/LOG.md)
-    return lined_up(made, rel) if variant == "demo" else made
+    return lined_up(thought, rel) if variant == "demo" else thought
 
-
+# %% ../nbs/45_quadruples.ipynb #d1e55d69
 @dataclass(frozen=True, eq=False)
 class Quad:
-    "A crossed quadruple of skeletons: (premise, hypothesis, relation, thought) in the order 11, 12, 21, 22."
+    "A group of skeletons: a crossed quadruple in the order 11, 12, 21, 22, or an octuple."
 
-    pairs: tuple
-    gap: tuple  # ((feature, value), surplus among entailed pairs)
+    pairs: tuple  # of (premise, hypothesis, relation, thought)
+    gap: tuple  # of ((feature, value), surplus): how much more often entailed pairs show it
 
 # %% ../nbs/45_quadruples.ipynb #1061441d
-def gap(pairs: tuple, mixed: bool) -> tuple:  # ((feature, value), surplus)
-    """What the entailed pairs show a shallow reader more often than the others; `mixed` also counts neutral
-    against contradiction."""
+def gap(pairs: tuple, mixed: bool) -> tuple:  # of ((feature, value), surplus)
+    """How much more often the entailed pairs show a feature than the others. `mixed` also counts neutral pairs
+    against contradictory ones."""
     out = Counter()
     for p, h, rel, thought in pairs:
         sign = 1 if rel == "entailment" else -1
         for key in features(p.text, h.text).items():
             out[key] += sign
         out["thought"] += sign * len(thought.split())
-        if mixed and sign < 0:
-            out["relation"] += 1 if rel == "neutral" else -1  # demo has one kind per category
+        if mixed and sign < 0:  # the demo has one kind for each category
+            out["relation"] += 1 if rel == "neutral" else -1
     return tuple(sorted(((k, v) for k, v in out.items() if v), key=str))
 
 # %% ../nbs/45_quadruples.ipynb #f73ad802
 def is_held(s: Says, category: str) -> bool:
-    "Does the sentence use a quantifier held out of this category, in words or in meaning?"
-    return any(
-        f[0] == "q" and f[1] in HELD_OUT.get(category, ()) for f in (s.form, s.form[1], normal(s.form))
-    )
+    "Does the sentence use a quantifier that this category keeps for `test_pairs`, in words or in meaning?"
+    quantifiers = HELD_OUT.get(category, ())
+    return any(f[0] == "q" and f[1] in quantifiers for f in (s.form, s.form[1], normal(s.form)))
 
 # %% ../nbs/45_quadruples.ipynb #eb58694d
-def moving(f: tuple):  # the arguments of a quantified meaning, the details of an event
-    "What of a meaning a step can move."
-    return act_parts(f)[0] if f[0] in ("act", "not") else normal(f)[2:]
+def moving(f: tuple) -> tuple:
+    "What a step can move: the arguments of a quantified meaning, or the details of an event."
+    if f[0] in ("act", "not"):
+        return act_parts(f)[0]
+    return normal(f)[2:]
 
 # %% ../nbs/45_quadruples.ipynb #8d43eca5
 def about(category: str, p: Says, h: Says) -> bool:
-    "Is the step from `p` to `h` what the category is about? (Monotonicity asks that an argument moves.)"
+    "Is the step from `p` to `h` what the category is about? Where direction decides, an argument has to move."
     return not CATEGORIES[category].turns or moving(normal(p.form)) != moving(normal(h.form))
 
 # %% ../nbs/45_quadruples.ipynb #8c7ab1a4
@@ -280,100 +292,112 @@ PART |= dict.fromkeys(("base", "past", "went"), "verb")
 PART |= dict.fromkeys(("more", "less"), "more")
 PART |= dict.fromkeys(("noun", "kind", "sort"), "noun")
 PART |= dict.fromkeys(("nouns", "kinds", "sorts"), "nouns")
-SALT = 103  # a number under which the colours come out even in every category: see tests/test_corpus.py
 
+# %% ../nbs/45_quadruples.ipynb #04f21a29
+# with this number both colours are about as frequent in every category: see tests/test_corpus.py
+SALT = 103
 
+# %% ../nbs/45_quadruples.ipynb #60b607c0
 def wording(text: str) -> str:  # e.g. "every <adj> <noun> <verb>"
-    "A skeleton's words, with the part of speech where a content word goes."
-    return re.sub(r"\{(\w+)\}", lambda m: f"<{PART.get(m[1], m[1])}>", text)
+    "A skeleton's words, with the part of speech in place of each content word."
+
+    def part_of_speech(m):
+        return f"<{PART.get(m[1], m[1])}>"
+
+    return re.sub(r"\{(\w+)\}", part_of_speech, text)
 
 # %% ../nbs/45_quadruples.ipynb #f9e8d161
 @lru_cache(None)
 def colour(text: str, place: str) -> int:  # 0 or 1
-    "The colour of a wording as premise (`p`) or hypothesis (`h`)."
+    "The colour of a wording as a premise (`place` is `p`) or as a hypothesis (`h`)."
     return sha256(f"{SALT} {place} {wording(text)}".encode()).digest()[0] & 1
 
 # %% ../nbs/45_quadruples.ipynb #85d43810
-def half(p: Says, h: Says) -> int:  # 0: may be trained on; 1: only judged
+def half(p: Says, h: Says) -> int:  # 0: train, 1: dev and test
     "Which half of the pairs of wordings a pair belongs to."
     if p.halves:
         return p.halves[0] ^ h.halves[1]
     return colour(p.text, "p") ^ colour(h.text, "h")
 
-
-HALVES = dict(
-    train=0, dev=1, test=1, test_pairs=1
-)  # split -> half; the others have wordings that train has not
+# %% ../nbs/45_quadruples.ipynb #0e18f46e
+# split -> half. The other splits have wordings that train does not have
+HALVES = dict(train=0, dev=1, test=1, test_pairs=1)
 
 # %% ../nbs/45_quadruples.ipynb #564822b1
 @lru_cache(None)
 def bag(s: Says) -> tuple:  # sorted words
-    "A skeleton's words without their order, and without who is who."
+    "A skeleton's words without their order and without the people."
     return tuple(sorted(skeleton_words(re.sub(r"\{[abcd]\}", "", s.text))))
 
 # %% ../nbs/45_quadruples.ipynb #03a23067
 def crossed(category: str, variant: str, rel: dict, thought: dict, rng: Random):
-    "Yield, per pair of premises, the pairs of hypotheses that make a crossed quadruple with it."
-    ps, hs = dict.fromkeys(p for p, _ in thought), dict.fromkeys(h for _, h in thought)
-    held = {s: variant != "pairs" or is_held(s, category) for s in (*ps, *hs)}
+    "Yield (premise, premise, pairs of hypotheses): each pair makes a crossed quadruple with the two premises."
+    premises, hypotheses = dict.fromkeys(p for p, _ in thought), dict.fromkeys(h for _, h in thought)
+    usable = {s: variant != "pairs" or is_held(s, category) for s in (*premises, *hypotheses)}
     # the other premises are the same again under other names
-    firsts = [p for p in ps if named(p.text) == sorted(named(p.text))]
-    both = [(p1, p2) for p1 in firsts for p2 in ps if p1 != p2]
+    firsts = [p for p in premises if named(p.text) == sorted(named(p.text))]
+    both = [(p1, p2) for p1 in firsts for p2 in premises if p1 != p2]
     binds = variant == "demo" or CATEGORIES[category].binds
     if binds:
         both = [(p1, p2) for p1, p2 in both if bag(p1) == bag(p2)]  # only who is who decides
+
+    def fits(p1, p2, h):
+        return (p1, h) in thought and (p2, h) in thought and (usable[h] or usable[p1] and usable[p2])
+
+    def follows_from_first(p1, p2, h):
+        return rel[p1, h] == "entailment" != rel[p2, h] and about(category, p1, h)
+
     for p1, p2 in rng.sample(both, min(6000, len(both))):
-        ok = [
-            h for h in hs if (p1, h) in thought and (p2, h) in thought and (held[h] or held[p1] and held[p2])
-        ]
-        h1s = [h for h in ok if rel[p1, h] == "entailment" != rel[p2, h] and about(category, p1, h)]
-        h2s = [h for h in ok if rel[p2, h] == "entailment" != rel[p1, h] and about(category, p2, h)]
-        found = [(h1, h2) for h1, h2 in product(h1s, h2s) if not binds or bag(h1) == bag(h2)]
-        yield p1, p2, found
+        fitting = [h for h in hypotheses if fits(p1, p2, h)]
+        h1s = [h for h in fitting if follows_from_first(p1, p2, h)]
+        h2s = [h for h in fitting if follows_from_first(p2, p1, h)]
+        yield p1, p2, [(h1, h2) for h1, h2 in product(h1s, h2s) if not binds or bag(h1) == bag(h2)]
+
+# %% ../nbs/45_quadruples.ipynb #0f33f520
+def _arguments(f: tuple) -> tuple:
+    "The arguments of a meaning. An event has one: its details."
+    if f[0] in ("act", "not"):
+        return (act_parts(f)[0],)
+    return f[2:]
 
 # %% ../nbs/45_quadruples.ipynb #4d4a5688
 def reversal(category: str, pair: tuple, rel: dict) -> str:  # "down", "up" or ""
-    "Where a step goes whose reverse is an entailment and which is none itself."
+    "The direction of a step that is no entailment while its reverse is one."
     p, h = pair
     rule, f, g = CATEGORIES[category].rule, normal(p.form), normal(h.form)
     if rel[pair] != "neutral" or rule(g, f) != "entailment":
         return ""
     if f[0] != g[0] or f[0] == "q" and f[1] != g[1]:
-        return ""  # the step is the argument's alone
-    return next(
-        (way for a, b in zip(_arguments(f), _arguments(g)) if (way := direction(a, b)) in ("up", "down")), ""
-    )
-
-# %% ../nbs/45_quadruples.ipynb #0f33f520
-def _arguments(f: tuple) -> tuple:
-    return (act_parts(f)[0],) if f[0] in ("act", "not") else f[2:]
+        return ""  # the step must be in the argument alone
+    ways = [direction(a, b) for a, b in zip(_arguments(f), _arguments(g))]
+    return next((way for way in ways if way in ("up", "down")), "")
 
 # %% ../nbs/45_quadruples.ipynb #0ddfde8a
 def octuples(category: str, variant: str, rel: dict, thought: dict, rng: Random, tries: int = 60_000):
-    "Yield octuples: four premises and four hypotheses in a ring, as lists."
+    "Yield octuples as two lists: four premises and four hypotheses in a ring."
     says = set(chain.from_iterable(thought))
-    held = {s: variant != "pairs" or is_held(s, category) for s in says}
+    usable = {s: variant != "pairs" or is_held(s, category) for s in says}
 
     def allowed(pair):
-        return pair in thought and (held[pair[0]] or held[pair[1]])
+        return pair in thought and any(usable[s] for s in pair)
 
     turns = dict(down=[], up=[])
     for pair in filter(allowed, thought):
         if way := reversal(category, pair, rel):
             turns[way].append(pair)
-    gives, given = defaultdict(list), defaultdict(list)  # premise -> hypotheses, hypothesis -> premises
+    targets, sources = defaultdict(list), defaultdict(list)  # premise -> hypotheses, hypothesis -> premises
     for p, h in thought:
         if rel[p, h] == "entailment" and allowed((p, h)):
-            gives[p].append(h)
-            given[h].append(p)
+            targets[p].append(h)
+            sources[h].append(p)
     if not (turns["down"] and turns["up"]):
         return
     for _ in range(tries):
         (p2, h1), (p4, h3) = rng.choice(turns["down"]), rng.choice(turns["up"])
-        if not (given[h1] and given[h3] and gives[p2] and gives[p4]):
+        if not (sources[h1] and sources[h3] and targets[p2] and targets[p4]):
             continue
-        p1, p3 = rng.choice(given[h1]), rng.choice(given[h3])
-        h2, h4 = rng.choice(gives[p2]), rng.choice(gives[p4])
+        p1, p3 = rng.choice(sources[h1]), rng.choice(sources[h3])
+        h2, h4 = rng.choice(targets[p2]), rng.choice(targets[p4])
         if len({p1, p2, p3, p4}) < 4 or len({h1, h2, h3, h4}) < 4:
             continue
         if not (allowed((p3, h2)) and allowed((p1, h4))) or "entailment" in (rel[p3, h2], rel[p1, h4]):
@@ -383,96 +407,121 @@ def octuples(category: str, variant: str, rel: dict, thought: dict, rng: Random,
 
 # %% ../nbs/45_quadruples.ipynb #a02abb52
 def lead(s: Says) -> str:  # "it is true that", "it is false that" or nothing
-    "The frame a sentence stands in."
+    "The frame of a sentence."
     return s.text[:16] if s.text.startswith("it is ") else ""
 
 # %% ../nbs/45_quadruples.ipynb #afaf435d
 def is_minimal(category: str, p: Says, h: Says) -> bool:
-    """Do the two sentences differ in one modifier (or one more special noun) and nothing else? Such pairs are
+    """Do the two sentences differ in one modifier, or in one narrower noun, and in nothing else? Such pairs are
     never trained on."""
     f, g = normal(p.form), normal(h.form)
-    if not CATEGORIES[category].turns or lead(p) != lead(h) or f[0] != g[0] or f[0] == "q" and f[1] != g[1]:
+    if not CATEGORIES[category].turns or lead(p) != lead(h) or f[0] != g[0]:
+        return False
+    if f[0] == "q" and f[1] != g[1]:
         return False
     moves = [(a, b) for a, b in zip(_arguments(f), _arguments(g)) if a != b]
-    return (
-        len(moves) == 1
-        and direction(*moves[0]) in ("up", "down")
-        and abs(len(moves[0][0]) - len(moves[0][1])) == 1
-    )
+    if len(moves) != 1:
+        return False
+    a, b = moves[0]
+    return direction(a, b) in ("up", "down") and abs(len(a) - len(b)) == 1
+
+# %% ../nbs/45_quadruples.ipynb #a136b5b0
+def _with_thoughts(pairs, rel: dict, thought: dict) -> tuple:  # of (premise, hypothesis, relation, thought)
+    "Pairs with their relation and their thought."
+    return tuple((p, h, rel[p, h], thought[p, h]) for p, h in pairs)
 
 # %% ../nbs/45_quadruples.ipynb #02f2e491
 def minimal(category: str, rel: dict, thought: dict):
-    "Yield quadruples of two minimal pairs, each in both directions: one where deleting is safe, one where adding is."
-    kept = [pair for pair in thought if is_minimal(category, *pair) and rel[pair] == "entailment"]
+    "Yield groups of two minimal pairs in both directions: one where deleting is safe, one where adding is."
+    entailed = [pair for pair in thought if is_minimal(category, *pair) and rel[pair] == "entailment"]
     ways = dict(down=[], up=[])
-    for p, h in kept:
+    for p, h in entailed:
         if way := reversal(category, (h, p), rel):
             ways[way].append((p, h))
     for (p, h), (q, g) in product(ways["down"], ways["up"]):
         if len({p.text, h.text, q.text, g.text}) == 4:
-            yield tuple((s, t, rel[s, t], thought[s, t]) for s, t in ((p, h), (h, p), (q, g), (g, q)))
+            yield _with_thoughts(((p, h), (h, p), (q, g), (g, q)), rel, thought)
+
+# %% ../nbs/45_quadruples.ipynb #27e15834
+def _explained_pairs(category: str, variant: str, part: int | None, rel: dict) -> dict:  # pair -> thought
+    "The pairs that a part of the corpus may use, with their thoughts."
+
+    def fits(pair):
+        if variant == "direction":
+            return is_minimal(category, *pair)
+        if part is None:
+            return True
+        return half(*pair) == part and not (part == 0 and is_minimal(category, *pair))
+
+    thoughts = {pair: explained(category, pair, rel[pair], variant) for pair in filter(fits, rel)}
+    return {pair: thought for pair, thought in thoughts.items() if thought}
 
 # %% ../nbs/45_quadruples.ipynb #3585d86f
-# Premise and hypothesis of an octuple's rows. The first four are balanced alone.
+# (premise, hypothesis) of an octuple's rows, by number. The first four rows are balanced by themselves
 RING = tuple((int(p), int(h)) for p, h in "00 10 22 32 11 21 33 03".split())
 
+# %% ../nbs/45_quadruples.ipynb #40610a27
+def _rings(category: str, variant: str, rel: dict, thought: dict, rng: Random):
+    "Yield the pairs of every octuple."
+    for premises, hypotheses in octuples(category, variant, rel, thought, rng):
+        yield _with_thoughts([(premises[i], hypotheses[j]) for i, j in RING], rel, thought)
 
+# %% ../nbs/45_quadruples.ipynb #02abc9a9
+def _crosses(category: str, variant: str, rel: dict, thought: dict, rng: Random, most: int):
+    "Yield the pairs of crossed quadruples: some that are even by themselves, and others."
+    shape = {(p, h): features(p.text, h.text)["shape"] for p, h in thought}
+
+    def is_even(p1, p2, h1, h2):
+        return sorted((shape[p1, h1], shape[p2, h2])) == sorted((shape[p1, h2], shape[p2, h1]))
+
+    for p1, p2, choices in crossed(category, variant, rel, thought, rng):
+        even = [hs for hs in choices if is_even(p1, p2, *hs)]
+        some = rng.sample(choices, min(most, len(choices))) + rng.sample(even, min(most, len(even)))
+        for h1, h2 in some:
+            yield _with_thoughts(product((p1, p2), (h1, h2)), rel, thought)
+
+# %% ../nbs/45_quadruples.ipynb #10230ec1
 @lru_cache(None)
 def quads(
     category: str,
     variant: str = "plain",  # key of `VARIANT_CATEGORIES`
-    part: int | None = None,  # half of the pairs of wordings; None: all
-    most: int = 3,  # kept per pair of premises, of each sort
+    part: int | None = None,  # half of the pairs of wordings. None: all
+    most: int = 3,  # for each pair of premises: so many even groups, and so many others
 ) -> tuple:  # of `Quad`
-    """Crossed quadruples of a category (octuples, where direction is its matter): those that are even by
-    themselves, and others. In variant *pairs* every row uses a held-out quantifier."""
-    rel, rng, out = checked_relations(category, variant), Random(f"{category}/{variant}"), []
+    "All groups of a category. In the variant `pairs` every row uses a held-out quantifier."
+    rel, rng = checked_relations(category, variant), Random(f"{category}/{variant}")
+    thought = _explained_pairs(category, variant, part, rel)
     if variant == "direction":
-        kept = [pair for pair in rel if is_minimal(category, *pair)]
+        groups = minimal(category, rel, thought)
+    elif CATEGORIES[category].turns:
+        groups = _rings(category, variant, rel, thought, rng)
     else:
-        kept = [
-            pair
-            for pair in rel
-            if part is None or half(*pair) == part and not (part == 0 and is_minimal(category, *pair))
-        ]
-    thought = {pair: t for pair in kept if (t := explained(category, pair, rel[pair], variant))}
-    if variant == "direction":
-        return tuple(Quad(pairs, gap(pairs, False)) for pairs in minimal(category, rel, thought))
-    if CATEGORIES[category].turns:
-        found = octuples(category, variant, rel, thought, rng)
-        for ps, hs in found:
-            ring = [(ps[i], hs[j]) for i, j in RING]
-            pairs = tuple((p, h, rel[p, h], thought[p, h]) for p, h in ring)
-            out.append(Quad(pairs, gap(pairs, False)))
-        return tuple(out)
-    shape = {(p, h): features(p.text, h.text)["shape"] for p, h in thought}
-    for p1, p2, found in crossed(category, variant, rel, thought, rng):
-        even = [
-            (h1, h2)
-            for h1, h2 in found
-            if sorted((shape[p1, h1], shape[p2, h2])) == sorted((shape[p1, h2], shape[p2, h1]))
-        ]
-        for h1, h2 in rng.sample(found, min(most, len(found))) + rng.sample(even, min(most, len(even))):
-            pairs = tuple((p, h, rel[p, h], thought[p, h]) for p in (p1, p2) for h in (h1, h2))
-            out.append(Quad(pairs, gap(pairs, variant != "demo")))
-    return tuple(out)
+        groups = _crosses(category, variant, rel, thought, rng, most)
+    mixed = not CATEGORIES[category].turns and variant != "demo"
+    return tuple(Quad(pairs, gap(pairs, mixed)) for pairs in groups)
 
 # %% ../nbs/45_quadruples.ipynb #5d73a78a
 def surplus_cost(total: Counter, change: dict) -> float:
-    "By how much `change` moves the surpluses in `total` away from zero; relation counts most, a word of thought least."
-    return sum(
-        {"relation": 9, "thought": 1 / 9}.get(k, 1) * v * (2 * total[k] + v) for k, v in change.items()
-    )
+    """By how much `change` moves the surpluses in `total` away from zero. A surplus of neutral pairs weighs most, a
+    word of a thought least."""
+    weights = {"relation": 9, "thought": 1 / 9}
+    return sum(weights.get(k, 1) * v * (2 * total[k] + v) for k, v in change.items())
 
 # %% ../nbs/45_quadruples.ipynb #a56ec991
-# uses of one pair of skeletons at most: a noun and its antonyms fill it 48 times, and all pairs of a
-# quadruple must be new at once
+# A pair of skeletons is used so often at most. A noun and its antonyms allow 48 uses, and all pairs of a group must
+# be new at once
 WEAR = 24
 
-
-def choose(pool: tuple, n: int, rng: Random, tries: int = 40, swaps: int = 100) -> list:  # n quadruples
-    """A choice from `pool` whose shallow features are as even over the labels as it can find, with no pair of
-    skeletons used much more than others."""
+# %% ../nbs/45_quadruples.ipynb #2535e1cd
+def choose(
+    pool: tuple,  # of `Quad`
+    n: int,  # groups to choose
+    rng: Random,
+    tries: int = 40,  # groups to compare for each choice
+    swaps: int = 100,  # swaps to try for each group
+) -> list:  # of `Quad`
+    """Choose groups whose shallow features are as even over the labels as can be found. No pair of skeletons is used
+    much more often than others."""
 
     def uneven(q):
         return any(k[0] == "shape" for k, _ in q.gap)
@@ -481,7 +530,8 @@ def choose(pool: tuple, n: int, rng: Random, tries: int = 40, swaps: int = 100) 
         return [pair[:2] for pair in q.pairs]
 
     even = list(filterfalse(uneven, pool)) or pool
-    gaps, pairs = {q: dict(q.gap) for q in pool}, {q: skeletons(q) for q in pool}
+    gaps = {q: dict(q.gap) for q in pool}
+    pairs = {q: skeletons(q) for q in pool}
     total, used, out = Counter(), Counter(), []
     more = [q for q in pool if gaps[q].get("relation", 0) > 0]
     less = [q for q in pool if gaps[q].get("relation", 0) < 0]
@@ -496,10 +546,11 @@ def choose(pool: tuple, n: int, rng: Random, tries: int = 40, swaps: int = 100) 
     def worn_out(q):
         return max(used[p] for p in pairs[q]) >= WEAR
 
+    def cost(q):
+        return worn_out(q), surplus_cost(total, gaps[q]) + worn(q)
+
     for _ in range(n):
-        q = min(
-            (one() for _ in range(tries)), key=lambda q: (worn_out(q), surplus_cost(total, gaps[q]) + worn(q))
-        )
+        q = min((one() for _ in range(tries)), key=cost)
         out.append(q)
         total.update(gaps[q])
         used.update(pairs[q])
@@ -515,24 +566,33 @@ def choose(pool: tuple, n: int, rng: Random, tries: int = 40, swaps: int = 100) 
     return out
 
 # %% ../nbs/45_quadruples.ipynb #4bd1e189
-GENERATOR = "2"  # goes up whenever the same size and seed give other rows
+GENERATOR = "2"  # raise it whenever the same size and seed give other rows
+
+# %% ../nbs/45_quadruples.ipynb #15207ce1
 SIZES = dict(  # split -> quadruples per category (an octuple counts as two)
     demo=dict(train=80, dev=16, test=30),
     tiny=dict(train=10, dev=2, test=4),
     small=dict(train=62, dev=6, test=12),
     full=dict(train=376, dev=38, test=76),
 )
-# before and after are read off by a boosted tree where their wordings are in train: only new wordings judge
-# temporal order
+
+# %% ../nbs/45_quadruples.ipynb #9c86f0b4
+# Temporal order is not judged where its wordings are in train: there a boosted tree reads off before and after
 NOT_JUDGED = dict(dev=("temporal",), test=("temporal",))  # split -> categories
+
+# %% ../nbs/45_quadruples.ipynb #1a5f0ed4
 HARDER = dict(
     test_templates="templates", test_pairs="pairs", test_depth3="depth3", test_direction="direction"
-)  # split -> variant, as many quadruples as test
+)  # split -> variant. Each has as many quadruples as test
 
-
-def quad_rows(q: Quad, words: dict, head: dict, template: str) -> list:  # of four SFT rows, or eight
-    """One quadruple or octuple as rows; `head` holds category and group_id. An id ends in the numbers of its
-    premise and its hypothesis."""
+# %% ../nbs/45_quadruples.ipynb #5340a946
+def quad_rows(
+    q: Quad,
+    words: dict,  # slot -> word
+    head: dict,  # category and group_id
+    template: str,  # prompt template
+) -> list:  # of four SFT rows, or eight
+    "One group as rows. An id ends in the numbers of its premise and its hypothesis."
     ps = list(dict.fromkeys(p.text for p, *_ in q.pairs))
     hs = list(dict.fromkeys(h.text for _, h, *_ in q.pairs))
     return [
@@ -560,11 +620,12 @@ def category_groups(
     seed: int,
     variant: str,
     template: str,
-    seen: set,  # (premise, hypothesis) pairs used so far; added to
+    seen: set,  # (premise, hypothesis) pairs used so far. The new ones are added
 ) -> list:  # of lists of rows
-    """`n` quadruples of a category, or half as many octuples, without a repeated pair. Raises ConfigError
-    where the lexicon is too small for `n`."""
-    rng, out, pool = Random(f"{seed}/{split}/{category}"), [], quads(category, variant, HALVES.get(split))
+    """`n` quadruples of a category, or half as many octuples, without a repeated pair. Raises ConfigError if
+    the lexicon is too small for `n`."""
+    rng, out = Random(f"{seed}/{split}/{category}"), []
+    pool = quads(category, variant, HALVES.get(split))
     for q in choose(pool, n * 4 // len(pool[0].pairs), rng):
         for _ in range(1000):
             head = dict(category=category, group_id=f"{split}-{category}-{len(out):04d}")
@@ -582,10 +643,10 @@ def category_groups(
 def generate(
     size: str = "tiny",  # key of `SIZES`
     seed: int = 0,
-    template: str = "brief",  # prompt template, a name in `data.PROMPTS`
+    template: str = "brief",  # prompt template, a name in `rows.PROMPTS`
 ) -> dict:  # split -> SFT rows
-    """The corpus by split. The rows of a quadruple stay together, so every prefix of 4k rows is balanced.
-    Raises ConfigError for an unknown size."""
+    """The corpus by split. The rows of a group stay together, so the first 4, 8, 12, … rows are balanced. Raises
+    ConfigError for an unknown size."""
     if size not in SIZES:
         raise ConfigError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
     plan = {split: ("demo" if size == "demo" else "plain", n) for split, n in SIZES[size].items()}

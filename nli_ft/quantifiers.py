@@ -17,7 +17,7 @@ from itertools import combinations
 from .meanings import CONTRADICTORY, COUNTS, QUANTIFIERS, Says, VERDICTS, covered, framed
 
 # %% ../nbs/43_quantifiers.ipynb #6209f8df
-MONOTONE = {  # direction of restrictor and scope: "up" to larger sets, "down" to smaller ones
+MONOTONE = {  # in the restrictor, in the scope. "up": to larger sets, "down": to smaller ones
     "every": ("down", "up"),
     "some": ("up", "up"),
     "no": ("down", "down"),
@@ -30,7 +30,9 @@ MONOTONE = {  # direction of restrictor and scope: "up" to larger sets, "down" t
     "few": ("nowhere", "down"),
     "at most half": ("nowhere", "down"),
 }
-WEAKER = {
+
+# %% ../nbs/43_quantifiers.ipynb #db615566
+WEAKER = {  # a quantifier -> those that it entails with the same arguments
     "every": ["some", "most"],
     "no": ["at most one", "not every", "few"],
     "at least two": ["some"],
@@ -40,7 +42,9 @@ WEAKER = {
     "at least half": ["some"],
     "at most half": ["not every"],
 }
-EXCLUDES = [
+
+# %% ../nbs/43_quantifiers.ipynb #557a3248
+EXCLUDES = [  # pairs that cannot both be true of the same arguments
     ("every", "not every"),
     ("every", "no"),
     ("some", "no"),
@@ -52,15 +56,18 @@ EXCLUDES = [
     ("every", "at most half"),
     ("no", "at least half"),
 ]
+
+# %% ../nbs/43_quantifiers.ipynb #0be3e928
+# the quantifier that says the same of the complement: every … open, no … closed
 DUAL = {"every": "no", "no": "every", "some": "not every", "not every": "some"}
 
 # %% ../nbs/43_quantifiers.ipynb #d7d3d988
-NARROWERS = dict(A="XZ", B="YW")  # what can narrow the restrictor A and the scope B
+NARROWERS = dict(A="XZ", B="YW")  # the modifiers that can narrow the restrictor A and the scope B
 
-
+# %% ../nbs/43_quantifiers.ipynb #2eb1fc36
 def moved(args: tuple, way: str) -> list:  # of arguments
-    "An argument moved one step: narrowed (down) or widened (up)."
-    head, *kept = args
+    "An argument after one step: narrowed (down) or widened (up)."
+    head, *modifiers = args
     if head not in NARROWERS:
         return []
 
@@ -68,35 +75,35 @@ def moved(args: tuple, way: str) -> list:  # of arguments
         return tuple(a for a in args if a != x)
 
     def narrowed_by(x):
-        return (head, *(a for a in NARROWERS[head] if a in kept or a == x))
+        return (head, *(a for a in NARROWERS[head] if a in modifiers or a == x))
 
     if way == "up":
-        return list(map(without, kept))
+        return list(map(without, modifiers))
     if way == "down":
-        return [narrowed_by(x) for x in NARROWERS[head] if x not in kept]
+        return [narrowed_by(x) for x in NARROWERS[head] if x not in modifiers]
     return []
 
 # %% ../nbs/43_quantifiers.ipynb #e6c92734
 def steps(f: tuple) -> list:  # meanings that follow in one step
-    "One-step consequences of a quantified meaning."
+    "What follows from a quantified meaning in one step."
     if f[0] == "this":
         return [("q", "some", ("A",), f[1])]
-    _, q, r, s = f
-    out = [("q", w, r, s) for w in WEAKER.get(q, [])]
-    if q in DUAL and s in (("B",), ("-B",)):
-        out.append(("q", DUAL[q], r, ("-B",) if s == ("B",) else ("B",)))
-    if q == "every" and r == ("A",):
-        out.append(("this", s))
-    return (
-        out
-        + [("q", q, x, s) for x in moved(r, MONOTONE[q][0])]
-        + [("q", q, r, x) for x in moved(s, MONOTONE[q][1])]
-    )
+    _, q, restrictor, scope = f
+    complement = {("B",): ("-B",), ("-B",): ("B",)}.get(scope)
+    in_restrictor, in_scope = MONOTONE[q]
+    out = [("q", w, restrictor, scope) for w in WEAKER.get(q, [])]
+    if q in DUAL and complement:
+        out.append(("q", DUAL[q], restrictor, complement))
+    if q == "every" and restrictor == ("A",):
+        out.append(("this", scope))
+    out += [("q", q, arg, scope) for arg in moved(restrictor, in_restrictor)]
+    out += [("q", q, restrictor, arg) for arg in moved(scope, in_scope)]
+    return out
 
 # %% ../nbs/43_quantifiers.ipynb #9636facd
 @lru_cache(None)
-def consequences(f: tuple) -> frozenset:  # meanings, `f` among them
-    "Everything `steps` reaches."
+def consequences(f: tuple) -> frozenset:  # of meanings, `f` among them
+    "Everything that `steps` reaches, in any number of steps."
     out, todo = {f}, [f]
     while todo:
         new = [g for g in steps(todo.pop()) if g not in out]
@@ -106,7 +113,7 @@ def consequences(f: tuple) -> frozenset:  # meanings, `f` among them
 
 # %% ../nbs/43_quantifiers.ipynb #04426429
 def excludes(f: tuple, g: tuple) -> bool:
-    "Do `f` and `g` clash outright: the same arguments under quantifiers that exclude each other?"
+    "Do `f` and `g` have the same arguments, and quantifiers that exclude each other?"
     if "this" in (f[0], g[0]):
         return f[0] == g[0] and {f[1], g[1]} == {("B",), ("-B",)}
     return f[2:] == g[2:] and ((f[1], g[1]) in EXCLUDES or (g[1], f[1]) in EXCLUDES)
@@ -114,20 +121,24 @@ def excludes(f: tuple, g: tuple) -> bool:
 # %% ../nbs/43_quantifiers.ipynb #6225d1e6
 @lru_cache(None)
 def quantifier_rule(p: tuple, h: tuple) -> str:
-    "Monotonicity calculus: reachable is entailment, reachable clash is contradiction, else neutral."
+    "Monotonicity: entailment if the steps lead from `p` to `h`, contradiction if what both imply clashes."
     if h in consequences(p):
         return "entailment"
-    return (
-        "contradiction"
-        if any(excludes(f, g) for f in consequences(p) for g in consequences(h))
-        else "neutral"
-    )
+    clash = any(excludes(f, g) for f in consequences(p) for g in consequences(h))
+    return "contradiction" if clash else "neutral"
 
 # %% ../nbs/43_quantifiers.ipynb #0382d1a1
 def q_text(
-    q: str, noun: str, nouns: str, one: str, many: str, variant: str, there="there was", who="who"
+    q: str,  # quantifier
+    noun: str,
+    nouns: str,  # its plural
+    one: str,  # the predicate after a singular subject
+    many: str,  # the predicate after a plural subject
+    variant: str,
+    there="there was",
+    who="who",
 ) -> str:
-    "Words of a quantified sentence; `one` and `many` are the predicate after a singular and a plural subject."
+    "The words of a quantified sentence."
     plain = {
         "at least two": f"at least two {nouns} {many}",
         "most": f"most {nouns} {many}",
@@ -157,6 +168,8 @@ LEVELS = {
     "{past} {place}": ("B", "W"),
     "{past} {adv} {place}": ("B", "Y", "W"),
 }  # words -> scope
+
+# %% ../nbs/43_quantifiers.ipynb #f7d5286d
 ARGUMENTS = dict(  # category -> argument of the meaning -> words
     restrictor={
         ("A",): "{noun}",
@@ -164,38 +177,43 @@ ARGUMENTS = dict(  # category -> argument of the meaning -> words
         ("A", "Z"): "{trait} {noun}",
         ("A", "X", "Z"): "{adj} {trait} {noun}",
     },
-    hypernymy={
+    hypernymy={  # a {sort} is a {kind}
         ("A",): "{kind}",
         ("A", "X"): "{sort}",
         ("A", "Z"): "{adj} {kind}",
         ("A", "X", "Z"): "{adj} {sort}",
-    },  # a {sort} is a {kind}
+    },
     scope={arg: text for text, arg in LEVELS.items()},
     most={arg: text for text, arg in LEVELS.items()},
 )
 
-
+# %% ../nbs/43_quantifiers.ipynb #768b32de
 def q_says(q: str, arg: tuple, category: str, variant: str) -> Says:
-    "One quantified skeleton whose restrictor or scope is `arg`."
-    said = ARGUMENTS[category][arg]
-    pred = "{went}" if category == "hypernymy" else "{past}"
-    noun, pred = ("{noun}", said) if category in ("scope", "most") else (said, pred)
-    form = ("q", q, ("A",), arg) if category in ("scope", "most") else ("q", q, arg, ("B",))
+    "One quantified skeleton. The category decides whether `arg` is its restrictor or its scope."
+    if category in ("scope", "most"):
+        form = ("q", q, ("A",), arg)
+        noun, predicate = "{noun}", ARGUMENTS[category][arg]
+    else:
+        form = ("q", q, arg, ("B",))
+        noun = ARGUMENTS[category][arg]
+        predicate = "{went}" if category == "hypernymy" else "{past}"
     nouns = re.sub(r"\{(noun|kind|sort)\}", r"{\1s}", noun)
-    return Says(form, q_text(q, noun, nouns, pred, pred, variant))
+    return Says(form, q_text(q, noun, nouns, predicate, predicate, variant))
 
 # %% ../nbs/43_quantifiers.ipynb #70e7b37d
-HELD_OUT = dict(
+HELD_OUT = dict(  # category -> quantifiers
     restrictor=("every", "not every"),
     scope=("some", "no"),
     hypernymy=("at least two", "at most one"),
     antonyms=("at least two", "at most one"),
 )
+
+# %% ../nbs/43_quantifiers.ipynb #29668f35
 PROPORTIONS = ("every", "most", "at least half", "some", "no", "few", "at most half", "not every")
 
-
+# %% ../nbs/43_quantifiers.ipynb #e4d597f2
 def quantifiers_in(category: str, variant: str) -> list:
-    "Quantifiers a variant may use: the held-out ones appear in `test_pairs` only."
+    "The quantifiers that a variant may use. Those held out are for the variant `pairs`."
     if category == "most":
         return list(PROPORTIONS)
     counted = [q for q in QUANTIFIERS if q not in ("most", "few", "at most half", "at least half")]
@@ -203,44 +221,44 @@ def quantifiers_in(category: str, variant: str) -> list:
 
 # %% ../nbs/43_quantifiers.ipynb #d1a87bb6
 def quantifier_says(category: str, variant: str) -> tuple:  # premises, hypotheses
-    "Skeletons of monotonicity in the restrictor (by adjectives, or by a more general noun) or in the scope."
-    s = [
-        g
-        for q in quantifiers_in(category, variant)
-        for arg in ARGUMENTS[category]
-        for g in framed(q_says(q, arg, category, variant), variant, q in CONTRADICTORY)
-    ]
-    return s, s
+    "The skeletons of a category in which one argument of a quantifier moves."
+    says = []
+    for q in quantifiers_in(category, variant):
+        for arg in ARGUMENTS[category]:
+            says += framed(q_says(q, arg, category, variant), variant, q in CONTRADICTORY)
+    return says, says
 
 # %% ../nbs/43_quantifiers.ipynb #ffb26e1a
 def direction(a: tuple, b: tuple) -> str:  # down | up | level | across
-    "Where the step from argument `a` to argument `b` goes."
+    "Where the step from argument `a` to argument `b` goes: to a smaller set, to a larger one, nowhere, or aside."
     if a == b:
         return "level"
     if set(a) < set(b):
         return "down"
     return "up" if set(b) < set(a) else "across"
 
-
+# %% ../nbs/43_quantifiers.ipynb #2fb7f5f3
 def quantifier_thought(category: str, p: Says, h: Says, rel: str):
-    "Cite the step and what the premise's quantifier does with it; None where that does not explain the label."
+    "Cite the step and what the premise's quantifier does with it. None if that does not explain the label."
     i = 3 if category in ("scope", "most") else 2
     a, b = p.form[i], h.form[i]
     way, passes = direction(a, b), MONOTONE[p.form[1]][i - 2]
-    same = quantifier_rule(p.form, h.form[:i] + (a,) + h.form[i + 1 :])
-    if rel != (same if way in ("level", passes) else "neutral"):
+    same = quantifier_rule(p.form, h.form[:i] + (a,) + h.form[i + 1 :])  # the relation if no argument moved
+    explains = same if way in ("level", passes) else "neutral"
+    if rel != explains:
         return None
     word = dict(entailment="gives", neutral="permits", contradiction="excludes")[same]
-    said = ARGUMENTS[category]
+    texts = ARGUMENTS[category]
     return (
-        f"the step from {said[a]} to {said[b]} goes {way}. {p.form[1]} passes {passes} and {word} "
+        f"the step from {texts[a]} to {texts[b]} goes {way}. {p.form[1]} passes {passes} and {word} "
         f"{h.form[1]}, so it {VERDICTS[rel]}"
     )
 
 # %% ../nbs/43_quantifiers.ipynb #7ad01852
+# letter in a meaning -> words
 DETAILS = {"Y": "{adv}", "W": "{place}", "V": "at {time}"}
 
-
+# %% ../nbs/43_quantifiers.ipynb #4cd0f562
 def act_text(
     details: tuple,  # letters of `DETAILS`, after "B" for the event itself
 ) -> str:  # e.g. " {adv} at {time}"
@@ -249,27 +267,28 @@ def act_text(
 
 # %% ../nbs/43_quantifiers.ipynb #88af8545
 def detail_says(variant: str) -> tuple:  # premises, hypotheses
-    "Skeletons of one event with up to three details, affirmed and denied."
+    "The skeletons of one event with up to three details, affirmed and denied."
     who = "{a} is someone who" if variant == "templates" else "{a}"
     out = []
     for k in range(4):
-        for ds in combinations("YWV", k):
-            more = act_text(("B", *ds))
-            f = ("act", ("B", *ds))
-            out += framed(Says(f, f"{who} {{past}}{more}"), variant) + framed(
-                Says(("not", f), f"{who} did not {{base}}{more}"), variant
-            )
+        for details in combinations("YWV", k):
+            event = ("act", ("B", *details))
+            more = act_text(("B", *details))
+            out += framed(Says(event, f"{who} {{past}}{more}"), variant)
+            out += framed(Says(("not", event), f"{who} did not {{base}}{more}"), variant)
     return out, out
 
 # %% ../nbs/43_quantifiers.ipynb #f4d17254
 def act_parts(f: tuple) -> tuple:  # (details, affirmed?)
-    "What is said of the event, and whether it is affirmed."
-    return (f[1][1], False) if f[0] == "not" else (f[1], True)
+    "The details of the event, and whether the event is affirmed."
+    if f[0] == "not":
+        return f[1][1], False
+    return f[1], True
 
 # %% ../nbs/43_quantifiers.ipynb #85aa609d
 def act_rule(p: tuple, h: tuple) -> str:
-    "Fewer details follow from an affirmed event, more from a denied one."
-    (a, yes), (b, also) = act_parts(p), act_parts(h)
+    "From an affirmed event fewer details follow, from a denied one more."
+    (a, yes), (b, also) = act_parts(p), act_parts(h)  # details, affirmed?
     passes = set(b) <= set(a) if yes else set(a) <= set(b)
     if not passes:
         return "neutral"
@@ -280,55 +299,58 @@ def detail_thought(p: Says, h: Says, rel: str) -> str:
     "Cite the step between the details, and what an affirmed or a denied event does with it."
     (a, yes), (b, also) = act_parts(p.form), act_parts(h.form)
     way = direction(a, b)
+    passes = "up" if yes else "down"
     does = "gives" if yes == also else "excludes"
-    said = ("no", "yes")
+    answers = ("no", "yes")
     return (
-        f"the step from {{past}}{act_text(a)} to {{past}}{act_text(b)} goes {way}. A {said[yes]} "
-        f"passes {'up' if yes else 'down'} "
-        f"and {does} a {said[also]}, so it {VERDICTS[rel]}"
+        f"the step from {{past}}{act_text(a)} to {{past}}{act_text(b)} goes {way}. A {answers[yes]} "
+        f"passes {passes} and {does} a {answers[also]}, so it {VERDICTS[rel]}"
     )
 
 # %% ../nbs/43_quantifiers.ipynb #0f29f6f9
+# scope in a meaning -> word
 ANTONYM = {"B": "{pos}", "-B": "{neg}"}
 
-
+# %% ../nbs/43_quantifiers.ipynb #a9872ea7
 def antonym_says(variant: str) -> tuple:  # premises, hypotheses
-    "Skeletons of complementary antonyms, quantified or about one thing."
-    out, this = [], "as for this {noun}, it is" if variant == "templates" else "this {noun} is"
+    "The skeletons of complementary antonyms, quantified or about one thing."
+    this = "as for this {noun}, it is" if variant == "templates" else "this {noun} is"
+    out = []
     for s in ("B", "-B"):
-        w = ANTONYM[s]
+        word = ANTONYM[s]
         for q in quantifiers_in("antonyms", variant):
-            text = q_text(q, "{noun}", "{nouns}", f"is {w}", f"are {w}", variant, "there is", "that")
+            text = q_text(q, "{noun}", "{nouns}", f"is {word}", f"are {word}", variant, "there is", "that")
             out += framed(Says(("q", q, ("A",), (s,)), text), variant, q in CONTRADICTORY)
-        out += [Says(("this", (s,)), f"{this} {w}"), Says(("not", ("this", (s,))), f"{this} not {w}")]
+        out.append(Says(("this", (s,)), f"{this} {word}"))
+        out.append(Says(("not", ("this", (s,))), f"{this} not {word}"))
     return out, out
 
 # %% ../nbs/43_quantifiers.ipynb #ac4db5ef
 def turned(f: tuple, pole: str) -> str:
-    "Name of the quantifier when the sentence is restated with the word `pole`."
+    "The quantifier of a sentence after it is restated with the adjective of the scope `pole`."
     q = "this" if f[0] == "this" else f[1]
-    return q if f[-1] == (pole,) else DUAL.get(q, f"{q} not")
+    if f[-1] == (pole,):
+        return q
+    return DUAL.get(q, f"{q} not")
 
-
+# %% ../nbs/43_quantifiers.ipynb #756c2202
 def antonym_thought(p: Says, h: Says, rel: str) -> str:
-    "Restate both sentences with the hypothesis' own adjective and compare the quantifiers."
-    said = (
-        "this {noun} is"
-        if p.form[0] == "this"
-        else q_text(p.form[1], "{noun}", "{nouns}", "is", "are", "plain")
-    )
+    "Restate both sentences with the adjective of the hypothesis, and compare the quantifiers."
+    subject = "this {noun} is"
+    if p.form[0] != "this":
+        subject = q_text(p.form[1], "{noun}", "{nouns}", "is", "are", "plain")
     (was,), (now,) = p.form[-1], h.form[-1]
     return (
-        f"the premise says {said} {ANTONYM[was]}. For {ANTONYM[now]} this is {turned(p.form, now)} "
+        f"the premise says {subject} {ANTONYM[was]}. For {ANTONYM[now]} this is {turned(p.form, now)} "
         f"against {turned(h.form, now)}, so it {VERDICTS[rel]}"
     )
 
 # %% ../nbs/43_quantifiers.ipynb #f5165993
 NUMBERS = "zero one two three four five six seven eight nine".split()
 
-
+# %% ../nbs/43_quantifiers.ipynb #0c2d9cee
 def interval(f: tuple) -> tuple:  # lowest and highest count
-    "The counts a meaning allows."
+    "The counts that a meaning allows. 99 stands for no upper bound."
     _, op, k = f
     return {
         "exactly": (k, k),
@@ -338,9 +360,9 @@ def interval(f: tuple) -> tuple:  # lowest and highest count
         "fewer than": (0, k - 1),
     }[op]
 
-
+# %% ../nbs/43_quantifiers.ipynb #1ea6b55a
 def count_rule(p: tuple, h: tuple) -> str:
-    "Interval inclusion is entailment, disjoint intervals contradiction."
+    "Entailment if the hypothesis allows every count of the premise, contradiction if it allows none of them."
     (a, b), (c, d) = interval(p), interval(h)
     if c <= a and b <= d:
         return "entailment"
@@ -348,8 +370,8 @@ def count_rule(p: tuple, h: tuple) -> str:
 
 # %% ../nbs/43_quantifiers.ipynb #74fb7f92
 def count_says(variant: str) -> tuple:  # premises, hypotheses
-    "Skeletons of counting."
-    new = {
+    "The skeletons of counting, with numbers from two to eight."
+    templates = {
         "exactly": "just {}",
         "at least": "{} or more",
         "at most": "{} or fewer",
@@ -358,30 +380,29 @@ def count_says(variant: str) -> tuple:  # premises, hypotheses
     }
 
     def words(op, k):
-        return (
-            new[op].format(NUMBERS[k]) if variant == "templates" else f"{op} {NUMBERS[k]}"
-        ) + " {nouns} {past}"
+        counted = f"{op} {NUMBERS[k]}"
+        if variant == "templates":
+            counted = templates[op].format(NUMBERS[k])
+        return counted + " {nouns} {past}"
 
-    s = [
-        Says(("count", op, k), words(op, k))
-        for op in COUNTS
-        for k in range(2, 9)
-        if (op, k) != ("fewer than", 2)
-    ]
-    return s, s
+    says = []
+    for op in COUNTS:
+        for k in range(2, 9):
+            if (op, k) != ("fewer than", 2):
+                says.append(Says(("count", op, k), words(op, k)))
+    return says, says
 
 # %% ../nbs/43_quantifiers.ipynb #8429fa78
 def count_name(f: tuple) -> str:
     "An interval in words."
-    a, b = interval(f)
-    return (
-        f"exactly {NUMBERS[a]}"
-        if a == b
-        else f"{NUMBERS[a]} or more"
-        if b == 99
-        else f"{NUMBERS[b]} or fewer"
-    )
+    low, high = interval(f)
+    if low == high:
+        return f"exactly {NUMBERS[low]}"
+    if high == 99:
+        return f"{NUMBERS[low]} or more"
+    return f"{NUMBERS[high]} or fewer"
 
 # %% ../nbs/43_quantifiers.ipynb #555e5378
 def count_thought(p: Says, h: Says, rel: str) -> str:
+    "Compare the counts that the premise allows with those that the hypothesis needs."
     return covered(count_name(p.form), count_name(h.form), rel)

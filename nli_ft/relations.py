@@ -16,38 +16,39 @@ from .meanings import Says, compared, deny, facts_of, framed
 
 # %% ../nbs/42_relations.ipynb #4d289286
 def role_rule(p: tuple, h: tuple) -> str:
-    "A stated fact decides itself and its denial, nothing else."
-    stated = facts_of(p)
-    if h in stated:
+    "A stated fact decides itself and its denial, and nothing else."
+    facts = facts_of(p)
+    if h in facts:
         return "entailment"
-    return "contradiction" if deny(h) in stated else "neutral"
+    return "contradiction" if deny(h) in facts else "neutral"
 
-
+# %% ../nbs/42_relations.ipynb #fbe943dc
 def role_clause(f: tuple) -> str:
-    "Canonical active clause of a fact or its denial."
+    "A fact or its denial as an active clause."
     if f[0] == "not":
-        return f"{{{f[1][1]}}} did not {{base}} {{{f[1][2]}}}"
+        _, x, y = f[1]
+        return f"{{{x}}} did not {{base}} {{{y}}}"
     return f"{{{f[1]}}} {{past}} {{{f[2]}}}"
 
-
+# %% ../nbs/42_relations.ipynb #c850c9ef
 def role_thought(p: Says, h: Says, rel: str) -> str:
-    "Cite the stated fact that decides `h`, else the first one."
-    near = [f for f in facts_of(p.form) if f in (h.form, deny(h.form))]
+    "Cite the fact of the premise that decides `h`, or else its first fact."
+    facts = facts_of(p.form)
+    deciding = [f for f in facts if f in (h.form, deny(h.form))]
+    cited = (deciding or facts)[0]
     return (
-        f"the premise says {role_clause((near or facts_of(p.form))[0])}. The hypothesis says "
-        f"{role_clause(h.form)}, {compared(rel)}"
+        f"the premise says {role_clause(cited)}. The hypothesis says {role_clause(h.form)}, {compared(rel)}"
     )
 
 # %% ../nbs/42_relations.ipynb #692dfa04
-# The demo's four wordings name the two people in the order x-y, y-x, x-y, y-x. Trained on are first →
-# second and third, second → third,
-# third → first and fourth, fourth → first; judged are the others, among them both pairs of wordings that
-# turn the names round twice.
+# The four wordings of the demo name the two people in the order x-y, y-x, x-y, y-x. These pairs of wordings
+# are trained on: first → second and third, second → third, third → first and fourth, fourth → first. The others
+# are judged. Among them are both pairs that turn the names round twice.
 DEMO_HALVES = ((0, 1), (0, 0), (1, 0), (1, 1))
 
 # %% ../nbs/42_relations.ipynb #09406d5a
 def role_plain(x: str, y: str, variant: str) -> list:  # of Says
-    "x did it to y: active, passive, cleft; and its denials."
+    "x did it to y, and its denial, in active, passive and cleft sentences."
     X, Y, f = f"{{{x}}}", f"{{{y}}}", ("did", x, y)
     if variant == "templates":
         yes = [
@@ -60,14 +61,13 @@ def role_plain(x: str, y: str, variant: str) -> list:  # of Says
         yes = [f"{X} {{past}} {Y}", f"{Y} was {{past}} by {X}", f"{X} is the one who {{past}} {Y}"]
         no = [f"{X} did not {{base}} {Y}", f"{Y} was not {{past}} by {X}"]
     if variant == "demo":
-        return [
-            Says(f, t, halves=h) for t, h in zip([*yes, f"{Y} is the one whom {X} {{past}}"], DEMO_HALVES)
-        ]
+        yes.append(f"{Y} is the one whom {X} {{past}}")
+        return [Says(f, t, halves=h) for t, h in zip(yes, DEMO_HALVES)]
     return [Says(f, t) for t in yes] + [Says(("not", f), t) for t in no]
 
 # %% ../nbs/42_relations.ipynb #4cd39189
-def role_both(x: str, y: str, variant: str) -> list:
-    "Both directions at once: one way only, each other, neither."
+def role_both(x: str, y: str, variant: str) -> list:  # of Says
+    "Both directions in one sentence: one way only, each other, or neither."
     X, Y, f, g = f"{{{x}}}", f"{{{y}}}", ("did", x, y), ("did", y, x)
     if variant == "templates":
         return [
@@ -84,59 +84,59 @@ def role_both(x: str, y: str, variant: str) -> list:
     ]
 
 # %% ../nbs/42_relations.ipynb #3e69530a
-def role_deep(names="abc") -> list:
+def role_deep() -> list:  # of Says
     "Three facts around a ring of three people, each stated or denied."
     out = []
     for ring in (("a", "b", "c"), ("c", "b", "a")):
+        steps = list(zip(ring, ring[1:] + ring[:1]))
         for signs in product((1, 0), repeat=3):
-            fs = [
-                ("did", x, y) if s else ("not", ("did", x, y))
-                for s, (x, y) in zip(signs, zip(ring, ring[1:] + ring[:1]))
-            ]
+            facts = [("did", *step) if sign else ("not", ("did", *step)) for sign, step in zip(signs, steps)]
             if any(signs):
-                out.append(
-                    Says(
-                        ("and", *fs), f"{role_clause(fs[0])}, {role_clause(fs[1])}, and {role_clause(fs[2])}"
-                    )
-                )
+                first, second, third = map(role_clause, facts)
+                out.append(Says(("and", *facts), f"{first}, {second}, and {third}"))
     return out
 
 # %% ../nbs/42_relations.ipynb #b2abd0fd
 def role_says(variant: str) -> tuple:  # premises, hypotheses
-    "Skeletons of role swap."
+    "The skeletons of role swap."
     names = "abc" if variant == "depth3" else "ab"
     hs = [s for x, y in permutations(names, 2) for s in role_plain(x, y, variant)]
     if variant == "depth3":
         return role_deep(), hs
     if variant == "demo":
         return hs, hs
-    hs += [g for s in hs for g in framed(s, variant)[1:] if "templates" != variant or s.text.startswith("{")]
-    return hs + [s for x, y in permutations(names, 2) for s in role_both(x, y, variant)], hs
+    frameable = [s for s in hs if variant != "templates" or s.text.startswith("{")]
+    hs += [g for s in frameable for g in framed(s, variant)[1:]]
+    both = [s for x, y in permutations(names, 2) for s in role_both(x, y, variant)]
+    return hs + both, hs
 
 # %% ../nbs/42_relations.ipynb #2d0d928f
 def closure(edges: set) -> set:  # pairs
-    "Transitive closure."
-    up = set(edges)
-    while new := {(x, z) for x, y in up for y2, z in up if y == y2} - up:
-        up |= new
-    return up
+    "All pairs that a chain of `edges` links."
+    linked = set(edges)
+    while new := {(x, z) for x, y in linked for y2, z in linked if y == y2} - linked:
+        linked |= new
+    return linked
 
-
+# %% ../nbs/42_relations.ipynb #2a77bbff
 def order_rule(p: tuple, h: tuple) -> str:
-    "Is the hypothesis' pair in the transitive closure of the premise's, the wrong way round, or absent?"
-    up = closure({f[1:] for f in facts_of(p)})
-    if h[1:] in up:
+    "Look for the pair of the hypothesis in the closure of the premise, in this order and in the other."
+    linked = closure({f[1:] for f in facts_of(p)})
+    _, x, y = h
+    if (x, y) in linked:
         return "entailment"
-    return "contradiction" if h[:0:-1] in up else "neutral"
+    return "contradiction" if (y, x) in linked else "neutral"
 
 # %% ../nbs/42_relations.ipynb #aa5ad804
 def order_clause(x: str, y: str, pole: str = "more") -> str:
     "x ranks above y, said with either word of the pair: *taller* or *shorter*."
-    return f"{{{x}}} is {{more}} than {{{y}}}" if pole == "more" else f"{{{y}}} is {{less}} than {{{x}}}"
+    if pole == "more":
+        return f"{{{x}}} is {{more}} than {{{y}}}"
+    return f"{{{y}}} is {{less}} than {{{x}}}"
 
 # %% ../nbs/42_relations.ipynb #9717685e
-def order_demo(x: str, y: str) -> list:
-    "One comparison in four wordings. (Antonyms of unseen words are no task for the demo.)"
+def order_demo(x: str, y: str) -> list:  # of Says
+    "One comparison in four wordings. The demo does not ask for antonyms of words it never saw."
     texts = (
         order_clause(x, y),
         f"compared with {{{y}}}, {{{x}}} is {{more}}",
@@ -146,8 +146,8 @@ def order_demo(x: str, y: str) -> list:
     return [Says(("more", x, y), t, "more", h) for t, h in zip(texts, DEMO_HALVES)]
 
 # %% ../nbs/42_relations.ipynb #82d6724b
-def order_plain(x: str, y: str, variant: str) -> list:
-    "One comparison with either word of the pair, in two wordings."
+def order_plain(x: str, y: str, variant: str) -> list:  # of Says
+    "One comparison with either word of the pair, in two wordings each."
 
     def worded(top, low, word):
         if variant == "templates":
@@ -169,40 +169,42 @@ def order_plain(x: str, y: str, variant: str) -> list:
     ]
 
 # %% ../nbs/42_relations.ipynb #13b41de4
-def order_joined(edges: tuple, variant: str) -> list:
+def order_joined(edges: tuple, variant: str) -> list:  # of Says
     "Two or three comparisons in one sentence."
-    form = ("and", *(("more",) + e for e in edges))
+    form = ("and", *(("more", *edge) for edge in edges))
 
     def text(pole):
-        cs = [order_clause(*e, pole) for e in edges]
-        if variant != "templates":
-            return ", ".join(cs[:-1]) + ", and " + cs[-1]
-        return f"while {cs[0]}, {cs[1]}"
+        clauses = [order_clause(*edge, pole) for edge in edges]
+        if variant == "templates":
+            return f"while {clauses[0]}, {clauses[1]}"
+        return ", ".join(clauses[:-1]) + ", and " + clauses[-1]
 
     return [Says(form, text(pole), pole) for pole in ("more", "less")]
 
 # %% ../nbs/42_relations.ipynb #5b95623e
 def order_says(variant: str) -> tuple:  # premises, hypotheses
-    "Skeletons of comparatives: single, chained and forked comparisons."
+    "The skeletons of comparatives: single, chained and forked comparisons."
     if variant == "demo":
         s = order_plain("a", "b", variant) + order_plain("b", "a", variant)
         return s, s
     names, k = ("abcd", 3) if variant == "depth3" else ("abc", 2)
 
     def fits(edges):
-        "No circle, no pair of names twice, every name once at least."
+        "Accept a set of comparisons without a circle, in which no pair comes twice and every name comes."
         if any(x == y for x, y in closure(set(edges))):
             return False
         return len(set(map(frozenset, edges))) == k and len(set(sum(edges, ()))) == len(names)
 
     edges = list(filter(fits, combinations(permutations(names, 2), k)))
     hs = [s for x, y in permutations(names, 2) for s in order_plain(x, y, variant)]
-    single = order_plain("a", "b", variant) + order_plain("b", "a", variant) if variant != "depth3" else []
-    return single + [s for e in edges for s in order_joined(e, variant)], hs
+    single = []
+    if variant != "depth3":
+        single = order_plain("a", "b", variant) + order_plain("b", "a", variant)
+    return single + [s for chosen in edges for s in order_joined(chosen, variant)], hs
 
 # %% ../nbs/42_relations.ipynb #64672fcd
 def path(edges: set, x: str, y: str) -> list:  # the names strictly between
-    "Shortest chain of stated comparisons from x down to y."
+    "The shortest chain of stated comparisons from x down to y. None if there is no chain."
     todo = [[x]]
     while todo:
         way = todo.pop(0)
@@ -210,33 +212,35 @@ def path(edges: set, x: str, y: str) -> list:  # the names strictly between
             return way[1:-1]
         todo += [way + [z] for w, z in sorted(edges) if w == way[-1]]
 
-
+# %% ../nbs/42_relations.ipynb #d5cb8b09
 def order_thought(p: Says, h: Says, rel: str) -> str:
-    "Cite the stated or chained comparison in the premise's own word, or that there is none."
-    edges, (x, y) = {f[1:] for f in facts_of(p.form)}, h.form[1:]
+    "Cite the comparison that is stated or chained, in the word that the premise uses. Or say that there is none."
+    edges = {f[1:] for f in facts_of(p.form)}
+    _, x, y = h.form
     if rel == "neutral":
         lead = f"the premise does not rank {{{x}}} and {{{y}}}"
     else:
         top, low = (x, y) if rel == "entailment" else (y, x)
         via = path(edges, top, low)
-        lead = (
-            f"through {' and '.join(f'{{{v}}}' for v in via)}, " if via else "the premise says "
-        ) + order_clause(top, low, p.pole)
+        start = "the premise says "
+        if via:
+            start = f"through {' and '.join(f'{{{name}}}' for name in via)}, "
+        lead = start + order_clause(top, low, p.pole)
     return f"{lead}. The hypothesis says {order_clause(x, y, p.pole)}, {compared(rel)}"
 
 # %% ../nbs/42_relations.ipynb #2ba1974d
-def time_edges(
-    f: tuple,
-) -> list:  # of sets of (earlier, later, strictly?); each set is one way for `f` to be true
-    "What a sentence about time says, as steps that time must take."
+def time_edges(f: tuple) -> list:  # of sets of (earlier, later, strictly?)
+    "A sentence about time as steps that time must take. Each set is one way in which `f` can be true."
     yes, (op, x, y) = f[0] != "not", f[1] if f[0] == "not" else f
     if op == "before":
         return [{(x, y, True)}] if yes else [{(y, x, False)}]
-    return [{(x, y, False), (y, x, False)}] if yes else [{(x, y, True)}, {(y, x, True)}]
+    if yes:
+        return [{(x, y, False), (y, x, False)}]
+    return [{(x, y, True)}, {(y, x, True)}]
 
 # %% ../nbs/42_relations.ipynb #cbc308bb
 def runs_in_circles(edges: set) -> bool:
-    "Do the steps lead back to where they began, with a strict one among them?"
+    "Do the steps lead back to where they began, with a strict step among them?"
     reach = set(edges)
     while new := {(x, z, s or t) for x, y, s in reach for y2, z, t in reach if y == y2} - reach:
         reach |= new
@@ -245,11 +249,11 @@ def runs_in_circles(edges: set) -> bool:
 # %% ../nbs/42_relations.ipynb #c3c8e719
 @lru_cache(None)
 def time_rule(p: tuple, h: tuple) -> str:
-    "Entailment where the denied hypothesis makes time run in circles, contradiction where the hypothesis does."
-    said = set().union(*(time_edges(f)[0] for f in facts_of(p)))
+    "Does the denied hypothesis make time run in a circle with the premise, or the hypothesis itself, or neither?"
+    steps = set().union(*(time_edges(f)[0] for f in facts_of(p)))
 
     def clashes(f):
-        return all(runs_in_circles(said | way) for way in time_edges(f))
+        return all(runs_in_circles(steps | way) for way in time_edges(f))
 
     if clashes(deny(h)):
         return "entailment"
@@ -257,7 +261,7 @@ def time_rule(p: tuple, h: tuple) -> str:
 
 # %% ../nbs/42_relations.ipynb #4f4011dc
 def time_plain(x: str, y: str, variant: str) -> list:  # of Says
-    "x before y, at the same time, or not, each in two wordings."
+    "x came before y, at the same time as y, or not before y."
     X, Y = f"{{{x}}}", f"{{{y}}}"
     first, same = ("before", x, y), ("when", x, y)
     if variant == "templates":
@@ -279,40 +283,32 @@ def time_plain(x: str, y: str, variant: str) -> list:  # of Says
 
 # %% ../nbs/42_relations.ipynb #a49ac1be
 def time_says(variant: str) -> tuple:  # premises, hypotheses
-    "Skeletons of temporal order: one relation, or two that share a person."
+    "The skeletons of temporal order: one relation, or two that share a person."
     hs = [s for x, y in permutations("bcd", 2) for s in time_plain(x, y, variant)]
     two = []
     for x, y, z in permutations("bcd"):
-        for s, t in product(time_plain(x, y, variant), time_plain(y, z, variant) + time_plain(z, y, variant)):
+        seconds = time_plain(y, z, variant) + time_plain(z, y, variant)
+        for s, t in product(time_plain(x, y, variant), seconds):
             if "not" not in (s.form[0], t.form[0]):
                 two.append(Says(("and", s.form, t.form), f"{s.text}, and {t.text}"))
     return [*time_plain("b", "c", variant), *time_plain("c", "b", variant), *two], hs
 
 # %% ../nbs/42_relations.ipynb #369687a7
 def time_clause(f: tuple) -> str:
-    "Canonical words of a temporal fact."
+    "A temporal fact in its standard words."
     yes, (op, x, y) = f[0] != "not", f[1] if f[0] == "not" else f
     comes = "comes" if yes else "does not come"
-    return f"{{{x}}} {comes} {'before' if op == 'before' else 'with'} {{{y}}}"
+    order = "before" if op == "before" else "with"
+    return f"{{{x}}} {comes} {order} {{{y}}}"
 
 # %% ../nbs/42_relations.ipynb #1e690016
 def time_thought(p: Says, h: Says, rel: str) -> str:
-    "Say what the premise makes of the two times, then what the hypothesis says."
+    "Say how the premise orders the two people, then what the hypothesis says."
     _, x, y = h.form[1] if h.form[0] == "not" else h.form
-    known = [
-        f
-        for f in (
-            ("before", x, y),
-            ("before", y, x),
-            ("when", x, y),
-            ("not", ("before", x, y)),
-            ("not", ("before", y, x)),
-        )
-        if time_rule(p.form, f) == "entailment"
-    ]
-    lead = (
-        f"in the premise {time_clause(known[0])}"
-        if known
-        else f"the premise does not order {{{x}}} and {{{y}}}"
-    )
+    before, after, when = ("before", x, y), ("before", y, x), ("when", x, y)
+    candidates = (before, after, when, ("not", before), ("not", after))
+    known = [f for f in candidates if time_rule(p.form, f) == "entailment"]
+    lead = f"the premise does not order {{{x}}} and {{{y}}}"
+    if known:
+        lead = f"in the premise {time_clause(known[0])}"
     return f"{lead}. The hypothesis says {time_clause(h.form)}, {compared(rel)}"

@@ -25,16 +25,13 @@ from .teacher_session import Endpoint, estimate_tokens
 
 # %% ../nbs/49_teacher_files.ipynb #18035302
 def digest(obj, n=16) -> str:
-    "Hash of a JSON value, `n` bytes as hex; the order of keys does not matter."
-    return hashlib.blake2b(
-        json.dumps(obj, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass"), digest_size=n
-    ).hexdigest()
+    "Hash of a JSON value, `n` bytes as hex. The order of keys does not matter."
+    text = json.dumps(obj, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=n).hexdigest()
 
-
-def settings(
-    stage: Stage, endpoint: Endpoint
-) -> dict:  # what makes rows comparable; part of every row's provenance
-    "The settings a row's answer depends on. The address of the server is not one: it may move."
+# %% ../nbs/49_teacher_files.ipynb #fd81f339
+def settings(stage: Stage, endpoint: Endpoint) -> dict:  # part of every row's provenance
+    "The settings on which an answer depends. The address of the server is not one of them, because a server may move."
     return dict(
         stage=stage.name,
         template_hash=digest([stage.system, stage.user, REPROMPT], 6),
@@ -43,20 +40,21 @@ def settings(
         params=endpoint.params,
     )
 
-
+# %% ../nbs/49_teacher_files.ipynb #73483622
 def row_hash(stage: Stage, row: dict) -> str:
-    "Hash of the content of a row: 32 hex digits."
+    "Hash of the content of a row, 32 hex digits."
     return digest([row.get(k) for k in stage.content])
 
 # %% ../nbs/49_teacher_files.ipynb #de6a31e6
 class Journal:
-    "An append-only JSONL file: every row is written at once, and forced to disk every `batch` rows or `every` seconds."
+    "An append-only JSONL file. Rows are written at once, and forced to disk every `batch` rows or `every` seconds."
 
     def __init__(self, path, batch=32, every=2.0):
         self.fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self.batch, self.every, self.pending, self.last = batch, every, 0, time.monotonic()
 
     def append(self, row):
+        "Write one row whole. If that fails, the file is as it was before."
         data, start = memoryview(json_line(row).encode()), os.fstat(self.fd).st_size
         try:
             while data:
@@ -69,10 +67,12 @@ class Journal:
             self.sync()
 
     def sync(self):
+        "Force what was written to disk."
         os.fsync(self.fd)
         self.pending, self.last = 0, time.monotonic()
 
     def close(self):
+        "Force to disk and close."
         self.sync()
         os.close(self.fd)
 
@@ -83,25 +83,21 @@ def content_part(row) -> bytes:
 
 # %% ../nbs/49_teacher_files.ipynb #f65d2e79
 def is_written(row) -> bool:
-    "Does a row hold what the next start reads of it? Raises for one that is no such row at all."
-    p, amounts = (
-        row["provenance"],
-        [
-            row["provenance"].get("cost"),
-            row["provenance"].get("usage", {}).get("completion_tokens"),
-            row.get("tries"),
-        ],
-    )
+    "Does a row hold what the next start reads of it? Raises if it is no row of ours at all."
+    p = row["provenance"]
+    amounts = (p.get("cost"), p.get("usage", {}).get("completion_tokens"), row.get("tries"))
+
+    def is_amount(x):  # NaN is in no range
+        return x is None or type(x) in (int, float) and abs(x) < 2**63
+
     content_part(row)
-    return isinstance(p["stage"], str) and all(
-        x is None or type(x) in (int, float) and abs(x) < 2**63 for x in amounts
-    )  # NaN is in no range
+    return isinstance(p["stage"], str) and all(map(is_amount, amounts))
 
 # %% ../nbs/49_teacher_files.ipynb #897cf284
 def iter_written(
     path: Path,  # output or failed file of an earlier run
 ):
-    "Rows of our own files as (line, row), without a torn last line. Raises `DataError` for anything that is not ours."
+    "Rows of our own files as (line, row), without a torn last line. Raises `DataError` for any other row."
     if not path.exists():
         return
     try:
@@ -114,7 +110,7 @@ def iter_written(
                 raise DataError(f"{path}:{n}: not a row written by this command")
             yield n, row
     except DataError as e:
-        raise DataError(f"{e}; name another --output") from None
+        raise DataError(f"{e}. Name another --output") from None
 
 # %% ../nbs/49_teacher_files.ipynb #6e0e8b10
 @dataclass
@@ -122,13 +118,11 @@ class Before:
     "What earlier runs of the command left."
 
     done: set = field(default_factory=set)  # content hashes (bytes) of finished rows
-    failures: dict = field(
-        default_factory=dict
-    )  # content hash -> (times tried, cost) of rows that are still bad
-    cost: float = 0.0  # of everything recorded so far
+    failures: dict = field(default_factory=dict)  # content hash of a row still bad -> (times tried, cost)
+    cost: float = 0.0  # of all rows so far
     completion_tokens: int = 0
     mixed: int = 0  # finished rows made with other settings
-    suspects: int = 0  # rows set apart because their gold label is doubted
+    suspects: int = 0  # rows set apart because their gold label is in doubt
 
 # %% ../nbs/49_teacher_files.ipynb #c5d006f7
 def read_before(
@@ -137,7 +131,7 @@ def read_before(
     now: dict,  # from `settings`
     allow_mixed: bool = False,
 ) -> Before:
-    "Read the output and the failed file of earlier runs. Raises `DataError` when rows were made with other settings."
+    "Read the output and the failed file of earlier runs. Raises `DataError` if rows were made with other settings."
     b = Before()
     for n, row in iter_written(output):
         was = {k: row["provenance"].get(k) for k in now}
@@ -160,7 +154,7 @@ def read_before(
 
 # %% ../nbs/49_teacher_files.ipynb #45561814
 def settings_differ(output, n, was, now) -> str:
-    "The refusal, with the difference shown."
+    "The refusal, with every setting that differs."
     rows = "\n".join(f"  {k}: {was[k]} there, {now[k]} now" for k in now if was[k] != now[k])
     return (
         f"{output}:{n} was made with other settings:\n{rows}\n"
@@ -169,24 +163,25 @@ def settings_differ(output, n, was, now) -> str:
     )
 
 # %% ../nbs/49_teacher_files.ipynb #f9329eec
+# names of splits that judge a model
 EVAL_SPLITS = {"dev", "devel", "development", "val", "valid", "validation", "eval", "evaluation", "test"}
 
-
+# %% ../nbs/49_teacher_files.ipynb #906e718e
 def is_eval(row) -> bool:
-    "Is the row marked as belonging to a dev or test split (`validation_matched`, `test_r1`, `dev-2` … included)?"
+    "Is the row marked as dev or test? `validation_matched`, `test_r1`, `dev-2` and the like are included."
     return re.split(r"[^a-z]+", str(row.get("split") or "").strip().lower())[0] in EVAL_SPLITS
 
 # %% ../nbs/49_teacher_files.ipynb #f7c2229d
 @dataclass
 class Source:
-    "The input and how to read it."
+    "The input, and how to read it."
 
     path: str | Path
-    contract: str | None = None  # what the labels mean, for rows that do not say
-    max_bad: float = 0.0  # share of unusable rows that is tolerated
-    limit: int | None = None  # look at the first so many rows only
+    contract: str | None = None  # what the labels mean, for rows that do not say it
+    max_bad: float = 0.0  # largest share of unusable rows
+    limit: int | None = None  # read only so many rows
 
-
+# %% ../nbs/49_teacher_files.ipynb #05cd1572
 ADDED = set(  # what the stages of this package add to a pair
     """prompt completion thought_process predicted_label true_label correct error_analysis improved_thought_process
     thought_predicted_label thought_provenance suspicion key provenance""".split()
@@ -196,22 +191,22 @@ ADDED = set(  # what the stages of this package add to a pair
 def wanted_rows(
     stage: Stage,
     source: Source,
-    bad: BadRows | None = None,  # is filled with the bad rows
+    bad: BadRows | None = None,  # the bad rows are added here
 ):
-    "The rows that the stage is about, streamed. Raises `DataError` for unusable input."
+    "The rows that the stage is about, one by one. Raises `DataError` for unusable input."
     meta = {}
     for row in islice(iter_rows(source.path, None, source.max_bad, source.contract, bad, meta), source.limit):
         if not stage.saw_gold:
             yield {k: v for k, v in row.items() if k not in ADDED}
         elif meta["kind"] != "thought":
-            raise DataError(f"{source.path} holds {meta['kind']} rows; reflections are made of thoughts")
+            raise DataError(f"{source.path} holds {meta['kind']} rows. Reflections are made of thoughts")
         elif not row["correct"]:
             yield row
 
 # %% ../nbs/49_teacher_files.ipynb #a67dbc54
 @dataclass
 class Survey:
-    "What there is to do."
+    "What there is to do, and what is finished."
 
     todo: set = field(default_factory=set)  # content hashes (bytes)
     rows: int = 0  # rows the stage is about
@@ -224,10 +219,10 @@ def survey(
     stage: Stage,
     rows,  # iterable of rows
     done: set,  # content hashes of finished rows
-    allow_eval: bool = False,  # let reflections be made of dev and test rows
+    allow_eval: bool = False,  # allow reflections on dev and test rows
 ) -> Survey:
-    "One pass over the input. Raises `DataError` for dev or test rows that would be reflected on."
-    s, unseen, held = Survey(), set(done), []
+    "One pass over the input. Raises `DataError` if a reflection would be made of a dev or test row."
+    s, unseen, judging = Survey(), set(done), []
     for row in rows:
         s.rows += 1
         h = bytes.fromhex(row_hash(stage, row))
@@ -238,11 +233,11 @@ def survey(
             s.todo.add(h)
             s.prompt_tokens += estimate_tokens(stage.messages(row))
         if stage.saw_gold and is_eval(row):
-            held.append(row["id"])
-    if held and not allow_eval:
+            judging.append(row["id"])
+    if judging and not allow_eval:
+        some = ", ".join(map(str, judging[:5])) + (" …" if len(judging) > 5 else "")
         raise DataError(
-            f"{len(held)} rows are marked dev or test (ids "
-            f"{', '.join(map(str, held[:5]))}{' …' if len(held) > 5 else ''}): "
+            f"{len(judging)} rows are marked dev or test (ids {some}): "
             "reflections see gold, so those rows could not be evaluated on any more. "
             "--allow_eval_rows does it all the same, and records it"
         )

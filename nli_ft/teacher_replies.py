@@ -24,15 +24,15 @@ from .answers import find_answer
 
 # %% ../nbs/47_teacher_replies.ipynb #caddef4f
 class Answer(BaseModel):
-    "What all answers have in common: types are not coerced, and texts are reasoning."
+    "What all answers have in common. Types are not converted, and a text must be reasoning in words."
 
     model_config = ConfigDict(strict=True)
 
     @field_validator("*", mode="before")
     @classmethod
     def is_an_answer(cls, v):
-        """`True` and `1.0` equal 1 in Python but are no label; small models copy the placeholder `...` out of
-        the prompt."""
+        """Refuse what is no label or no reasoning. `True` and `1.0` equal 1 in Python but are no label. Small models
+        copy the placeholder `...` from the prompt."""
         if not isinstance(v, str):
             if type(v) is int:
                 return v
@@ -45,14 +45,14 @@ class Answer(BaseModel):
 
 # %% ../nbs/47_teacher_replies.ipynb #a9a172e5
 class Thought(Answer):
-    "What stage 1 must answer: reasoning first, so that the label can depend on it."
+    "What *think* must answer. The reasoning comes first, so that the label can depend on it."
 
     thought_process: str = Field(description="the reasoning, step by step, before the label")
     predicted_label: Literal[0, 1] = Field(description="1 if the premise entails the hypothesis, else 0")
 
-
+# %% ../nbs/47_teacher_replies.ipynb #3e26db16
 class Reflection(Answer):
-    "What stage 2 must answer: what was wrong, the corrected reasoning, and the label it now ends in."
+    "What *reflect* must answer: what was wrong, the corrected reasoning, and the label in which it now ends."
 
     error_analysis: str = Field(description="what the earlier reasoning got wrong")
     improved_thought_process: str = Field(
@@ -60,9 +60,9 @@ class Reflection(Answer):
     )
     predicted_label: Literal[0, 1] = Field(description="1 if the premise entails the hypothesis, else 0")
 
-
+# %% ../nbs/47_teacher_replies.ipynb #655b130b
 class Verdict(Answer):
-    "What the blind pass must answer: whether the steps hold, and the label that they show."
+    "What the blind pass must answer: do the steps hold, and which label do they show?"
 
     assessment: str = Field(description="whether each step follows from the premise")
     predicted_label: Literal[0, 1] = Field(description="1 if the premise entails the hypothesis, else 0")
@@ -157,27 +157,33 @@ Reply again with one JSON object and nothing else, in the form given above."""
 # %% ../nbs/47_teacher_replies.ipynb #f9e42e0b
 def fill(
     template: str,  # text with `{field}` places
-    values: dict,  # what goes there; a place without a value is left as it is
+    values: dict,  # what goes there. A place without a value stays as it is
 ) -> str:  # the filled text
-    "Fill a prompt template in one pass; braces inside the values are text."
-    return re.sub(r"\{(\w+)\}", lambda m: str(values[m[1]]) if m[1] in values else m[0], template)
+    "Fill a prompt template in one pass. Braces inside the values are plain text."
+
+    def value(m):
+        return str(values[m[1]]) if m[1] in values else m[0]
+
+    return re.sub(r"\{(\w+)\}", value, template)
+
+# %% ../nbs/47_teacher_replies.ipynb #f2867506
+def _accept(row, answer) -> None:
+    "Refuse no answer."
 
 # %% ../nbs/47_teacher_replies.ipynb #6e30b30e
 @dataclass(frozen=True)
 class Stage:
-    "One question to the endpoint: prompt, schema, and what its answer turns a row into."
+    "One question to the endpoint: its prompt, its schema, and what its answer adds to a row."
 
-    name: str  # "think" or "reflect"
-    system: str  # system message; "": none is sent
+    name: str  # "think", "reflect" or "blind"
+    system: str  # system message. "": none is sent
     user: str  # template of the user message
     schema: type[Answer]  # what the model must answer
     shows: tuple  # row fields that a request may hold
     content: tuple  # row fields that identify the row when a run is resumed
     saw_gold: bool  # recorded in every row
     build: Callable  # (row, answer) -> the fields the stage adds
-    wrong: Callable = lambda row, answer: (
-        None
-    )  # (row, answer) -> why a well-formed answer is refused, or None
+    wrong: Callable = _accept  # (row, answer) -> why a well-formed answer is refused, or None
 
 # %% ../nbs/47_teacher_replies.ipynb #c7ca9ef8
 @patch
@@ -187,26 +193,26 @@ def messages(
 ) -> list:  # chat messages
     "The request for one row, filled from `shows` and from nothing else."
     shown = {k: row[k] for k in self.shows}
-    system = (
-        [dict(role="system", content=self.system)] if self.system else []
-    )  # some chat templates refuse the role
-    return [*system, dict(role="user", content=fill(self.user, shown))]
+    user = dict(role="user", content=fill(self.user, shown))
+    if not self.system:  # some chat templates refuse the role
+        return [user]
+    return [dict(role="system", content=self.system), user]
 
 # %% ../nbs/47_teacher_replies.ipynb #5edad166
 def add_thought(row, answer):
-    "Stage 1: gold is looked at only now that the answer is in."
+    "What *think* adds to a row. Gold is read only now, after the answer has come."
     return dict(answer, true_label=row["label"], correct=answer["predicted_label"] == row["label"])
 
-
+# %% ../nbs/47_teacher_replies.ipynb #b30dd52b
 def add_reflection(row, answer):
-    "Stage 2: `predicted_label` becomes the reflection's; the label it corrects is kept beside it."
+    "What *reflect* adds to a row: its own `predicted_label`, and beside it the label that it corrects."
     return dict(
         answer, thought_predicted_label=row["predicted_label"], thought_provenance=row.get("provenance")
     )
 
-
+# %% ../nbs/47_teacher_replies.ipynb #ec8691bf
 def not_gold(row, answer):
-    "Why a reflection is refused: reasoning that still ends in the wrong label would teach just that."
+    "Why a reflection is refused, or None. Reasoning that still ends in the wrong label would teach just that."
     if answer["predicted_label"] != row["true_label"]:
         return (
             f"predicted_label is {answer['predicted_label']}, but the correct label is {row['true_label']}. "
@@ -214,6 +220,7 @@ def not_gold(row, answer):
         )
 
 # %% ../nbs/47_teacher_replies.ipynb #fc225eaf
+# phrases that argue from what the premise does not say
 _SILENCE = re.compile(
     r"""
     \b(?:no|any|lack\ of|absence\ of|without)\s+(?:\w+\s+){0,3}?
@@ -241,6 +248,9 @@ _SILENCE = re.compile(
   """,
     re.I | re.X,
 )
+
+# %% ../nbs/47_teacher_replies.ipynb #7cd7dbb6
+# phrases for what is merely possible: looked for in the last sentence only
 _HEDGE = re.compile(
     r"""
     \b(?:possibl[ey]|possibility|plausibl[ey]|conceivabl\w+|perhaps|maybe|probabl[ey]|likely|likelihood
@@ -255,23 +265,23 @@ _HEDGE = re.compile(
     re.I | re.X,
 )
 
-
+# %% ../nbs/47_teacher_replies.ipynb #15efffd5
 def weak_inference(
     thought: str,  # a thought that is to show an entailment
-) -> str | None:  # the telling words
-    "The words by which a thought argues from silence, or ends in something merely possible."
+) -> str | None:  # the telling words. None: there are none
+    "The words by which a thought argues from silence or ends in something merely possible."
     last = re.split(r"(?<=[.!?])\s+(?=\S)", thought.strip())[-1]
-    found = _SILENCE.search(thought) or _HEDGE.search(last)
-    return found and " ".join(found[0].split())
+    match = _SILENCE.search(thought) or _HEDGE.search(last)
+    return match and " ".join(match[0].split())
 
 # %% ../nbs/47_teacher_replies.ipynb #ee232923
 def not_argued(row, answer):
-    "Why a reflection with the right label is refused: what it argues is something else."
+    "Why a reflection with the right label is refused, or None. It must argue for that label, and give real reasons."
     thought, gold = answer["improved_thought_process"], row["true_label"]
     end = "The reasoning must stand alone, follow from the premise, and end in what predicted_label states."
-    said = concludes(thought)
-    if said is not None and said != gold:
-        return f"improved_thought_process concludes {said}, but predicted_label is {gold}. {end}"
+    verdict = concludes(thought)
+    if verdict is not None and verdict != gold:
+        return f"improved_thought_process concludes {verdict}, but predicted_label is {gold}. {end}"
     if words := leaks_gold(thought):
         return (
             f"improved_thought_process refers to what only you were shown ({words!r}). Write it as if "
@@ -284,7 +294,7 @@ def not_argued(row, answer):
             f"follow. Name the step by which the premise makes the hypothesis true."
         )
 
-
+# %% ../nbs/47_teacher_replies.ipynb #0d67ff76
 def unfit(row, answer):
     "Why a well-formed reflection is refused, or None."
     return not_gold(row, answer) or not_argued(row, answer)
@@ -300,6 +310,8 @@ THINK = Stage(
     saw_gold=False,
     build=add_thought,
 )
+
+# %% ../nbs/47_teacher_replies.ipynb #745a2d8d
 REFLECT = Stage(
     "reflect",
     REFLECT_SYSTEM,
@@ -311,6 +323,8 @@ REFLECT = Stage(
     build=add_reflection,
     wrong=unfit,
 )
+
+# %% ../nbs/47_teacher_replies.ipynb #9a04d704
 BLIND = Stage(
     "blind",
     BLIND_SYSTEM,
@@ -328,81 +342,84 @@ def read_spec(
     what: str,  # for the message
 ) -> dict:
     "A small user file that holds one table. Raises `ConfigError`."
+    parse = tomllib.loads if str(path).endswith(".toml") else json.loads
     try:
-        spec = (tomllib.loads if str(path).endswith(".toml") else json.loads)(
-            Path(path).read_text(encoding="utf-8")
-        )
+        spec = parse(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"{path}: cannot read {what}: {e}") from None
     if not isinstance(spec, dict):
         raise ConfigError(f"{path}: {what} must be a table, not a {type(spec).__name__}")
     return spec
 
+# %% ../nbs/47_teacher_replies.ipynb #7996d660
+def _places(names) -> str:  # e.g. "{hypothesis}, {premise}"
+    "Names of fields as they stand in a prompt."
+    return ", ".join(f"{{{name}}}" for name in sorted(names))
+
 # %% ../nbs/47_teacher_replies.ipynb #e685d962
 def read_prompt(
     path: str | Path,  # .json or .toml file with `user` and maybe `system`
     stage: Stage,  # THINK or REFLECT
 ) -> Stage:  # the same question in other words
-    """A stage with the user's own prompt. Raises `ConfigError` for a missing text or place, or one that the
-    stage may not show."""
+    """A stage with the user's own prompt. Raises `ConfigError` if a text or a place is missing, or if the prompt has
+    a place that the stage may not show."""
     spec = read_spec(path, "a prompt")
-    if not (
-        set(spec) <= {"system", "user"}
-        and isinstance(spec.get("user"), str)
-        and isinstance(spec.get("system", ""), str)
-    ):
+    user, system = spec.get("user"), spec.get("system", "")
+    if not (set(spec) <= {"system", "user"} and isinstance(user, str) and isinstance(system, str)):
         raise ConfigError(
-            f"{path}: a prompt needs the text user, and may hold the text system; it holds "
+            f"{path}: a prompt needs the text user, and may hold the text system. This one holds "
             f"{', '.join(spec) or 'nothing'}"
         )
-    places = set(re.findall(r"\{(\w+)\}", spec["user"]))
-    if gone := {"premise", "hypothesis"} - places:
-        raise ConfigError(f"{path}: user lacks the place {', '.join(f'{{{k}}}' for k in sorted(gone))}")
-    if more := places - set(stage.shows):
+    places = set(re.findall(r"\{(\w+)\}", user))
+    if missing := {"premise", "hypothesis"} - places:
+        raise ConfigError(f"{path}: user lacks the place {_places(missing)}")
+    if forbidden := places - set(stage.shows):
         raise ConfigError(
-            f"{path}: user holds {', '.join(f'{{{k}}}' for k in sorted(more))}, but nli_{stage.name} "
-            f"shows only {', '.join(stage.shows)}"
+            f"{path}: user holds {_places(forbidden)}, but nli_{stage.name} shows only {', '.join(stage.shows)}"
         )
-    return replace(stage, system=spec.get("system", ""), user=spec["user"])
+    return replace(stage, system=system, user=user)
 
 # %% ../nbs/47_teacher_replies.ipynb #ce3c2e8b
 class ContentError(Exception):
-    "A reply that arrived and cannot be used."
+    "A reply has come but cannot be used."
 
-
+# %% ../nbs/47_teacher_replies.ipynb #d5533700
 class Unfit(ContentError):
-    "A well-formed reply whose answer is refused: the wrong label, or reasons that are none."
+    "A reply is well-formed, but its answer is refused: the label is wrong, or the reasons are none."
 
-
+# %% ../nbs/47_teacher_replies.ipynb #c747e45b
 class Declined(ContentError):
-    "No reply at all, by will of the model or of a filter: asking again costs and does not help."
+    "The model or a filter declined to answer. To ask again costs money and does not help."
 
 # %% ../nbs/47_teacher_replies.ipynb #99624ba7
+# what models write instead of a number -> the label that they mean
 _NAMED = dict.fromkeys(("entailment", "entailed", "yes", "true"), 1)
 _NAMED |= dict.fromkeys(("neutral", "contradiction", "not entailment", "not entailed", "no", "false"), 0)
 
-
+# %% ../nbs/47_teacher_replies.ipynb #cf8a3045
 def label_words(label) -> str | None:
-    "What to tell a model that gave something else than a 0 or a 1; None where there is nothing to tell."
+    "What to tell a model that gave something else than 0 or 1. None if there is nothing to tell."
     if type(label) is int and label in (0, 1):
         return None
     meant = _NAMED.get(re.sub(r"[\W_]+", " ", str(label)).strip().lower())
-    said = (
+    words = (
         f"predicted_label is {json.dumps(label, ensure_ascii=False)[:80]}, but must be a number: 1 for "
         "entailment, 0 otherwise (neutral or contradiction)."
     )
-    return said + ("" if meant is None else f" If you mean that, write {meant}.")
+    if meant is None:
+        return words
+    return f"{words} If you mean that, write {meant}."
 
 # %% ../nbs/47_teacher_replies.ipynb #44b05fba
 def read_reply(
     text: str,  # the model's reply
     schema: type[Answer],  # what it must hold
-) -> tuple:  # (answer as a dict, names of the repairs it took)
-    "Parse and validate one reply; case and newlines stay as they are. Raises `ContentError`."
-    found = find_answer(text)
-    if found.outcome:
-        raise ContentError(found.why)
-    obj, repairs = dict(found.obj), [*found.repairs]
+) -> tuple:  # (answer as a dict, names of the repairs)
+    "Parse and check one reply. Case and line breaks stay as they are. Raises `ContentError`."
+    reading = find_answer(text)
+    if reading.outcome:
+        raise ContentError(reading.why)
+    obj, repairs = dict(reading.obj), [*reading.repairs]
     if obj.get("predicted_label") in ("0", "1"):
         obj["predicted_label"] = int(obj["predicted_label"])
         repairs.append("label given as text")
@@ -411,6 +428,5 @@ def read_reply(
     try:
         return schema.model_validate(obj).model_dump(), repairs
     except ValidationError as e:
-        raise ContentError(
-            "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors())
-        ) from None
+        faults = [f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors()]
+        raise ContentError("; ".join(faults)) from None

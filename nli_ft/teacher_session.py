@@ -41,59 +41,58 @@ from nli_ft.teacher_replies import (
 # %% ../nbs/48_teacher_session.ipynb #a45c032a
 @dataclass
 class Endpoint:
-    "Where thoughts come from and how patiently they are asked for."
+    "Where thoughts come from, and how patiently we ask."
 
     base_url: str = None  # e.g. http://localhost:8000/v1
     model: str = None  # model name as the server knows it
     params: dict = field(
         default_factory=dict
-    )  # sampling fields of the request body, e.g. temperature; only these are sent
+    )  # sampling fields of the request, e.g. temperature. No others are sent
     response_format: str = "auto"  # one of FORMATS, or "auto": the first that the server takes
-    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; never written anywhere
+    api_key_env: str = (
+        "OPENAI_API_KEY"  # environment variable that holds the key. The key is never written anywhere
+    )
     timeout: float = 120.0  # seconds for one whole call
-    max_attempts: int = 8  # calls per question before a row is given up
-    max_reprompts: int = 2  # times the model is shown what was wrong with its reply
-    backoff: float = 1.0  # seconds before the first retry; doubles, with jitter
+    max_attempts: int = 8  # calls for one question before the row is given up
+    max_reprompts: int = 2  # how often the model is shown what was wrong with its reply
+    backoff: float = 1.0  # seconds before the first retry. They double each time, with jitter
     max_backoff: float = 60.0  # seconds, upper bound of our own back-off
-    max_retry_after: float = 600.0  # seconds; a server that asks for a longer wait ends the run
+    max_retry_after: float = 600.0  # seconds. A server that asks for a longer wait ends the run
 
 # %% ../nbs/48_teacher_session.ipynb #d653ec78
-FORMATS = (
-    "json_schema",
-    "json_object",
-    "plain",
-)  # from the most to the least that a server may be able to enforce
+# how JSON is asked for: from the most that a server may be able to enforce to the least
+FORMATS = ("json_schema", "json_object", "plain")
 
-
+# %% ../nbs/48_teacher_session.ipynb #fa2c7cde
 def request_body(
     stage: Stage,  # names and defines the schema
     params: dict,  # sampling fields
     fmt: str,  # one of FORMATS
 ) -> dict:  # request fields besides model and messages
-    "What a request holds besides model and messages: the set sampling fields, and how JSON is asked for."
+    "What a request holds besides model and messages: the sampling fields that were set, and how JSON is asked for."
     if fmt == "plain":
         return dict(params)
-    schema = dict(name=stage.schema.__name__.lower(), strict=True, schema=response_schema(stage.schema))
-    return dict(
-        params,
-        response_format=dict(type="json_schema", json_schema=schema)
-        if fmt == "json_schema"
-        else dict(type=fmt),
-    )
+    response_format = dict(type=fmt)
+    if fmt == "json_schema":
+        schema = dict(name=stage.schema.__name__.lower(), strict=True, schema=response_schema(stage.schema))
+        response_format["json_schema"] = schema
+    return dict(params, response_format=response_format)
 
 # %% ../nbs/48_teacher_session.ipynb #7271dcac
 def read_prices(
     path: str | Path,  # .json or .toml file
     model: str,  # the model that will be asked
 ) -> dict:  # {"input": …, "output": …} per million tokens
-    "Prices of one model. Raises `ConfigError` when the file does not price it."
+    "The prices of one model. Raises `ConfigError` if the file has no price for it."
     table = read_spec(path, "prices")
     price = table.get(model)
-    if not isinstance(price, dict) or not all(
-        type(price.get(k)) in (int, float) and 0 <= price[k] < float("inf") for k in ("input", "output")
-    ):
+
+    def is_price(x):
+        return type(x) in (int, float) and 0 <= x < float("inf")
+
+    if not isinstance(price, dict) or not all(is_price(price.get(k)) for k in ("input", "output")):
         raise ConfigError(
-            f'{path}: needs "{model}" with numbers "input" and "output" (per million tokens); it holds {sorted(table)}'
+            f'{path}: needs "{model}" with numbers "input" and "output" (per million tokens). It holds {sorted(table)}'
         )
     return dict(input=price["input"], output=price["output"])
 
@@ -101,29 +100,29 @@ def read_prices(
 def token_cost(
     usage: dict,  # prompt_tokens and completion_tokens
     prices: dict | None,  # from `read_prices`
-) -> float | None:  # in the currency of the price file; None without prices
+) -> float | None:  # in the currency of the price file. None without prices
     "What tokens cost."
-    return (
-        prices
-        and (usage["prompt_tokens"] * prices["input"] + usage["completion_tokens"] * prices["output"]) / 1e6
-    )
+    if not prices:
+        return None
+    cost = usage["prompt_tokens"] * prices["input"] + usage["completion_tokens"] * prices["output"]
+    return cost / 1e6
 
 # %% ../nbs/48_teacher_session.ipynb #1e5e147d
 def estimate_tokens(
     messages: list,  # chat messages
 ) -> int:  # characters / 4, rounded up
-    "Rough number of tokens: one per four characters, as English text has it under common tokenizers."
+    "A rough number of tokens: one for every four characters, as in English text under common tokenizers."
     return -(-sum(len(m["content"]) for m in messages) // 4)
 
 # %% ../nbs/48_teacher_session.ipynb #493eb231
 class BadReply(Exception):
-    "HTTP 200 without a chat completion in it: a proxy's page, or an error dressed as success."
+    "HTTP 200 without a chat completion in it: the page of a proxy, or an error that looks like success."
 
-
+# %% ../nbs/48_teacher_session.ipynb #5030fb98
 class Halted(Exception):
-    "The run is ending; this row is left for the next start."
+    "The run is ending. This row is left for the next start."
 
-
+# %% ../nbs/48_teacher_session.ipynb #cebec622
 class Unreachable(Exception):
     "A row was given up after `max_attempts` calls."
 
@@ -131,9 +130,9 @@ class Unreachable(Exception):
         super().__init__(words)
         self.status = status
 
-
+# %% ../nbs/48_teacher_session.ipynb #c39a0de2
 class Refused(Exception):
-    "The server said something that more calls will not mend."
+    "The server refused, and more calls will not help."
 
     def __init__(self, words, status=None, about=None):
         super().__init__(words)
@@ -142,24 +141,24 @@ class Refused(Exception):
 # %% ../nbs/48_teacher_session.ipynb #4d631e77
 def retry_after(
     exc: Exception,  # what a call raised
-) -> float | None:  # seconds the server asks us to wait; None if it does not say
+) -> float | None:  # seconds that the server asks us to wait. None if it does not say
     "Read `Retry-After` (seconds or an HTTP date) or `retry-after-ms`."
     headers = getattr(getattr(exc, "response", None), "headers", {})
     with suppress(TypeError, ValueError):
         if "retry-after-ms" in headers:
             return max(0.0, float(headers["retry-after-ms"]) / 1000)
-    said = headers.get("retry-after")
+    value = headers.get("retry-after")
     with suppress(TypeError, ValueError):
-        return max(0.0, float(said))
+        return max(0.0, float(value))
     with suppress(TypeError, ValueError):
-        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
 
 # %% ../nbs/48_teacher_session.ipynb #2d4e7d67
 def transient(
     exc: Exception,  # what a call raised
-    patience: float = 600.0,  # longest wait asked for by the server that is honoured, s
+    patience: float = 600.0,  # seconds: a server that asks for a longer wait is not waited for
 ) -> bool:  # is another call worth making?
-    "Connection errors, timeouts, 408, 409, 429 and 5xx pass; a spent quota, other 4xx and 501 stay."
+    "Connection errors, timeouts, 408, 409, 429 and 5xx pass with time. A used-up quota, other 4xx and 501 do not."
     from openai import APIConnectionError
 
     status, text = getattr(exc, "status_code", None), str(getattr(exc, "body", ""))
@@ -178,20 +177,24 @@ def server_words(
     body, status = getattr(exc, "body", None), getattr(exc, "status_code", None)
     if isinstance(body, dict):
         body = body.get("message") or body.get("detail") or body.get("error") or body
-    said = " ".join(str(body or f"{exc} {exc.__cause__ or ''}").split())[:600] or "no details"
+    words = " ".join(str(body or f"{exc} {exc.__cause__ or ''}").split())[:600] or "no details"
     if wait := retry_after(exc):
-        said += f" (asks to wait {wait:.0f} s)"
-    said = f"HTTP {status}: {said}" if status else f"{type(exc).__name__}: {said}"
-    return said.replace(secret, "[key]") if secret else said
+        words += f" (asks to wait {wait:.0f} s)"
+    words = f"HTTP {status}: {words}" if status else f"{type(exc).__name__}: {words}"
+    return words.replace(secret, "[key]") if secret else words
 
 # %% ../nbs/48_teacher_session.ipynb #95426349
-ROW_STATUS = (400, 403, 413, 422)  # a server may say these of one row only: too long, or not to its taste
+# a server may say these of one row only: it is too long, or the server does not like it
+ROW_STATUS = (400, 403, 413, 422)
+
+# %% ../nbs/48_teacher_session.ipynb #119dd5b0
+# what a refusal is about -> what the user can do
 HINTS = dict(
     system="the server takes no system message: give --prompt FILE with a text user and no system",
     format="the server does not take this response format: say --response_format plain",
 )
 
-
+# %% ../nbs/48_teacher_session.ipynb #19497994
 def about_request(words: str) -> str | None:  # "system", "format", "length" or None
     "What a refusal is about, as far as its words tell."
     if re.search(
@@ -221,9 +224,9 @@ class RunCounts:
     calls: int = 0  # HTTP requests, retries included
     retries: int = 0  # calls repeated for transport or server faults
     reprompts: int = 0  # calls repeated because the reply could not be used
-    wrong_label: int = 0  # replies refused because their label was not gold (reflections)
-    not_argued: int = 0  # replies refused because their reasons are none (reflections)
-    suspects: int = 0  # rows set apart because gold may be wrong (reflections)
+    wrong_label: int = 0  # reflections refused because their label was not gold
+    not_argued: int = 0  # reflections refused because their reasons are none
+    suspects: int = 0  # reflections set apart because gold may be wrong
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
@@ -231,30 +234,21 @@ class RunCounts:
 # %% ../nbs/48_teacher_session.ipynb #d60ca477
 @dataclass(frozen=True)
 class Guards:
-    "What stands between a reflection and the training rows."
+    "The checks that a reflection must pass before it becomes a training row."
 
-    readers: bool = True  # is the reasoning read, and refused where its reasons are none?
-    blind: bool = True  # is it judged once more by the same model without gold?
-    samples: int = 0  # answers without gold and without the reasoning, to be compared with gold
+    readers: bool = True  # read the reasoning, and refuse it if its reasons are none
+    blind: bool = True  # let the same model judge it once more, without gold
+    samples: int = 0  # so many answers without gold and without the reasoning are compared with gold
 
 # %% ../nbs/48_teacher_session.ipynb #22f12c69
 class TeacherSession:
-    "State of one run against one endpoint."
+    "The state of one run against one endpoint."
 
     def __init__(self, stage, endpoint, prices=None, client=None, guards=None, proven=False):
-        self.stage, self.endpoint, self.prices, self.client, self.guards = (
-            stage,
-            endpoint,
-            prices,
-            client,
-            guards,
-        )
-        self.proven, self.useless, self.held = (
-            proven,
-            0,
-            {},
-        )  # has a reply ever been of use? how many were not, and which field held their text
-
+        self.stage, self.endpoint, self.prices = stage, endpoint, prices
+        self.client, self.guards = client, guards
+        self.proven = proven  # has any reply ever been of use?
+        self.useless, self.held = 0, {}  # how many replies were of no use, and which field held their text
         self.key = os.environ.get(endpoint.api_key_env, "").strip()
         self.tally, self.reason, self.signal = RunCounts(), None, None
         self.format = None if endpoint.response_format == "auto" else endpoint.response_format
@@ -262,7 +256,7 @@ class TeacherSession:
         self.probing, self.halted, self.open_at = asyncio.Lock(), asyncio.Event(), 0.0
 
     def halt(self, reason):
-        "Take no new rows and make no new calls; the first reason counts."
+        "Take no new rows and make no new calls. The first reason counts."
         self.reason = self.reason or reason
         self.halted.set()
 
@@ -271,8 +265,8 @@ def make_client(
     endpoint: Endpoint,
     key: str,  # "" for a local server that wants none
 ):
-    """An `AsyncOpenAI` without retries of its own. The SDK insists on some key, so a server that wants none is
-    sent the word `none`."""
+    """An `AsyncOpenAI` without retries of its own. The SDK insists on a key. A server that wants none is sent the
+    word `none`."""
     from openai import AsyncOpenAI
 
     return AsyncOpenAI(
@@ -282,21 +276,21 @@ def make_client(
 # %% ../nbs/48_teacher_session.ipynb #c3b6bf8c
 @patch
 async def nap(self: TeacherSession, seconds):
-    "Sleep, but not past the end of the run."
+    "Sleep, but not longer than the run."
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await self.halted.wait()
 
-
+# %% ../nbs/48_teacher_session.ipynb #9c186aa2
 @patch
 def close_gate(self: TeacherSession, seconds):
-    "No worker calls for so many seconds."
+    "Keep every worker from calling for so many seconds."
     self.open_at = max(self.open_at, time.monotonic() + seconds)
 
-
+# %% ../nbs/48_teacher_session.ipynb #4b5e5c5b
 @patch
 async def pass_gate(self: TeacherSession):
-    "Wait until calls are allowed. Raises `Halted` when the run ends meanwhile."
+    "Wait until calls are allowed. Raises `Halted` if the run ends meanwhile."
     while (left := self.open_at - time.monotonic()) > 0 and not self.halted.is_set():
         await self.nap(left + random.random() * min(1.0, left / 10))
     if self.halted.is_set():
@@ -308,7 +302,7 @@ def pause(
     self: TeacherSession,
     state,  # tenacity's RetryCallState
 ) -> float:  # seconds until the next attempt
-    "What the server asked for (plus up to a tenth, so that workers spread), else exponential back-off with jitter."
+    "What the server asked for, plus up to a tenth so that workers spread. Or else exponential back-off with jitter."
     from tenacity import wait_exponential_jitter
 
     asked = retry_after(state.outcome.exception())
@@ -317,10 +311,10 @@ def pause(
     ep = self.endpoint
     return wait_exponential_jitter(multiplier=ep.backoff, max=ep.max_backoff, jitter=ep.backoff)(state)
 
-
+# %% ../nbs/48_teacher_session.ipynb #70ccf24b
 @patch
 def before_retry(self: TeacherSession, state):
-    "Count the retry; when the server is limiting us, every worker waits."
+    "Count the retry. If the server limits us, close the gate for every worker."
     self.tally.retries += 1
     exc = state.outcome.exception()
     if getattr(exc, "status_code", None) == 429 or retry_after(exc) is not None:
@@ -329,7 +323,7 @@ def before_retry(self: TeacherSession, state):
 # %% ../nbs/48_teacher_session.ipynb #1d004e08
 @dataclass
 class Trail:
-    "What happened to one row; becomes its provenance."
+    "What happened to one row. It becomes the provenance of the row."
 
     attempts: int = 0
     reprompts: list = field(default_factory=list)
@@ -339,7 +333,7 @@ class Trail:
     repairs: list = field(default_factory=list)
     reply: str = ""
     held: str = "content"  # field of the message that holds its text
-    elsewhere: str = ""  # the text, where that is not `content`
+    elsewhere: str = ""  # the text, if it is not in `content`
     answer: dict = None  # the last well-formed answer
     checks: dict = field(default_factory=dict)  # what the blind pass and the samples said
     stage: Stage = None  # None: that of the session
@@ -349,46 +343,37 @@ class Trail:
 # %% ../nbs/48_teacher_session.ipynb #dad62c9c
 def reply_text(
     message,  # a ChatCompletionMessage, or None
-) -> (
-    tuple
-):  # (text of the answer, name of the field that holds the text, the text where that is another field)
-    "The text of a reply. Content in parts is joined; parts that are thinking are no answer."
+) -> tuple:  # (text of the answer, name of the field that holds it, the text if that is another field)
+    "The text of a reply. Parts of the content are joined. Parts that are thinking are no answer."
     content, other = getattr(message, "content", None), {}
     if isinstance(content, list):
         parts = [p if isinstance(p, dict) else dict(type="text", text=str(p)) for p in content]
-        content = "".join(
-            p["text"]
-            for p in parts
-            if p.get("type") in ("text", "output_text") and isinstance(p.get("text"), str)
-        )
-        other = {
-            p["type"]: p.get(p["type"])
-            for p in parts
-            if p.get("type") in ("thinking", "reasoning", "refusal")
-        }
+        texts = [p.get("text") for p in parts if p.get("type") in ("text", "output_text")]
+        content = "".join(text for text in texts if isinstance(text, str))
+        kinds = ("thinking", "reasoning", "refusal")
+        other = {p["type"]: p.get(p["type"]) for p in parts if p.get("type") in kinds}
     content = content if isinstance(content, str) else ""
     if content.strip():
         return content, "content", ""
     for name in ("refusal", "reasoning_content", "reasoning", "thinking", "tool_calls", "function_call"):
-        said = getattr(message, name, None) or other.get(name)
-        if said:
-            return "", name, said if isinstance(said, str) else str(said)
+        text = getattr(message, name, None) or other.get(name)
+        if text:
+            return "", name, text if isinstance(text, str) else str(text)
     return content, "content", ""
 
 # %% ../nbs/48_teacher_session.ipynb #6e66b55c
 @patch
 async def call(self: TeacherSession, messages, fmt, trail):
-    "One HTTP request, bounded in time as a whole: a server that drips bytes does not hold a worker for ever."
+    "One HTTP request. The whole call has a time limit, so a server that drips bytes cannot hold a worker for ever."
     await self.pass_gate()
     trail.attempts += 1
     self.tally.calls += 1
+    params = self.endpoint.params if trail.params is None else trail.params
     async with asyncio.timeout(self.endpoint.timeout):
         reply = await self.client.chat.completions.create(
             model=self.endpoint.model,
             messages=messages,
-            extra_body=request_body(
-                trail.stage or self.stage, self.endpoint.params if trail.params is None else trail.params, fmt
-            ),
+            extra_body=request_body(trail.stage or self.stage, params, fmt),
         )
     if not getattr(reply, "choices", None):
         raise BadReply(f"no choices in {str(getattr(reply, 'error', None) or reply)[:300]}")
@@ -418,23 +403,19 @@ async def send(self: TeacherSession, messages, fmt, trail):
         if again(e):
             hint = f" (if it fails only so: {HINTS['format']})" if status == 500 and fmt != "plain" else ""
             raise Unreachable(
-                f"given up after {ep.max_attempts} attempts; the last: {words}{hint}", status
+                f"given up after {ep.max_attempts} attempts. The last: {words}{hint}", status
             ) from None
         about = about_request(words) if status in (400, 415, 422, 501) else None
-        if (
-            about == "system"
-            and not any(m["role"] == "system" for m in messages)
-            or about == "format"
-            and fmt == "plain"
-        ):
-            about = None
+        has_system = any(m["role"] == "system" for m in messages)
+        if about == "system" and not has_system or about == "format" and fmt == "plain":
+            about = None  # the request has no such part
         hint = f". {HINTS[about]}" if about in HINTS else ""
         raise Refused(words + hint, status, about) from None
 
 # %% ../nbs/48_teacher_session.ipynb #5b9d0941
 @patch
 async def ask(self: TeacherSession, messages, trail):
-    "One question, in the format that the server takes."
+    "Ask one question in the format that the server takes."
     if self.format:
         return await self.send(messages, self.format, trail)
     async with self.probing:
@@ -445,12 +426,13 @@ async def ask(self: TeacherSession, messages, trail):
             try:
                 reply = await self.send(messages, fmt, trail)
             except (Refused, Unreachable) as e:
-                about_it = (
-                    e.status in (400, 415, 422, 501) and e.about not in ("system", "length")
-                    if isinstance(e, Refused)
-                    else e.status == 500
-                )
-                if not about_it or fmt == FORMATS[-1]:
+                may_be_the_format = e.status == 500
+                if isinstance(e, Refused):
+                    may_be_the_format = e.status in (400, 415, 422, 501) and e.about not in (
+                        "system",
+                        "length",
+                    )
+                if not may_be_the_format or fmt == FORMATS[-1]:
                     raise
                 refused[fmt] = str(e)
             else:
@@ -460,33 +442,30 @@ async def ask(self: TeacherSession, messages, trail):
 # %% ../nbs/48_teacher_session.ipynb #ba8f01e4
 @patch
 def note(self: TeacherSession, reply, messages, trail):
-    "Book a reply: tokens, cost, the model that served it."
+    "Count a reply: its tokens, its cost, and the model that served it."
     choice = reply.choices[0]
-    said, trail.held, elsewhere = reply_text(choice.message)
+    text, trail.held, elsewhere = reply_text(choice.message)
     # half a surrogate pair can be received but neither sent nor written
-    trail.reply, trail.elsewhere = (
-        said.encode("utf-8", "replace").decode(),
-        elsewhere.encode("utf-8", "replace").decode(),
-    )
+    trail.reply = text.encode("utf-8", "replace").decode()
+    trail.elsewhere = elsewhere.encode("utf-8", "replace").decode()
     trail.finish_reason, trail.model_served = choice.finish_reason, reply.model
     u = reply.usage
-    known = u is not None and u.prompt_tokens is not None and u.completion_tokens is not None
-    used = dict(
-        prompt_tokens=u.prompt_tokens if known else estimate_tokens(messages),
-        completion_tokens=u.completion_tokens
-        if known
-        else estimate_tokens([dict(content=trail.reply + trail.elsewhere)]),
-    )
-    trail.usage["estimated"] |= not known
-    for k, n in used.items():
+    has_usage = u is not None and u.prompt_tokens is not None and u.completion_tokens is not None
+    if has_usage:
+        tokens = dict(prompt_tokens=u.prompt_tokens, completion_tokens=u.completion_tokens)
+    else:
+        reply_tokens = estimate_tokens([dict(content=trail.reply + trail.elsewhere)])
+        tokens = dict(prompt_tokens=estimate_tokens(messages), completion_tokens=reply_tokens)
+    trail.usage["estimated"] |= not has_usage
+    for k, n in tokens.items():
         trail.usage[k] += n
         setattr(self.tally, k, getattr(self.tally, k) + n)
-    self.tally.cost += token_cost(used, self.prices) or 0.0
+    self.tally.cost += token_cost(tokens, self.prices) or 0.0
 
 # %% ../nbs/48_teacher_session.ipynb #89957037
 @patch
 def judge(self: TeacherSession, row, trail):
-    "The answer in a reply, or `ContentError` with what the model should be told."
+    "The answer in a reply. Raises `ContentError` with the words that the model should be told."
     stage = trail.stage or self.stage
     try:
         trail.answer, trail.repairs = read_reply(trail.reply, stage.schema)
@@ -507,7 +486,11 @@ def judge(self: TeacherSession, row, trail):
     return trail.answer
 
 # %% ../nbs/48_teacher_session.ipynb #165a6636
-USELESS = 20  # replies in a row without a single good one: then it is not the rows
+# after so many replies in a row without a good one, the rows are not to blame
+USELESS = 20
+
+# %% ../nbs/48_teacher_session.ipynb #ae292ae2
+# where the text of useless replies was -> what the user can do
 ELSEWHERE = dict(
     content="see --prompt and the model's chat template, or take another model",
     refusal="the model refuses: take another model or other words (--prompt)",
@@ -524,10 +507,10 @@ ELSEWHERE |= dict(
     function_call=ELSEWHERE["tool_calls"],
 )
 
-
+# %% ../nbs/48_teacher_session.ipynb #6e595ff6
 @patch
 def count_useless(self: TeacherSession, why, trail):
-    "Stop a run in which no reply was ever of use."
+    "Count a reply of no use. Stop a run in which no reply was ever of use."
     if self.proven:
         return
     place = "content_filter" if trail.finish_reason == "content_filter" else trail.held
@@ -549,7 +532,7 @@ async def solve(
     row: dict,  # a pair or thought row
     trail: Trail,  # filled as things happen
 ) -> dict:  # the validated answer
-    "Ask about one row until the answer can be used. Raises `ContentError` when it never can."
+    "Ask about one row until the answer can be used. Raises `ContentError` if it never can."
     messages = (trail.stage or self.stage).messages(row)
     while True:
         self.note(await self.ask(messages, trail), messages, trail)
@@ -567,12 +550,13 @@ async def solve(
             ]
 
 # %% ../nbs/48_teacher_session.ipynb #fd5a8fa9
-SAMPLE_TEMPERATURE = 0.7  # of the samples, where none or 0 is asked for: equal samples would say nothing
+# of the samples, if none or 0 is set: equal samples would say nothing
+SAMPLE_TEMPERATURE = 0.7
 
-
+# %% ../nbs/48_teacher_session.ipynb #c483dd91
 @patch
 async def aside(self: TeacherSession, name, stage, row, trail, params=None):
-    "One more question about a row, booked to the row. Raises `ContentError`."
+    "Ask one more question about a row, and count it with the row. Raises `ContentError`."
     sub = Trail(stage=stage, params=params)
     try:
         return await self.solve(row, sub)
@@ -587,31 +571,27 @@ async def aside(self: TeacherSession, name, stage, row, trail, params=None):
             dict(answer=sub.answer, attempts=sub.attempts, reprompts=sub.reprompts)
         )
 
-
+# %% ../nbs/48_teacher_session.ipynb #946506d1
 def sample_params(params, i) -> dict:  # of the i-th sample
-    "The sampling fields of a sample: as given, but never greedy and never with the seed of another sample."
+    "The sampling fields of one sample: those of the run, but never greedy and never with the seed of another sample."
     seed = dict(seed=params["seed"] + i) if "seed" in params else {}
     return {**params, "temperature": params.get("temperature") or SAMPLE_TEMPERATURE, **seed}
 
-
+# %% ../nbs/48_teacher_session.ipynb #0e4e20f6
 @patch
 async def suspicions(self: TeacherSession, row, answer, trail) -> list:  # reasons to doubt gold, in words
-    "Ask blindly, then sample. Where the blind pass doubts gold already, no samples are paid for."
+    "Ask blindly, then sample. If the blind pass doubts gold already, no samples are paid for."
     gold, guards = row["true_label"], self.guards
     if guards.blind:
-        said = await self.aside("blind", BLIND, {**row, **answer}, trail)
-        if said["predicted_label"] != gold:
-            return [
-                f"blind pass: the thought shows {said['predicted_label']}, gold is {gold}: {said['assessment']}"
-            ]
-    labels = [
-        (await self.aside("samples", THINK, row, trail, sample_params(self.endpoint.params, i)))[
-            "predicted_label"
-        ]
-        for i in range(guards.samples)
-    ]
-    if 2 * labels.count(gold) < len(labels):
-        return [
-            f"samples: {labels.count(gold)} of {len(labels)} answers without gold say {gold}, which is gold"
-        ]
+        verdict = await self.aside("blind", BLIND, {**row, **answer}, trail)
+        label = verdict["predicted_label"]
+        if label != gold:
+            return [f"blind pass: the thought shows {label}, gold is {gold}: {verdict['assessment']}"]
+    labels = []
+    for i in range(guards.samples):
+        params = sample_params(self.endpoint.params, i)
+        labels.append((await self.aside("samples", THINK, row, trail, params))["predicted_label"])
+    agreeing = labels.count(gold)
+    if 2 * agreeing < len(labels):
+        return [f"samples: {agreeing} of {len(labels)} answers without gold say {gold}, which is gold"]
     return []

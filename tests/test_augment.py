@@ -578,7 +578,7 @@ def test_damage_elsewhere_and_foreign_files_are_refused(files):
     inp, out = files(3)
     lines = out.read_text().splitlines(True)
     out.write_text(lines[0] + lines[1][:40] + "\n" + lines[2])
-    with pytest.raises(DataError, match=r"out.jsonl:2: not JSON.*name another --output"):
+    with pytest.raises(DataError, match=r"out.jsonl:2: not JSON.*Name another --output"):
         augment(THINK, inp, out, Endpoint("http://127.0.0.1:1/v1", "m"), progress=False)
     write_jsonl(out, [pair(1)], overwrite=True)
     with pytest.raises(DataError, match=r"out.jsonl:1: not a row"):
