@@ -46,15 +46,14 @@ from nli_ft.bench_parts import (
 )
 
 # %% ../nbs/52_bench_train.ipynb #37a5250e
-def _plain_trainer(cfg, model, tok, encs, options, out, steps):
-    "TRL's trainer as a user writes it, its adapter put back to fp32 unless the variant says otherwise."
+def _plain_arguments(cfg, options, out, steps):
+    "The arguments of TRL's trainer, as a user would write them."
     import torch
-    from datasets import Dataset
     from nli_ft.bases import compute_dtype, device
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     dtype = compute_dtype(cfg)
-    args = SFTConfig(
+    return SFTConfig(
         output_dir=str(out),
         per_device_train_batch_size=cfg.batch_size,
         gradient_accumulation_steps=cfg.grad_accumulation_steps,
@@ -79,12 +78,21 @@ def _plain_trainer(cfg, model, tok, encs, options, out, steps):
         report_to=[],
         disable_tqdm=True,
     )
-    rows = Dataset.from_dict(
-        dict(
-            input_ids=[e.input_ids for e in encs],
-            completion_mask=[[int(y != -100) for y in e.labels] for e in encs],
-        )
-    )
+
+
+def _completion_mask(encoded):
+    "1 for each token that is trained, as TRL's own tokenisation marks them."
+    return [int(y != -100) for y in encoded.labels]
+
+
+def _plain_trainer(cfg, model, tok, encs, options, out, steps):
+    "TRL's trainer as a user writes it. Its adapter is put back to fp32 unless the variant says otherwise."
+    from datasets import Dataset
+    from trl import SFTTrainer
+
+    args = _plain_arguments(cfg, options, out, steps)
+    columns = dict(input_ids=[e.input_ids for e in encs], completion_mask=[_completion_mask(e) for e in encs])
+    rows = Dataset.from_dict(columns)
     exact = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
     trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tok)
     if options["fp32_adapter"]:
@@ -95,7 +103,7 @@ def _plain_trainer(cfg, model, tok, encs, options, out, steps):
 
 # %% ../nbs/52_bench_train.ipynb #afa412fd
 def _our_trainer(cfg, model, tok, encs, options, out, steps):
-    "The trainer of `train_sft.fit`, saving nothing."
+    "The trainer of `train_sft.fit`. It saves nothing."
     args = training_args(cfg.replace(max_steps=steps), out, False)
     args.save_strategy, args.padding_free = "no", options["padding_free"]
     trainer = make_trainer_class()(
@@ -111,7 +119,7 @@ def _our_trainer(cfg, model, tok, encs, options, out, steps):
 
 # %% ../nbs/52_bench_train.ipynb #5a0b9267
 def _score_everywhere(model):
-    "Let the head score every position through the same kernel; the loss still takes the trained ones."
+    "Let the head score every position through the same kernel. The loss still takes the trained ones only."
     import types
 
     base = model.get_base_model()
@@ -128,7 +136,7 @@ def _score_everywhere(model):
 
 # %% ../nbs/52_bench_train.ipynb #e186f920
 def _keep_order(trainer):
-    "Let a trainer read the rows as they come, whatever order it would choose."
+    "Let a trainer read the rows as they stand, whatever order it would choose."
     from torch.utils.data import SequentialSampler
 
     class InOrder(SequentialSampler):
@@ -142,17 +150,18 @@ def _keep_order(trainer):
 def build_trainer(
     cfg: Config,  # from `variant_config`
     name: str,  # a variant
-    model,
-    tok,
-    encs: list,  # base with adapter; tokenizer; `Encoded` rows in the order of `step_order`
-    out,
-    steps: int,  # folder; optimizer steps
+    model,  # base with adapter
+    tok,  # tokenizer
+    encs: list,  # `Encoded` rows in the order of `step_order`
+    out,  # folder
+    steps: int,  # optimizer steps
 ):  # a transformers Trainer
     "The trainer of a contestant, ready to train."
     from transformers.trainer_callback import PrinterCallback
 
     options = VARIANTS[name]
-    trainer = (_plain_trainer if options["trl"] else _our_trainer)(cfg, model, tok, encs, options, out, steps)
+    build = _plain_trainer if options["trl"] else _our_trainer
+    trainer = build(cfg, model, tok, encs, options, out, steps)
     _keep_order(trainer)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -161,13 +170,17 @@ def build_trainer(
 def parts_of(
     name: str,  # a variant or an answerer
 ):  # a context
-    "Context in which the model is loaded and trained with those parts of the CPU's speed that the contestant has."
+    "A context in which the model is loaded and trained with the parts of the CPU's speed that the contestant has."
     from nli_ft.cpu_speed import only
 
-    return only(cpu_parts(VARIANTS.get(name, _PLAIN if name.startswith("plain") else _OURS)))
+    otherwise = _PLAIN if name.startswith("plain") else _OURS
+    return only(cpu_parts(VARIANTS.get(name, otherwise)))
 
 # %% ../nbs/52_bench_train.ipynb #03d75853
-def load_model(cfg: Config, name: str = "ours"):  # from `variant_config`; a variant -> a PeftModel
+def load_model(
+    cfg: Config,  # from `variant_config`
+    name: str = "ours",  # a variant
+):  # a PeftModel
     "The base and the seeded adapter that every contestant starts from."
     from nli_ft.model import load_base, seeded_lora
 
@@ -177,16 +190,18 @@ def load_model(cfg: Config, name: str = "ours"):  # from `variant_config`; a var
 
 # %% ../nbs/52_bench_train.ipynb #fb6b30bd
 def positions(
-    cfg: Config,
-    name: str,  # from `variant_config`; a variant
+    cfg: Config,  # from `variant_config`
+    name: str,  # a variant
     encs: list,  # `Encoded` rows of one step, in order
-    triton: bool,  # whether TRL's kernel for Triton runs: then TRL, too, scores the trained positions only
+    triton: bool,  # does TRL's kernel for Triton run? Then TRL, too, scores the trained positions only
 ) -> dict:  # tokens, trained, padded, scored
-    "What a step consists of: real tokens, those with loss, those computed on, and positions that the head scored."
+    "What a step consists of: real tokens, tokens with loss, tokens computed on, positions that the head scored."
     options, lengths = VARIANTS[name], [len(e) for e in encs]
-    padded = sum(lengths) if options["padding_free"] else padded_tokens(lengths, cfg.batch_size)
+    if options["padding_free"]:
+        padded, batches = sum(lengths), len(encs) / cfg.batch_size
+    else:
+        padded, batches = padded_tokens(lengths, cfg.batch_size), len(encs)
     trained = sum(y != -100 for e in encs for y in e.labels[1:])
-    batches = len(encs) / cfg.batch_size if options["padding_free"] else len(encs)
     everywhere = options["head_everywhere"] or not (options["frozen_head"] or triton)
     return dict(
         tokens=sum(lengths),
@@ -205,7 +220,7 @@ def train_once(
     started: float,  # time.time() when this process was started
 ) -> (
     dict
-):  # losses, stamps (seconds since started), positions of each step; peak_gib, loaded_gib, estimate_gib
+):  # losses, stamps (seconds since started), positions of each step, peak_gib, loaded_gib, estimate_gib
     "Train one contestant in this process."
     from nli_ft.bases import compute_dtype, device
     from nli_ft.cpu_speed import while_training
@@ -215,23 +230,23 @@ def train_once(
     cfg = variant_config(with_weights(cfg), name, rows_per_step, micro_batch)
     dev, prep = device(cfg), prepare(cfg)
     order = step_order([len(e) for e in prep.train], steps, rows_per_step, VARIANTS[name]["by_length"])
+    encs = [prep.train[i] for step in order for i in step]
     _quiet()
     with tempfile.TemporaryDirectory() as out, parts_of(name):
         model = load_model(cfg, name)
         loaded = peak_memory(dev)
-        trainer = build_trainer(
-            cfg, name, model, prep.tok, [prep.train[i] for step in order for i in step], out, steps
-        )
+        trainer = build_trainer(cfg, name, model, prep.tok, encs, out, steps)
         clock = make_clock(dev)
         trainer.add_callback(clock)
         with while_training(trainer.model, cfg):
             trainer.train()
     triton = dev.type == "cuda" and is_triton_available()
+    in_steps = [encs[i : i + rows_per_step] for i in range(0, len(encs), rows_per_step)]
     return dict(
         name=name,
         losses=clock.losses,
         stamps=[t - started for t in clock.stamps],
-        steps=[positions(cfg, name, [prep.train[i] for i in s], triton) for s in order],
+        steps=[positions(cfg, name, step, triton) for step in in_steps],
         checkpointing=cfg.gradient_checkpointing,
         head_twice=dev.type == "cuda" or not VARIANTS[name]["frozen_head"],
         peak_gib=peak_memory(dev),
@@ -242,7 +257,7 @@ def train_once(
 
 # %% ../nbs/52_bench_train.ipynb #99c01c32
 def _quiet():
-    "Only results and errors are of interest here."
+    "Show results and errors only: no warnings, no progress bars."
     import warnings, datasets, transformers
 
     warnings.filterwarnings("ignore")
@@ -259,18 +274,21 @@ def _job(fn):
     return fn
 
 # %% ../nbs/52_bench_train.ipynb #1d4f1d9a
-def child_main(orders, result):  # paths of JSON files
+def child_main(
+    orders,  # path of a JSON file: job, config, arguments
+    result,  # path of the JSON file to write
+):
     "What a child process runs."
     o = json.loads(Path(orders).read_text(encoding="utf-8"))
     try:
-        made = JOBS[o["job"]](config_from_json(o["config"], "the benchmark's config"), **o["arguments"])
+        answer = JOBS[o["job"]](config_from_json(o["config"], "the benchmark's config"), **o["arguments"])
     except NliError as e:
-        made = dict(died=str(e), refused=True)  # something the user can put right: all of its text counts
-    Path(result).write_text(json.dumps(made), encoding="utf-8")
+        answer = dict(died=str(e), refused=True)  # the user can put this right, so the whole text is kept
+    Path(result).write_text(json.dumps(answer), encoding="utf-8")
 
 # %% ../nbs/52_bench_train.ipynb #dce0227b
 def child_command(job: str, arguments: dict, orders, result) -> list:  # argv
-    "How a child is started."
+    "The command that starts a child."
     return [
         sys.executable,
         "-c",
@@ -285,19 +303,17 @@ def run_child(
     cfg: Config,
     **arguments,
 ) -> dict:  # what the job returned, or {"died": why}
-    """Run a job in a fresh process. It inherits the environment; with `started` in the arguments it is told
-    when it began."""
+    """Run a job in a fresh process, which inherits the environment. Where the arguments hold `started`, the job
+    gets the time at which its process began."""
     with tempfile.TemporaryDirectory() as d:
         orders, result, log = Path(d) / "orders.json", Path(d) / "result.json", Path(d) / "log.txt"
         if "started" in arguments:
             arguments["started"] = time.time()
-        orders.write_text(
-            json.dumps(dict(job=job, config=print_config(cfg), arguments=arguments)), encoding="utf-8"
-        )
+        order = dict(job=job, config=print_config(cfg), arguments=arguments)
+        orders.write_text(json.dumps(order), encoding="utf-8")
+        argv = child_command(job, arguments, orders, result)
         with open(log, "w", encoding="utf-8") as f:
-            rc = subprocess.run(
-                child_command(job, arguments, orders, result), cwd=project_root(), stdout=f, stderr=f
-            ).returncode
+            rc = subprocess.run(argv, cwd=project_root(), stdout=f, stderr=f).returncode
         if rc == 0:
             return json.loads(result.read_text(encoding="utf-8"))
         return dict(died=cause_of_death(rc, log.read_text(encoding="utf-8", errors="replace")))
@@ -326,8 +342,8 @@ def cause_of_death(
 # %% ../nbs/52_bench_train.ipynb #c2e81f37
 @_job
 def _plan(cfg):
-    """Everything missing is said here, before anything is measured; and what the table needs to know of rows,
-    model and device."""
+    """What the table must know of rows, model and device. It also names everything that is missing, before
+    anything is measured."""
     check_ready(cfg := with_weights(cfg))
     import torch
     from nli_ft.bases import compute_dtype, device
@@ -349,35 +365,32 @@ def _plan(cfg):
 
 # %% ../nbs/52_bench_train.ipynb #fcdb1953
 def _device_name(dev):
+    "The name of the GPU, or of the CPU as far as the system tells it."
     if dev.type == "cuda":
         import torch
 
         return torch.cuda.get_device_name(dev)
     info = Path("/proc/cpuinfo")
-    names = (
-        [
-            l.partition(":")[2].strip()
-            for l in info.read_text(encoding="utf-8", errors="replace").splitlines()
-            if l.startswith("model name")
-        ]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 # %% ../nbs/52_bench_train.ipynb #f02981ad
 @_job
 def _matmul(cfg, tokens):
+    "The matmul rate of the device, by torch's product and by the one that `ours` uses."
     from nli_ft.bases import compute_dtype, device
     from nli_ft.cpu_speed import product
 
     choose_gpu(cfg)
     linear = linear_shapes(with_weights(cfg))[0]
     block = [s for n, s in linear.items() if ".layers.0." in n]
-    return {
-        k: matmul_rate(block, tokens, compute_dtype(cfg), device(cfg), product=f)
-        for k, f in (("flops_per_s", None), ("ours", product))
-    }
+    rates = {}
+    for name, multiply in (("flops_per_s", None), ("ours", product)):
+        rates[name] = matmul_rate(block, tokens, compute_dtype(cfg), device(cfg), product=multiply)
+    return rates
 
 # %% ../nbs/52_bench_train.ipynb #bfaec6d0
 @_job
@@ -391,19 +404,19 @@ def _spread(xs, digits=1):
 
 # %% ../nbs/52_bench_train.ipynb #67ba94de
 def _death(runs):
+    "The first cause of death among these runs, or None where all lived."
     return next((r["died"] for r in runs if "died" in r), None)
 
 # %% ../nbs/52_bench_train.ipynb #d63048d2
 def _paired(runs, name, first, value):
-    "Median over pairs of this contestant's value over the first one's; None where no pair has both."
+    "Median ratio of this contestant's value to the first one's over the pairs, or None where no pair has both."
     by = {(r["pair"], r["name"]): value(r) for r in runs if "died" not in r}
     ratios = [by[p, name] / by[p, first] for p, n in by if n == name and (p, first) in by]
     return statistics.median(ratios) if ratios else None
 
 # %% ../nbs/52_bench_train.ipynb #788275d9
-TOLERANCE = dict(
-    float32=1e-4, bfloat16=1e-2, float16=2e-3
-)  # largest relative difference of two losses of the same step
+# largest relative difference of two losses of the same step
+TOLERANCE = dict(float32=1e-4, bfloat16=1e-2, float16=2e-3)
 
 
 def loss_differences(
@@ -415,112 +428,135 @@ def loss_differences(
         return {}
     ref, worst = alive[0]["losses"], {}
     for r in alive:
-        ok = len(r["losses"]) == len(ref) and all(map(math.isfinite, [*ref, *r["losses"]]))
-        now = max(abs(a - b) / abs(b) for a, b in zip(r["losses"], ref)) if ok and ref else math.nan
+        comparable = len(r["losses"]) == len(ref) and all(map(math.isfinite, [*ref, *r["losses"]]))
+        now = math.nan
+        if comparable and ref:
+            now = max(abs(a - b) / abs(b) for a, b in zip(r["losses"], ref))
         worst[r["name"]] = now if math.isnan(now) else max(now, worst.get(r["name"], 0.0))
     return worst
 
 # %% ../nbs/52_bench_train.ipynb #f6331ad8
+def _seconds(run):
+    "Time of the steps after the first."
+    return run["stamps"][-1] - run["stamps"][0]
+
+
+def _positions_sum(run, key):
+    "Positions of the steps after the first."
+    return sum(s[key] for s in run["steps"][1:])
+
+
+def _tokens_per_s(run):
+    "Real tokens a second. The first step is left out, because it also warms the machine up."
+    return _positions_sum(run, "tokens") / _seconds(run)
+
+
+def _needed_rate(run, facts):
+    "Needed FLOPs a second."
+    tokens, trained = _positions_sum(run, "tokens"), _positions_sum(run, "trained")
+    return needed_flops(facts, tokens, trained) / _seconds(run)
+
+
+def _executed_rate(run, facts):
+    "Executed FLOPs a second."
+    padded, scored = _positions_sum(run, "padded"), _positions_sum(run, "scored")
+    return executed_flops(facts, padded, scored, run["checkpointing"], run["head_twice"]) / _seconds(run)
+
+# %% ../nbs/52_bench_train.ipynb #d02a7cfb
+def _peak(run):
+    return run["peak_gib"]
+
+
+def _figures(runs, name, first, facts):
+    "Figures of one contestant of which at least one run lived."
+    alive = [r for r in runs if r["name"] == name and "died" not in r]
+    rate = statistics.median(_needed_rate(r, facts) for r in alive)
+    executed = statistics.median(_executed_rate(r, facts) for r in alive)
+    peak = statistics.median(_peak(r) for r in alive)
+    estimate = alive[0]["estimate_gib"]
+    return dict(
+        tokens_per_s=[_tokens_per_s(r) for r in alive],
+        speed_ratio=_paired(runs, name, first, _tokens_per_s),
+        peak_gib=peak,
+        loaded_gib=statistics.median(r["loaded_gib"] for r in alive),
+        peak_ratio=_paired(runs, name, first, _peak),
+        first_step_s=statistics.median(r["stamps"][0] for r in alive),
+        flops_per_s=rate,
+        share=rate / facts["matmul"],
+        executed_share=executed / facts["matmul"],
+        estimate_gib=estimate,
+        estimate_error=None if estimate is None else estimate / peak - 1,
+        losses=alive[0]["losses"],
+    )
+
+
 def summarise_train(
     facts: dict,  # what the plan said, and `matmul`: FLOP/s
     runs: list,  # of `train_once`, each with its `pair`
 ) -> dict:  # contestants: name -> figures; verdict; ok
-    "Figures of each contestant, and whether all learnt the same. Pure: the same runs give the same summary."
-    names, differ, tolerance = (
-        list(dict.fromkeys(r["name"] for r in runs)),
-        loss_differences(runs),
-        TOLERANCE[facts["dtype"]],
-    )
-
-    def seconds(r):
-        return r["stamps"][-1] - r["stamps"][0]
-
-    def total(r, key):
-        return sum(s[key] for s in r["steps"][1:])
-
-    def speed(r):
-        return total(r, "tokens") / seconds(r)
-
-    rows, first = {}, names[0]
+    "Figures of each contestant, and whether all learnt the same. The same runs always give the same summary."
+    names = list(dict.fromkeys(r["name"] for r in runs))
+    differ, tolerance = loss_differences(runs), TOLERANCE[facts["dtype"]]
+    rows = {}
     for n in names:
-        mine = [r for r in runs if r["name"] == n]
-        alive, died = [r for r in mine if "died" not in r], _death(mine)
+        own = [r for r in runs if r["name"] == n]
+        lived = sum("died" not in r for r in own)
         rows[n] = dict(
-            died=died, pairs=len(alive), max_loss_difference=differ.get(n), compared=same_mathematics(n)
+            died=_death(own), pairs=lived, max_loss_difference=differ.get(n), compared=same_mathematics(n)
         )
-        if not alive:
-            continue
-
-        def med(f):
-            return statistics.median(map(f, alive))
-
-        rate = med(lambda r: needed_flops(facts, total(r, "tokens"), total(r, "trained")) / seconds(r))
-        done = med(
-            lambda r: (
-                executed_flops(
-                    facts, total(r, "padded"), total(r, "scored"), r["checkpointing"], r["head_twice"]
-                )
-                / seconds(r)
-            )
-        )
-        peak, guess = med(lambda r: r["peak_gib"]), alive[0]["estimate_gib"]
-        rows[n] |= dict(
-            tokens_per_s=[speed(r) for r in alive],
-            speed_ratio=_paired(runs, n, first, speed),
-            peak_gib=peak,
-            loaded_gib=med(lambda r: r["loaded_gib"]),
-            peak_ratio=_paired(runs, n, first, lambda r: r["peak_gib"]),
-            first_step_s=med(lambda r: r["stamps"][0]),
-            flops_per_s=rate,
-            share=rate / facts["matmul"],
-            executed_share=done / facts["matmul"],
-            estimate_gib=guess,
-            estimate_error=None if guess is None else guess / peak - 1,
-            losses=alive[0]["losses"],
-        )
+        if lived:
+            rows[n] |= _figures(runs, n, names[0], facts)
     bad = [n for n, d in differ.items() if same_mathematics(n) and not d <= tolerance]
     lost = [n for n in names if rows[n]["died"]]
     return dict(contestants=rows, tolerance=tolerance, different=bad, died=lost, ok=not bad and not lost)
 
 # %% ../nbs/52_bench_train.ipynb #e21ae42d
 def _threads(facts):
+    "The number of threads, where the device is a CPU."
     return "" if facts["cuda"] else f", {facts['threads']} thread" + "s" * (facts["threads"] > 1)
 
 # %% ../nbs/52_bench_train.ipynb #28bef792
 def _figure(x, form):
+    "A number in this format, or a dash where there is none."
     return "–" if x is None else format(x, form)
 
 # %% ../nbs/52_bench_train.ipynb #6abed4ff
-def train_text(
-    settings: dict, facts: dict, summary: dict
-) -> str:  # what was asked; the plan; `summarise_train`
-    "The table for a terminal or a log."
-    rows = []
-    for n, c in summary["contestants"].items():
-        if not c["pairs"]:
-            rows.append([n, "died", *["–"] * 10])
-            continue
-        rows.append(
-            [
-                n,
-                _spread(c["tokens_per_s"], 0 if min(c["tokens_per_s"]) >= 1000 else 1),
-                _figure(c["speed_ratio"], ".2f"),
-                f"{c['peak_gib']:.2f}",
-                _figure(c["peak_ratio"], ".2f"),
-                f"{c['first_step_s']:.1f}",
-                f"{c['flops_per_s'] / 1e9:.1f}",
-                f"{c['share']:.0%}",
-                f"{c['executed_share']:.0%}",
-                _figure(c["estimate_gib"], ".2f"),
-                _figure(c["estimate_error"], "+.0%"),
-                f"{c['max_loss_difference']:.1e}" + ("" if c["compared"] else "*"),
-            ]
-        )
-    first, random = (
-        next(iter(summary["contestants"])),
-        " (random weights of its true shapes)" if settings["model"] in SHAPES else "",
-    )
-    lines = [
+_TRAIN_HEAD = [
+    "tokens/s (min–max)",
+    "x {first}",
+    "peak GiB",
+    "x {first}",
+    "1st step s",
+    "GFLOP/s",
+    "of matmul",
+]
+_TRAIN_HEAD += ["executed", "est. GiB", "error", "loss diff."]
+
+
+def _train_row(name, c):
+    "A contestant's line of the table."
+    if not c["pairs"]:
+        return [name, "died", *["–"] * (len(_TRAIN_HEAD) - 1)]
+    return [
+        name,
+        _spread(c["tokens_per_s"], 0 if min(c["tokens_per_s"]) >= 1000 else 1),
+        _figure(c["speed_ratio"], ".2f"),
+        f"{c['peak_gib']:.2f}",
+        _figure(c["peak_ratio"], ".2f"),
+        f"{c['first_step_s']:.1f}",
+        f"{c['flops_per_s'] / 1e9:.1f}",
+        f"{c['share']:.0%}",
+        f"{c['executed_share']:.0%}",
+        _figure(c["estimate_gib"], ".2f"),
+        _figure(c["estimate_error"], "+.0%"),
+        f"{c['max_loss_difference']:.1e}" + ("" if c["compared"] else "*"),
+    ]
+
+# %% ../nbs/52_bench_train.ipynb #2d04e87a
+def _train_opening(settings, facts):
+    "What was measured, on what."
+    random = " (random weights of its true shapes)" if settings["model"] in SHAPES else ""
+    return [
         f"nli_bench train: {settings['model']}{random}, {settings['quantization']}, {facts['dtype']}, {facts['device']}"
         + _threads(facts),
         f"{facts['rows']} rows of {settings['data']} ({facts['mean_tokens']:.0f} tokens a row), "
@@ -528,55 +564,43 @@ def train_text(
         f"micro-batches of {settings['micro_batch']} where there are any, pairs: {settings['pairs']}, "
         f"alternating, seed {settings['seed']}, no dropout",
         "",
-        text_table(
-            [
-                "",
-                "tokens/s (min–max)",
-                f"x {first}",
-                "peak GiB",
-                f"x {first}",
-                "1st step s",
-                "GFLOP/s",
-                "of matmul",
-                "executed",
-                "est. GiB",
-                "error",
-                "loss diff.",
-            ],
-            rows,
-        ),
-        "",
     ]
-    lines += [
-        f"{n} died{' after ' + str(c['pairs']) + ' runs' if c['pairs'] else ''}: {c['died']}"
-        for n, c in summary["contestants"].items()
-        if c["died"]
-    ]
-    lines += [
+
+
+def _train_deaths(contestants):
+    "A line for each contestant that died."
+    lines = []
+    for n, c in contestants.items():
+        if c["died"]:
+            after = f" after {c['pairs']} runs" if c["pairs"] else ""
+            lines.append(f"{n} died{after}: {c['died']}")
+    return lines
+
+
+def _train_notes(facts, contestants):
+    "What the columns mean."
+    loaded = [f"{n} {c['loaded_gib']:.2f}" for n, c in contestants.items() if c["pairs"]]
+    return [
         f"matmul rate of this device: {facts['matmul'] / 1e9:.1f} GFLOP/s in {facts['dtype']} "
         f"({facts['matmul_tokens']} tokens through the linear layers of one block by "
         "torch.nn.functional.linear, best of all repeats; as ours multiplies: "
         f"{facts['matmul_ours'] / 1e9:.1f})",
         "tokens/s: real tokens, no padding, first step left out. 1st step: from the start of the "
         "process. est.: the preflight's estimate of the peak.",
-        "peak until the model was loaded: "
-        + ", ".join(f"{n} {c['loaded_gib']:.2f}" for n, c in summary["contestants"].items() if c["pairs"])
-        + " GiB",
+        "peak until the model was loaded: " + ", ".join(loaded) + " GiB",
         f"GFLOP/s, of matmul: 4N a token (frozen base; N = {facts['linear']:,} in the blocks' linear "
         f"layers) and 4 x {facts['head']:,} of the head a trained token; LoRA left out.",
         "executed: with padding, recomputation (+2N under checkpointing), and the head where it was "
         "computed (4 a parameter, by TRL's kernel 6: it makes its tiles twice).",
-        _loss_verdict(summary, facts),
     ]
-    if any(not c["compared"] for c in summary["contestants"].values()):
-        lines.append("* another number format: shown, not judged")
-    return "\n".join(lines)
 
 # %% ../nbs/52_bench_train.ipynb #b06ae4ae
 def _loss_verdict(summary, facts):
-    judged = {
-        n: c["max_loss_difference"] for n, c in summary["contestants"].items() if c["compared"] and c["pairs"]
-    }
+    "Whether the contestants that are judged had the same losses."
+    judged = []
+    for c in summary["contestants"].values():
+        if c["compared"] and c["pairs"]:
+            judged.append(c["max_loss_difference"])
     if len(judged) < 2:
         return "losses: nothing to compare, fewer than two contestants lived"
     if summary["different"]:
@@ -585,50 +609,75 @@ def _loss_verdict(summary, facts):
             f"relative in some step ({facts['dtype']}): not the same mathematics"
         )
     return (
-        f"same losses: every step within {max(judged.values()):.1e} relative (tolerance "
+        f"same losses: every step within {max(judged):.1e} relative (tolerance "
         f"{summary['tolerance']:g} in {facts['dtype']})"
     )
 
+# %% ../nbs/52_bench_train.ipynb #09f167cf
+def train_text(
+    settings: dict,  # what was asked
+    facts: dict,  # from `plan`
+    summary: dict,  # from `summarise_train`
+) -> str:
+    "The table for a terminal or a log."
+    contestants = summary["contestants"]
+    first = next(iter(contestants))
+    head = ["", *(title.format(first=first) for title in _TRAIN_HEAD)]
+    table = text_table(head, [_train_row(n, c) for n, c in contestants.items()])
+    lines = [*_train_opening(settings, facts), table, ""]
+    lines += [*_train_deaths(contestants), *_train_notes(facts, contestants), _loss_verdict(summary, facts)]
+    if any(not c["compared"] for c in contestants.values()):
+        lines.append("* another number format: shown, not judged")
+    return "\n".join(lines)
+
 # %% ../nbs/52_bench_train.ipynb #ea00e2c9
 def alternating(
-    names: list, pairs: int
-):  # contestants; repetitions -> (pair, name), the order turned round from pair to pair
-    "Every contestant once a pair."
+    names: list,  # contestants
+    pairs: int,  # repetitions
+):  # yields (pair, name)
+    "Every contestant once a pair. The order is turned round from pair to pair."
     for p in range(pairs):
-        yield from ((p, n) for n in (names if p % 2 == 0 else names[::-1]))
+        for n in names if p % 2 == 0 else names[::-1]:
+            yield p, n
 
 # %% ../nbs/52_bench_train.ipynb #f1b27ab7
+def _say(line):
+    "Progress, on stderr."
+    print(line, file=sys.stderr, flush=True)
+
+
 def run_all(
     job: str,
     names: list,
     pairs: int,
     cfg: Config,  # as in `run_child`
-    say=lambda line: print(line, file=sys.stderr, flush=True),  # progress
+    say=_say,  # gets a line after each run
     **arguments,
 ) -> list:  # results in the order they were run, each with `name` and `pair`
-    "All contestants, alternating; one that died is not tried again."
+    "All contestants, alternating. One that died is not tried again."
     runs, dead = [], set()
     for pair, name in alternating(names, pairs):
         if name in dead:
             continue
         start = time.time()
-        made = run_child(job, cfg, name=name, started=0.0, **arguments)
-        if "died" in made:
+        result = run_child(job, cfg, name=name, started=0.0, **arguments)
+        if "died" in result:
             dead.add(name)
-        runs.append(made | dict(name=name, pair=pair))
-        say(f"pair {pair + 1}/{pairs}  {name}: {made.get('died') or f'{time.time() - start:.0f} s'}")
+        runs.append(result | dict(name=name, pair=pair))
+        say(f"pair {pair + 1}/{pairs}  {name}: {result.get('died') or f'{time.time() - start:.0f} s'}")
     return runs
 
 # %% ../nbs/52_bench_train.ipynb #c028f1ae
-def _lived(made):
-    "What a child made, or the error that ended it."
-    if "died" in made:
-        raise (ConfigError if made.get("refused") else RuntimeError)(made["died"])
-    return made
+def _lived(result):
+    "What a child left, or the error that ended it."
+    if "died" not in result:
+        return result
+    error = ConfigError if result.get("refused") else RuntimeError
+    raise error(result["died"])
 
 # %% ../nbs/52_bench_train.ipynb #07b5788a
 def plan(cfg: Config) -> dict:  # facts of rows, model and device
-    "What is to be measured; raises `ConfigError` when something is missing."
+    "What is to be measured. Raises `ConfigError` where something is missing."
     return _lived(run_child("plan", cfg))
 
 # %% ../nbs/52_bench_train.ipynb #f726e48a
@@ -643,32 +692,24 @@ def bench_train(
     "Run the contestants and compare them."
     facts = plan(cfg)
     tokens = max(1, round(facts["mean_tokens"] * rows_per_step))
-    rates = []
-
-    def measure():
-        rates.append(_lived(run_child("matmul", cfg, tokens=tokens)))
-
-    measure()
-    runs = run_all(
-        "train", list(variants), pairs, cfg, steps=steps, rows_per_step=rows_per_step, micro_batch=micro_batch
-    )
-    measure()  # before and after: a machine that was busy during one of them does not flatter the shares
+    size = dict(steps=steps, rows_per_step=rows_per_step, micro_batch=micro_batch)
+    # a machine that is busy during one of the two measurements does not flatter the shares
+    rate_before = _lived(run_child("matmul", cfg, tokens=tokens))
+    runs = run_all("train", list(variants), pairs, cfg, **size)
+    rate_after = _lived(run_child("matmul", cfg, tokens=tokens))
     facts |= dict(
-        matmul=max(r["flops_per_s"] for r in rates),
-        matmul_ours=max(r["ours"] for r in rates),
+        matmul=max(rate_before["flops_per_s"], rate_after["flops_per_s"]),
+        matmul_ours=max(rate_before["ours"], rate_after["ours"]),
         matmul_tokens=tokens,
     )
     settings = dict(
         model=cfg.model_id,
         quantization=cfg.quantization,
         data=os.path.relpath(cfg.path("train_data"), project_root()),
-        steps=steps,
-        rows_per_step=rows_per_step,
-        micro_batch=micro_batch,
+        **size,
         pairs=pairs,
         seed=cfg.seed,
         config=json.loads(print_config(cfg)),
     )
-    return dict(
-        bench="train", settings=settings, facts=facts, runs=runs, summary=summarise_train(facts, runs)
-    )
+    summary = summarise_train(facts, runs)
+    return dict(bench="train", settings=settings, facts=facts, runs=runs, summary=summary)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GUESSED_COMPLETION', 'REJECTED', 'PATIENCE', 'Augmentation', 'calls_a_row', 'failed_path', 'tidy_failed',
-           'check_options', 'dry_report', 'summary', 'say_summary', 'look_before', 'augment', 'sampling_params',
-           'add_arguments', 'add_run_arguments', 'stage_cli', 'think_cli', 'reflect_cli']
+           'check_options', 'dry_report', 'summary', 'say_summary', 'look_before', 'cut_unfinished', 'augment',
+           'sampling_params', 'add_arguments', 'add_run_arguments', 'stage_cli', 'think_cli', 'reflect_cli']
 
 # %% ../nbs/50_teacher.ipynb #28a5160b
 import argparse
@@ -68,37 +68,46 @@ class Augmentation:
     def __init__(
         self, session, source, output, before, todo, workers=8, max_cost=None, allow_eval=False, progress=True
     ):
-        self.session, self.source, self.output, self.before, self.todo = (
-            session,
-            source,
-            Path(output),
-            before,
-            todo,
-        )
-        self.workers, self.max_cost, self.allow_eval, self.progress = workers, max_cost, allow_eval, progress
-        self.failed, self.failures = failed_path(output), dict(before.failures)
+        self.session = session
+        self.source = source
+        self.output = Path(output)
+        self.failed = failed_path(output)
+        self.before = before
+        self.todo = todo
+        self.total = len(todo)
+        self.workers = workers
+        self.max_cost = max_cost
+        self.allow_eval = allow_eval
+        self.progress = progress
+        self.failures = dict(before.failures)
         self.rejected = 0  # rows in a row that the server has rejected
-        self.total, self.in_flight, self.dearest, self.down = len(todo), 0, 0.0, 0
-        self.loop, self.tasks = None, []
+        self.down = 0  # rows in a row that could not be delivered
+        self.in_flight = 0  # rows that a worker is busy with
+        self.highest_cost = 0.0  # of the rows so far
+        self.loop = None
+        self.tasks = []
         self.settings = settings(session.stage, session.endpoint)
         self.prefix = digest(self.settings, 6)
 
 # %% ../nbs/50_teacher.ipynb #d991d0fe
-def calls_a_row(guards) -> int:  # of the model, where nothing is asked again
+def calls_a_row(
+    guards: Guards | None,  # of reflections
+) -> int:  # calls of the model, where no reply has to be asked for again
     "The question itself, the blind pass and the samples."
     return 1 + guards.blind + guards.samples if guards else 1
 
 # %% ../nbs/50_teacher.ipynb #31cdaa36
 def failed_path(output) -> Path:
-    "Where rows that stayed bad are written."
+    "The file of the rows for which no good reply came."
     return Path(f"{output}.failed.jsonl")
 
 # %% ../nbs/50_teacher.ipynb #1df4ad22
 @patch
 def provenance(self: Augmentation, row, trail) -> dict:
-    "How a row came about. No secret is in it: the key is not, and the address is kept without a password or query."
-    s, url = self.session, urlsplit(self.session.endpoint.base_url or "")
-    earlier, spent = self.before.failures.get(bytes.fromhex(row_hash(s.stage, row)), (0, 0.0))
+    "How a row came about. It holds no secret: neither the key, nor a password or query of the address."
+    s = self.session
+    url = urlsplit(s.endpoint.base_url or "")
+    tries, spent = self.before.failures.get(bytes.fromhex(row_hash(s.stage, row)), (0, 0.0))
     price = token_cost(trail.usage, s.prices)
     p = dict(
         self.settings,
@@ -112,7 +121,7 @@ def provenance(self: Augmentation, row, trail) -> dict:
         finish_reason=trail.finish_reason,
         usage=trail.usage,
         cost=None if price is None else round(price + spent, 9),
-        earlier_failures=earlier,
+        earlier_failures=tries,
         seconds=round(time.monotonic() - trail.started, 3),
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
@@ -121,7 +130,7 @@ def provenance(self: Augmentation, row, trail) -> dict:
     return dict(p, allow_eval_rows=self.allow_eval, guards=s.guards and asdict(s.guards), checks=trail.checks)
 
 # %% ../nbs/50_teacher.ipynb #45fd982b
-GUESSED_COMPLETION = 200  # tokens of a reply before any has been seen
+GUESSED_COMPLETION = 200  # tokens of a reply, as long as no reply has been seen
 
 
 @patch
@@ -130,34 +139,35 @@ def affordable(self: Augmentation, row) -> bool:
     if self.max_cost is None:
         return True
     s = self.session
-    guess = token_cost(
-        dict(prompt_tokens=estimate_tokens(s.stage.messages(row)), completion_tokens=GUESSED_COMPLETION),
-        s.prices,
-    )
-    guess = guess and guess * calls_a_row(s.guards)
-    return self.before.cost + s.tally.cost + (self.in_flight + 1) * max(guess, self.dearest) <= self.max_cost
+    usage = dict(prompt_tokens=estimate_tokens(s.stage.messages(row)), completion_tokens=GUESSED_COMPLETION)
+    estimate = token_cost(usage, s.prices)
+    estimate = estimate and estimate * calls_a_row(s.guards)
+    unfinished = (self.in_flight + 1) * max(estimate, self.highest_cost)
+    return self.before.cost + s.tally.cost + unfinished <= self.max_cost
 
 # %% ../nbs/50_teacher.ipynb #ae3c621b
 @patch
 def keep(self: Augmentation, row, trail, answer=None, why=None, suspicion=()):
-    "Write one finished, doubted or failed row; all three files take whole lines only."
-    s, p, h = self.session, self.provenance(row, trail), row_hash(self.session.stage, row)
-    self.dearest = max(self.dearest, token_cost(trail.usage, s.prices) or 0.0)
+    "Write one finished, doubted or failed row. All three files take whole lines only."
+    s = self.session
+    p = self.provenance(row, trail)
+    h = row_hash(s.stage, row)
+    self.highest_cost = max(self.highest_cost, token_cost(trail.usage, s.prices) or 0.0)
     key = dict(key=f"{self.prefix}-{h}", provenance=p)
-    if answer is not None:
-        made = {**row, **s.stage.build(row, answer), **key}
-        self.failures.pop(bytes.fromhex(h), None)
-        if suspicion:
-            self.doubted.append({**made, "suspicion": suspicion})
-        else:
-            self.good.append(made)
-        counter = "suspects" if suspicion else "written"
-        setattr(s.tally, counter, getattr(s.tally, counter) + 1)
-    else:
+    if answer is None:
         tries = p["earlier_failures"] + 1
         self.bad.append({**row, "why": why, "reply": trail.reply, "tries": tries, **key})
         self.failures[bytes.fromhex(h)] = tries, p["cost"] or 0.0
         s.tally.failed += 1
+        return
+    new = {**row, **s.stage.build(row, answer), **key}
+    self.failures.pop(bytes.fromhex(h), None)
+    if suspicion:
+        self.doubted.append({**new, "suspicion": suspicion})
+        s.tally.suspects += 1
+    else:
+        self.good.append(new)
+        s.tally.written += 1
 
 # %% ../nbs/50_teacher.ipynb #e32678ae
 REJECTED = 5  # rows in a row, and no good reply before them: then it is the request, and not the rows
@@ -165,7 +175,7 @@ REJECTED = 5  # rows in a row, and no good reply before them: then it is the req
 
 @patch
 def refuse(self: Augmentation, row, trail, error):
-    "Set one rejected row apart; end the run where the request itself is what the server rejects."
+    "Set one rejected row apart. End the run where the server rejects the request itself."
     s, whose = self.session, f"(row id {row.get('id')})"
     of_this_row = error.status in ROW_STATUS and error.about not in HINTS
     if not of_this_row:
@@ -189,7 +199,7 @@ async def do_row(self: Augmentation, row):
         self.keep(row, trail, answer, suspicion=suspicion)
         self.down = self.rejected = 0
     except ContentError as e:
-        # the right label without a reason, however often it was asked for: the label is what is doubtful
+        # the label is right, and no reason for it came: then the label is what is doubtful
         unargued = s.guards and isinstance(e, Unfit) and not_gold(row, trail.answer) is None
         if unargued:
             self.keep(row, trail, trail.answer, suspicion=[f"readers: {e}"])
@@ -211,7 +221,7 @@ async def do_row(self: Augmentation, row):
 # %% ../nbs/50_teacher.ipynb #6c1c6f1c
 @patch
 async def worker(self: Augmentation, rows, bar):
-    "Take rows from the shared iterator until there are none or the run is halted."
+    "Take rows from the shared iterator until it is empty or the run is halted."
     s = self.session
     for row in rows:
         if s.halted.is_set() or self.reason_to_end(row):
@@ -222,14 +232,13 @@ async def worker(self: Augmentation, rows, bar):
         finally:
             self.in_flight -= 1
         bar.update()
-        bar.set_postfix(
-            failed=s.tally.failed, **(dict(cost=f"{s.tally.cost:.4f}") if s.prices else {}), refresh=False
-        )
+        cost = dict(cost=f"{s.tally.cost:.4f}") if s.prices else {}
+        bar.set_postfix(failed=s.tally.failed, **cost, refresh=False)
 
 
 @patch
 def reason_to_end(self: Augmentation, row) -> bool:
-    "Is the budget spent? Rows in flight are then finished, new ones are not begun."
+    "Is the budget spent? Rows in flight are then finished, and no new ones are begun."
     s = self.session
     if s.reason is None and not self.affordable(row):
         s.reason = (
@@ -241,7 +250,7 @@ def reason_to_end(self: Augmentation, row) -> bool:
 # %% ../nbs/50_teacher.ipynb #791836b5
 @patch
 def rows_todo(self: Augmentation):
-    "The rows still to do, streamed."
+    "The rows that are still to do, streamed."
     stage = self.session.stage
     for row in wanted_rows(stage, self.source):
         if bytes.fromhex(row_hash(stage, row)) in self.todo:
@@ -250,7 +259,7 @@ def rows_todo(self: Augmentation):
 # %% ../nbs/50_teacher.ipynb #0ee2eee1
 @patch
 def interrupt(self: Augmentation, signum=signal.SIGINT):
-    "End now: calls in flight are dropped (their rows are done on the next start)."
+    "End now. Calls in flight are dropped, and the next start does their rows."
     self.session.signal = signum
     self.session.halt("interrupted")
     for t in self.tasks:
@@ -258,8 +267,25 @@ def interrupt(self: Augmentation, signum=signal.SIGINT):
 
 
 @patch
+def open_files(self: Augmentation):
+    "Open the output, the file of failed rows and the file of suspects."
+    self.good = Journal(self.output)
+    self.bad = Journal(self.failed)
+    self.doubted = Journal(suspect_path(self.output))
+
+
+@patch
+def close_files(self: Augmentation):
+    "Close the three files. A file of suspects that stayed empty goes away."
+    for journal in (self.good, self.bad, self.doubted):
+        journal.close()
+    if not suspect_path(self.output).stat().st_size:
+        suspect_path(self.output).unlink()
+
+
+@patch
 async def main(self: Augmentation):
-    "Run the workers to the end, whatever the end is; the files are closed on every way out."
+    "Run the workers to the end, whatever the end is. The files are closed on every way out."
     from tqdm import tqdm
 
     s, self.loop = self.session, asyncio.get_running_loop()
@@ -269,11 +295,7 @@ async def main(self: Augmentation):
     own = s.client is None
     if own:
         s.client = make_client(s.endpoint, s.key)
-    self.good, self.bad, self.doubted = (
-        Journal(self.output),
-        Journal(self.failed),
-        Journal(suspect_path(self.output)),
-    )
+    self.open_files()
     bar = tqdm(
         total=self.total,
         desc=s.stage.name,
@@ -293,28 +315,25 @@ async def main(self: Augmentation):
             t.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
         bar.close()
-        for journal in (self.good, self.bad, self.doubted):
-            journal.close()
-        if not suspect_path(self.output).stat().st_size:
-            suspect_path(self.output).unlink()
+        self.close_files()
         if own:
             await s.client.close()
 
 # %% ../nbs/50_teacher.ipynb #fdb36ec5
 @patch
 def start(self: Augmentation):
-    "Run `main`, also under a notebook's running event loop (then in a thread of its own)."
+    "Run `main`. A notebook has an event loop of its own, so there it runs in another thread."
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(self.main())
-    box = []
+    errors = []
 
     def target():
         try:
             asyncio.run(self.main())
         except BaseException as e:
-            box.append(e)
+            errors.append(e)
 
     t = threading.Thread(target=target)
     t.start()
@@ -324,15 +343,15 @@ def start(self: Augmentation):
         except KeyboardInterrupt:
             if self.loop:
                 self.loop.call_soon_threadsafe(self.interrupt)
-    if box:
-        raise box[0]
+    if errors:
+        raise errors[0]
 
 # %% ../nbs/50_teacher.ipynb #fa6b3522
 def tidy_failed(
     path: Path,
     still_bad,  # container of content hashes
 ):
-    "Keep the latest entry of each row that is still bad; remove the file when none is."
+    "Keep the latest entry of each row that is still bad. Remove the file where none is."
     latest = {content_part(r): n for n, r in iter_written(path) if content_part(r) in still_bad}
     if not latest:
         return path.unlink(missing_ok=True)
@@ -347,13 +366,13 @@ def check_options(endpoint, workers, prices, max_cost, dry_run):
         raise ConfigError(f"--base_url must be like http://localhost:8000/v1, not {endpoint.base_url}")
     if endpoint.response_format not in ("auto", *FORMATS):
         raise ConfigError(f"--response_format is one of auto, {', '.join(FORMATS)}")
-    for name, v, low in [
+    for name, value, low in [
         ("workers", workers, 1),
         ("max_attempts", endpoint.max_attempts, 1),
         ("max_reprompts", endpoint.max_reprompts, 0),
     ]:
-        if v < low:
-            raise ConfigError(f"--{name} must be at least {low}, not {v}")
+        if value < low:
+            raise ConfigError(f"--{name} must be at least {low}, not {value}")
     if not endpoint.timeout > 0:
         raise ConfigError(f"--timeout must be above 0 s, not {endpoint.timeout}")
     if max_cost is not None and not prices:
@@ -363,22 +382,29 @@ def check_options(endpoint, workers, prices, max_cost, dry_run):
 
 # %% ../nbs/50_teacher.ipynb #c97f3003
 def dry_report(
-    s: Survey, before: Before, prices, input, calls: int = 1
-) -> dict:  # `calls`: of the model, a row
-    "What a run would do and cost; reprompts and retries are not foreseen."
+    s: Survey,
+    before: Before,
+    prices,
+    input,
+    calls: int = 1,  # of the model, for each row
+) -> dict:
+    "What a run would do and cost. Reprompts and retries cannot be foreseen."
     seen = len(before.done)
-    per = round(before.completion_tokens / seen) if seen else GUESSED_COMPLETION
-    # finished rows hold the tokens of all their calls; a question aside is taken to be as long as the first
-    use = dict(
-        prompt_tokens=s.prompt_tokens * calls, completion_tokens=per * len(s.todo) * (1 if seen else calls)
-    )
+    per_row = round(before.completion_tokens / seen) if seen else GUESSED_COMPLETION
+    # finished rows hold the tokens of all their calls. Before there are any, each call is taken to be as long
+    # as the first question
+    completion = per_row * len(s.todo) * (1 if seen else calls)
+    use = dict(prompt_tokens=s.prompt_tokens * calls, completion_tokens=completion)
     price = token_cost(use, prices)
+    origin = f"mean of {seen:,} finished rows" if seen else "assumed"
+    further = ", the blind pass and samples among them" if calls > 1 else ""
+    cost = "unknown without --prices" if price is None else f"about {price:.4f}"
     print(
         f"dry run, nothing was sent\nrows: {s.rows:,} in {input}, {s.finished:,} finished, {len(s.todo):,} to do"
         f"\ntokens: about {use['prompt_tokens']:,} in (characters / 4) and {use['completion_tokens']:,} out "
-        f"({per} a row, {f'mean of {seen:,} finished rows' if seen else 'assumed'})"
-        f"\ncalls: {calls} a row{', the blind pass and samples among them' if calls > 1 else ''}"
-        f"\ncost: {'unknown without --prices' if price is None else f'about {price:.4f}'}"
+        f"({per_row} a row, {origin})"
+        f"\ncalls: {calls} a row{further}"
+        f"\ncost: {cost}"
     )
     return dict(use, rows=s.rows, todo=len(s.todo), finished=s.finished, cost=price, exit_code=0)
 
@@ -415,29 +441,30 @@ def say_summary(r: dict, run: Augmentation):
         f"{r['calls']:,} calls ({r['retries']:,} retried, {r['reprompts']:,} reprompted, "
         f"{r['wrong_label']:,} with a label that was not gold, {r['not_argued']:,} without a reason "
         "for it), "
-        f"{r['prompt_tokens']:,} tokens in, {r['completion_tokens']:,} out{price}; response format "
+        f"{r['prompt_tokens']:,} tokens in, {r['completion_tokens']:,} out{price}. Response format: "
         f"{r['response_format']}"
     )
     for fmt, why in r["formats_refused"].items():
         say(f"  {fmt} was refused: {why}")
     if r["failed"]:
-        say(f"why they failed: {run.failed}; they are tried again on the next start")
+        say(f"why they failed: {run.failed}. The next start tries them again")
     if r["suspects"]:
         say(
             f"{r['suspects']:,} set apart because their gold label is doubted: "
-            f"{suspect_path(run.output)}. Read them; they are not asked again"
+            f"{suspect_path(run.output)}. Read them. They are not asked again"
         )
     if r["reason"]:
         say(f"stopped: {r['reason']}")
     if r["reason"] or r["left"]:
-        say("every reply that arrived is written; the same command goes on from here")
+        say("every reply that arrived is written, and the same command goes on from here")
 
 # %% ../nbs/50_teacher.ipynb #5a9ca5c4
 def look_before(stage, source, output, endpoint, allow_mixed, allow_eval):
-    "Earlier rows and what is left to do; says what a reader should know."
+    "What earlier runs left, and what is left to do. Prints what a reader should know."
     if output.is_dir():
-        raise DataError(f"{output} is a folder; --output is a file")
-    before, bad = read_before(output, failed_path(output), settings(stage, endpoint), allow_mixed), BadRows()
+        raise DataError(f"{output} is a folder, but --output must be a file")
+    bad = BadRows()
+    before = read_before(output, failed_path(output), settings(stage, endpoint), allow_mixed)
     sv = survey(stage, wanted_rows(stage, source, bad), before.done, allow_eval)
     notes = [
         (bad.total, f"rows of the input are unusable and left out (--max_bad {source.max_bad})"),
@@ -455,6 +482,13 @@ def look_before(stage, source, output, endpoint, allow_mixed, allow_eval):
     return before, sv
 
 # %% ../nbs/50_teacher.ipynb #ea9b8c57
+def cut_unfinished(output):
+    "Cut off the half line that a killed run may have left at the end of a file."
+    for path in (output, failed_path(output), suspect_path(output)):
+        if path.exists() and cut_torn(path):
+            print(f"{path}: cut off an unfinished last line. Its row is done again", file=sys.stderr)
+
+
 def augment(
     stage: Stage,  # THINK or REFLECT
     input: str | Path,  # pairs (CSV, JSONL …) or thoughts
@@ -486,21 +520,12 @@ def augment(
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output.with_name(f".{output.name}.lock"), timeout=0):
-            for path in (output, failed_path(output), suspect_path(output)):
-                if path.exists() and cut_torn(path):
-                    print(f"{path}: cut off an unfinished last line; its row is done again", file=sys.stderr)
+            cut_unfinished(output)
             before, sv = look()
             tidy_failed(failed_path(output), before.failures)
+            session = TeacherSession(stage, endpoint, prices, client, guards, bool(before.done))
             run = Augmentation(
-                TeacherSession(stage, endpoint, prices, client, guards, bool(before.done)),
-                source,
-                output,
-                before,
-                sv.todo,
-                workers,
-                max_cost,
-                allow_eval_rows,
-                progress,
+                session, source, output, before, sv.todo, workers, max_cost, allow_eval_rows, progress
             )
             if run.total:
                 run.start()

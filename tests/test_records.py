@@ -11,6 +11,7 @@ import nli_ft.card
 import nli_ft.commands
 import nli_ft.compare
 import nli_ft.differences
+import nli_ft.evaluate
 import nli_ft.records
 import nli_ft.seeds
 from nli_ft.process import RecordError
@@ -664,6 +665,31 @@ def test_a_model_card_says_only_what_the_record_says(project):
     ):
         assert said in card
     assert (run / "MODEL_CARD.md").read_text() == card and str(project) not in card
+
+
+def test_the_front_matter_of_a_card_is_read_back_without_a_network(project, monkeypatch):
+    import socket
+    from huggingface_hub import ModelCard
+
+    def no_network(*a, **k):
+        raise AssertionError("a model card needs no network")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    run = finished()
+    nli_ft.card.model_card(run)
+    data = ModelCard.load(run / "MODEL_CARD.md").data
+    record = nli_ft.records.read_run(run)
+    scores = nli_ft.evaluate.score(record.predictions())
+    assert (data.base_model, data.library_name, data.model_name) == (record.cfg.model_id, "peft", record.name)
+    assert {r.metric_name: r.metric_value for r in data.eval_results} == {
+        "accuracy (no answer is wrong)": round(scores["accuracy"], 3),
+        "macro-F1": round(scores["macro_f1"], 3),
+        "MCC": round(scores["mcc"], 3),
+    }
+    evaluated = record.environment["data"]["eval"]
+    assert {(r.dataset_name, r.dataset_revision) for r in data.eval_results} == {
+        (evaluated["path"], evaluated["sha256"])
+    }
 
 
 def test_the_model_card_is_a_command_too(project, capsys):
