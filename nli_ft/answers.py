@@ -19,7 +19,7 @@ OUTCOMES = ("strict", "repaired", "truncated", "wrong_schema", "empty", "thinkin
 
 @dataclass(frozen=True)
 class Parsed:
-    "What a completion says; `label` and `thought` are None unless `outcome` is strict or repaired."
+    "What a completion says. `label` and `thought` are None unless `outcome` is strict or repaired."
 
     label: int | None  # 0, 1 or None
     thought: str | None  # the reasoning, case and newlines kept
@@ -28,7 +28,8 @@ class Parsed:
 
 # %% ../nbs/13_answers.ipynb #bdec98ff
 def _object_spans(text):
-    "Spans (start, end) of top-level {...} in `text`, braces inside strings not counted; end is None for one left open."
+    """(start, end) of each top-level {...} in `text`. Braces inside strings do not count. `end` is None for an
+    object that does not close."""
     depth, start, in_string, skip = 0, None, False, False
     for i, ch in enumerate(text):
         if skip:
@@ -53,17 +54,18 @@ def _object_spans(text):
 
 # %% ../nbs/13_answers.ipynb #8aaa46ec
 class GivenTwice(ValueError):
-    "A key is given twice: the object is ambiguous, and what comes after it is no answer either."
+    "An object has a key twice. It is ambiguous, and what comes after it is no answer either."
 
 
 def _pairs(pairs):
+    "The object of a list of (key, value). Python would silently keep the last of two equal keys."
     if len({k for k, _ in pairs}) < len(pairs):
         raise GivenTwice("a key is given twice")
     return dict(pairs)
 
 
 def _json_and_repairs(text):
-    "(object, repairs) of a JSON text; raises ValueError when it is none."
+    "(object, repairs) of a JSON text. Raises ValueError for any other text."
     try:
         return json.loads(text, object_pairs_hook=_pairs), ()
     except json.JSONDecodeError:
@@ -104,8 +106,8 @@ def _is_inside(text, tag, start):
 def outside_thinking(
     text: str,  # what a model wrote
 ) -> tuple:  # (parts as (start, end), does the text end inside its thinking?)
-    """The parts of a text that are no thinking. A closing tag without an opening one makes thinking of all
-    that stands before it."""
+    """The parts of a text outside the thinking. If a closing tag has no opening one, all text before it is
+    thinking."""
     parts, start, depth, last = [], 0, 0, 0
     for tag in _THINKING.finditer(text):
         if _is_inside(text, tag, last):
@@ -143,7 +145,7 @@ _THOUGHT_KEYS = ("thought_process", "improved_thought_process", "error_analysis"
 
 
 def _is_form(raw, obj):
-    "Is this object (`obj` None where it is no JSON) the form that was to be filled in?"
+    "Is this object the empty form? `raw` is its text, and `obj` is None where the text is no JSON."
     if obj is None:
         value = r'"(?:%s)"\s*:\s*("(?:[^"\\]|\\.)*"|[^",}]*)' % "|".join(_THOUGHT_KEYS)
         thoughts = [m[1].strip().strip('"') for m in re.finditer(value, raw)]
@@ -151,14 +153,13 @@ def _is_form(raw, obj):
         no_label = bool(label and _NO_LABEL.match(label[1]))
     else:
         thoughts = [obj[k] for k in _THOUGHT_KEYS if isinstance(obj.get(k), str)]
-        no_label = isinstance(obj.get("predicted_label"), str) and bool(
-            _NO_LABEL.match(obj["predicted_label"])
-        )
+        label = obj.get("predicted_label")
+        no_label = isinstance(label, str) and bool(_NO_LABEL.match(label))
     return bool(_EMPTY_THOUGHT.fullmatch(thoughts[-1])) if thoughts else no_label
 
 # %% ../nbs/13_answers.ipynb #656a746d
 def _written_labels(text):
-    'Digits that stand literally in the place of a label: `-0` and `"\\u0031"` are a 0 and a 1 to a JSON reader only.'
+    'Digits that stand literally in the place of a label. Only a JSON reader takes `-0` for 0 and `"\\u0031"` for 1.'
     return {m[2] for m in re.finditer(r'"predicted_label"\s*:\s*("?)([01])\1\s*[,}]', text)}
 
 # %% ../nbs/13_answers.ipynb #80a219ab
@@ -167,47 +168,62 @@ class Found:
     "The answer's object in a text, or why there is none."
 
     obj: dict | None = None  # the object
-    span: tuple | None = None  # (start, end) of the object that decided; None where no object did
-    outcome: str = ""  # one of `OUTCOMES` that carries no label; "" where `obj` is there
+    span: tuple | None = None  # (start, end) of the object that decided. None where none did
+    outcome: str = ""  # one of `OUTCOMES` that carries no label. "" where there is an object
     repairs: tuple = ()  # what had to be mended
-    why: str = ""  # in words for whoever wrote the text
+    why: str = ""  # the reason in words, for whoever wrote the text
 
 # %% ../nbs/13_answers.ipynb #9386d637
 def _objects(text, parts):
-    "(start, end) of each object in `parts`, and what it is: (object, repairs), or the error of one that is no JSON."
+    "(start, end, content) of each object in `parts`. The content is (object, repairs), or the error if it is no JSON."
     for a, b in parts:
         for start, end in _object_spans(text[a:b]):
             if end is None:
                 yield a + start, None, None
                 continue
             try:
-                found = _json_and_repairs(text[a + start : a + end])
+                content = _json_and_repairs(text[a + start : a + end])
             except (ValueError, RecursionError) as e:
-                found = e
-            yield a + start, a + end, found
+                content = e
+            yield a + start, a + end, content
 
 # %% ../nbs/13_answers.ipynb #474d50f8
-def _is_prose(raw, found):
-    return isinstance(found, Exception) and ":" not in raw
+def _is_prose(raw, content):
+    "Is it a pair of braces in prose, such as {x}?"
+    return isinstance(content, Exception) and ":" not in raw
 
 # %% ../nbs/13_answers.ipynb #c40ec18f
-def _labels(raw, found):
+def _labels(raw, content):
     "The labels that an object gives, as text."
-    if isinstance(found, Exception):
+    if isinstance(content, Exception):
         return _written_labels(raw)
-    label = found[0].get("predicted_label")
-    return {str(label)} if type(label) in (int, str) and str(label) in ("0", "1") else set()
+    label = content[0].get("predicted_label")
+    if type(label) in (int, str) and str(label) in ("0", "1"):
+        return {str(label)}
+    return set()
 
 # %% ../nbs/13_answers.ipynb #47abc0ec
 def _around(text, parts, start, end, forms):
     "Names for what stands around the answer."
-    said = (
-        ("thinking before the object",) if parts[0][0] > 0 or len(parts) > 1 and parts[0][1] < start else ()
-    )
-    said += ("the form before the object",) if forms else ()
-    before = any(text[a : min(b, start)].strip() for a, b in parts if a < start)
-    said += ("text before the object",) if before and not forms else ()
-    return said + (("text after the object",) if text[end:].strip() else ())
+    names = []
+    if parts[0][0] > 0 or len(parts) > 1 and parts[0][1] < start:
+        names.append("thinking before the object")
+    if forms:
+        names.append("the form before the object")
+    elif any(text[a : min(b, start)].strip() for a, b in parts if a < start):
+        names.append("text before the object")
+    if text[end:].strip():
+        names.append("text after the object")
+    return tuple(names)
+
+# %% ../nbs/13_answers.ipynb #5f7f1fea
+def _without_answer(thinking, forms, written):
+    "The outcome of a text in which no object is an answer."
+    if thinking:
+        return "thinking"
+    if forms:
+        return "echo"
+    return "wrong_schema" if written else "empty"
 
 # %% ../nbs/13_answers.ipynb #d2cbe57a
 _WHY = dict(
@@ -223,44 +239,41 @@ _WHY = dict(
 def find_answer(
     text: str,  # what a model wrote
 ) -> Found:  # its answer, not yet checked against any schema
-    "Find the answer: the first object after the thinking that is no echo of the form. Never raises."
+    "Find the answer: the first object after the thinking that does not repeat the form. Never raises."
     parts, thinking = outside_thinking(text)
     first, forms = None, 0
-    for start, end, found in _objects(text, parts):
+    for start, end, content in _objects(text, parts):
         if end is None:
             if first is None:
                 return Found(None, (start, len(text)), "truncated", why=_WHY["truncated"])
             break
         raw = text[start:end]
-        obj = None if isinstance(found, Exception) else found[0]
-        if _is_prose(raw, found):
+        error = content if isinstance(content, Exception) else None
+        twice = isinstance(error, GivenTwice)
+        obj = None if error else content[0]
+        if _is_prose(raw, content):
             continue
-        if _is_form(raw, obj) and not isinstance(found, GivenTwice):
+        if _is_form(raw, obj) and not twice:
             forms += 1
         elif first is None:
-            if isinstance(found, GivenTwice):
-                return Found(
-                    None, (start, end), "wrong_schema", why="a key of its JSON object is given twice"
-                )
-            if obj is None:
-                return Found(None, (start, end), "wrong_schema", why=f"it is not valid JSON: {found}")
-            first = Found(obj, (start, end), "", _around(text, parts, start, end, forms) + found[1])
-            labels = _labels(raw, found)
-        elif labels and _labels(raw, found) - labels:
+            if error:
+                why = "a key of its JSON object is given twice" if twice else f"it is not valid JSON: {error}"
+                return Found(None, (start, end), "wrong_schema", why=why)
+            first = Found(obj, (start, end), "", _around(text, parts, start, end, forms) + content[1])
+            labels = _labels(raw, content)
+        elif labels and _labels(raw, content) - labels:
             return Found(None, (start, end), "ambiguous", why=_WHY["ambiguous"])
     if first:
         return first
     written = any(text[a:b].strip() for a, b in parts)
-    outcome = "thinking" if thinking else "echo" if forms else "wrong_schema" if written else "empty"
+    outcome = _without_answer(thinking, forms, written)
     return Found(None, None, outcome, why=_WHY[outcome])
 
 # %% ../nbs/13_answers.ipynb #e95ca435
 def json_closed(
     text: str,  # a completion so far
 ) -> bool:  # is its answer complete?
-    """The stop rule of generation. It ends where `find_answer` has its object, and neither at a draft inside
-    the thinking nor at an echo of the form. What a model would have gone on to say, a second answer
-    included, is not generated and so not read."""
+    "The stop rule of generation: has `find_answer` found an object that decides?"
     found = find_answer(text)
     return found.span is not None and found.outcome != "truncated"
 
@@ -272,7 +285,7 @@ def marks_thinking(token: str) -> bool:
 # %% ../nbs/13_answers.ipynb #ef91ab08
 def parse_completion(
     text: str,  # what the model wrote after the prompt
-    completion: str = "cot",  # the style asked for; "label_only" needs no thought
+    completion: str = "cot",  # the style that was asked for ("label_only" needs no thought)
 ) -> Parsed:  # label, thought, outcome, repairs
     "Read the answer of a completion, as `find_answer` finds it. Never raises, never invents a label."
     if not text.strip():

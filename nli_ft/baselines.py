@@ -18,7 +18,8 @@ from .reading import negations, words
 # %% ../nbs/09_baselines.ipynb #f1f3a0a0
 def overlap_features(row: dict) -> list:  # 6 numbers
     "What a pair looks like without its words: shared words, lengths, negation."
-    p, h = (re.findall(r"\w+", row[k].casefold()) for k in ("premise", "hypothesis"))
+    p = re.findall(r"\w+", row["premise"].casefold())
+    h = re.findall(r"\w+", row["hypothesis"].casefold())
     ps, hs = set(p), set(h)
     return [
         len(hs & ps) / (len(hs) or 1),
@@ -33,15 +34,16 @@ def overlap_features(row: dict) -> list:  # 6 numbers
 def order_features(
     row: dict,  # with premise and hypothesis
 ) -> list:  # 11 numbers
-    """Word order and negation parity of a pair: what a reader sees who knows which words are shared, and
-    where, but not what they mean."""
-    p, h = (re.findall(r"\w+", row[k].casefold()) for k in ("premise", "hypothesis"))
+    """Word order and negation parity of a pair. They say which words are shared and where they stand, but not
+    what they mean."""
+    p = re.findall(r"\w+", row["premise"].casefold())
+    h = re.findall(r"\w+", row["hypothesis"].casefold())
     first = {w: i for i, w in reversed(list(enumerate(p)))}
     at = [first[w] for w in h if w in first]
     rising = sum(a < b for a, b in zip(at, at[1:]))
     only_p = [i for i, w in enumerate(p) if w not in h]
     only_h = [i for i, w in enumerate(h) if w not in first]
-    np, nh = negations(row["premise"]), negations(row["hypothesis"])
+    neg_p, neg_h = negations(row["premise"]), negations(row["hypothesis"])
     return [
         rising / (len(at) - 1 or 1) if at else -1,
         float(p[:1] == h[:1]),
@@ -51,21 +53,21 @@ def order_features(
         at[-1] / len(p) if at else -1,
         only_p[0] / len(p) if only_p else -1,
         only_h[0] / len(h) if only_h else -1,
-        np,
-        nh,
-        (np + nh) % 2,
+        neg_p,
+        neg_h,
+        (neg_p + neg_h) % 2,
     ]
 
 # %% ../nbs/09_baselines.ipynb #28ab64a2
 class BoostedTree:
-    """A boosted tree on surface features of the pair. `fit` and `predict` take rows; the same rows give the
-    same answers."""
+    """A boosted tree on surface features of the pair. `fit` and `predict` take rows. The same rows always give
+    the same answers."""
 
     def __init__(
         self,
         seed: int = 42,
-        limit: int = 5000,  # rows to learn from at most, evenly spread over those given
-        grams: int = 200,  # most frequent words and word pairs of each sentence that become features
+        limit: int = 5000,  # learn from at most this many rows, evenly spread over all
+        grams: int = 200,  # so many of the most frequent words and word pairs become features, for each sentence
     ):
         self.seed, self.limit, self.grams = seed, limit, grams
 
@@ -73,16 +75,19 @@ class BoostedTree:
         self,
         rows: list,  # with premise and hypothesis
     ):  # array (rows, features)
-        "N-grams present in each sentence, then overlap, order and negation parity."
+        "Which n-grams occur in each sentence, then overlap, order and negation parity."
         import numpy as np
 
-        seen = [v.transform(r[k] for r in rows).toarray() for k, v in self.bags.items()]
-        told = np.array([overlap_features(r) + order_features(r) for r in rows], dtype=float)
-        return np.hstack([*seen, told])
+        parts = []
+        for key, counter in self.bags.items():
+            sentences = [r[key] for r in rows]
+            parts.append(counter.transform(sentences).toarray())
+        parts.append(np.array([overlap_features(r) + order_features(r) for r in rows], dtype=float))
+        return np.hstack(parts)
 
     def fit(
         self,
-        rows: list,  # with premise, hypothesis, label; both labels must occur
+        rows: list,  # with premise, hypothesis and label. Both labels must occur
     ):
         "Learn from `rows`."
         from sklearn.ensemble import HistGradientBoostingClassifier
@@ -112,34 +117,23 @@ class BoostedTree:
         "The label of each row."
         return [int(x) for x in self.model.predict(self.features(rows))] if rows else []
 
-# %% ../nbs/09_baselines.ipynb #7e33d2d5
-def baselines(
-    rows: list,  # rows with premise, hypothesis, label, maybe group_id
-    seed: int = 42,
-) -> dict:  # name -> dict(accuracy, n, low, high); {} where there are fewer than 50 rows or 10 of a label
-    """Cross-validated accuracy of guessing the label without the task, with 95 % Wilson intervals, beside the
-    majority share."""
-    y = [r["label"] for r in rows]
-    if len(y) < 50 or min(y.count(0), y.count(1)) < 10:
-        return {}
+# %% ../nbs/09_baselines.ipynb #c8bf023d
+def _cross_validated(rows, y, groups, seed):
+    "name -> labels: what each shortcut answers for rows whose group it was not trained on."
     from sklearn.feature_extraction.text import HashingVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    groups = [str(r.get("group_id", norm_text(r["premise"]))) for r in rows]
-    if len(set(groups)) < 5:
-        return {}
+    words_alone = make_pipeline(
+        HashingVectorizer(n_features=2**16, ngram_range=(1, 2), binary=True),
+        LogisticRegression(solver="liblinear"),
+    )
+    six_numbers = make_pipeline(StandardScaler(), LogisticRegression())
     tries = dict(
-        hypothesis_only=(
-            make_pipeline(
-                HashingVectorizer(n_features=2**16, ngram_range=(1, 2), binary=True),
-                LogisticRegression(solver="liblinear"),
-            ),
-            [r["hypothesis"] for r in rows],
-        ),
-        overlap=(make_pipeline(StandardScaler(), LogisticRegression()), [overlap_features(r) for r in rows]),
+        hypothesis_only=(words_alone, [r["hypothesis"] for r in rows]),
+        overlap=(six_numbers, [overlap_features(r) for r in rows]),
     )
     folds = GroupKFold(5, shuffle=True, random_state=seed)
     answers = {
@@ -150,12 +144,26 @@ def baselines(
         tree = BoostedTree(seed).fit([rows[i] for i in fit])
         for i, label in zip(new, tree.predict([rows[i] for i in new])):
             answers["boosted_tree"][i] = label
+    return answers
+
+# %% ../nbs/09_baselines.ipynb #7e33d2d5
+def baselines(
+    rows: list,  # rows with premise, hypothesis, label, maybe group_id
+    seed: int = 42,
+) -> dict:  # name -> dict(accuracy, n, low, high). {} where there are fewer than 50 rows or 10 of a label
+    """Cross-validated accuracy of each shortcut with its 95 % Wilson interval, beside the share of the majority
+    label."""
+    y = [r["label"] for r in rows]
+    if len(y) < 50 or min(y.count(0), y.count(1)) < 10:
+        return {}
+    groups = [str(r.get("group_id", norm_text(r["premise"]))) for r in rows]
+    if len(set(groups)) < 5:
+        return {}
     out = dict(majority=dict(accuracy=max(y.count(0), y.count(1)) / len(y), n=len(y)))
-    for name, found in answers.items():
-        share = share_right([a == b for a, b in zip(found, y)], groups)
-        out[name] = dict(
-            accuracy=share["accuracy"], n=len(y), **dict(zip(("low", "high"), share["accuracy_ci"]))
-        )
+    for name, labels in _cross_validated(rows, y, groups, seed).items():
+        share = share_right([a == b for a, b in zip(labels, y)], groups)
+        low, high = share["accuracy_ci"]
+        out[name] = dict(accuracy=share["accuracy"], n=len(y), low=low, high=high)
     return out
 
 # %% ../nbs/09_baselines.ipynb #ea453273
@@ -166,8 +174,9 @@ def overlap(premise: str, hypothesis: str) -> float:  # 0 … 1
 
 # %% ../nbs/09_baselines.ipynb #fb9fad3b
 def surface_features(premise: str, hypothesis: str) -> list:  # six numbers
-    "Shared words, whether all are shared, difference in length, and negation in premise, hypothesis, exactly one."
-    share, p, h = overlap(premise, hypothesis), negations(premise) > 0, negations(hypothesis) > 0
+    "Shared words, whether all are shared, difference in length, negation in premise, in hypothesis, in just one."
+    share = overlap(premise, hypothesis)
+    p, h = negations(premise) > 0, negations(hypothesis) > 0
     return [
         share,
         float(share == 1),
@@ -179,6 +188,7 @@ def surface_features(premise: str, hypothesis: str) -> list:  # six numbers
 
 # %% ../nbs/09_baselines.ipynb #d18132c3
 def _fitted(model, x, y, x_new):
+    "Fit a model, and return its labels for new rows."
     return [int(v) for v in model.fit(x, y).predict(x_new)]
 
 # %% ../nbs/09_baselines.ipynb #6aef3fac
@@ -186,7 +196,7 @@ def baseline_labels(
     train: list,  # rows with premise, hypothesis, label, to learn from
     rows: list,  # rows to answer
 ) -> dict:  # name -> labels, in the order of `rows`
-    "What shortcuts answer. With one class only in `train` there is nothing to learn but the majority."
+    "What each shortcut answers. With one class only in `train` there is nothing to learn but the majority."
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -194,22 +204,23 @@ def baseline_labels(
 
     y = [r["label"] for r in train]
     if not y:
-        raise DataError("baselines need training rows; there are none")
-    found = dict(majority=[Counter(y).most_common(1)[0][0]] * len(rows))
+        raise DataError("baselines need training rows, and there are none")
+    labels = dict(majority=[Counter(y).most_common(1)[0][0]] * len(rows))
     if len(set(y)) < 2:
-        return found
-    bag = make_pipeline(TfidfVectorizer(analyzer=_terms), LogisticRegression(max_iter=1000))
-    surface = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    found["hypothesis_only"] = _fitted(
-        bag, [r["hypothesis"] for r in train], y, [r["hypothesis"] for r in rows]
-    )
+        return labels
 
-    def pairs(rs):
+    def hypotheses(rs):
+        return [r["hypothesis"] for r in rs]
+
+    def surfaces(rs):
         return [surface_features(r["premise"], r["hypothesis"]) for r in rs]
 
-    found["overlap_negation"] = _fitted(surface, pairs(train), y, pairs(rows))
-    found["boosted_tree"] = BoostedTree().fit(train).predict(rows)
-    return found
+    bag = make_pipeline(TfidfVectorizer(analyzer=_terms), LogisticRegression(max_iter=1000))
+    surface = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    labels["hypothesis_only"] = _fitted(bag, hypotheses(train), y, hypotheses(rows))
+    labels["overlap_negation"] = _fitted(surface, surfaces(train), y, surfaces(rows))
+    labels["boosted_tree"] = BoostedTree().fit(train).predict(rows)
+    return labels
 
 # %% ../nbs/09_baselines.ipynb #2136f576
 def _terms(text):

@@ -23,11 +23,8 @@ def mistral_v3_tokenizer():
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import generate_merges
 
-    sp = sentencepiece.SentencePieceProcessor(
-        model_file=str(
-            Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
-        )
-    )
+    file = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
     pieces = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
     control = [p for p, i in pieces.items() if sp.is_control(i) or sp.is_unknown(i)]
     merges = generate_merges(pieces, {p: sp.get_score(i) for p, i in pieces.items()}, skip_tokens=control)
@@ -43,7 +40,8 @@ def mistral_v3_tokenizer():
             decoders.Strip(content=" ", left=1),
         ]
     )
-    # `<unk>` never occurs (bytes fall back), so padding with it cannot be mistaken for EOS by anything downstream.
+    # Unknown characters fall back to bytes, so `<unk>` never occurs in a text. It can be the padding token:
+    # nothing downstream can mistake it for EOS.
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token="<s>",
@@ -57,33 +55,32 @@ def mistral_v3_tokenizer():
 # %% ../nbs/12_prompt.ipynb #6d055da5
 @lru_cache(maxsize=8)
 def _knows_inst(tok):
-    """Does the vocabulary hold Mistral's control tokens? Asked once: a tokenizer builds the whole dictionary
-    anew at every call."""
+    "Does the vocabulary hold Mistral's control tokens? Cached, because `get_vocab` builds the whole dictionary anew."
     return {"[INST]", "[/INST]"} <= tok.get_vocab().keys()
 
 # %% ../nbs/12_prompt.ipynb #881aa38c
 @lru_cache(maxsize=8)
-def _takes_system(tok, template):  # the template is part of the cache's key only
-    "Does the chat template write a system turn out? Some refuse one, some lose it without a word."
-    asked = [dict(role="system", content="marked system text"), dict(role="user", content="marked user text")]
+def _takes_system(tok, template):  # the template is only a part of the cache's key
+    "Does the chat template write the text of a system turn? Some refuse such a turn, and some lose it silently."
+    system = dict(role="system", content="marked system text")
+    turns = [system, dict(role="user", content="marked user text")]
     try:
-        return asked[0]["content"] in tok.apply_chat_template(
-            asked, tokenize=False, add_generation_prompt=True
-        )
+        text = tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except (
         Exception
-    ):  # a template raises what it likes; what it refuses without a system turn, `encode_prompt` says
+    ):  # a template may raise anything; `encode_prompt` reports what it refuses without a system turn
         return False
+    return system["content"] in text
 
 # %% ../nbs/12_prompt.ipynb #4ae16456
 def prompt_form(
     tok,  # a tokenizer
 ) -> str:  # "chat_template", "chat_template_without_system" or "mistral_instruct"
-    "How prompts are laid out for `tok`; raises `DataError` for a tokenizer without a form of its own."
+    "How prompts are written for `tok`. Raises `DataError` for a tokenizer without a form of its own."
     if tok.chat_template:
-        return (
-            "chat_template" if _takes_system(tok, str(tok.chat_template)) else "chat_template_without_system"
-        )
+        if _takes_system(tok, str(tok.chat_template)):
+            return "chat_template"
+        return "chat_template_without_system"
     if _knows_inst(tok):
         return "mistral_instruct"
     raise DataError(
@@ -94,41 +91,40 @@ def prompt_form(
 # %% ../nbs/12_prompt.ipynb #19234de7
 @lru_cache(maxsize=8)
 def _control_re(tok):
-    "A regular expression that finds any special token of `tok` spelled out in text."
-    names = {str(t) for t in tok.all_special_tokens} | {
-        t.content for t in tok.added_tokens_decoder.values() if t.special
-    }
+    "A regular expression that finds every special token of `tok` that a text spells."
+    names = {str(t) for t in tok.all_special_tokens}
+    names |= {t.content for t in tok.added_tokens_decoder.values() if t.special}
     return re.compile("|".join(re.escape(n) for n in sorted(names, key=len, reverse=True)))
 
 # %% ../nbs/12_prompt.ipynb #d9e24db6
 def _whole(text):
-    """`text` with U+FFFD for each half of a surrogate pair that stands alone: JSON can spell one, and neither
-    a file nor a tokenizer can hold it."""
-    return (
-        text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    )
+    """`text` with U+FFFD for each half of a surrogate pair that stands alone. JSON can spell such a half, but
+    neither a file nor a tokenizer can hold it."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 # %% ../nbs/12_prompt.ipynb #fe8b93be
 def refuse_control_tokens(
     tok,  # the tokenizer whose control tokens count
     text: str,  # any text of a row
 ) -> str:  # the same text
-    "Return `text`, or raise `DataError` if it spells out a control token of `tok`, or holds half a surrogate pair."
+    "Return `text`. Raises `DataError` if it spells a control token of `tok`, or holds half a surrogate pair."
     if text != _whole(text):
         raise DataError(
             "the text holds half a surrogate pair (such as \\ud83d without its second half), which "
-            "is no character; remove it"
+            "is no character. Remove it"
         )
     if m := _control_re(tok).search(text):
         raise DataError(
-            f"the text spells the control token {m[0]!r}, which would end or restart a turn inside the row; "
-            "remove it or write it differently"
+            f"the text spells the control token {m[0]!r}, which would end or restart a turn inside the row. "
+            "Remove it, or write it differently"
         )
     return text
 
 # %% ../nbs/12_prompt.ipynb #c33c0e14
 def _system_with_user(messages):
-    "The messages without a system turn: its text stands in front of the first user's, as `mistral-common` writes it."
+    "The messages with the system text in front of the first user's text, as `mistral-common` writes it."
     system = [m["content"] for m in messages if m["role"] == "system"]
     others = [m for m in messages if m["role"] != "system"]
     if not system or not others or others[0]["role"] != "user":
@@ -136,55 +132,62 @@ def _system_with_user(messages):
     first = dict(others[0], content="\n\n".join([*system, others[0]["content"]]))
     return [first, *others[1:]]
 
-# %% ../nbs/12_prompt.ipynb #26ed5eea
-def encode_prompt(
-    tok,  # a tokenizer
-    messages: list,  # [{role, content}, …] ending with the user's turn
-) -> list:  # token ids, one BOS at most, ready to be continued by the completion
-    "Token ids of a prompt: the same list in training, preflight, evaluation and prediction."
-    if not (
-        isinstance(messages, list)
-        and messages
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
-    ):
+# %% ../nbs/12_prompt.ipynb #687a8686
+def _check_messages(tok, messages):
+    "Raises `DataError` unless `messages` are texts with a role, none of which spells a control token."
+
+    def is_message(m):
+        return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+
+    if not (isinstance(messages, list) and messages and all(is_message(m) for m in messages)):
         raise DataError("a prompt is a list of {role, content} messages")
     for m in messages:
-        (
-            refuse_control_tokens(tok, m["role"]),
-            refuse_control_tokens(tok, m["content"]),
-        )  # templates write the role out, too
-    form = prompt_form(tok)
-    if form == "chat_template_without_system":
-        messages = _system_with_user(messages)
-    if form != "mistral_instruct":
-        try:
-            return list(
-                tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-            )
-        except Exception as e:
-            raise DataError(
-                f"the chat template of {type(tok).__name__} refuses turns of {[m['role'] for m in messages]}: {e}"
-            ) from e
+        refuse_control_tokens(tok, m["role"])
+        refuse_control_tokens(tok, m["content"])
+
+# %% ../nbs/12_prompt.ipynb #1b133062
+def _ids_by_template(tok, messages):
+    "Token ids that the tokenizer's own chat template gives."
+    try:
+        out = tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return list(out["input_ids"])
+    except Exception as e:
+        raise DataError(
+            f"the chat template of {type(tok).__name__} refuses turns of {[m['role'] for m in messages]}: {e}"
+        ) from e
+
+# %% ../nbs/12_prompt.ipynb #a8735c78
+def _ids_by_inst(tok, messages):
+    "Token ids of Mistral's instruct form. The control tokens are put in as ids and never written as text."
     system = [m["content"] for m in messages if m["role"] == "system"]
     user = [m["content"] for m in messages if m["role"] == "user"]
     if len(user) != 1 or len(system) + 1 != len(messages):
         raise DataError(
-            f"a prompt is one user turn, with a system turn before it or without; got {[m['role'] for m in messages]}"
+            "a prompt is one user turn, with or without a system turn before it. "
+            f"The turns here are {[m['role'] for m in messages]}"
         )
     inst, end = tok.convert_tokens_to_ids(["[INST]", "[/INST]"])
-    return [
-        tok.bos_token_id,
-        inst,
-        *tok("\n\n".join(system + user), add_special_tokens=False)["input_ids"],
-        end,
-    ]
+    text = "\n\n".join(system + user)
+    return [tok.bos_token_id, inst, *tok(text, add_special_tokens=False)["input_ids"], end]
+
+# %% ../nbs/12_prompt.ipynb #26ed5eea
+def encode_prompt(
+    tok,  # a tokenizer
+    messages: list,  # [{role, content}, …] ending with the user's turn
+) -> list:  # token ids with one BOS at most; the ids of a completion can follow
+    "Token ids of a prompt: the same list in training, preflight, evaluation and prediction."
+    _check_messages(tok, messages)
+    form = prompt_form(tok)
+    if form == "mistral_instruct":
+        return _ids_by_inst(tok, messages)
+    if form == "chat_template_without_system":
+        messages = _system_with_user(messages)
+    return _ids_by_template(tok, messages)
 
 # %% ../nbs/12_prompt.ipynb #641a31f5
 @lru_cache(maxsize=1)
 def _mistral_common():
+    "The encoder of `mistral-common` for Mistral's v3 tokenizer."
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
     return MistralTokenizer.v3()
@@ -192,37 +195,35 @@ def _mistral_common():
 
 def mistral_reference(
     messages: list,  # prompt messages
-    answer: str | None = None,  # the completion, if wanted
+    answer: str | None = None,  # a completion to append; None: the prompt alone
 ) -> list:  # token ids
     "Ids that `mistral-common`'s own v3 encoder gives to a prompt, and to the completion with EOS after it."
     from mistral_common.protocol.instruct.messages import SystemMessage, UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
     kinds = dict(system=SystemMessage, user=UserMessage)
+    request = ChatCompletionRequest(messages=[kinds[m["role"]](content=m["content"]) for m in messages])
     ref = _mistral_common()
-    ids = ref.encode_chat_completion(
-        ChatCompletionRequest(messages=[kinds[m["role"]](content=m["content"]) for m in messages])
-    ).tokens
-    return (
-        ids if answer is None else ids + ref.instruct_tokenizer.tokenizer.encode(answer, bos=False, eos=True)
-    )
+    ids = ref.encode_chat_completion(request).tokens
+    if answer is None:
+        return ids
+    return ids + ref.instruct_tokenizer.tokenizer.encode(answer, bos=False, eos=True)
 
 # %% ../nbs/12_prompt.ipynb #5e436a4b
 @lru_cache(maxsize=8)
 def end_of_turn(tok) -> int:  # id of the token that ends an assistant turn
-    "The token a model must learn to stop with, read off the chat template when there is one."
+    "The token that a model must learn to stop with. It comes from the chat template where there is one."
     if prompt_form(tok) == "mistral_instruct":
         return tok.eos_token_id
     mark = "reply"
-    text = tok.apply_chat_template(
-        [dict(role="user", content="x"), dict(role="assistant", content=mark)], tokenize=False
-    )
+    turns = [dict(role="user", content="x"), dict(role="assistant", content=mark)]
+    text = tok.apply_chat_template(turns, tokenize=False)
     tail = tok(text.rsplit(mark, 1)[1], add_special_tokens=False)["input_ids"]
     special = set(tok.all_special_ids) | {i for i, t in tok.added_tokens_decoder.items() if t.special}
     if not tail or tail[0] not in special:
         raise DataError(
             f"the chat template of {type(tok).__name__} puts no special token after the assistant's turn, "
-            "so a model could never learn to stop; use a template that ends the turn"
+            "so a model could never learn to stop. Use a template that ends the turn"
         )
     return tail[0]
 
@@ -233,12 +234,12 @@ _LABEL_RE = re.compile(r'"predicted_label": ([01])')
 
 @dataclass(frozen=True)
 class Encoded:
-    "One row as token ids; `input_ids`, `labels` and `kind` have one entry a token."
+    "One row as token ids. `input_ids`, `labels` and `kind` have one entry per token."
 
     input_ids: list  # prompt ids + completion ids + end of turn
     labels: list  # `input_ids` where there is loss, -100 elsewhere
     kind: list  # 0 no loss, 1 thought, 2 label digit
-    n_prompt: int  # how many ids are prompt
+    n_prompt: int  # how many of the ids belong to the prompt
 
     def __len__(self):
         return len(self.input_ids)
@@ -250,20 +251,24 @@ def encode_row(
     completion: str = "cot",  # "cot", "label_only" or "label_first"
     train_on_prompt: bool = False,  # loss on the prompt as well
 ) -> Encoded:  # ids, labels and kinds
-    "Token ids and completion-only loss mask of a row; the boundary is exact because the two sides are tokenised apart."
+    "Token ids and loss mask of a row. The boundary is exact, because the two sides are tokenised separately."
     thought = row.get("thought_process")
     if completion != "label_only" and not isinstance(thought, str):
-        raise DataError("the row has no thought_process; give it one, or choose completion=label_only")
+        raise DataError("the row has no thought_process. Give it one, or choose completion=label_only")
     text = refuse_control_tokens(tok, render_completion(thought, row["label"], completion))
     prompt = encode_prompt(tok, row["prompt"])
-    enc = tok(text, add_special_tokens=False, return_offsets_mapping=True)
-    at = _LABEL_RE.search(text).start(
-        1
-    )  # inside a thought the quotes are escaped, so only the real key matches
-    kind = [LABEL if a <= at < b else THOUGHT for a, b in enc["offset_mapping"]] + [THOUGHT]
-    ids = [*prompt, *enc["input_ids"], end_of_turn(tok)]
-    head = prompt if train_on_prompt else [-100] * len(prompt)
-    return Encoded(ids, [*head, *ids[len(prompt) :]], [PROMPT] * len(prompt) + kind, len(prompt))
+    answer = tok(text, add_special_tokens=False, return_offsets_mapping=True)
+    # inside a thought the quotes are escaped, so only the real key matches
+    digit = _LABEL_RE.search(text).start(1)
+    kind = [LABEL if a <= digit < b else THOUGHT for a, b in answer["offset_mapping"]]
+    completion_ids = [*answer["input_ids"], end_of_turn(tok)]
+    prompt_labels = prompt if train_on_prompt else [-100] * len(prompt)
+    return Encoded(
+        input_ids=[*prompt, *completion_ids],
+        labels=[*prompt_labels, *completion_ids],
+        kind=[PROMPT] * len(prompt) + kind + [THOUGHT],
+        n_prompt=len(prompt),
+    )
 
 # %% ../nbs/12_prompt.ipynb #f94cf87e
 def encode_rows(
@@ -272,38 +277,38 @@ def encode_rows(
     max_seq_length: int,  # longest row allowed, in tokens
     too_long: str = "drop",  # "drop" such a row and count it, or "refuse" the file
     **kw,  # passed to `encode_row`
-) -> tuple:  # (kept rows, their Encoded, dropped as [(row id, why)])
-    "Encode every row; rows that cannot be trained on are returned with the reason, never cut."
-    kept, encs, dropped = [], [], []
+) -> tuple:  # (usable rows, their Encoded, the others as [(row id, why)])
+    "Encode every row. A row that cannot be trained on is returned with the reason and never cut."
+    usable, encodings, rejects = [], [], []
     for r in rows:
         try:
-            e = encode_row(tok, r, **kw)
+            enc = encode_row(tok, r, **kw)
         except DataError as err:
-            dropped.append((r["id"], str(err)))
+            rejects.append((r["id"], str(err)))
             continue
-        if len(e) > max_seq_length:
-            dropped.append((r["id"], f"{len(e)} tokens, over max_seq_length={max_seq_length}"))
+        if len(enc) > max_seq_length:
+            rejects.append((r["id"], f"{len(enc)} tokens, over max_seq_length={max_seq_length}"))
         else:
-            kept.append(r)
-            encs.append(e)
-    if dropped and too_long == "refuse":
+            usable.append(r)
+            encodings.append(enc)
+    if rejects and too_long == "refuse":
         raise DataError(
-            f"{len(dropped)} of {len(rows)} rows cannot be encoded whole, first: row "
-            f"{dropped[0][0]!r}: {dropped[0][1]}. "
+            f"{len(rejects)} of {len(rows)} rows cannot be encoded whole, first: row "
+            f"{rejects[0][0]!r}: {rejects[0][1]}. "
             "Raise max_seq_length, mend the rows, or set too_long=drop to leave them out."
         )
-    if rows and not kept:
+    if rows and not usable:
         raise DataError(
-            f"none of the {len(rows)} rows can be used, first: row {dropped[0][0]!r}: {dropped[0][1]}."
+            f"none of the {len(rows)} rows can be used, first: row {rejects[0][0]!r}: {rejects[0][1]}."
         )
-    return kept, encs, dropped
+    return usable, encodings, rejects
 
 # %% ../nbs/12_prompt.ipynb #ea753b87
 def show_mask(
     tok,  # the tokenizer that encoded the row
     enc: Encoded,  # an encoded row
 ) -> str:  # HTML, escaped
-    "HTML of one encoded row: grey has no loss, green is trained reasoning, orange is the label, bars separate tokens."
+    "HTML of an encoded row: grey has no loss, green is trained reasoning, orange is the label, bars separate tokens."
     import html
 
     style = {
@@ -311,10 +316,10 @@ def show_mask(
         THOUGHT: "background:#d7f0d7;color:#000",
         LABEL: "background:#ffc27a;color:#000;font-weight:bold",
     }
-    spans = [
-        f'<span style="{style[k] if y != -100 else style[PROMPT]}">{html.escape(tok.convert_ids_to_tokens(i))}</span>'
-        for i, y, k in zip(enc.input_ids, enc.labels, enc.kind)
-    ]
+    spans = []
+    for i, y, k in zip(enc.input_ids, enc.labels, enc.kind):
+        look = style[PROMPT if y == -100 else k]
+        spans.append(f'<span style="{look}">{html.escape(tok.convert_ids_to_tokens(i))}</span>')
     return (
         '<div style="font-family:monospace;white-space:pre-wrap;line-height:1.6">'
         + '<span style="color:#ccc">|</span>'.join(spans)
@@ -327,16 +332,14 @@ def mask_text(
     enc: Encoded,  # an encoded row
     colour: bool = False,  # ANSI colours
 ) -> str:
-    "One encoded row as text, trained tokens told apart from the rest; the prompt is shown in full only in colour."
-    spelled = [
-        (tok.decode([i]), PROMPT if y == -100 else k) for i, y, k in zip(enc.input_ids, enc.labels, enc.kind)
-    ]
+    "One encoded row as text that tells trained tokens from the rest. Only the version in colour shows the prompt."
+    trained = [y != -100 for y in enc.labels]
+    kinds = [k if t else PROMPT for k, t in zip(enc.kind, trained)]
+    tokens = [tok.decode([i]) for i in enc.input_ids]
     if colour:
-        return "".join(
-            f"\x1b[{ {PROMPT: 90, THOUGHT: 32, LABEL: '30;43'}[k] }m{t}\x1b[0m" for t, k in spelled
-        )
-    whole = tok.decode([i for i, y in zip(enc.input_ids, enc.labels) if y != -100])
-    digit = next(t for t, k in spelled if k == LABEL).strip()
-    return "·" * sum(k == PROMPT for _, k in spelled) + whole.replace(
-        f'"predicted_label": {digit}', f'"predicted_label": >{digit}<'
-    )
+        codes = {PROMPT: 90, THOUGHT: 32, LABEL: "30;43"}
+        return "".join(f"\x1b[{codes[k]}m{t}\x1b[0m" for t, k in zip(tokens, kinds))
+    text = tok.decode([i for i, t in zip(enc.input_ids, trained) if t])
+    digit = tokens[kinds.index(LABEL)].strip()
+    marked = text.replace(f'"predicted_label": {digit}', f'"predicted_label": >{digit}<')
+    return "·" * kinds.count(PROMPT) + marked
