@@ -168,7 +168,7 @@ def plot_reliability(
         _say_empty(ax, "no probabilities")
         return fig
     rows = reliability_bins(conf, right, n_bins, groups_of(_with_probability(preds)))
-    x, y = ([r[k] for r in rows] for k in ("confidence", "accuracy"))
+    x, y = [r["confidence"] for r in rows], [r["accuracy"] for r in rows]
     low, high = np.array([r["accuracy_ci"] for r in rows]).T
     ax.errorbar(
         x,
