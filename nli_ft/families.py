@@ -15,7 +15,7 @@ from .model import _quantisable, lora_targets
 
 # %% ../nbs/17_families.ipynb #0a81f1da
 def _no_model_folder(folder):
-    "What a folder without a model is instead, or None."
+    "What a folder holds instead of a model, or None."
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         try:
@@ -23,66 +23,65 @@ def _no_model_folder(folder):
         except (ValueError, KeyError, TypeError):
             base = "its base"
         return (
-            f"this folder holds an adapter, not a model. Give {base} as model_id; "
-            "to train on from a checkpoint of a run, use resume_from_checkpoint"
+            f"this folder holds an adapter, not a model. Give {base} as model_id. "
+            "To continue from a checkpoint of a run, use resume_from_checkpoint"
         )
     if (folder / "config.json").is_file():
         return None
     if any(folder.glob("*.gguf")):
-        return "this folder holds a GGUF file and no config.json; get the model as safetensors"
-    return "this folder has no config.json, so it holds no model of transformers"
+        return "this folder holds a GGUF file and no config.json. Get the model as safetensors"
+    return "this folder has no config.json, so it holds no model of transformers. Check the path"
 
 # %% ../nbs/17_families.ipynb #8aa2179e
 def _needs_own_code(folder):
-    "Whether the model's classes come with it, as Python; None is run here."
+    "Whether the model needs Python code of its own. This package never runs such code."
     from transformers import CONFIG_MAPPING
 
     try:
         conf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:
-        return False  # `base_config` says it
+        return False  # `base_config` reports the broken file
     return "auto_map" in conf and conf.get("model_type") not in CONFIG_MAPPING
 
-# %% ../nbs/17_families.ipynb #19d284fa
-def _no_decoder(conf, family):
-    "Why a known configuration is not that of a decoder of text, or None."
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-
-    kind = f"it is of the type {conf.model_type!r}"
-    if getattr(conf, "is_encoder_decoder", False):
-        return f"{kind}, an encoder with a decoder; choose a decoder-only model"
-    if family is None:
-        return f"{kind}, of which transformers has no causal language model; choose a decoder-only model"
-    if conf.model_type in _NOT_CAUSAL:
-        return f"{kind}, which does not read text from left to right alone; choose a decoder-only model"
-    if conf.model_type in _NOT_HERE:
-        return f"{kind}, of which transformers {_NOT_HERE[conf.model_type]}; choose another model"
-    encoder = type(conf) in MODEL_FOR_MASKED_LM_MAPPING or conf.model_type == "bert-generation"
-    if encoder and not getattr(conf, "is_decoder", False):
-        return f"{kind}, an encoder, which sees what it should predict; choose a decoder-only model"
-    return None
-
 # %% ../nbs/17_families.ipynb #e839d39b
-# transformers lists them among its causal models; they permute the order, read the prompt in both
+# transformers lists these among its causal models. But they permute the order, read the prompt in both
 # directions, or read pictures
 _NOT_CAUSAL = ("xlnet", "cpmant", "trocr", "git")
-# found with transformers 5.23
+# observed with transformers 5.23
 _NOT_HERE = dict(
     xlstm="makes a cache of another shape than the states",
     rwkv="mixes the states of a batch, and changes the weights beside an adapter between training and judging",
 )
 
+# %% ../nbs/17_families.ipynb #19d284fa
+def _no_decoder(conf, family):
+    "Why a known configuration does not describe a decoder of text, or None."
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
+    kind = f"it is of the type {conf.model_type!r}"
+    if getattr(conf, "is_encoder_decoder", False):
+        return f"{kind}, an encoder with a decoder. Choose a decoder-only model"
+    if family is None:
+        return f"{kind}, of which transformers has no causal language model. Choose a decoder-only model"
+    if conf.model_type in _NOT_CAUSAL:
+        return f"{kind}, which does not read text from left to right alone. Choose a decoder-only model"
+    if conf.model_type in _NOT_HERE:
+        return f"{kind}, of which transformers {_NOT_HERE[conf.model_type]}. Choose another model"
+    encoder = type(conf) in MODEL_FOR_MASKED_LM_MAPPING or conf.model_type == "bert-generation"
+    if encoder and not getattr(conf, "is_decoder", False):
+        return f"{kind}, an encoder, which sees what it should predict. Choose a decoder-only model"
+    return None
+
+# %% ../nbs/17_families.ipynb #ca14cc03
 def _quantised(conf):
-    "Why weights that are quantised already are not trained on, or None."
+    "Why weights that are quantised already cannot be trained here, or None."
     quant = getattr(conf, "quantization_config", None)
     if quant is None:
         return None
-    method = (
-        quant.get("quant_method", "unknown")
-        if isinstance(quant, dict)
-        else getattr(quant, "quant_method", "unknown")
-    )
+    if isinstance(quant, dict):
+        method = quant.get("quant_method", "unknown")
+    else:
+        method = getattr(quant, "quant_method", "unknown")
     return (
         f"its weights are quantised already ({getattr(method, 'value', method)}), so that an adapter "
         "could not be merged into them. "
@@ -90,30 +89,32 @@ def _quantised(conf):
     )
 
 # %% ../nbs/17_families.ipynb #f76abc81
-def _no_weights(folder):
-    "What is wrong with a folder's safetensors, or None; their headers are read, the weights are not."
-    from safetensors import SafetensorError, safe_open
-
+def _weight_files(folder):
+    "The safetensors files of a model: (paths, None), or (None, what is wrong)."
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if whole.is_file():
-        files = [whole]
-    elif index.is_file():
+        return [whole], None
+    if index.is_file():
         try:
-            files = sorted(
-                {
-                    folder / name
-                    for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                }
-            )
-        except (ValueError, KeyError, AttributeError) as e:
-            return f"{index.name} cannot be read ({type(e).__name__}: {e})"
-    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        return (
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return sorted({folder / name for name in names}), None
+        except (ValueError, KeyError, AttributeError, TypeError) as e:
+            return None, f"{index.name} cannot be read ({type(e).__name__}: {e}). Get it again"
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        return None, (
             "its weights are pickled (.bin), which are not loaded here. Where they are trusted, "
             "`AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)` writes safetensors"
         )
-    else:
-        return "it has no weights: neither model.safetensors nor model.safetensors.index.json"
+    return None, "it has no weights: neither model.safetensors nor model.safetensors.index.json"
+
+
+def _no_weights(folder):
+    "What is wrong with a folder's safetensors, or None. Reads their headers, not the weights."
+    from safetensors import SafetensorError, safe_open
+
+    files, fault = _weight_files(folder)
+    if fault:
+        return fault
     if lost := [f.name for f in files if not f.is_file()]:
         return f"{len(lost)} of its {len(files)} files of weights are missing, among them {lost[0]}"
     for f in files:
@@ -121,25 +122,26 @@ def _no_weights(folder):
             with safe_open(f, "pt"):
                 pass
         except (SafetensorError, OSError) as e:
-            return f"{f.name} is no whole safetensors file ({e}); get it again"
+            return f"{f.name} is no whole safetensors file ({e}). Get it again"
     return None
 
 # %% ../nbs/17_families.ipynb #ed2566a9
 def _no_tokenizer(cfg, rows):
-    "What a tokenizer lacks for training, or None. `rows`: of the model's embedding."
+    "What a tokenizer lacks for training, or None. `rows`: tokens that the model embeds."
     try:
         tok = load_tokenizer(cfg)
-    except Exception as e:  # of transformers, tokenizers, sentencepiece and tiktoken, each with its own
-        why = str(e).strip().splitlines()
-        return f"it has no tokenizer that transformers can read ({why[0] if why else type(e).__name__:.300})"
+    except Exception as e:  # transformers, tokenizers, sentencepiece and tiktoken raise errors of their own
+        lines = str(e).strip().splitlines()
+        why = lines[0] if lines else type(e).__name__
+        return f"it has no tokenizer that transformers can read ({why:.300})"
     if not tok.is_fast:
         return (
-            f"its tokenizer ({type(tok).__name__}) gives no character positions; save the fast one "
+            f"its tokenizer ({type(tok).__name__}) gives no character positions. Save the fast one "
             "(tokenizer.json) beside the model"
         )
     if tok.eos_token is None:
         return (
-            "its tokenizer has no EOS token, so that no answer could end; name one in its "
+            "its tokenizer has no EOS token, so that no answer could end. Name one in its "
             "tokenizer_config.json (eos_token)"
         )
     try:
@@ -153,17 +155,37 @@ def _no_tokenizer(cfg, rows):
         )
     return None
 
+# %% ../nbs/17_families.ipynb #7be95dc6
+def _untrainable(model, cfg):
+    "What the config asks that the family cannot do, or None."
+    name = type(model).__name__
+    if cfg.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        return f"{name} cannot recompute activations. Set gradient_checkpointing=false"
+    if cfg.quantization == "nf4" and not any(_quantisable(m) for m in linear_layers(model).values()):
+        return f"bitsandbytes finds no layer of {name} that it could quantise. Set quantization=none"
+    return None
+
+# %% ../nbs/17_families.ipynb #57dd6e75
+def _more_than_text(model):
+    "Why a model with a part for images or sound cannot be trained here, or None."
+    if model.config.get_text_config() is model.config:
+        return None
+    return (
+        f"{type(model).__name__} reads more than text, and only decoders of text are trained here. "
+        "Save its text part by itself, or choose the family's model for text"
+    )
+
 # %% ../nbs/17_families.ipynb #676f629d
 def why_unusable(
     cfg,  # Config: model_id, quantization, target_modules, gradient_checkpointing
-) -> str | None:  # a sentence that names the model and what to do; None where it can be trained
-    "What keeps a base that is on this machine from being trained. Reads no weights."
-    folder, said = model_folder(cfg), f"model_id = {cfg.model_id}: "
+) -> str | None:  # a sentence with the model and what to do, None where it can be trained
+    "What keeps a base on this machine from being trained. Reads no weights."
+    folder, name = model_folder(cfg), f"model_id = {cfg.model_id}: "
     if why := _no_model_folder(folder):
-        return said + why
+        return name + why
     if _needs_own_code(folder):
-        return said + (
-            "it brings code of its own (trust_remote_code), which is not run here; choose a model "
+        return name + (
+            "it brings code of its own (trust_remote_code), which is not run here. Choose a model "
             "whose type transformers knows"
         )
     try:
@@ -172,40 +194,18 @@ def why_unusable(
         return str(e)
     family = base_class(conf)
     if why := _no_decoder(conf, family) or _quantised(conf) or _no_weights(folder):
-        return said + why
+        return name + why
     try:
         model = empty_model(conf)
-    except Exception as e:  # each family has its own for values that do not go together
-        return (
-            said
-            + f"transformers cannot build a {family.__name__} from its config.json ({type(e).__name__}: {e})"
-        )
+    except Exception as e:  # each family raises its own errors for values that do not fit together
+        why = f"({type(e).__name__}: {e})"
+        return name + f"transformers cannot build a {family.__name__} from its config.json {why}"
     if why := _more_than_text(model) or _untrainable(model, cfg):
-        return said + why
+        return name + why
     if why := _no_tokenizer(cfg, model.get_input_embeddings().weight.shape[0]):
-        return said + why
+        return name + why
     try:
         lora_targets(model, cfg)
     except ConfigError as e:
         return str(e)
-    return None
-
-# %% ../nbs/17_families.ipynb #57dd6e75
-def _more_than_text(model):
-    "Why a model with a part for images or sound is not trained on, or None."
-    if model.config.get_text_config() is model.config:
-        return None
-    return (
-        f"{type(model).__name__} reads more than text, and only decoders of text are trained here. "
-        "Save its text part by itself, or choose the family's model for text"
-    )
-
-# %% ../nbs/17_families.ipynb #7be95dc6
-def _untrainable(model, cfg):
-    "What the config asks of a family that it cannot do, or None."
-    name = type(model).__name__
-    if cfg.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        return f"{name} cannot recompute activations; set gradient_checkpointing=false"
-    if cfg.quantization == "nf4" and not any(_quantisable(m) for m in linear_layers(model).values()):
-        return f"bitsandbytes finds no layer of {name} that it could quantise; set quantization=none"
     return None

@@ -29,8 +29,9 @@ from .answers import json_closed, marks_thinking, parse_completion
 def digit_pairs(
     tok,  # tokenizer
 ) -> tuple:  # pairs of ids: (writes label 0, writes label 1)
-    """Token ids that write the label digit, one pair for each way of spacing and quoting it; `DataError` if
-    the tokenizer cannot tell 0 from 1."""
+    """Token ids that write the label digit, one pair for each way of spacing and quoting it.
+
+    Raises `DataError` where the tokenizer cannot tell 0 from 1."""
     pairs = []
     for before in (
         '{"predicted_label": ',
@@ -51,23 +52,22 @@ def digit_pairs(
 
 # %% ../nbs/18_generate.ipynb #9b4ae385
 _STRICT_LABEL = re.compile(r'"predicted_label"\s*:\s*"?([01])(?!\d)')
-_LOOSE_LABEL = re.compile(
-    r"predicted_label\W{1,8}([01])(?!\d)"
-)  # repaired completions: single quotes, lost quotes
+# for repaired completions: single quotes, lost quotes
+_LOOSE_LABEL = re.compile(r"predicted_label\W{1,8}([01])(?!\d)")
 
 
 @lru_cache(maxsize=8)
 def _hidden_ids(tok):
-    """Special tokens that are no text, where the tokenizer counts the marks of thinking among its special
-    tokens; else None."""
+    """Special tokens that are no text, where the tokenizer counts the marks of thinking as special tokens.
+    Otherwise None."""
     special = set(tok.all_special_ids)
     marks = {i for i in special if marks_thinking(tok.convert_ids_to_tokens(i))}
     return special - marks if marks else None
 
 # %% ../nbs/18_generate.ipynb #fbfcd32f
 def _text_of_ids(tok, ids):
-    """The text of generated ids, without special tokens, but with the marks of thinking: what stands between
-    them is no answer."""
+    """The text of generated ids. Special tokens are left out, marks of thinking stay: the text between these
+    marks is no answer."""
     hidden = _hidden_ids(tok)
     if hidden is None:
         return tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -80,23 +80,23 @@ def label_step(
     tok,  # tokenizer
     ids: list,  # generated token ids of one completion
     label: int,  # the label that was parsed from it
-) -> int | None:  # index into `ids` of the token that wrote the label; None when it cannot be found
+) -> int | None:  # index into `ids` of the token that wrote the label, None where there is none
     "Which generated token decided the label."
     text = _text_of_ids(tok, ids)
     for pattern in (_STRICT_LABEL, _LOOSE_LABEL):
         spots = [m.start(1) for m in pattern.finditer(text) if m[1] == str(label)]
-        if spots:
-            return (
-                bisect.bisect_right(
-                    range(len(ids) + 1), spots[-1], key=lambda n: len(_text_of_ids(tok, ids[:n]))
-                )
-                - 1
-            )
+        if not spots:
+            continue
+
+        def length(n):
+            return len(_text_of_ids(tok, ids[:n]))
+
+        return bisect.bisect_right(range(len(ids) + 1), spots[-1], key=length) - 1
 
 # %% ../nbs/18_generate.ipynb #c7246961
 def digit_recorder(
     pairs,  # from `digit_pairs`
-):  # a transformers LogitsProcessor; its `.steps` holds one (rows, 2 × pairs) tensor a step
+):  # a transformers LogitsProcessor whose `.steps` hold one (rows, 2 × pairs) tensor for each step
     "Records the raw logits of the label digits at every step and changes nothing."
     from transformers import LogitsProcessor
 
@@ -112,13 +112,13 @@ def digit_recorder(
 
 # %% ../nbs/18_generate.ipynb #43218cad
 def entail_probability(
-    tok,
-    pairs,  # tokenizer; its `digit_pairs`
+    tok,  # tokenizer
+    pairs,  # its `digit_pairs`
     ids: list,  # generated ids of one completion
     label: int | None,  # the parsed label
     digits,  # (steps, 2 × pairs) array of this row's recorded logits
 ) -> float | None:  # p(label 1) / (p(label 0) + p(label 1)) where the digit was written
-    "Probability of label 1 against label 0 at the step that wrote the label; None when no label was generated."
+    "Probability of label 1 against label 0 at the step that wrote the label. None where no label was generated."
     step = None if label is None else label_step(tok, ids, label)
     pair = None if step is None else next((k for k, p in enumerate(pairs) if ids[step] in p), None)
     if pair is None:
@@ -129,10 +129,10 @@ def entail_probability(
 
 # %% ../nbs/18_generate.ipynb #2c3d4de8
 def stop_rule(
-    tok,
-    eos_ids,  # tokenizer; ids that end a completion
+    tok,  # tokenizer
+    eos_ids,  # ids that end a completion
 ):  # function: ids generated so far -> whether the last of them ends the completion
-    "At EOS, or where the completion holds its complete answer (`json_closed`)."
+    "A completion ends at EOS, or where it holds its complete answer (`json_closed`)."
     braces = {}
 
     def closed(ids):
@@ -145,11 +145,11 @@ def stop_rule(
 
 # %% ../nbs/18_generate.ipynb #91954323
 def json_stopper(
-    tok,
-    start: int,  # tokenizer; width of the padded prompts
-    n_rows: int,
-    eos_ids,  # rows in the batch; ids that end a completion
-):  # a transformers StoppingCriteria; its `.length` holds the completion tokens of each finished row, else None
+    tok,  # tokenizer
+    start: int,  # width of the padded prompts
+    n_rows: int,  # rows in the batch
+    eos_ids,  # ids that end a completion
+):  # a transformers StoppingCriteria whose `.length` holds the tokens of each finished completion, else None
     "Ends each row of a batch by the `stop_rule`."
     import torch
     from transformers import StoppingCriteria
@@ -170,13 +170,16 @@ def json_stopper(
 
 # %% ../nbs/18_generate.ipynb #780ef941
 def _inner(model):
-    "The causal language model below a PEFT wrapper (LoRA layers live inside it, so it generates with the adapter)."
+    "The causal language model below a PEFT wrapper. LoRA layers live inside it, so it generates with the adapter."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 # %% ../nbs/18_generate.ipynb #56c16ca9
 @contextmanager
-def for_inference(model, generation=None):  # model, PEFT or plain; GenerationConfig to use meanwhile
-    "Eval mode, cache on, checkpointing off, no gradients; everything as before on leaving, also after an error."
+def for_inference(
+    model,  # PEFT or plain
+    generation=None,  # GenerationConfig to use inside
+):
+    "Eval mode, cache on, checkpointing off, no gradients. Afterwards everything is as before, also after an error."
     import torch
 
     inner, saved, absent = _inner(model), [], object()
@@ -204,19 +207,19 @@ def for_inference(model, generation=None):  # model, PEFT or plain; GenerationCo
 # %% ../nbs/18_generate.ipynb #60ae70ae
 def length_batches(
     lengths,  # prompt lengths in tokens
-    batch_size: int,  # prompts a batch
+    batch_size: int,  # prompts in a batch
 ) -> list:  # lists of positions, longest prompts first
-    "Batches of similar length; ties keep their order."
+    "Batches of similar length. Prompts of equal length keep their order."
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 # %% ../nbs/18_generate.ipynb #7e5f5056
 def recurrent(
     model,  # PEFT or plain
-) -> (
-    bool
-):  # whether it has layers that carry a state from token to token, so that padding in front would change it
-    "By what transformers says of the family, and by the kinds of layers that the config names."
+) -> bool:  # whether padding in front would change its state
+    """Whether a model has layers that carry a state from token to token.
+
+    transformers knows it of some families. For the others the config names the kinds of layers."""
     inner = _inner(model)
     conf = inner.config.get_text_config()
     kinds = getattr(conf, "layer_types", None) or getattr(conf, "layers_block_type", None) or []
@@ -224,20 +227,20 @@ def recurrent(
 
 # %% ../nbs/18_generate.ipynb #9dd10dd0
 def takes(
-    model,
-    name: str,  # PEFT or plain; an argument such as position_ids
+    model,  # PEFT or plain
+    name: str,  # an argument such as position_ids
 ) -> bool:  # whether the model's forward has it
-    "Asked of the signature, as `generate` does."
+    "Whether `forward` has an argument. We read the signature, as `generate` does."
     return name in inspect.signature(_inner(model).forward).parameters
 
 # %% ../nbs/18_generate.ipynb #76e17f99
 def left_pad(
-    prompts: list,
-    pad_id: int,
-    device="cpu",  # lists of token ids; id to fill with; torch device
-    shared: int = 0,  # tokens at the start of every prompt that stay where they are: the filling comes behind them
-):
-    "Token ids and attention mask, both (rows, longest) int64 tensors, prompts flush right."
+    prompts: list,  # lists of token ids
+    pad_id: int,  # id to fill with
+    device="cpu",  # torch device
+    shared: int = 0,  # tokens at the start of every prompt. They stay in front of the padding
+) -> tuple:  # token ids and attention mask, int64 tensors of shape (rows, longest)
+    "Align the prompts at the right end."
     import torch
 
     width = max(map(len, prompts))
@@ -247,8 +250,8 @@ def left_pad(
 
 # %% ../nbs/18_generate.ipynb #c4913037
 def _end_ids(model, tok):
-    """Every id that ends a completion: what training taught, the tokenizer's EOS, and what the weights' own
-    generation settings name."""
+    """Every id that ends a completion: the end of a turn as training taught it, the tokenizer's EOS, and the ids
+    in the generation settings of the weights."""
     named = getattr(_inner(model).generation_config, "eos_token_id", None)
     named = named if isinstance(named, (list, tuple)) else [named]
     return sorted({i for i in [end_of_turn(tok), tok.eos_token_id, *named] if i is not None})
@@ -262,26 +265,25 @@ def _check_prompts(model, prompts, max_new_tokens):
         if limit and len(p) + max_new_tokens > limit:
             raise DataError(
                 f"prompt {i} has {len(p)} tokens: with {max_new_tokens} new ones it exceeds the "
-                f"model's {limit} positions; "
-                "lower max_new_tokens or leave the row out"
+                f"model's {limit} positions. Lower max_new_tokens or leave the row out"
             )
 
 # %% ../nbs/18_generate.ipynb #f34b9c7a
 @dataclass
 class SharedStart:
-    "What all prompts begin with, and its keys and values."
+    "The keys and values of the tokens with which all prompts begin."
 
     length: int  # tokens
     keys: object  # a transformers cache of one row
 
-    def cache(self, n: int):  # rows -> a cache of its own for each of them
+    def cache(self, n: int):  # a copy of the cache for `n` rows
         cache = copy.deepcopy(self.keys)
         cache.batch_repeat_interleave(n)
         return cache
 
 # %% ../nbs/18_generate.ipynb #425a6e1f
 def _window(model):
-    "The narrowest window of attention in a model, in tokens; infinite where every layer sees all."
+    "The narrowest window of attention in a model, in tokens. Infinite where every layer sees all tokens."
     conf = _inner(model).config.get_text_config()
     keys = "sliding_window attention_chunk_size window_size attention_window_size local_attention"
     values = [getattr(conf, key, None) for key in keys.split()]
@@ -290,13 +292,14 @@ def _window(model):
 # %% ../nbs/18_generate.ipynb #6a8c260c
 def shared_start(
     model,
-    prompts: list,  # model; lists of token ids
+    prompts: list,  # lists of token ids
     new: int = 1,  # tokens that may follow a prompt
-    least: int = 8,  # tokens; fewer are not worth it
+    least: int = 8,  # tokens. A shorter start is not worth the effort
 ):  # SharedStart, or None
-    """The longest common start of several prompts, leaving each a token of its own. None where padding behind
-    it would count: in a window that is narrower than a row, in a recurrent state, and where positions are
-    not told."""
+    """The longest common start of several prompts. Each prompt keeps at least one token of its own.
+
+    None where padding after the start would change the result: where a window of attention is narrower than a row,
+    in a recurrent model, and where `forward` takes no positions."""
     import torch
 
     n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts), default=1) - 1)
@@ -312,7 +315,7 @@ def shared_start(
 
 # %% ../nbs/18_generate.ipynb #1d1bb06a
 def _unpadded(model, lengths):
-    "Positions of the prompts that may stand in one batch: all of them, or in a recurrent model those of one length."
+    "Groups of prompts, by position, that may share a batch: all of them. In a recurrent model those of one length."
     if not recurrent(model):
         return [list(range(len(lengths)))]
     same = {}
@@ -320,47 +323,48 @@ def _unpadded(model, lengths):
         same.setdefault(n, []).append(i)
     return [same[n] for n in sorted(same, reverse=True)]
 
-# %% ../nbs/18_generate.ipynb #9729270c
-def generate_batch(
-    model,
-    tok,
-    prompts: list,  # model; tokenizer; one batch of prompt ids
-    max_new_tokens: int,  # token budget of a completion
-    completion: str = "cot",  # style of the completion, as in the config: what the parser expects
-    seed: int | None = None,  # None decodes greedily; a number samples with it
-    temperature: float = 0.7,  # of sampling
-    start=None,  # from `shared_start`, where all prompts have one
-) -> list:  # dicts of text, n_tokens, finish, p_entail, in the order of `prompts`
-    """Complete one batch. Only completion tokens are decoded; `n_tokens` counts them, EOS included; `finish`
-    is stop or length."""
-    import torch
-    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+# %% ../nbs/18_generate.ipynb #0233adf6
+def _completion(tok, pairs, ids, digits, cut, style):
+    "One completion, from its ids and the logits of its label digits. `cut`: it reached the token budget."
+    text = _text_of_ids(tok, ids)
+    return dict(
+        text=text,
+        n_tokens=len(ids),
+        finish="length" if cut else "stop",
+        p_entail=entail_probability(tok, pairs, ids, parse_completion(text, style).label, digits),
+    )
 
-    groups = _unpadded(model, [len(p) for p in prompts])
-    if len(groups) > 1:
-        done = [None] * len(prompts)
-        for at in groups:
-            made = generate_batch(
-                model, tok, [prompts[i] for i in at], max_new_tokens, completion, seed, temperature
-            )
-            for i, row in zip(at, made):
-                done[i] = row
-        return done
-    pad = tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id
-    eos, pairs = _end_ids(model, tok), digit_pairs(tok)
-    device = _inner(model).get_input_embeddings().weight.device
+# %% ../nbs/18_generate.ipynb #9729270c
+def _settings(model, tok, max_new_tokens, eos, seed, temperature):
+    "How one batch is decoded: greedily, or by sampling where there is a seed."
+    from transformers import GenerationConfig
+
     sampling = dict(do_sample=False)
     if seed is not None:
         sampling = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0)
-    settings = GenerationConfig(
+    return GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=1,
         use_cache=True,
-        pad_token_id=pad,
+        pad_token_id=_pad_id(tok),
         eos_token_id=eos,
         **sampling,
     )
-    ids, mask = left_pad(prompts, pad, device, start.length if start else 0)
+
+
+def _pad_id(tok):
+    return tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id
+
+
+def _generate_together(model, tok, prompts, max_new_tokens, completion, seed, temperature, start):
+    "`generate_batch` of prompts that may share a batch."
+    import torch
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    eos, pairs = _end_ids(model, tok), digit_pairs(tok)
+    device = _inner(model).get_input_embeddings().weight.device
+    settings = _settings(model, tok, max_new_tokens, eos, seed, temperature)
+    ids, mask = left_pad(prompts, _pad_id(tok), device, start.length if start else 0)
     stop, record = json_stopper(tok, ids.shape[1], len(prompts), set(eos)), digit_recorder(pairs)
     with for_inference(model, settings) as inner, torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
@@ -374,78 +378,85 @@ def generate_batch(
             logits_processor=LogitsProcessorList([record]),
         )
         new, digits = out[:, ids.shape[1] :].tolist(), torch.stack(record.steps, 1).cpu().numpy()
-    return [
-        _completion(tok, pairs, row[:n], digits[i], n is None, completion)
-        for i, (row, n) in enumerate(zip(new, stop.length))
-    ]
+    completions = []
+    for i, (row, n) in enumerate(zip(new, stop.length)):
+        completions.append(_completion(tok, pairs, row[:n], digits[i], n is None, completion))
+    return completions
 
-# %% ../nbs/18_generate.ipynb #0233adf6
-def _completion(tok, pairs, ids, digits, cut, style):
-    text = _text_of_ids(tok, ids)
-    return dict(
-        text=text,
-        n_tokens=len(ids),
-        finish="length" if cut else "stop",
-        p_entail=entail_probability(tok, pairs, ids, parse_completion(text, style).label, digits),
-    )
+# %% ../nbs/18_generate.ipynb #3232c1d9
+def generate_batch(
+    model,
+    tok,  # tokenizer
+    prompts: list,  # one batch of prompt ids
+    max_new_tokens: int,  # token budget of a completion
+    completion: str = "cot",  # style of the completion, as in the config: what the parser expects
+    seed: int | None = None,  # None decodes greedily, a number samples with it
+    temperature: float = 0.7,  # of sampling
+    start=None,  # from `shared_start`, where all prompts have one
+) -> list:  # dicts of text, n_tokens, finish, p_entail, in the order of `prompts`
+    """Complete one batch. Only completion tokens are decoded.
+
+    `n_tokens` counts these tokens, EOS included. `finish` is "stop" or "length"."""
+    groups = _unpadded(model, [len(p) for p in prompts])
+    how = max_new_tokens, completion, seed, temperature
+    if len(groups) < 2:
+        return _generate_together(model, tok, prompts, *how, start)
+    completions = [None] * len(prompts)
+    for group in groups:
+        outputs = _generate_together(model, tok, [prompts[i] for i in group], *how, None)
+        for i, output in zip(group, outputs):
+            completions[i] = output
+    return completions
 
 # %% ../nbs/18_generate.ipynb #2a4580e9
 @contextmanager
 def row_progress(
     total: int,  # rows in all
-    done: int = 0,  # of them before the start
+    done: int = 0,  # of these, rows that exist before the start
     show: bool = True,
 ):
-    """Yields `update(n)`, to be called when `n` more rows are there. A bar in a terminal; anywhere else
-    (notebook, papermill, log file) a line every ten seconds, because a bar is rewritten with carriage
-    returns, and each of them stays in an executed notebook."""
+    """Yields `update(n)`. Call it whenever `n` more rows exist.
+
+    In a terminal it draws a bar. Anywhere else (notebook, papermill, log file) it prints a line every ten seconds."""
     from tqdm import tqdm
 
     if not show or sys.stderr.isatty():
         with tqdm(total=total, initial=done, disable=not show, unit="row") as bar:
             yield bar.update
         return
-    first, start, said = done, time.time(), time.time()
-    to = (
-        sys.stdout if hasattr(builtins, "get_ipython") else sys.stderr
-    )  # a notebook shows stderr as a fault; a command's stdout is its result
+    first, start, last_line = done, time.time(), time.time()
+    # a notebook shows stderr as a fault, and a command's stdout is its result
+    to = sys.stdout if hasattr(builtins, "get_ipython") else sys.stderr
 
     def update(n):
-        nonlocal done, said
+        nonlocal done, last_line
         done, now = done + n, time.time()
-        if done < total and now - said < 10:
+        if done < total and now - last_line < 10:
             return
-        said, rate = now, (done - first) / max(now - start, 1e-9)
-        print(
-            f"row {done:>6}/{total}   {rate:.2g} rows/s"
-            + (f"   {(total - done) / rate / 60:.1f} min left" if done < total else ""),
-            file=to,
-            flush=True,
-        )
+        last_line, rate = now, (done - first) / max(now - start, 1e-9)
+        left = f"   {(total - done) / rate / 60:.1f} min left" if done < total else ""
+        print(f"row {done:>6}/{total}   {rate:.2g} rows/s{left}", file=to, flush=True)
 
     yield update
 
 # %% ../nbs/18_generate.ipynb #3f80fd99
 def generate_completions(
     model,
-    tok,
-    prompts: list,  # model; tokenizer; lists of prompt ids
+    tok,  # tokenizer
+    prompts: list,  # lists of prompt ids
     max_new_tokens: int,  # token budget of a completion
     batch_size: int = 16,  # prompts at a time
     progress: bool = False,  # show a bar
     completion: str = "cot",  # style of the completion, as in the config
 ) -> list:  # dicts of text, n_tokens, finish ("stop"|"length"), p_entail (or None), in the order of `prompts`
-    "Greedy completions in length-sorted batches; model, tokenizer and random state are left as they were."
+    "Greedy completions in batches of similar length. Model, tokenizer and random state stay as they were."
     _check_prompts(model, prompts, max_new_tokens)
     done, start = [None] * len(prompts), shared_start(model, prompts, max_new_tokens)
     with row_progress(len(prompts), show=progress) as update:
         for batch in length_batches([len(p) for p in prompts], batch_size):
-            for i, row in zip(
-                batch,
-                generate_batch(
-                    model, tok, [prompts[i] for i in batch], max_new_tokens, completion, start=start
-                ),
-            ):
-                done[i] = row
+            asked = [prompts[i] for i in batch]
+            outputs = generate_batch(model, tok, asked, max_new_tokens, completion, start=start)
+            for i, output in zip(batch, outputs):
+                done[i] = output
             update(len(batch))
     return done

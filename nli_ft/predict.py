@@ -36,8 +36,8 @@ from .predictions import CARRIED, majority, prompt_hash, resume_predictions
 # %% ../nbs/20_predict.ipynb #f09883fd
 def parse_mode(
     mode: str,  # "cot", "forced" or "vote:k"
-) -> tuple:  # (name, k); k is 1 except for votes
-    "Read a decoding mode; `DataError` for another one."
+) -> tuple:  # (name, k), where k is 1 except for votes
+    "Read a decoding mode. Raises `DataError` for an unknown one."
     if mode in ("cot", "forced"):
         return mode, 1
     m = re.fullmatch(r"vote:([0-9]{1,4})", mode)
@@ -47,12 +47,12 @@ def parse_mode(
 
 # %% ../nbs/20_predict.ipynb #36e9394e
 def forced_ids(
-    tok,
-    messages: list,  # tokenizer; prompt messages
+    tok,  # tokenizer
+    messages: list,  # prompt messages
     thought: str,  # the reasoning to put before the label ("" for none)
     completion: str = "cot",  # style of the completion, as in the config
 ) -> tuple:  # (ids up to the label digit, (id of 0, id of 1))
-    "Prompt and completion up to the label, as trained on, and the pair of ids that compete there."
+    "Prompt and completion up to the label, as in training, and the pair of ids that compete there."
 
     def encoded(label):
         content = render_completion(thought, label, completion)
@@ -65,70 +65,71 @@ def forced_ids(
     return list(zero[:n]), (zero[n], one[n])
 
 # %% ../nbs/20_predict.ipynb #36d8da0b
-def score_labels(
-    model,
-    tok,
-    asked: list,  # model; tokenizer; pairs as returned by `forced_ids`
-    batch_size: int = 16,  # rows at a time
-    start=None,  # from `shared_start`; None: made here, where the rows have one
-) -> list:  # p(label 1) / (p(label 0) + p(label 1)) of each, in order
-    "One forward pass a batch, logits of the last position only."
+def _batches(model, lengths, batch_size):
+    "Positions of the rows of each batch. In a recurrent model only rows of one length share a batch."
+    batches = []
+    for batch in length_batches(lengths, batch_size):
+        for part in _unpadded(model, [lengths[i] for i in batch]):
+            batches.append([batch[i] for i in part])
+    return batches
+
+
+def _score_batch(model, asked, pad, start):
+    "p(label 1) of the rows of one batch."
     import torch
 
-    pad, done = tok.pad_token_id or 0, [None] * len(asked)
     device = _inner(model).get_input_embeddings().weight.device
+    shared = start.length if start else 0
+    ids, mask = left_pad([ids for ids, _ in asked], pad, device, shared)
+    with for_inference(model) as inner:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # padding must not shift positions
+        how = dict(position_ids=positions[:, shared:], logits_to_keep=1)
+        how = {k: v for k, v in how.items() if takes(model, k)}
+        how |= dict(past_key_values=start.cache(len(asked))) if start else dict(use_cache=False)
+        logits = inner(input_ids=ids[:, shared:], attention_mask=mask, **how).logits
+        pairs = torch.tensor([pair for _, pair in asked], device=device)
+        zero_one = logits[:, -1].float().gather(1, pairs)
+        return (zero_one[:, 1] - zero_one[:, 0]).sigmoid().tolist()
+
+
+def score_labels(
+    model,
+    tok,  # tokenizer
+    asked: list,  # pairs as `forced_ids` returns them
+    batch_size: int = 16,  # rows at a time
+    start=None,  # from `shared_start`. None: computed here, where the rows have a common start
+) -> list:  # p(label 1) / (p(label 0) + p(label 1)) of each, in order
+    "One forward pass for each batch. Only the logits of the last position are computed."
+    pad, scores = tok.pad_token_id or 0, [None] * len(asked)
     start = start or shared_start(model, [ids for ids, _ in asked])
-    known = start.length if start else 0
-    lengths = [len(ids) for ids, _ in asked]
-    sorted_batches = length_batches(lengths, batch_size)
-    batches = []
-    for b in sorted_batches:
-        for part in _unpadded(model, [lengths[i] for i in b]):
-            batches.append([b[i] for i in part])
-    for batch in batches:
-        ids, mask = left_pad([asked[i][0] for i in batch], pad, device, known)
-        with for_inference(model) as inner:
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)  # padding must not shift positions
-            how = dict(position_ids=positions[:, known:], logits_to_keep=1)
-            how = {k: v for k, v in how.items() if takes(model, k)}
-            last = (
-                inner(
-                    input_ids=ids[:, known:],
-                    attention_mask=mask,
-                    **how,
-                    **(dict(past_key_values=start.cache(len(batch))) if start else dict(use_cache=False)),
-                )
-                .logits[:, -1]
-                .float()
-            )
-            pair = last.gather(1, torch.tensor([asked[i][1] for i in batch], device=device))
-            for i, p in zip(batch, (pair[:, 1] - pair[:, 0]).sigmoid().tolist()):
-                done[i] = p
-    return [None if p is None or math.isnan(p) else p for p in done]
+    for batch in _batches(model, [len(ids) for ids, _ in asked], batch_size):
+        for i, p in zip(batch, _score_batch(model, [asked[i] for i in batch], pad, start)):
+            scores[i] = p
+    return [None if p is None or math.isnan(p) else p for p in scores]
 
 # %% ../nbs/20_predict.ipynb #b286a45d
 def prediction_row(
     row: dict,  # the evaluation row
-    made: dict,  # what was generated for it: text, n_tokens, finish, p_entail (and seconds)
+    output: dict,  # what the model wrote: text, n_tokens, finish, p_entail (and seconds)
     completion: str = "cot",  # style of the completion, as in the config
     mode: str = "cot",  # decoding mode
 ) -> dict:  # one line of predictions.jsonl
-    "Join an evaluation row and its completion, parsed."
-    parsed = parse_completion(made["text"], completion)
+    "Join an evaluation row and the completion that answers it. The completion is parsed here."
+    parsed = parse_completion(output["text"], completion)
     return dict(
         id=row["id"],
         premise=row["premise"],
         hypothesis=row["hypothesis"],
         label=row.get("label"),
-        completion=made["text"],
+        completion=output["text"],
         predicted_label=parsed.label,
         outcome=parsed.outcome,
         repairs=list(parsed.repairs),
         thought_process=parsed.thought,
-        p_entail=made["p_entail"],
-        n_tokens=made["n_tokens"],
-        finish=made["finish"],
-        seconds=made.get("seconds"),
+        p_entail=output["p_entail"],
+        n_tokens=output["n_tokens"],
+        finish=output["finish"],
+        seconds=output.get("seconds"),
         mode=mode,
         prompt_hash=prompt_hash(row["prompt"]),
         **{k: row[k] for k in CARRIED if row.get(k) is not None},
@@ -136,18 +137,18 @@ def prediction_row(
 
 # %% ../nbs/20_predict.ipynb #91ef2b57
 def _answer_cot(model, tok, rows, prompts, cfg, mode, start):
-    made = generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion, start=start)
-    return [prediction_row(r, m, cfg.completion, mode) for r, m in zip(rows, made)]
+    outputs = generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion, start=start)
+    return [prediction_row(row, output, cfg.completion, mode) for row, output in zip(rows, outputs)]
 
 # %% ../nbs/20_predict.ipynb #185aeef3
 def partial_thought(
     text: str,  # a completion, perhaps cut off
 ) -> str:  # its reasoning as far as it got, unescaped; "" when none began
-    "The thought of a completion that never reached its label. Drafts and echoes of the form are no part of it."
-    found = find_answer(text)
-    if found.span is None:
+    "The thought of a completion that never reached its label. Drafts and echoes of the form do not count."
+    answer = find_answer(text)
+    if answer.span is None:
         return ""
-    m = re.search(r'"thought_process"\s*:\s*"((?:[^"\\]|\\.)*)', text[slice(*found.span)], re.S)
+    m = re.search(r'"thought_process"\s*:\s*"((?:[^"\\]|\\.)*)', text[slice(*answer.span)], re.S)
     try:
         return json.loads(f'"{m[1]}"', strict=False) if m else ""
     except ValueError:
@@ -155,26 +156,23 @@ def partial_thought(
 
 # %% ../nbs/20_predict.ipynb #2942dfda
 def _answer_forced(model, tok, rows, prompts, cfg, mode, start):
-    nothing = dict(text="", n_tokens=0, finish="stop", p_entail=None)
-    made = (
-        generate_batch(model, tok, prompts, cfg.max_new_tokens, start=start)
-        if cfg.completion == "cot"
-        else [nothing] * len(rows)
-    )
-    return _forced(
-        model, tok, rows, [prediction_row(r, m, cfg.completion, mode) for r, m in zip(rows, made)], cfg, start
-    )
+    outputs = [dict(text="", n_tokens=0, finish="stop", p_entail=None)] * len(rows)
+    if cfg.completion == "cot":
+        outputs = generate_batch(model, tok, prompts, cfg.max_new_tokens, start=start)
+    preds = [prediction_row(row, output, cfg.completion, mode) for row, output in zip(rows, outputs)]
+    return _forced(model, tok, rows, preds, cfg, start)
 
 # %% ../nbs/20_predict.ipynb #ed4d8a59
 def _forced(model, tok, rows, preds, cfg, start):
-    "Prediction rows, changed in place, whose label is the more probable one after the thought that they hold."
+    "Give each row the label that is more probable after its thought. Changes the rows in place and returns them."
     asked, at = [], []
     for i, p in enumerate(preds):
         thought = p["thought_process"] or partial_thought(p["completion"])
         try:
             asked.append(forced_ids(tok, rows[i]["prompt"], thought, cfg.completion))
         except DataError:
-            continue  # the thought spells a control token: no such completion could be trained on, the failure stands
+            # the thought spells a control token: training refuses such a completion, so the failure stands
+            continue
         at.append((i, thought))
     for (i, thought), p in zip(at, score_labels(model, tok, asked, max(len(asked), 1), start)):
         if p is None:
@@ -194,20 +192,20 @@ def _answer_vote(model, tok, rows, prompts, cfg, mode, start):
         generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion, seed=s, start=start)
         for s in seeds
     ]
-    return [_vote_row(r, drawn, cfg.completion, mode) for r, drawn in zip(rows, zip(*samples))]
+    return [_vote_row(row, outputs, cfg.completion, mode) for row, outputs in zip(rows, zip(*samples))]
 
 
 def _vote_row(row, samples, style, mode):
-    "The first sample that agrees with the majority stands for all. Tokens are those of all samples."
-    drawn = [prediction_row(row, sample, style, mode) for sample in samples]
-    votes = [p["predicted_label"] for p in drawn]
+    "The first sample that agrees with the majority stands for all. `n_tokens` counts all samples."
+    preds = [prediction_row(row, sample, style, mode) for sample in samples]
+    votes = [p["predicted_label"] for p in preds]
     label, share = majority(votes)
-    first = next(p for p in drawn if p["predicted_label"] == label)
-    return dict(first, p_entail=share, votes=votes, n_tokens=sum(p["n_tokens"] for p in drawn))
+    first = next(p for p in preds if p["predicted_label"] == label)
+    return dict(first, p_entail=share, votes=votes, n_tokens=sum(p["n_tokens"] for p in preds))
 
 # %% ../nbs/20_predict.ipynb #a2cd8c47
 def _check_rows(tok, rows):
-    "Prompt ids of every row; `DataError` names the row that cannot be asked."
+    "Prompt ids of every row. Raises `DataError` with the id of a row that cannot be asked."
     times = Counter(r["id"] for r in rows)
     if twice := [i for i, n in times.items() if n > 1]:
         raise DataError(f"id {twice[0]!r} occurs more than once among the rows to predict")
@@ -221,7 +219,7 @@ def _check_rows(tok, rows):
 
 
 def _write_in_order(path, rows):
-    "Predictions in the order of the data, replacing the file as it grew batch by batch; all of it or nothing."
+    "Replace the file that grew batch by batch with all rows in the order of the data. All of it changes, or nothing."
     with atomic_writer(path, overwrite=True) as f:
         for row in rows:
             f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
@@ -232,15 +230,17 @@ _ANSWER = dict(cot=_answer_cot, forced=_answer_forced, vote=_answer_vote)
 
 def predict_rows(
     model,
-    tok,
-    rows: list,  # model; tokenizer; SFT rows
+    tok,  # tokenizer
+    rows: list,  # SFT rows
     cfg,  # Config: completion, max_new_tokens, eval_batch_size and seed are read
     progress: bool = True,  # show a bar
-    out=None,  # predictions.jsonl to append to as batches end; one that exists is resumed
+    out=None,  # predictions.jsonl to append to after each batch. An existing file is resumed
     mode: str = "cot",  # "cot", "forced" or "vote:k"
 ) -> list:  # prediction rows, in the order of `rows`
-    """Predict every row; `DataError` or `RecordError` before anything is generated if rows repeat, do not fit,
-    or `out` belongs to other rows."""
+    """Predict every row.
+
+    Raises `DataError` or `RecordError` before anything is generated: for rows that repeat or do not fit, and for an
+    `out` that belongs to other rows."""
     from nli_ft.bases import autocast
     from nli_ft.cpu_speed import fast_weights
 
@@ -248,30 +248,25 @@ def predict_rows(
     _check_prompts(model, prompts, cfg.max_new_tokens)
     done = {} if out is None else resume_predictions(out, rows, mode)
     with fast_weights(model, cfg), autocast(cfg):
-        start = shared_start(
-            model, [p for p, r in zip(prompts, rows) if r["id"] not in done], cfg.max_new_tokens
-        )
-        return _answer_in_batches(
-            lambda r, p: answer(model, tok, r, p, cfg, mode, start),
-            rows,
-            prompts,
-            done,
-            cfg.eval_batch_size,
-            progress,
-            out,
-        )
+        left = [prompt for prompt, row in zip(prompts, rows) if row["id"] not in done]
+        start = shared_start(model, left, cfg.max_new_tokens)
+
+        def answer_batch(rows, prompts):
+            return answer(model, tok, rows, prompts, cfg, mode, start)
+
+        return _answer_in_batches(answer_batch, rows, prompts, done, cfg.eval_batch_size, progress, out)
 
 # %% ../nbs/20_predict.ipynb #bbeb3907
 def force_predictions(
     model,
-    tok,
-    rows: list,  # model; tokenizer; SFT rows
-    preds: list,  # what the same model wrote to them, in their order: from `predict_rows` in mode cot
+    tok,  # tokenizer
+    rows: list,  # SFT rows
+    preds: list,  # the same model's answers to these rows: from `predict_rows` in mode cot
     cfg,  # Config: completion and eval_batch_size are read
     progress: bool = True,  # show a bar
-    out=None,  # file to append to as batches end; one that exists is resumed
-) -> list:  # prediction rows of mode forced; `seconds` are those of scoring alone
-    "The forced labels of completions that are there already: one forward pass a row, and nothing is generated again."
+    out=None,  # file to append to after each batch. An existing file is resumed
+) -> list:  # prediction rows of mode forced, whose `seconds` count the scoring alone
+    "Forced labels after completions that exist already. One forward pass for each row, nothing is generated again."
     from nli_ft.bases import autocast
     from nli_ft.cpu_speed import fast_weights
 
@@ -289,18 +284,19 @@ def force_predictions(
 
 # %% ../nbs/20_predict.ipynb #ad34a877
 def _answer_in_batches(answer, rows, prompts, done, batch_size, progress, out):
-    """All predictions in the order of `rows`: those in `done`, the others from `answer` (rows, prompts ->
-    prediction rows), appended to `out` batch by batch."""
+    """All predictions in the order of `rows`. Those in `done` exist already.
+
+    `answer` (rows, prompts -> prediction rows) makes the others, and each batch is appended to `out`."""
     left = [i for i, r in enumerate(rows) if r["id"] not in done]
     with row_progress(len(rows), len(done), progress) as update:
         for batch in length_batches([len(prompts[i]) for i in left], batch_size):
             at, began = [left[n] for n in batch], time.perf_counter()
-            made = answer([rows[i] for i in at], [prompts[i] for i in at])
-            for p in made:
+            preds = answer([rows[i] for i in at], [prompts[i] for i in at])
+            for p in preds:
                 p["seconds"] = round((time.perf_counter() - began) / len(at), 4)
-            done.update({p["id"]: p for p in made})
+            done.update({p["id"]: p for p in preds})
             if out is not None:
-                _append(out, made)
+                _append(out, preds)
             update(len(at))
     preds = [done[r["id"]] for r in rows]
     if out is not None:

@@ -18,31 +18,31 @@ from .evaluate import _labelled, class_scores, groups_of
 # %% ../nbs/23_reasoning.ipynb #95a6abef
 def compare_answers(
     preds: list,  # prediction rows of the run
-    others: dict,  # name -> answered labels on the same items, None for no answer
+    others: dict,  # name -> labels answered to the same items, None for no answer
 ) -> dict:  # name -> n, right, accuracy, its interval, macro_f1, mcc, difference (run - other), p …, verdict
-    """The run against other ways to answer the same items: the sign-flip test over clusters decides, corrected
-    for the number of comparisons."""
-    y, a = _labelled(preds)
-    run, groups, found, tests = (y == a).astype(int), groups_of(preds), {}, []
-    of_run = dict(accuracy=float(run.mean()), **class_scores(y, a))
+    """Compare the run with other ways to answer the same items.
+
+    The sign-flip test over clusters decides. It is corrected for the number of comparisons."""
+    gold, answers = _labelled(preds)
+    groups, results, tests = groups_of(preds), {}, []
+    run = (gold == answers).astype(int)
+    of_run = dict(accuracy=float(run.mean()), **class_scores(gold, answers))
     for name, labels in others.items():
-        said = np.array([NO_ANSWER if x is None else x for x, _ in zip(labels, y, strict=True)])
-        other = (said == y).astype(int)
-        scores = share_right(other, groups) | {
-            k: v for k, v in class_scores(y, said).items() if k in ("macro_f1", "mcc")
-        }
+        theirs = np.array([NO_ANSWER if x is None else x for x, _ in zip(labels, gold, strict=True)])
+        other = (theirs == gold).astype(int)
+        by_class = class_scores(gold, theirs)
+        scores = share_right(other, groups) | {k: v for k, v in by_class.items() if k in ("macro_f1", "mcc")}
         tests.append(paired_test(other, run, groups))
-        found[name] = dict(
+        results[name] = dict(
             scores,
             p_mcnemar=mcnemar(other, run)["p"],
             discordant=float((other != run).mean()),
             doubt=other_way(of_run, scores),
         )
-    for r, decision in zip(found.values(), decide(tests)):
+    for r, decision in zip(results.values(), decide(tests)):
         r |= decision
-    for r in found.values():
         r["verdict"] = verdict(r)
-    return found
+    return results
 
 # %% ../nbs/23_reasoning.ipynb #7c4a5a6b
 _SCAFFOLD = frozenset(
@@ -53,9 +53,10 @@ _SCAFFOLD = frozenset(
 
 def grounded_share(
     p: dict,  # prediction row
-) -> float | None:  # 0 … 1; None for a thought without content words
-    """Share of the thought's content words (no stop words, no words of the task itself) that occur, in the
-    same form, in premise or hypothesis."""
+) -> float | None:  # 0 … 1, None for a thought without content words
+    """Share of the thought's content words that occur, in the same form, in premise or hypothesis.
+
+    Stop words, numbers and words of the task itself ("premise", "inferred") are no content words."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     content = [
@@ -67,36 +68,38 @@ def grounded_share(
     return sum(w in known for w in content) / len(content) if content else None
 
 # %% ../nbs/23_reasoning.ipynb #7362b23a
+def _mean(values):
+    "Mean of the values that are not None. None where there is no such value."
+    numbers = [x for x in values if x is not None]
+    return float(np.mean(numbers)) if numbers else None
+
+
 def reasoning(
     preds: list,  # prediction rows
 ) -> dict:  # n (rows with a thought), mean_words, stated, agreement, grounded, grounded_right, grounded_wrong
-    "What the thoughts have to do with the answers; None where there is nothing to average."
+    "How the thoughts relate to the answers. A value is None where there is nothing to average."
     has = [p for p in preds if p.get("thought_process")]
-
-    def mean(xs):
-        return float(np.mean(xs)) if (xs := [x for x in xs if x is not None]) else None
-
-    stated = [
-        (s, p["predicted_label"])
-        for p in has
-        if (s := concludes(p["thought_process"])) is not None and p["predicted_label"] is not None
-    ]
-    ground = [(grounded_share(p), p["predicted_label"] == p["label"]) for p in has]
+    agrees = []
+    for p in has:
+        conclusion = concludes(p["thought_process"])
+        if conclusion is not None and p["predicted_label"] is not None:
+            agrees.append(conclusion == p["predicted_label"])
+    shares = [(grounded_share(p), p["predicted_label"] == p["label"]) for p in has]
     return dict(
         n=len(has),
-        mean_words=mean([len(words(p["thought_process"])) for p in has]),
-        stated=len(stated) / len(has) if has else None,
-        agreement=mean([s == a for s, a in stated]),
-        grounded=mean([g for g, _ in ground]),
-        grounded_right=mean([g for g, ok in ground if ok]),
-        grounded_wrong=mean([g for g, ok in ground if not ok]),
+        mean_words=_mean([len(words(p["thought_process"])) for p in has]),
+        stated=len(agrees) / len(has) if has else None,
+        agreement=_mean(agrees),
+        grounded=_mean([share for share, _ in shares]),
+        grounded_right=_mean([share for share, right in shares if right]),
+        grounded_wrong=_mean([share for share, right in shares if not right]),
     )
 
 # %% ../nbs/23_reasoning.ipynb #d19c8f74
 def altered_thoughts(
     thoughts: list,  # at least two
 ) -> dict:  # change -> thoughts, in order
-    "The interventions: the first half of the words; the next row's thought; nothing."
+    "The interventions: the first half of the words, the thought of the next row, no thought."
 
     def half(t):
         return " ".join(t.split()[: len(t.split()) // 2])
@@ -111,16 +114,17 @@ def altered_thoughts(
 # %% ../nbs/23_reasoning.ipynb #250c1c3f
 def probe_thoughts(
     model,
-    tok,
-    rows: list,
-    preds: list,
-    cfg,  # model; tokenizer; SFT rows; their predictions; Config
+    tok,  # tokenizer
+    rows: list,  # SFT rows
+    preds: list,  # their predictions
+    cfg,  # Config
     n: int = 100,  # rows to probe: the first ones with a thought
 ) -> (
     dict
-):  # n, and for halved, swapped, removed: changed (share of labels), changed_ci, mean_shift of p(entailment)
-    """How much the label depends on the thought before it (`completion=cot`); `DataError` with fewer than two
-    thoughts to exchange."""
+):  # n. For halved, swapped, removed: changed (share of labels), changed_ci, mean_shift of p(entailment)
+    """How much the label depends on the thought before it (`completion=cot`).
+
+    Raises `DataError` where fewer than two predictions have a thought: there is nothing to exchange."""
     from nli_ft.bases import autocast
     from nli_ft.cpu_speed import fast_weights
 
@@ -128,29 +132,14 @@ def probe_thoughts(
     has = [r for r in rows if r["id"] in known][:n]
     if len(has) < 2:
         raise DataError("the probe needs at least two predictions with a thought")
-    found = {}
+    scores = {}  # change -> p(entailment) of each row
     with fast_weights(model, cfg), autocast(cfg):
         for change, thoughts in altered_thoughts([known[r["id"]] for r in has]).items():
-            found[change] = np.array(
-                score_labels(
-                    model,
-                    tok,
-                    [forced_ids(tok, r["prompt"], t) for r, t in zip(has, thoughts)],
-                    cfg.eval_batch_size,
-                ),
-                float,
-            )
-    whole = found.pop("whole")
-    flipped = {c: (p >= 0.5) != (whole >= 0.5) for c, p in found.items()}
-    changed = {c: share_right(x, groups_of(has)) for c, x in flipped.items()}
-    return dict(
-        n=len(has),
-        **{
-            c: dict(
-                changed=changed[c]["accuracy"],
-                changed_ci=changed[c]["accuracy_ci"],
-                mean_shift=float(np.abs(p - whole).mean()),
-            )
-            for c, p in found.items()
-        },
-    )
+            asked = [forced_ids(tok, r["prompt"], t) for r, t in zip(has, thoughts)]
+            scores[change] = np.array(score_labels(model, tok, asked, cfg.eval_batch_size), float)
+    whole, groups, result = scores.pop("whole"), groups_of(has), dict(n=len(has))
+    for change, p in scores.items():
+        flips = share_right((p >= 0.5) != (whole >= 0.5), groups)
+        shift = float(np.abs(p - whole).mean())
+        result[change] = dict(changed=flips["accuracy"], changed_ci=flips["accuracy_ci"], mean_shift=shift)
+    return result

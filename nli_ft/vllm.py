@@ -20,27 +20,29 @@ from .predict import _answer_in_batches, _check_rows, prediction_row
 
 # %% ../nbs/21_vllm.ipynb #a574bdcc
 def vllm_completion(
-    tok,
-    pairs,
-    closed,  # tokenizer; its `digit_pairs`; from `stop_rule`
-    made,  # a vLLM CompletionOutput: token_ids, logprobs, finish_reason
+    tok,  # tokenizer
+    pairs,  # its `digit_pairs`
+    closed,  # from `stop_rule`
+    output,  # a vLLM CompletionOutput: token_ids, logprobs, finish_reason
     style: str = "cot",  # of the completion, as in the config
 ) -> dict:  # text, n_tokens, finish, p_entail, as from `generate_batch`
-    """What `generate_batch` would have made of the same tokens; no probability where the log-probability of
-    either digit was not returned."""
-    if made.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM did not finish a completion: {made.finish_reason}")
-    ids = list(made.token_ids)
+    """The result that `generate_batch` would give for the same tokens.
+
+    There is no probability where vLLM did not return the log-probability of both digits."""
+    if output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM did not finish a completion: {output.finish_reason}")
+    ids = list(output.token_ids)
     n = next((n for n in range(1, len(ids) + 1) if closed(ids[:n])), None)
 
     def logprobs(at):
         return [at[i].logprob if i in at else math.nan for i in chain(*pairs)]
 
-    digits = list(map(logprobs, made.logprobs))
-    return _completion(tok, pairs, ids[:n], digits, n is None and made.finish_reason == "length", style)
+    digits = list(map(logprobs, output.logprobs))
+    cut = n is None and output.finish_reason == "length"
+    return _completion(tok, pairs, ids[:n], digits, cut, style)
 
 # %% ../nbs/21_vllm.ipynb #9699e316
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM reserves room for: its MaxLoRARanks
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM reserves room for: its MaxLoRARanks
 # What an adapter may have that vLLM does not apply.
 NOT_APPLIED = "use_dora modules_to_save rank_pattern alpha_pattern layer_replication lora_bias".split()
 
@@ -48,22 +50,23 @@ NOT_APPLIED = "use_dora modules_to_save rank_pattern alpha_pattern layer_replica
 def vllm_rank(
     conf: dict,  # an adapter_config.json
 ) -> int:  # `max_lora_rank`
-    "Room that an adapter needs; `ConfigError` for one that vLLM does not apply as it was trained."
+    "Room that an adapter needs. Raises `ConfigError` for an adapter that vLLM does not apply as it was trained."
     odd = list(filter(conf.get, NOT_APPLIED))
     if odd:
         raise ConfigError(
-            f"the adapter has {odd[0]}={conf[odd[0]]!r}, which vLLM does not apply; use --engine transformers"
+            f"the adapter has {odd[0]}={conf[odd[0]]!r}, which vLLM does not apply. Use --engine transformers"
         )
     if conf["r"] > LORA_RANKS[-1]:
         raise ConfigError(
-            f"the adapter's rank {conf['r']} is above {LORA_RANKS[-1]}, the highest that vLLM takes; "
-            "use --engine transformers"
+            f"the adapter's rank {conf['r']} is above {LORA_RANKS[-1]}, the highest that vLLM takes. "
+            "Use --engine transformers"
         )
     return next(r for r in LORA_RANKS if r >= conf["r"])
 
 # %% ../nbs/21_vllm.ipynb #a79a5a05
 def _adapter_rank(cfg, d, config):
-    "The rank to reserve for the adapter in `d`; refuses what `load_for_inference` refuses, without loading the base."
+    """The rank to reserve for the adapter in `d`. Refuses what `load_for_inference` refuses, and does not load the
+    base."""
     import torch
     from nli_ft.model import check_adapter
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
@@ -77,35 +80,34 @@ def _adapter_rank(cfg, d, config):
         want = get_peft_model_state_dict(get_peft_model(AutoModelForCausalLM.from_config(config), lora))
     with safe_open(d / "adapter_model.safetensors", "pt") as f:
         have = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-    if odd := sorted(
-        k
-        for k in want.keys() | have.keys()
-        if k not in want or k not in have or tuple(want[k].shape) != have[k]
-    ):
+    shapes = {k: tuple(v.shape) for k, v in want.items()}
+    odd = sorted(k for k in shapes.keys() | have.keys() if shapes.get(k) != have.get(k))
+    if odd:
         raise RecordError(
             f"the adapter in {d} does not load on {cfg.model_id}: {odd[0]} is "
-            f"{have.get(odd[0], 'missing')}, not "
-            f"{tuple(want[odd[0]].shape) if odd[0] in want else 'there'}"
+            f"{have.get(odd[0], 'missing')}, not {shapes.get(odd[0], 'there')}"
         )
     return rank
 
 # %% ../nbs/21_vllm.ipynb #ce840891
 @dataclass
 class VllmEngine:
-    "A run's model in vLLM. `config` and `generation_config` stand where a transformers model has them."
+    "A run's model in vLLM. `config` and `generation_config` have the names that a transformers model gives them."
 
     config: object  # transformers config of the base
-    generation_config: object  # as it came with the weights: only its end ids are used
+    generation_config: object  # as it came with the weights. Only its end ids are used
     settings: dict  # for `vllm.LLM`
     adapter: Path | None  # None: the untuned base
 
 # %% ../nbs/21_vllm.ipynb #449b10cd
 def vllm_engine(
     cfg,  # Config of the run
-    adapter_dir=None,  # folder with adapter_model.safetensors; None for the untuned base
+    adapter_dir=None,  # folder with adapter_model.safetensors, None for the untuned base
 ) -> VllmEngine:  # not loaded yet
-    """What vLLM will be asked for; `ConfigError` without the package, a CUDA device or support for the
-    adapter, `RecordError` for an adapter that is damaged or another base's."""
+    """What vLLM will be asked for.
+
+    Raises `ConfigError` where the package, a CUDA device or support for the adapter is missing, and `RecordError` for
+    an adapter that is damaged or belongs to another base."""
     from transformers import AutoConfig, GenerationConfig
     from nli_ft.bases import compute_dtype, device, model_source, pinned
 
@@ -116,25 +118,20 @@ def vllm_engine(
                 "folder, or use --engine transformers"
             )
     if (dev := device(cfg)).type != "cuda":
-        raise ConfigError(
-            "--engine vllm needs a CUDA device, and "
-            + (
-                "the config says device=cpu: add --device cuda"
-                if cfg.device == "cpu"
-                else "torch sees none: check `nvidia-smi`"
-            )
-            + ", or use --engine transformers"
-        )
-    source, revision, d = model_source(cfg), pinned(cfg), adapter_dir and Path(adapter_dir)
+        why = "torch sees none: check `nvidia-smi`"
+        if cfg.device == "cpu":
+            why = "the config says device=cpu: add --device cuda"
+        raise ConfigError(f"--engine vllm needs a CUDA device, and {why}, or use --engine transformers")
+    source, revision = model_source(cfg), pinned(cfg)
+    d = adapter_dir and Path(adapter_dir)
     config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     try:
         generation = GenerationConfig.from_pretrained(source, revision=revision)
     except OSError:
-        generation = GenerationConfig.from_model_config(
-            config
-        )  # none came with the weights: what transformers does then
-    # vLLM's in-flight quantisation is that of training: NF4, double-quantised. Its own defaults for
-    # generation, not those that came with the weights
+        # no settings came with the weights: transformers does the same in this case
+        generation = GenerationConfig.from_model_config(config)
+    # vLLM quantises while it loads, as training does: NF4, double-quantised. For generation it uses its own
+    # defaults and not those that came with the weights
     settings = dict(
         model=source,
         revision=revision,
@@ -156,21 +153,18 @@ VLLM_ROWS = 512  # rows between two writes
 
 
 def predict_rows_vllm(
-    engine,
-    tok,
-    rows: list,  # from `vllm_engine`; tokenizer; SFT rows
+    engine,  # from `vllm_engine`
+    tok,  # tokenizer
+    rows: list,  # SFT rows
     cfg,  # Config: completion and max_new_tokens are read
     progress: bool = True,  # show a bar
-    out=None,  # predictions.jsonl to append to; one that exists is resumed
+    out=None,  # predictions.jsonl to append to. An existing file is resumed
 ) -> list:  # prediction rows with engine="vllm", in the order of `rows`
-    "`predict_rows` in mode cot, greedy, by vLLM; the same errors before the model is loaded."
+    "`predict_rows` in mode cot, greedy, by vLLM. The same errors are raised before the model is loaded."
     prompts = _check_rows(tok, rows)
     _check_prompts(engine, prompts, cfg.max_new_tokens)
-    done, eos, pairs = (
-        {} if out is None else resume_predictions(out, rows, engine="vllm"),
-        _end_ids(engine, tok),
-        digit_pairs(tok),
-    )
+    done = {} if out is None else resume_predictions(out, rows, engine="vllm")
+    eos, pairs = _end_ids(engine, tok), digit_pairs(tok)
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -183,21 +177,17 @@ def predict_rows_vllm(
         detokenize=False,
     )
     llm = LLM(**engine.settings, max_model_len=max(map(len, prompts)) + cfg.max_new_tokens)
-    lora, closed = (
-        LoRARequest("adapter", 1, str(engine.adapter)) if engine.adapter else None,
-        stop_rule(tok, set(eos)),
-    )
+    lora = LoRARequest("adapter", 1, str(engine.adapter)) if engine.adapter else None
+    closed, style = stop_rule(tok, set(eos)), cfg.completion
 
     def answer(rows, prompts):
-        outs = llm.generate(
-            [dict(prompt_token_ids=p) for p in prompts], params, lora_request=lora, use_tqdm=False
-        )
-        return [
-            prediction_row(
-                r, vllm_completion(tok, pairs, closed, o.outputs[0], cfg.completion), cfg.completion
-            )
-            | dict(engine="vllm")
-            for r, o in zip(rows, outs, strict=True)
-        ]
+        asked = [dict(prompt_token_ids=p) for p in prompts]
+        preds = []
+        for row, result in zip(
+            rows, llm.generate(asked, params, lora_request=lora, use_tqdm=False), strict=True
+        ):
+            completion = vllm_completion(tok, pairs, closed, result.outputs[0], style)
+            preds.append(prediction_row(row, completion, style) | dict(engine="vllm"))
+        return preds
 
     return _answer_in_batches(answer, rows, prompts, done, max(cfg.eval_batch_size, VLLM_ROWS), progress, out)
