@@ -12,8 +12,8 @@ import shlex
 
 from .records import run_command
 from nli_ft.differences import (
-    _copied,
-    _first,
+    _same_run,
+    _baseline_first,
     _is_before,
     _majority,
     _run_id,
@@ -96,7 +96,7 @@ def distinct_entries(
     and seed repeat."""
     why = {}
     for i, e in enumerate(entries):
-        twin = next((o for o in entries[:i] if id(o) not in why and _copied(o, e)), None)
+        twin = next((o for o in entries[:i] if id(o) not in why and _same_run(o, e)), None)
         if twin:
             why[id(e)] = f"{e[2]} is a copy of {twin[2]} (both are the run {_run_id(e)})"
     left = [e for e in entries if id(e) not in why]
@@ -143,7 +143,7 @@ def compare_configs(
     from nli_ft.evaluate import groups_of
     from nli_ft.paired import other_way, seed_share
 
-    groups = _repetitions(_first(load_compared(run_dirs), baseline))
+    groups = _repetitions(_baseline_first(load_compared(run_dirs), baseline))
     first, clusters = groups[0], groups_of(groups[0][0][1])
     right = []
     for es in groups:
