@@ -39,25 +39,25 @@ class Prepared:
     tok: object  # the tokenizer
     train_rows: list  # SFT rows that are trained on
     train: list  # their `Encoded`
-    eval_rows: list  # rows that are judged, each with its prompt
-    eval: list  # `Encoded` of those of them that carry what is trained on: for the evaluation loss
+    eval_rows: list  # rows to judge, each with its prompt
+    eval: list  # `Encoded` of those that have a completion, for the evaluation loss
     dropped: list = field(default_factory=list)  # (file key, row id, why)
     bad: dict = field(
         default_factory=dict
-    )  # file key -> [(line, why)] of unreadable rows tolerated by max_bad_rows
+    )  # file key -> [(line, why)] of unreadable rows within max_bad_rows
     template: str | None = None  # name of the prompt wording, None if it has none
-    leakage: dict = field(default_factory=dict)  # what training and evaluation rows share, see `data.leakage`
+    leakage: dict = field(default_factory=dict)  # what training and evaluation rows share, from `leakage`
 
 # %% ../nbs/33_preflight.ipynb #3554fdc1
 def training_rows(
     cfg: Config,  # train_data, data_strategy, max_train_samples, prompt_template
 ) -> tuple:  # (SFT rows, unreadable rows)
-    "Rows to train on, after the data strategy; raises `DataError` for a file without completions."
+    "Rows to train on, after the data strategy. Raises `DataError` for a file without completions."
     rows = read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows)
     if rows.kind not in ("sft", "text"):
         raise DataError(
-            f"{cfg.train_data} holds {rows.kind} rows, which have no prompt and completion; `nli_data "
-            "prepare` makes training rows of them"
+            f"{cfg.train_data} holds {rows.kind} rows, which have no prompt and completion. `nli_data "
+            "prepare` makes training rows of them."
         )
     bad = rows.bad
     if cfg.data_strategy == "correct_only":
@@ -71,112 +71,127 @@ def training_rows(
         rows = [question(without_prompt(r), cfg.prompt_template) for r in rows]
     return rows, bad
 
+# %% ../nbs/33_preflight.ipynb #cdabbb9e
+def _refuse_two_wordings(trained, asked):
+    if asked == trained:
+        return
+    raise DataError(
+        f"training rows are worded by the prompt template {trained or 'of their own'!r} and "
+        f"evaluation rows by {asked or 'their own'!r}. "
+        "Set prompt_template to one of them, so that the model is asked what it was taught."
+    )
+
+
+def _refuse_no_evaluation_loss(cfg, whole):
+    if cfg.early_stopping_patience is None or whole:
+        return
+    raise DataError(
+        f"early_stopping_patience = {cfg.early_stopping_patience} needs an evaluation loss, and "
+        f"no row of {cfg.eval_data} has a thought_process, which "
+        f"completion={cfg.completion} is trained on. Give evaluation rows with thoughts "
+        "(`nli_data prepare` makes them), or leave early_stopping_patience out"
+    )
+
 # %% ../nbs/33_preflight.ipynb #8e5694cd
 def prepare(cfg: Config, tok=None) -> Prepared:
-    "Read, choose, word and encode the rows of a config; raises `DataError` for rows that cannot be used."
+    "Read, choose, word and encode the rows of a config. Raises `DataError` for rows that cannot be used."
     from nli_ft.bases import load_tokenizer
 
     tok = tok or load_tokenizer(cfg)
     rows, bad = training_rows(cfg)
     template = template_of(rows)
     judged = evaluation_rows(cfg.path("eval_data"), cfg, template or "auto")
-    if (asked := template_of(judged)) != template:
-        raise DataError(
-            f"training rows are worded by the prompt template {template or 'of their own'!r} and "
-            f"evaluation rows by {asked or 'their own'!r}; "
-            "set prompt_template to one of them, so that the model is asked what it was taught"
-        )
+    _refuse_two_wordings(template, template_of(judged))
     how = dict(completion=cfg.completion, train_on_prompt=cfg.train_on_prompt)
     rows, train, out = encode_rows(tok, rows, cfg.max_seq_length, cfg.too_long, **how)
     dropped = [("train", *d) for d in out]
     whole, encoded = [r for r in judged if cfg.completion == "label_only" or r.get("thought_process")], []
-    if cfg.early_stopping_patience is not None and not whole:
-        raise DataError(
-            f"early_stopping_patience = {cfg.early_stopping_patience} needs an evaluation loss, and "
-            f"no row of {cfg.eval_data} has a thought_process, which "
-            f"completion={cfg.completion} is trained on. Give evaluation rows with thoughts "
-            "(`nli_data prepare` makes them), or leave early_stopping_patience out"
-        )
+    _refuse_no_evaluation_loss(cfg, whole)
     if whole:  # a row too long for the loss is still judged: generation has no such limit
         _, encoded, out = encode_rows(tok, whole, cfg.max_seq_length, cfg.too_long, **how)
         dropped += [("eval", *d) for d in out]
-    return Prepared(
-        cfg, tok, rows, train, judged, encoded, dropped, {"train": list(bad)}, template, leakage(rows, judged)
-    )
+    bad = {"train": list(bad)}
+    return Prepared(cfg, tok, rows, train, judged, encoded, dropped, bad, template, leakage(rows, judged))
 
 # %% ../nbs/33_preflight.ipynb #e0ffa8e5
 def _row_check(prep, bad):
-    "(ok, detail) of a check given the indices of the rows that fail it."
+    "`(holds, detail)` of a proof, from the indices of the rows that fail it."
     if not bad:
         return True, f"all {len(prep.train)} training rows"
     return False, f"{len(bad)} of {len(prep.train)} rows, first: row {prep.train_rows[bad[0]]['id']!r}"
 
 # %% ../nbs/33_preflight.ipynb #93e85d83
 def _writes_bos(tok):
-    "Whether prompts begin with BOS. Many chat templates (Granite's, Phi's) write none, though the tokenizer names one."
+    "Do prompts begin with BOS? Many chat templates (Granite's, Phi's) write none, though the tokenizer names one."
     if prompt_form(tok) == "mistral_instruct":
         return True
     return tok.apply_chat_template([dict(role="user", content="x")], tokenize=False).startswith(tok.bos_token)
 
 # %% ../nbs/33_preflight.ipynb #fa8a29a6
 def proofs(prep: Prepared) -> dict:  # what is proved -> (holds, detail)
-    "Check the encoded training rows against what tokenizer and model say about themselves; see the keys."
+    "Check the encoded training rows against what tokenizer and model say about themselves. The keys name the proofs."
     from nli_ft.bases import base_config
 
-    tok, rows = prep.tok, list(zip(prep.train_rows, prep.train))
-    bos, end, style = tok.bos_token_id, end_of_turn(tok), prep.cfg.completion
+    tok, style, pairs = prep.tok, prep.cfg.completion, list(zip(prep.train_rows, prep.train))
+    bos, end = tok.bos_token_id, end_of_turn(tok)
     conf = base_config(prep.cfg).get_text_config()
     embedded, limit = conf.vocab_size, getattr(conf, "max_position_embeddings", None) or math.inf
     begins = bos is not None and _writes_bos(tok)
 
-    def bos_wrong(e):
+    def spelled(r):
+        return render_completion(r["thought_process"], r["label"], style)
+
+    def bos_fails(r, e):
         return bos is not None and (e.input_ids[0] == bos) != begins or e.input_ids[:2] == [bos, bos]
 
-    def completion_wrong(r, e):
-        return tok.decode(e.input_ids[e.n_prompt : -1]).strip() != render_completion(
-            r["thought_process"], r["label"], style
-        )
+    def end_fails(r, e):
+        return e.labels[-1] != end
 
-    def label_wrong(r, e):
+    def label_fails(r, e):
         label = tok.decode([i for i, k in zip(e.input_ids, e.kind) if k == LABEL]).strip()
         return label != str(r["label"]) or any(y == -100 for y, k in zip(e.labels, e.kind) if k != PROMPT)
 
-    fails = {
-        "the prompt starts with exactly one BOS"
-        if begins
-        else "the prompt starts without BOS, as its form has it": [
-            i for i, (r, e) in enumerate(rows) if bos_wrong(e)
-        ],
-        "the end of turn is learned": [i for i, (r, e) in enumerate(rows) if e.labels[-1] != end],
-        "the label is inside the row and has loss": [i for i, (r, e) in enumerate(rows) if label_wrong(r, e)],
-        "trained tokens spell the completion": [i for i, (r, e) in enumerate(rows) if completion_wrong(r, e)],
-        "training prompt ids = inference prompt ids": [
-            i
-            for i, (r, e) in enumerate(rows)
-            if encode_prompt(tok, question(r, prep.template)["prompt"]) != e.input_ids[: e.n_prompt]
-        ],
-        "every token has a row in the model's embedding": [
-            i for i, (r, e) in enumerate(rows) if max(e.input_ids) >= embedded
-        ],
-        "no row is longer than the model has positions": [
-            i for i, (r, e) in enumerate(rows) if len(e) > limit
-        ],
-        "no row is longer than max_seq_length": [
-            i for i, (r, e) in enumerate(rows) if len(e) > prep.cfg.max_seq_length
-        ],
+    def completion_fails(r, e):
+        return tok.decode(e.input_ids[e.n_prompt : -1]).strip() != spelled(r)
+
+    def prompt_fails(r, e):
+        return encode_prompt(tok, question(r, prep.template)["prompt"]) != e.input_ids[: e.n_prompt]
+
+    def embedding_fails(r, e):
+        return max(e.input_ids) >= embedded
+
+    def positions_fail(r, e):
+        return len(e) > limit
+
+    def length_fails(r, e):
+        return len(e) > prep.cfg.max_seq_length
+
+    def reference_fails(r, e):
+        return e.input_ids != mistral_reference(r["prompt"], spelled(r))
+
+    bos_name = "the prompt starts without BOS, as its form has it"
+    if begins:
+        bos_name = "the prompt starts with exactly one BOS"
+    checks = {
+        bos_name: bos_fails,
+        "the end of turn is learned": end_fails,
+        "the label is inside the row and has loss": label_fails,
+        "trained tokens spell the completion": completion_fails,
+        "training prompt ids = inference prompt ids": prompt_fails,
+        "every token has a row in the model's embedding": embedding_fails,
+        "no row is longer than the model has positions": positions_fail,
+        "no row is longer than max_seq_length": length_fails,
     }
     if prompt_form(tok) == "mistral_instruct":
-        fails["ids = those of mistral-common's own encoder"] = [
-            i
-            for i, (r, e) in enumerate(rows)
-            if e.input_ids
-            != mistral_reference(r["prompt"], render_completion(r["thought_process"], r["label"], style))
-        ]
-    return {name: _row_check(prep, bad) for name, bad in fails.items()}
+        checks["ids = those of mistral-common's own encoder"] = reference_fails
+    results = {}
+    for name, fails in checks.items():
+        results[name] = _row_check(prep, [i for i, (r, e) in enumerate(pairs) if fails(r, e)])
+    return results
 
 # %% ../nbs/33_preflight.ipynb #5c14f1ea
 def linear_shapes(cfg: Config) -> tuple:
-    "(linear layers as {name: (out, in)}, parameters outside them, transformers config) from an empty model."
+    "`(linear layers as {name: (out, in)}, parameters outside them, transformers config)` of an empty model."
     model = _empty(cfg)
     linear = _shapes(model)
     total = sum(p.numel() for p in model.parameters())
@@ -190,101 +205,145 @@ def _empty(cfg):
 
 # %% ../nbs/33_preflight.ipynb #70d711b9
 def _shapes(model):
-    "Linear layers as {name: (out, in)}; GPT-2's own kind keeps its weights the other way round."
+    "Linear layers as `{name: (out, in)}`. GPT-2's own kind stores its weights the other way round."
     from nli_ft.bases import linear_layers
     from transformers.pytorch_utils import Conv1D
 
-    return {
-        n: tuple(m.weight.shape[::-1] if isinstance(m, Conv1D) else m.weight.shape)
-        for n, m in linear_layers(model).items()
-    }
+    shapes = {}
+    for name, layer in linear_layers(model).items():
+        shape = layer.weight.shape
+        shapes[name] = tuple(shape[::-1] if isinstance(layer, Conv1D) else shape)
+    return shapes
 
 # %% ../nbs/33_preflight.ipynb #93870eab
 def estimate_memory(
     prep: Prepared,
 ) -> dict:  # part -> GiB, and "total", which is None for a model whose shapes are not understood
-    """Estimated peak memory of training at the longest batch, by part: torch's allocations on CUDA, the
-    resident process on a CPU. NF4: half a byte a weight and one scale byte per 64 weights; everything
-    outside the linear layers in fp32 (`prepare_model_for_kbit_training`); adapters, gradients and AdamW
-    states in fp32 (8-bit states on CUDA); activations as `saved_tensors_hooks` counts them in a
-    Llama/Mistral block. For other families half of the activations is added as a margin: inputs and outputs
-    of the linear layers are counted, and what lies between them is not known."""
+    """Estimate the peak memory of training at the longest batch, by part.
+
+    On CUDA it is what torch allocates, and on a CPU the resident process. These are its assumptions:
+
+    - NF4 takes half a byte per weight, and one scale byte per 64 weights.
+    - Everything outside the linear layers is in fp32 (`prepare_model_for_kbit_training`).
+    - Adapters, gradients and AdamW states are in fp32. On CUDA the states have 8 bits.
+    - Activations are those that `saved_tensors_hooks` counts in a block of Llama or Mistral.
+    - Other families get half of the activations as a margin. Inputs and outputs of their linear layers are
+      counted, but what lies between them is not known."""
     try:
-        return _estimated(prep)
+        return _memory_parts(prep)
     except (AttributeError, KeyError, TypeError, ZeroDivisionError):
         return {"total": None}  # no reason to refuse a run
 
 # %% ../nbs/33_preflight.ipynb #2f99b128
-def _estimated(prep):
-    import torch
-    from nli_ft.model import _never_quantised, lora_targets, stacked_experts
-    from nli_ft.bases import attention, base_config, compute_dtype, device
+def _memory_parts(prep):
+    "The estimate of `estimate_memory` for a model whose shapes are understood."
+    from nli_ft.model import lora_targets, stacked_experts
+    from nli_ft.bases import compute_dtype, device
 
     cfg = prep.cfg
     dev, model = device(cfg), _empty(cfg)
     linear, other, conf = linear_shapes(cfg)
     experts = sum(p.numel() for p in stacked_experts(model).values())
     targets = lora_targets(model, cfg)
-    cpu, dtype = dev.type == "cpu", compute_dtype(cfg, dev)
+    cpu, dtype, nf4 = dev.type == "cpu", compute_dtype(cfg, dev), cfg.quantization == "nf4"
     wide = dtype.itemsize
-    base, nf4 = sum(a * b for a, b in linear.values()), cfg.quantization == "nf4"
-    apart = set(_never_quantised(base_config(cfg), type(model)) or []) if nf4 else set()
-    plain = sum(a * b for n, (a, b) in linear.items() if n in apart)
-    base, other = base - plain, other + plain
+    base, plain = _base_weights(cfg, model, linear)
+    other += plain
 
     def hit(name):
         return targets == "all-linear" or name in targets or name.rpartition(".")[2] in targets
 
     lora = sum(cfg.lora_r * (a + b) for n, (a, b) in linear.items() if hit(n))
-    longest = sorted(prep.train, key=len, reverse=True)[: cfg.batch_size]
-    tokens, trained = len(longest[0]) * len(longest), sum(y != -100 for e in longest for y in e.labels)
     known = _known_block(linear, conf) and not experts
-    if known:
-        kept = _activations(cfg, linear, conf, hit, dtype, cpu) * tokens
-    else:
-        kept = _rough_activations(model, linear, conf, wide) * tokens
-    if attention(cfg, dev, type(model)) == "eager":  # the weights of every query, and their softmax
-        kept += (getattr(conf, "num_attention_heads", None) or 1) * len(longest[0]) * tokens * (4 + wide)
-    stream = tokens * conf.hidden_size * (4 if nf4 else wide)
-    if cfg.gradient_checkpointing:
-        kept += conf.num_hidden_layers * stream
-    else:
-        kept *= conf.num_hidden_layers
+    kept = _kept_activations(prep, model, linear, conf, hit, known)
     eight_bit = "8bit" in cfg.optim or (cfg.optim == "auto" and not cpu)
-    # see `target_log_probs`: on a CPU all logits of some positions, TRL's kernel keeps a tile of fewer
-    tile = min(trained, 4096) * min(conf.vocab_size, 32768) * wide
-    if cpu:
-        tile = min(trained, 512) * conf.vocab_size * wide
-    if cpu and _changes_logits(conf):  # TRL's in torch, see `scoring`
-        tile = min(tokens, 4096) * min(conf.vocab_size, 32768) * (wide + 3 * 4)
+    outside = 4 if nf4 else wide
     parts = {
         "base weights": base * (0.5 + 1 / 64 + 4 / (64 * 256)) if nf4 else base * wide,
-        "embeddings, head and norms": (other - experts) * (4 if nf4 else wide),
+        "embeddings, head and norms": (other - experts) * outside,
         "adapters": lora * 4,
         "gradients": lora * 4,
         "optimizer states": lora * (2 if eight_bit else 8),
         "activations": kept,
-        "logits (one tile)": tile,
+        "logits (one tile)": _logits_tile(prep, conf, cpu, wide),
     }
     if experts:
-        parts["stacked experts (not quantised)"] = experts * (4 if nf4 else wide)
+        parts["stacked experts (not quantised)"] = experts * outside
     if not known:
         parts["margin for a block of an unknown kind"] = kept / 2
     if nf4 and not cpu:
         parts["weights dequantised for one product"] = max(a * b for a, b in linear.values()) * (wide + 4)
     if cpu:
-        if nf4:
-            parts["dequantised weights"] = base * wide
-        if nf4 and dtype == torch.bfloat16:
-            parts["head in bf16"] = conf.vocab_size * conf.hidden_size * wide  # beside the one in fp32
-        parts |= {"left over from loading": (base + other) * wide, "interpreter and libraries": 0.55 * 2**30}
-        parts["gaps between blocks"] = 0.25 * sum(parts.values())  # measured, see runs/LOG.md
+        parts |= _parts_on_cpu(parts, base, other, conf, dtype, nf4)
     parts = {k: v / 2**30 for k, v in parts.items()}
     return parts | {"total": sum(parts.values())}
 
+# %% ../nbs/33_preflight.ipynb #ef1307e7
+def _base_weights(cfg, model, linear):
+    "`(weights of the linear layers that are quantised, those that stay as they are)`."
+    from nli_ft.model import _never_quantised
+    from nli_ft.bases import base_config
+
+    apart = set()
+    if cfg.quantization == "nf4":
+        apart = set(_never_quantised(base_config(cfg), type(model)) or [])
+    plain = sum(a * b for n, (a, b) in linear.items() if n in apart)
+    return sum(a * b for a, b in linear.values()) - plain, plain
+
+# %% ../nbs/33_preflight.ipynb #6399c9bb
+def _longest_batch(prep):
+    return sorted(prep.train, key=len, reverse=True)[: prep.cfg.batch_size]
+
+
+def _kept_activations(prep, model, linear, conf, hit, known):
+    "Bytes that all blocks keep for the backward pass of the longest batch."
+    from nli_ft.bases import attention, compute_dtype, device
+
+    cfg, longest = prep.cfg, _longest_batch(prep)
+    dev = device(cfg)
+    dtype, nf4, tokens = compute_dtype(cfg, dev), cfg.quantization == "nf4", len(longest[0]) * len(longest)
+    if known:
+        kept = _activations(cfg, linear, conf, hit, dtype, dev.type == "cpu") * tokens
+    else:
+        kept = _rough_activations(model, linear, conf, dtype.itemsize) * tokens
+    if attention(cfg, dev, type(model)) == "eager":  # the weights of every query, and their softmax
+        heads = getattr(conf, "num_attention_heads", None) or 1
+        kept += heads * len(longest[0]) * tokens * (4 + dtype.itemsize)
+    if not cfg.gradient_checkpointing:
+        return kept * conf.num_hidden_layers
+    stream = tokens * conf.hidden_size * (4 if nf4 else dtype.itemsize)
+    return kept + conf.num_hidden_layers * stream
+
+# %% ../nbs/33_preflight.ipynb #19feadc4
+def _logits_tile(prep, conf, cpu, wide):
+    """Bytes of the logits that exist at once, see `target_log_probs`.
+
+    On a CPU they are all logits of some positions. TRL's kernel holds a tile of fewer."""
+    longest = _longest_batch(prep)
+    tokens, trained = len(longest[0]) * len(longest), sum(y != -100 for e in longest for y in e.labels)
+    if cpu and _changes_logits(conf):  # TRL's in torch, see `scoring`
+        return min(tokens, 4096) * min(conf.vocab_size, 32768) * (wide + 3 * 4)
+    if cpu:
+        return min(trained, 512) * conf.vocab_size * wide
+    return min(trained, 4096) * min(conf.vocab_size, 32768) * wide
+
+# %% ../nbs/33_preflight.ipynb #937f7314
+def _parts_on_cpu(parts, base, other, conf, dtype, nf4):
+    "What a CPU needs beside `parts`."
+    import torch
+
+    wide, more = dtype.itemsize, {}
+    if nf4:
+        more["dequantised weights"] = base * wide
+    if nf4 and dtype == torch.bfloat16:
+        more["head in bf16"] = conf.vocab_size * conf.hidden_size * wide  # beside the one in fp32
+    more |= {"left over from loading": (base + other) * wide, "interpreter and libraries": 0.55 * 2**30}
+    # a quarter, as measured: see runs/LOG.md
+    return more | {"gaps between blocks": 0.25 * sum((parts | more).values())}
+
 # %% ../nbs/33_preflight.ipynb #57e1eae9
 def _known_block(linear, conf):
-    "Whether the blocks are those of Llama and Mistral, whose activations are counted one by one."
+    "Are the blocks those of Llama and Mistral, whose activations are counted one by one?"
     block = {n.rpartition(".")[2] for n in linear if ".layers.0." in n}
     return (
         block == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -293,21 +352,25 @@ def _known_block(linear, conf):
 
 # %% ../nbs/33_preflight.ipynb #c046432b
 def _rough_activations(model, linear, conf, wide):
-    """Bytes that an average block keeps of a token: what goes into its linear layers and experts and comes
-    out, and four times the residual stream."""
+    """Bytes that an average block keeps of a token.
+
+    They are the inputs and outputs of its linear layers and experts, and four times the residual stream."""
     from nli_ft.model import stacked_experts
 
     values = sum(out + into for out, into in linear.values())
     chosen = getattr(conf, "num_experts_per_tok", None) or 1
-    values += chosen * sum(sum(p.shape[1:]) for p in stacked_experts(model).values())
+    for p in stacked_experts(model).values():
+        values += chosen * sum(p.shape[1:])
     return values / conf.num_hidden_layers * wide + 4 * conf.hidden_size * 4
 
 # %% ../nbs/33_preflight.ipynb #4ed7229c
 def _changes_logits(conf):
-    "Whether a config names a scale or a cap of the logits."
-    return any(
-        "logit" in k and type(v) in (int, float) and v not in (0, 1) for k, v in conf.to_dict().items()
-    )
+    "Does a config name a scale or a cap of the logits?"
+
+    def changes(key, value):
+        return "logit" in key and type(value) in (int, float) and value not in (0, 1)
+
+    return any(changes(k, v) for k, v in conf.to_dict().items())
 
 # %% ../nbs/33_preflight.ipynb #de8d827f
 def _activations(cfg, linear, conf, hit, dtype, cpu):
@@ -334,19 +397,21 @@ def _activations(cfg, linear, conf, hit, dtype, cpu):
 
 # %% ../nbs/33_preflight.ipynb #cc9c88f7
 def world_size(cfg: Config) -> int:  # processes that train together
-    "Processes of this run: those of a launcher if there is one, else what the config asks for."
+    "Processes of this run: those of its launcher, else what the config asks for."
     import torch
 
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    return (cfg.num_processes or max(torch.cuda.device_count(), 1)) if cfg.distributed_training else 1
+    if not cfg.distributed_training:
+        return 1
+    return cfg.num_processes or max(torch.cuda.device_count(), 1)
 
 
 def step_counts(
     cfg: Config,
     n: int,  # training rows
-) -> dict:  # rows a step, steps an epoch, steps in all
-    "The arithmetic of a run."
+) -> dict:  # rows per step, steps per epoch, all steps
+    "Count the optimizer steps of a run."
     per_step = cfg.batch_size * cfg.grad_accumulation_steps * world_size(cfg)
     per_epoch = math.ceil(math.ceil(n / (cfg.batch_size * world_size(cfg))) / cfg.grad_accumulation_steps)
     return dict(
@@ -357,10 +422,10 @@ def step_counts(
 
 # %% ../nbs/33_preflight.ipynb #99a50f89
 def histogram(
-    lengths: list,  # tokens per row
+    lengths: list,  # tokens of each row
     bins: int = 8,
 ) -> list:  # [[from, to, rows], …]
-    "Counts of lengths in equal bins."
+    "Count lengths in equal bins."
     low, width = min(lengths), (max(lengths) - min(lengths)) // bins + 1
     counts = [0] * bins
     for n in lengths:
@@ -371,13 +436,8 @@ def histogram(
 def preflight(
     prep: Prepared,
 ) -> dict:  # ready for JSON: counts, balance, lengths, dropped, proofs, steps, memory, ok
-    "Everything worth knowing about a run before it starts."
-    n_tok = sorted(len(e) for e in prep.train)
-
-    def quantile(q):
-        return n_tok[min(len(n_tok) - 1, int(q * len(n_tok)))]
-
-    found = proofs(prep)
+    "Report what a run will do, before it starts."
+    results = proofs(prep)
     labels = Counter(r["label"] for r in prep.train_rows)
     sources = Counter(r["source"] for r in prep.train_rows)
     unreadable = {}
@@ -387,85 +447,96 @@ def preflight(
         rows=dict(train=len(prep.train), judged=len(prep.eval_rows), eval_loss=len(prep.eval)),
         labels={str(y): labels[y] for y in (0, 1)},
         sources=dict(sorted(sources.items())),
-        histogram=histogram(n_tok),
-        tokens=dict(
-            total=sum(n_tok),
-            median=quantile(0.5),
-            p99=quantile(0.99),
-            longest=n_tok[-1],
-            trained=sum(k != PROMPT for e in prep.train for k in e.kind),
-        ),
+        histogram=histogram([len(e) for e in prep.train]),
+        tokens=_token_counts(prep),
         dropped=[list(d) for d in prep.dropped],
         unreadable=unreadable,
         prompt=dict(form=prompt_form(prep.tok), template=prep.template),
         pairs_in_both=prep.leakage["pairs"],
         leakage=prep.leakage,
-        proofs={k: dict(holds=ok, detail=d) for k, (ok, d) in found.items()},
+        proofs={k: dict(holds=ok, detail=d) for k, (ok, d) in results.items()},
         steps=step_counts(prep.cfg, len(prep.train)),
         memory_gib=estimate_memory(prep),
-        ok=all(ok for ok, _ in found.values()),
+        ok=all(ok for ok, _ in results.values()),
     )
+
+# %% ../nbs/33_preflight.ipynb #fd3a93d3
+def _token_counts(prep):
+    "Tokens of the training rows: all, those of a row, and those with loss."
+    lengths = sorted(len(e) for e in prep.train)
+
+    def quantile(q):
+        return lengths[min(len(lengths) - 1, int(q * len(lengths)))]
+
+    counts = dict(total=sum(lengths), median=quantile(0.5), p99=quantile(0.99), longest=lengths[-1])
+    return counts | dict(trained=sum(k != PROMPT for e in prep.train for k in e.kind))
 
 # %% ../nbs/33_preflight.ipynb #7fa8a438
 def preflight_text(
     p: dict,  # from `preflight`
 ) -> str:
     "The preflight for a terminal or a notebook cell."
+    return "\n".join([*_row_lines(p), *_checks_lines(p), *_length_lines(p), *_memory_lines(p["memory_gib"])])
+
+
+def _row_lines(p):
     t, s = p["tokens"], p["steps"]
+    sources = ", ".join(f"{k} {v}" for k, v in p["sources"].items())
     lines = [
         f"rows       {p['rows']['train']} to train on, {p['rows']['judged']} to judge "
         f"({p['rows']['eval_loss']} of them for the evaluation loss)",
-        f"labels     {p['labels']['1']} entailment, {p['labels']['0']} not; sources "
-        + ", ".join(f"{k} {v}" for k, v in p["sources"].items()),
+        f"labels     {p['labels']['1']} entailment, {p['labels']['0']} not; sources {sources}",
         f"tokens     {t['total']} in all, {t['trained']} with loss; a row: median {t['median']}, 99 % "
         f"{t['p99']}, longest {t['longest']}",
         f"prompt     {p['prompt']['form']}, wording {p['prompt']['template'] or 'the rows’ own'}",
         f"steps      {s['steps']} of {s['rows_per_step']} rows, {s['steps_per_epoch']} an epoch",
     ]
-    lines += (
-        [
-            f"dropped    {len(p['dropped'])}: "
-            + "; ".join(f"{k} row {i}: {why}" for k, i, why in p["dropped"][:3])
-            + (" …" if len(p["dropped"]) > 3 else "")
-        ]
-        if p["dropped"]
-        else ["dropped    0"]
-    )
-    lines += [f"unreadable {k}: {len(v)} rows" for k, v in p["unreadable"].items() if v]
-    shared = leakage_text(p["leakage"])
-    lines += [f"WARNING    {s}" for s in shared] or [
-        f"leakage    no pair, premise or near-copy of the {p['rows']['judged']} rows to judge is trained on"
-    ]
-    lines += [f"{'proof' if v['holds'] else 'FAILED':10} {k} ({v['detail']})" for k, v in p["proofs"].items()]
-    top = max(n for _, _, n in p["histogram"])
-    lines += [
-        f"{'lengths' if i == 0 else '':10} {a:>5}–{b:<5} {'█' * round(30 * n / top)} {n}"
-        for i, (a, b, n) in enumerate(p["histogram"])
-    ]
-    m = p["memory_gib"]
-    parts = ", ".join(f"{k} {v:.2f}" for k, v in m.items() if k != "total" and v >= 0.005)
-    need = (
-        "no estimate: the shapes of this model are not understood"
-        if m["total"] is None
-        else f"about {m['total']:.1f} GiB at the peak (estimate): {parts}"
-    )
-    lines += textwrap.wrap(f"memory     {need}", 110, subsequent_indent=" " * 11, break_long_words=False)
-    return "\n".join(lines)
+    dropped = f"dropped    {len(p['dropped'])}"
+    if p["dropped"]:
+        dropped += ": " + "; ".join(f"{k} row {i}: {why}" for k, i, why in p["dropped"][:3])
+    if len(p["dropped"]) > 3:
+        dropped += " …"
+    lines.append(dropped)
+    return lines + [f"unreadable {k}: {len(v)} rows" for k, v in p["unreadable"].items() if v]
+
+# %% ../nbs/33_preflight.ipynb #b485c015
+def _checks_lines(p):
+    lines = [f"WARNING    {sentence}" for sentence in leakage_text(p["leakage"])]
+    if not lines:
+        n = p["rows"]["judged"]
+        lines = [f"leakage    no pair, premise or near-copy of the {n} rows to judge is trained on"]
+    for name, proof in p["proofs"].items():
+        lines.append(f"{'proof' if proof['holds'] else 'FAILED':10} {name} ({proof['detail']})")
+    return lines
+
+
+def _length_lines(p):
+    top, lines = max(n for _, _, n in p["histogram"]), []
+    for i, (low, high, n) in enumerate(p["histogram"]):
+        lines.append(f"{'lengths' if i == 0 else '':10} {low:>5}–{high:<5} {'█' * round(30 * n / top)} {n}")
+    return lines
+
+
+def _memory_lines(memory):
+    parts = ", ".join(f"{k} {v:.2f}" for k, v in memory.items() if k != "total" and v >= 0.005)
+    need = "no estimate: the shapes of this model are not understood"
+    if memory["total"] is not None:
+        need = f"about {memory['total']:.1f} GiB at the peak (estimate): {parts}"
+    return textwrap.wrap(f"memory     {need}", 110, subsequent_indent=" " * 11, break_long_words=False)
 
 # %% ../nbs/33_preflight.ipynb #3037e05d
 def refuse_failed_proofs(
     p: dict,  # from `preflight`
 ):
-    "Raise `DataError` naming every proof that failed."
-    if not p["ok"]:
-        raise DataError(
-            "nothing was trained, a proof failed: "
-            + "; ".join(f"{k} ({v['detail']})" for k, v in p["proofs"].items() if not v["holds"])
-        )
+    "Raise `DataError`, which names every proof that failed."
+    if p["ok"]:
+        return
+    failures = "; ".join(f"{k} ({v['detail']})" for k, v in p["proofs"].items() if not v["holds"])
+    raise DataError(f"nothing was trained, a proof failed: {failures}")
 
 # %% ../nbs/33_preflight.ipynb #bea6aa9a
 def plot_lengths(prep: Prepared):  # a matplotlib Figure
-    "Histogram of row lengths in tokens by label; the limit is drawn where rows come near it."
+    "Histogram of row lengths in tokens by label. A dashed line is the limit, where rows come near it."
     fig, ax = new_figure(6, 2.6)
     by = [[], []]  # lengths of the rows labelled 0, and of those labelled 1
     for row, encoded in zip(prep.train_rows, prep.train):
@@ -481,9 +552,7 @@ def plot_lengths(prep: Prepared):  # a matplotlib Figure
     )
     if high > limit / 2:
         ax.axvline(limit, color=GREY, ls="--", lw=1)
-    ax.set(
-        xlabel=f"tokens per row (max_seq_length {limit}{', dashed' if high > limit / 2 else ''})",
-        ylabel="training rows",
-    )
+        limit = f"{limit}, dashed"
+    ax.set(xlabel=f"tokens per row (max_seq_length {limit})", ylabel="training rows")
     ax.legend(frameon=False)
     return fig

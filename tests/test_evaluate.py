@@ -694,7 +694,7 @@ def test_nli_predict_answers_the_rows_around_a_ragged_one(run, tmp_path, capsys)
     ]
     with pytest.raises(SystemExit) as e:
         nli_ft.ask.predict_cli(argv)
-    assert e.value.code == 2 and "say which is which with --columns" in capsys.readouterr().err
+    assert e.value.code == 2 and "Say which is which with --columns" in capsys.readouterr().err
     assert nli_ft.ask.predict_cli([*argv, "--columns", "premise=sentence,hypothesis=question"]) == 0
 
 

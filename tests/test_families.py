@@ -536,7 +536,7 @@ def test_an_estimate_that_cannot_be_made_is_said_and_no_reason_to_stop(tmp_path,
     def unknown(*a):
         raise AttributeError("no such attribute")
 
-    swap(monkeypatch, "nli_ft.preflight._estimated", unknown)
+    swap(monkeypatch, "nli_ft.preflight._memory_parts", unknown)
     p = preflight(prep)
     assert p["memory_gib"] == {"total": None} and p["ok"]
     assert "no estimate" in nli_ft.preflight.preflight_text(p)

@@ -334,7 +334,7 @@ def project(tmp_path):
     [
         (
             ["bash", "run_training.sh", "--local", "--config", "minimal_test"],
-            "copy the project to a folder of your own",
+            "Copy the project to a folder of your own",
         ),
         (["bash", "run_tests.sh"], "copy it to a folder of your own"),
         (["nli_run", *TINY], "choose another runs_dir"),
