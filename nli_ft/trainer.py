@@ -24,7 +24,7 @@ from .checkpoints import _INFO, rotate_checkpoints
 # %% ../nbs/34_trainer.ipynb #cae14f1d
 def step_loss(
     nll,  # tensor: the losses of the trained tokens of one micro-batch
-    n_step=None,  # trained tokens of the whole optimizer step, in all processes; None: those of `nll`
+    n_step=None,  # trained tokens of the whole optimizer step, in all processes. None: those of `nll`
     processes: int = 1,  # over whose gradients the mean will be taken
 ):  # scalar tensor
     "What one micro-batch adds to the loss of its optimizer step."
@@ -201,7 +201,7 @@ class EpochOrder:
         self,
         lengths: list,  # tokens per row
         seed: int,
-        group: int | None,  # rows that should be of similar length; None: a plain shuffle
+        group: int | None,  # rows that should be of similar length. None: a plain shuffle
     ):
         self.lengths, self.seed, self.group, self.epoch = lengths, seed, group, 0
 
