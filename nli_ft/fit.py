@@ -108,13 +108,13 @@ def changed_facts(then: dict, now: dict) -> list:  # one line each
 def resume_point(prep: Prepared, say=lambda line: None):  # Path, or None
     "The checkpoint to go on from. Raises `ConfigError` if it was trained on something else, unless `allow_changed`."
     cfg = prep.cfg
-    checkpoint = find_checkpoint(cfg, say)
+    checkpoint, allowed = find_checkpoint(cfg, say), cfg.allow_changed
     if checkpoint is None:
         return None
     shown = os.path.relpath(checkpoint, project_root())
     facts = (_info(checkpoint) or {}).get("facts", {})
     changes = changed_facts(facts, resume_facts(prep))
-    if changes and not cfg.allow_changed:
+    if changes and not allowed:
         raise ConfigError(
             f"{shown} was not trained as this run would go on:\n"
             + "\n".join(f"  - {change}" for change in changes)

@@ -99,7 +99,7 @@ def _is_main():
 class Session:
     "A run in progress: its config, its record, its rows and its model."
 
-    def __init__(self, cfg: Config, run):  # Config; the record's folder
+    def __init__(self, cfg: Config, run):  # `run` is the record's folder
         from nli_ft.bases import base_facts
 
         refuse_equal_files(cfg.path("train_data"), cfg.path("eval_data"))
@@ -251,7 +251,7 @@ def _device_gib(cfg):
 # %% ../nbs/36_train_sft.ipynb #f660893d
 def memory_advice(
     prep: Prepared,
-    have: float | None = None,  # GiB of the device; None: ask it
+    have: float | None = None,  # GiB of the device. None: ask it
 ) -> str:  # sentences
     "What to change after an out-of-memory error. `estimate_memory` says what would fit."
     have = have or _device_gib(prep.cfg)
@@ -746,7 +746,7 @@ def _preflight_only(cfg):
 # %% ../nbs/36_train_sft.ipynb #f75d6acd
 def _greedy_answers(
     model, tok, prompts, cfg
-):  # labels; logits (prompts, vocabulary) of the first completion token
+):  # labels, and logits (prompts, vocabulary) of the first completion token
     "What a model answers, and how sure it was of its first token."
     import torch
     from nli_ft.generate import generate_completions
@@ -769,7 +769,9 @@ def merge_agreement(
     folder,  # what was saved
     rows: list,  # SFT rows to ask both
     fp32: bool = False,  # it was merged into fp32, so the adapter computes in fp32, too
-) -> dict:  # rows; answered and same_labels (shares); logit_difference: mean and max over vocabulary and rows
+) -> (
+    dict
+):  # rows, answered, same_labels (shares), and logit_difference: mean and max over vocabulary and rows
     """The merged model, loaded by plain transformers, beside the quantised base with the adapter on it.
 
     Both answer greedily. Their logits are compared at the first completion token. If the adapter computes in
