@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'is_mojibake', 'level', 'Tally', 'row_text', 'row_thought', 'estimated_lengths', 'hub_tokenizer',
-           'count_row', 'batches', 'keep_sample', 'quantile', 'check_file', 'judge_baselines', 'check_files',
-           'render_report', 'leakage', 'leakage_text', 'refuse_leaked', 'refuse_equal_files', 'gather_stats',
-           'plot_stats', 'write_stats', 'write_images']
+           'count_thought', 'count_row', 'batches', 'keep_sample', 'quantile', 'count_contract', 'check_file',
+           'judge_baselines', 'count_near', 'check_files', 'render_report', 'leakage', 'leakage_text', 'refuse_leaked',
+           'refuse_equal_files', 'gather_stats', 'plot_stats', 'write_stats', 'write_images']
 
 # %% ../nbs/10_check.ipynb #c42cf441
 import io
@@ -27,7 +27,7 @@ _lost = re.compile(r"\w\?\?+\w|\ufffd")
 
 
 def is_mojibake(text: str) -> bool:
-    "Does the text look wrongly decoded? ASCII text without `??` costs next to nothing."
+    "Does the text look wrongly decoded? The test is nearly free for ASCII text without `??`."
     if ("??" in text or "\ufffd" in text) and _lost.search(text):
         return True
     if text.isascii():
@@ -37,29 +37,29 @@ def is_mojibake(text: str) -> bool:
     return bool(is_bad(text))
 
 # %% ../nbs/10_check.ipynb #2a9dea5d
-LIMITS = {  # finding -> (warn above, fail above, what it means); shares of the file's rows
-    "bad rows": (0, 0, "cannot be used; see the lines named"),
+LIMITS = {  # finding -> (warn above, fail above, what it means). Limits are shares of the file's rows
+    "bad rows": (0, 0, "cannot be used (the lines are named)"),
     "repeated pairs": (0, 0.10, "the same premise and hypothesis again, up to case, blanks and punctuation"),
     "pairs with both labels": (0, 0.01, "the same pair again, with the other label"),
-    "pairs in an earlier file": (0, 0, "the same pair is in a file named before: leakage"),
-    "premises in an earlier file": (0, 0.01, "the premise is in a file named before: leakage"),
+    "pairs in an earlier file": (0, 0, "the same pair is in an earlier file: leakage"),
+    "premises in an earlier file": (0, 0.01, "the premise is in an earlier file: leakage"),
     "near-duplicates": (
         0.01,
         1,
-        "80 % of the word bigrams of both texts shared with another row of that label",
+        "shares 80 % of the word bigrams of both texts with another row of the same label",
     ),
-    "near-duplicates of an earlier file": (0, 0.05, "as above, with a file named before: leakage"),
+    "near-duplicates of an earlier file": (0, 0.05, "as above, with a row of an earlier file: leakage"),
     "near-copies with the other label": (
         0.05,
         1,
-        "as near to another row, of this file or one named before, that has the other label: minimal pairs, or errors",
+        "as near to a row of this or an earlier file that has the other label: minimal pairs, or errors",
     ),
     "minority label": (-0.35, -0.05, "share of the rarer label (a warning below 35 %, a failure below 5 %)"),
     "rows over the token limit": (0, 0.20, "would be dropped or refused in training"),
     "thoughts against their label": (
         0,
         0.10,
-        "the last sentence concludes the other label (heuristic, of those it can judge)",
+        "the last sentence concludes the other label (a heuristic, and only of thoughts it can judge)",
     ),
     "thoughts that show gold was given": (0, 0.05, "'the true label', 'the initial reasoning', …"),
     "mojibake": (0, 0.20, "wrongly decoded text"),
@@ -68,32 +68,37 @@ LIMITS = {  # finding -> (warn above, fail above, what it means); shares of the 
         1,
         "nothing says what 0 and 1 mean: give --contract to prepare or download",
     ),
-    "other label contract": (0, 0, "not the contract of an earlier file: the integers do not mean the same"),
+    "other label contract": (0, 0, "an earlier file has another contract: the integers do not mean the same"),
     "hypothesis-only baseline": (0.05, 1, "lower end of its interval above the majority share: a shortcut"),
     "overlap baseline": (0.05, 1, "lower end of its interval above the majority share: a shortcut"),
     "boosted-tree baseline": (0.05, 1, "lower end of its interval above the majority share: a shortcut"),
 }
 
-
+# %% ../nbs/10_check.ipynb #21d3c72e
 def level(name: str, share: float) -> str:
-    "OK, WARN or FAIL, by `LIMITS`; a limit below 0 is a floor."
+    "OK, WARN or FAIL, by `LIMITS`. A limit below 0 is a floor."
     warn, fail, _ = LIMITS[name]
-    worse = (lambda lim: share < -lim) if warn < 0 else (lambda lim: share > lim)
-    return "FAIL" if worse(fail) else "WARN" if worse(warn) else "OK"
+    if warn < 0:  # too small is bad here, so compare the negative share
+        share = -share
+    if share > fail:
+        return "FAIL"
+    return "WARN" if share > warn else "OK"
 
 # %% ../nbs/10_check.ipynb #9ca5484c
 class Tally:
-    "Counts of one file's findings, each with its first few examples."
+    "Counts of one file's findings. Each finding keeps its first five examples."
 
     def __init__(self, path):
         self.path, self.n, self.counts, self.of, self.examples = str(path), 0, Counter(), {}, {}
 
     def hit(self, name: str, example=None):
+        "Count a finding."
         self.counts[name] += 1
         if example is not None and len(ex := self.examples.setdefault(name, [])) < 5:
             ex.append(str(example))
 
     def findings(self) -> list:  # of dicts: check, level, n, of, share, says, examples
+        "All findings that can be judged: those with at least one row to look at."
         out = []
         for name, (_, _, says) in LIMITS.items():
             of = self.of.get(name, self.n)
@@ -115,14 +120,14 @@ class Tally:
 
 # %% ../nbs/10_check.ipynb #11ee0ae5
 def row_text(row: dict) -> str:
-    "All that a model would read of a row: prompt and completion, or the pair with its thought."
+    "All that a model would read of a row: prompt and completion, or the pair and its thought."
     if "prompt" in row:
         return "\n".join(m["content"] for k in ("prompt", "completion") for m in row[k])
     return "\n".join(row.get(k) or "" for k in ("premise", "hypothesis", "thought_process"))
 
 
 def row_thought(row: dict) -> tuple:  # (thought or None, the label it was written for)
-    "A row's reasoning: a reflection's improved thought, a thought with the label it predicted."
+    "A row's reasoning and the label it argues for. A reflection's improved thought argues for the gold label."
     if "improved_thought_process" in row:
         return row["improved_thought_process"], row["label"]
     if "predicted_label" in row and "thought_process" in row:
@@ -131,7 +136,7 @@ def row_thought(row: dict) -> tuple:  # (thought or None, the label it was writt
 
 # %% ../nbs/10_check.ipynb #e48a7c43
 def estimated_lengths(texts: list) -> list:
-    "A quarter of the characters: a rough estimate for English, for use without a tokenizer."
+    "Token counts without a tokenizer: a quarter of the characters, a rough estimate for English."
     return [len(t) // 4 + 1 for t in texts]
 
 
@@ -142,17 +147,29 @@ def hub_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        tok = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False
-        )  # unsaid, transformers asks on the terminal
+        # without `trust_remote_code=False` transformers would ask on the terminal
+        tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise DataError(
-            f"tokenizer {name!r} cannot be loaded: {str(e).splitlines()[0]}; name a folder that holds "
+            f"tokenizer {name!r} cannot be loaded: {str(e).splitlines()[0]}. Name a folder that holds "
             "one, or leave --tokenizer out for an estimate"
         ) from e
     return lambda texts: [len(o) for o in tok(texts, add_special_tokens=True)["input_ids"]]
 
 # %% ../nbs/10_check.ipynb #4a59f51c
+def count_thought(row: dict, tally: Tally):  # counts what is wrong with it
+    "Does the thought conclude its label, and does it hide that its writer saw gold?"
+    thought, label = row_thought(row)
+    if not thought:
+        return
+    verdict, name = concludes(thought), "thoughts against their label"
+    tally.of[name] = tally.of.get(name, 0) + (verdict is not None)
+    if verdict is not None and verdict != label:
+        tally.hit(name, f"id {row['id']}")
+    if words := leaks_gold(thought):
+        tally.hit("thoughts that show gold was given", f"id {row['id']} ({words!r})")
+
+
 def count_row(row: dict, file: int, tally: Tally, pairs: Seen, premises: Seen):
     "The findings that one row shows by itself or against the hashes of the rows before it."
     tally.n += 1
@@ -165,22 +182,14 @@ def count_row(row: dict, file: int, tally: Tally, pairs: Seen, premises: Seen):
     first = premises.add(norm_text(row["premise"]), file)
     if first is not None and first < file:
         tally.hit("premises in an earlier file", rid)
-    thought, label = row_thought(row)
-    if thought:
-        said = concludes(thought)
-        tally.of["thoughts against their label"] = tally.of.get("thoughts against their label", 0) + (
-            said is not None
-        )
-        if said is not None and said != label:
-            tally.hit("thoughts against their label", rid)
-        if words := leaks_gold(thought):
-            tally.hit("thoughts that show gold was given", f"{rid} ({words!r})")
+    count_thought(row, tally)
+    thought, _ = row_thought(row)
     if any(map(is_mojibake, (row["premise"], row["hypothesis"], thought or ""))):
         tally.hit("mojibake", rid)
 
 # %% ../nbs/10_check.ipynb #2dbf743b
 def batches(rows, n: int = 1000):  # yields lists of up to n rows
-    "Rows in lists."
+    "Lists of rows, so that a tokenizer counts many texts at a time."
     rows = iter(rows)
     while b := list(itertools.islice(rows, n)):
         yield b
@@ -193,7 +202,7 @@ def keep_sample(
     limit: int,
     rng: random.Random,
 ):
-    "Reservoir sampling (Vitter's algorithm R): every row is in the sample with the same probability."
+    "Reservoir sampling (Vitter's algorithm R). Every row has the same probability to be in the sample."
     if len(sample) < limit:
         sample.append(row)
     elif (j := rng.randrange(seen + 1)) < limit:
@@ -201,53 +210,57 @@ def keep_sample(
 
 # %% ../nbs/10_check.ipynb #574a02c4
 def quantile(hist: Counter, q: float) -> int | None:
-    "A quantile of a histogram of whole numbers."
+    "A quantile of a histogram of whole numbers. None for an empty one."
     need, total = q * sum(hist.values()), 0
     for v in sorted(hist):
         if (total := total + hist[v]) >= need:
             return v
 
+# %% ../nbs/10_check.ipynb #a76d8aff
+def count_contract(
+    row: dict,
+    contracts: set,  # of the earlier files
+    tally: Tally,
+):
+    "Does a row say what its label means, and do the earlier files say the same?"
+    contract = row.get("contract")
+    if contract is None:
+        tally.hit("no label contract recorded")
+    elif contracts - {None, contract}:
+        tally.hit("other label contract", f"id {row['id']}: {contract}")
+
 # %% ../nbs/10_check.ipynb #ed088cad
 def check_file(
     path,
     file: int,  # its number
-    pairs: Seen,
-    premises: Seen,
+    pairs: Seen,  # hashes of all pairs so far
+    premises: Seen,  # hashes of all premises so far
     near: NearSample,  # shared by all files
-    contracts: set,  # of the files before
-    tokens,
-    max_tokens: int,
-    kind=None,
-    contract=None,
-    baseline_rows: int = 5000,
+    contracts: set,  # of the earlier files (this file's are added)
+    tokens,  # function: list of texts -> list of token counts
+    max_tokens: int,  # token limit of a row
+    kind=None,  # force a kind
+    contract=None,  # what the labels mean, for rows that do not say
+    baseline_rows: int = 5000,  # rows for the baselines
     seed: int = 42,
 ) -> tuple:  # (Tally, facts)
-    "One streaming pass over a file."
+    "Read one file as a stream, and count its findings."
     tally, bad, meta, lengths, labels, own = Tally(path), BadRows(), {}, Counter(), Counter(), set()
     sample, rng = [], random.Random(seed)
     try:
         for rows in batches(iter_rows(path, kind, 1.0, contract, bad, meta)):
             for row, n in zip(rows, tokens([row_text(r) for r in rows])):
-                keep_sample(
-                    sample,
-                    {k: row[k] for k in ("premise", "hypothesis", "label", "group_id") if k in row},
-                    tally.n,
-                    baseline_rows,
-                    rng,
-                )
+                part = {k: row[k] for k in ("premise", "hypothesis", "label", "group_id") if k in row}
+                keep_sample(sample, part, tally.n, baseline_rows, rng)
                 count_row(row, file, tally, pairs, premises)
                 near.add(row, file)
                 lengths[n] += 1
                 labels[row["label"]] += 1
-                c = row.get("contract")
-                own.add(c)
-                if c is None:
-                    tally.hit("no label contract recorded")
-                elif contracts - {None, c}:
-                    tally.hit("other label contract", f"id {row['id']}: {c}")
+                own.add(row.get("contract"))
+                count_contract(row, contracts, tally)
                 if n > max_tokens:
                     tally.hit("rows over the token limit", f"id {row['id']}: {n}")
-    except DataError as e:  # no usable row, or no such file: for a report that is a finding like others
+    except DataError as e:  # no usable row, or no such file: in a report that is a finding, too
         if not bad.total:
             tally.hit("bad rows", e)
     for line, why in bad[:5]:
@@ -267,7 +280,7 @@ def check_file(
 
 # %% ../nbs/10_check.ipynb #5ecd0550
 def judge_baselines(facts: dict, tally: Tally) -> list:
-    "Findings for the baselines: how far the lower end of the interval lies above the majority share."
+    "Findings for the baselines: how far the lower end of each interval lies above the majority share."
     out, b = [], facts["baselines"]
     for name, key in (
         ("hypothesis-only baseline", "hypothesis_only"),
@@ -292,6 +305,26 @@ def judge_baselines(facts: dict, tally: Tally) -> list:
         )
     return out
 
+# %% ../nbs/10_check.ipynb #b3a71639
+def count_near(
+    near: NearSample,  # rows of all files
+    tallies: list,  # one for each file
+):
+    "Count near-duplicates, within a file and across files."
+    rows = Counter(r[1] for r in near.rows)
+    for i, tally in enumerate(tallies):
+        for name in (
+            "near-duplicates",
+            "near-duplicates of an earlier file",
+            "near-copies with the other label",
+        ):
+            tally.of[name] = rows[i]
+    for file, rid, file2, rid2, same in near_duplicates(near):
+        name = "near-duplicates of an earlier file" if file2 < file else "near-duplicates"
+        if not same:
+            name = "near-copies with the other label"
+        tallies[file].hit(name, f"id {rid} ~ {tallies[file2].path} id {rid2}")
+
 # %% ../nbs/10_check.ipynb #98f69f67
 def check_files(
     paths: list,  # data files, the training file first
@@ -303,48 +336,26 @@ def check_files(
     baseline_rows: int = 5000,  # rows per file for the baselines
     seed: int = 42,  # of the samples of rows
 ) -> dict:  # verdict, files: each with its facts and findings
-    "Check data files, each by itself and against the ones before it; see `LIMITS`."
+    "Check data files, each by itself and against the earlier ones. See `LIMITS`."
     if len(paths) > 127:
         raise DataError("at most 127 files at a time")
     pairs, premises, near, contracts = Seen("B"), Seen("B"), NearSample(near_rows), set()
-    done = [
+    count = tokens or estimated_lengths
+    results = [
         check_file(
-            p,
-            i,
-            pairs,
-            premises,
-            near,
-            contracts,
-            tokens or estimated_lengths,
-            max_tokens,
-            kind,
-            contract,
-            baseline_rows,
-            seed,
+            p, i, pairs, premises, near, contracts, count, max_tokens, kind, contract, baseline_rows, seed
         )
         for i, p in enumerate(paths)
     ]
-    sampled = Counter(r[1] for r in near.rows)
-    for i, (tally, _) in enumerate(done):
-        for name in (
-            "near-duplicates",
-            "near-duplicates of an earlier file",
-            "near-copies with the other label",
-        ):
-            tally.of[name] = sampled[i]
-    for file, rid, file2, rid2, same in near_duplicates(near):
-        name = "near-duplicates of an earlier file" if file2 < file else "near-duplicates"
-        done[file][0].hit(
-            name if same else "near-copies with the other label",
-            f"id {rid} ~ {done[file2][0].path} id {rid2}",
-        )
+    count_near(near, [tally for tally, _ in results])
     files = []
-    for tally, facts in done:
-        found = [f for f in tally.findings() if "baseline" not in f["check"]] + judge_baselines(facts, tally)
-        files.append(dict(path=tally.path, **facts, findings=found))
-    levels = {f["level"] for o in files for f in o["findings"]}
+    for tally, facts in results:
+        findings = [f for f in tally.findings() if "baseline" not in f["check"]]
+        findings += judge_baselines(facts, tally)
+        files.append(dict(path=tally.path, **facts, findings=findings))
+    levels = {finding["level"] for file in files for finding in file["findings"]}
     return dict(
-        verdict=next((l for l in ("FAIL", "WARN") if l in levels), "OK"),
+        verdict=next((name for name in ("FAIL", "WARN") if name in levels), "OK"),
         files=files,
         tokens="counted" if tokens else "estimated (a quarter of the characters)",
         max_tokens=max_tokens,
@@ -365,24 +376,32 @@ def render_report(
             f"  tokens {rep['tokens']}: median {t['p50']}, p99 {t['p99']}, longest {t['p100']}; limit "
             f"{rep['max_tokens']}",
         ]
-        for o in f["findings"]:
-            out.append(f"  {o['level']:4} {o['check']:36} {o['n']:>9,} of {o['of']:,} ({o['share']:.1%})")
-            if o["level"] != "OK" or "baseline" in o["check"]:
-                out[-1] += f"  {o['says']}" if o["level"] != "OK" else ""
-                out += [f"         {e}" for e in o["examples"][:5]]
+        for finding in f["findings"]:
+            name, bad = finding["check"], finding["level"] != "OK"
+            out.append(
+                f"  {finding['level']:4} {name:36} {finding['n']:>9,} of {finding['of']:,} ({finding['share']:.1%})"
+            )
+            if bad:
+                out[-1] += f"  {finding['says']}"
+            if bad or "baseline" in name:
+                out += [f"         {example}" for example in finding["examples"][:5]]
         if not f["baselines"]:
             out.append("  --   baselines not computed (fewer than 50 rows, or 10 of a label, or 5 premises)")
     return "\n".join(out + [f"near-duplicates sought among {rep['near_rows']}", f"verdict: {rep['verdict']}"])
 
 # %% ../nbs/10_check.ipynb #062bf55c
 def _contracts(rows):
+    "The label contracts that rows name."
     return sorted({str(r.get("contract") or "not recorded") for r in rows})
 
 # %% ../nbs/10_check.ipynb #fa3c08bb
 def _candidates(train, judged, threshold=0.8):
-    """Training rows that can be a near-copy of a judged row: of both texts at least `threshold` of the bigrams
+    """Training rows that can be a near-copy of a judged row: at least `threshold` of the bigrams of both texts
     occur in judged rows."""
-    known = {k: {b for r in judged for b in bigrams(r[k])} for k in ("hypothesis", "premise")}
+    known = dict(hypothesis=set(), premise=set())
+    for key, grams in known.items():
+        for r in judged:
+            grams.update(bigrams(r[key]))
 
     def covered(row, key):
         mine = bigrams(row[key])
@@ -395,26 +414,25 @@ def leakage(
     train: list,  # rows that are trained on
     judged: list,  # rows that are scored
     near_rows: int = 20_000,  # rows of both that are held for near-copies
-) -> dict:  # counts of judged rows, ready for JSON; `sample` says among how many rows near-copies were sought
+) -> dict:  # counts of judged rows, ready for JSON. `sample`: among how many rows near-copies were sought
     """What training rows and evaluation rows share: pairs (with the same and with the other label), premises,
     near-copies, label contracts.
 
-    Pairs and premises count as equal by their keys (`norm_text`). Near-copies are sought among the judged
-    rows and the training rows that come into question, and in a sample of these (`NearSample`) where they
-    are more than `near_rows`."""
-    asked, labels, trained = (
-        {norm_text(r["premise"]) for r in judged},
-        {pair_key(r): set() for r in judged},
-        set(),
-    )
+    Pairs and premises are equal if their keys are equal (`norm_text`). Near-copies are sought among the judged
+    rows and those training rows that could be one. If these are more than `near_rows`, they are sought in a
+    sample (`NearSample`)."""
+    asked = {norm_text(r["premise"]) for r in judged}
+    labels = {pair_key(r): set() for r in judged}
+    trained = set()
     for r in train:
-        if (p := norm_text(r["premise"])) not in asked:
+        premise = norm_text(r["premise"])
+        if premise not in asked:
             continue
-        trained.add(p)
+        trained.add(premise)
         if (key := pair_key(r)) in labels:
             labels[key].add(r["label"])
     known = [r for r in judged if norm_text(r["premise"]) in trained]
-    shared = [(r, ys) for r in known if (ys := labels[pair_key(r)])]
+    shared = [(r, labels[pair_key(r)]) for r in known if labels[pair_key(r)]]
     sample = NearSample(near_rows)
     for file, rows in enumerate((_candidates(train, judged), judged)):
         for i, r in enumerate(rows):
@@ -434,45 +452,43 @@ def leakage(
 
 # %% ../nbs/10_check.ipynb #50266170
 def leakage_text(
-    leaks: dict | None,  # from `leakage`; None: of a record that is older
+    leaks: dict | None,  # from `leakage`, or None for an older record without it
 ) -> list:  # sentences; none where nothing is shared
-    "What a reader must know about `leakage`."
+    "What a reader must know about the leakage, in sentences."
     if not leaks:
-        return ["Whether training and evaluation rows share pairs or premises was not looked for."]
+        return ["Training and evaluation rows may share pairs or premises. That was not looked for."]
     n, s = leaks["judged"], leaks["sample"]
     where = "" if s["rows"] == s["of"] else f" (sought in a sample: {s['judged']:,} of {n:,} evaluation rows)"
-    said = []
+    sentences = []
     if leaks["pairs"]:
-        other = (
-            f", {leaks['pairs_other_label']:,} of them with the other label"
-            if leaks["pairs_other_label"]
-            else ""
-        )
-        said.append(
+        other = ""
+        if leaks["pairs_other_label"]:
+            other = f", {leaks['pairs_other_label']:,} of them with the other label"
+        sentences.append(
             f"{leaks['pairs']:,} of {n:,} evaluation pairs are among the training rows{other}: the "
             "score flatters the model."
         )
     if leaks["premise_rows"]:
-        said.append(
+        sentences.append(
             f"{leaks['premise_rows']:,} of {n:,} evaluation rows have a premise that was trained on "
             f"({leaks['premises']:,} premises)."
         )
     if leaks["near"]:
-        said.append(f"{leaks['near']:,} evaluation rows are near-copies of a training row{where}.")
+        sentences.append(f"{leaks['near']:,} evaluation rows are near-copies of a training row{where}.")
     if leaks["near_other_label"]:
-        said.append(
+        sentences.append(
             f"{leaks['near_other_label']:,} evaluation rows are near-copies of a training row that "
             f"has the other label{where}."
         )
     train, judged = leaks["contracts"]["train"], leaks["contracts"]["eval"]
     if train != judged:
-        said.append(
+        sentences.append(
             f"Label contracts differ: {', '.join(train)} in training, {', '.join(judged)} in "
             "evaluation. A 1 may not mean the same."
         )
     if where and not (leaks["near"] or leaks["near_other_label"]):
-        said.append(f"No near-copies were found{where}.")
-    return said
+        sentences.append(f"No near-copies were found{where}.")
+    return sentences
 
 # %% ../nbs/10_check.ipynb #74508df2
 def refuse_leaked(
@@ -480,7 +496,7 @@ def refuse_leaked(
     train,
     judged,  # how messages call the two files
 ):
-    "Raise `DataError` where every evaluation pair was trained on: such a score measures memory and nothing else."
+    "Raises `DataError` if every evaluation pair was trained on. Such a score measures memory and nothing else."
     if leaks["judged"] and leaks["pairs"] == leaks["judged"]:
         raise DataError(
             f"all {leaks['judged']:,} evaluation pairs of {judged} are among the training rows of "
@@ -492,29 +508,27 @@ def refuse_equal_files(
     train,
     judged,  # paths of training and evaluation rows
 ):
-    """Raise `DataError` where the two are one file, or have the same bytes. Files that are not there are for
-    others to refuse."""
+    """Raises `DataError` if the two are one file or have the same bytes. Missing files are refused
+    elsewhere."""
     train, judged = Path(train), Path(judged)
     if not (train.is_file() and judged.is_file()):
         return
-    same = (
-        "the same file"
-        if train.samefile(judged)
-        else "files of the same bytes"
-        if data_hash(train) == data_hash(judged)
-        else None
+    if train.samefile(judged):
+        same = "the same file"
+    elif data_hash(train) == data_hash(judged):
+        same = "files of the same bytes"
+    else:
+        return
+    raise DataError(
+        f"train_data {train} and eval_data {judged} are {same}: the score would measure memory. "
+        "Give evaluation rows that are not trained on"
     )
-    if same:
-        raise DataError(
-            f"train_data {train} and eval_data {judged} are {same}: the score would measure memory. "
-            "Give evaluation rows that are not trained on"
-        )
 
 # %% ../nbs/10_check.ipynb #df679464
 def gather_stats(
     rows,  # any iterable of rows: a generator is streamed
 ) -> dict:  # counts by label and by source, histograms of word counts by label
-    "Counts for plots, in memory that does not grow with the rows."
+    "Counts for the plots."
     labels, sources, words = Counter(), Counter(), {}
     for row in rows:
         labels[row["label"]] += 1
@@ -531,16 +545,18 @@ def gather_stats(
 
 # %% ../nbs/10_check.ipynb #47ae2aa6
 def plot_stats(
-    rows,  # rows, or what `gather_stats` made of them
+    rows,  # rows, or the counts of `gather_stats`
     title: str = "",
 ):  # matplotlib Figure
     "Lengths by label, sources by label, and label balance, side by side."
     from matplotlib.figure import Figure
 
     st = rows if isinstance(rows, dict) else gather_stats(rows)
-    parts = [p for p in ("premise", "hypothesis", "thought") if any(k[0] == p for k in st["words"])]
+    present = {part for part, _ in st["words"]}
+    parts = [part for part in ("premise", "hypothesis", "thought") if part in present]
     fig = Figure(figsize=(3.2 * (len(parts) + 2), 2.8), layout="constrained")
-    axs, colours = fig.subplots(1, len(parts) + 2), ("tab:orange", "tab:blue")
+    axs = fig.subplots(1, len(parts) + 2)
+    colours = ("tab:orange", "tab:blue")
     for ax, part in zip(axs, parts):
         top = max(quantile(h, 0.99) for k, h in st["words"].items() if k[0] == part)
         for label in (0, 1):
@@ -557,14 +573,11 @@ def plot_stats(
         ax.set(title=f"{part} length", xlabel="words", ylabel="rows")
         ax.legend(fontsize="small")
     names = sorted({s for s, _ in st["sources"]})
+    shown = [s.replace("$", r"\$") for s in names]  # a dollar sign would start a formula
     for label in (0, 1):
         left = [st["sources"][s, 0] if label else 0 for s in names]
-        axs[-2].barh(
-            [s.replace("$", r"\$") for s in names],
-            [st["sources"][s, label] for s in names],
-            left=left,
-            color=colours[label],
-        )  # no mathtext
+        widths = [st["sources"][s, label] for s in names]
+        axs[-2].barh(shown, widths, left=left, color=colours[label])
         axs[-1].bar(str(label), st["labels"][label], color=colours[label])
     axs[-2].set(title="source", xlabel="rows")
     axs[-1].set(title="label balance", xlabel="label", ylabel="rows")
@@ -580,12 +593,12 @@ def write_stats(
     contract: str | None = None,  # needed where labels are relation names
     overwrite: bool = False,  # replace an existing file
 ) -> list:  # of `gather_stats` dicts
-    "Plots of data files, one row of panels per file, as PNG or as one HTML page."
+    "Write plots of data files, one row of panels per file, as PNG or as one HTML page."
     out = Path(out)
     if out.suffix not in (".png", ".html"):
         raise DataError(f"{out}: write plots to a .png or .html file")
     if out.exists() and not overwrite:
-        raise DataError(f"{out}: exists already; say --overwrite to replace it")
+        raise DataError(f"{out}: exists already. Say --overwrite to replace it")
     stats = [gather_stats(iter_rows(p, None, max_bad, contract)) for p in paths]
     images = []
     for p, st in zip(paths, stats):
@@ -597,23 +610,25 @@ def write_stats(
 
 # %% ../nbs/10_check.ipynb #8fab173a
 def write_images(images: list, names: list, out: Path):
-    "PNG images as one file: stacked (.png) or in a page (.html)."
+    "Write PNG images as one file: stacked (.png) or in a page (.html)."
     if out.suffix == ".html":
         import base64, html
 
-        body = "".join(
-            f'<h2>{html.escape(n)}</h2><img alt="{html.escape(n)}" '
-            f'src="data:image/png;base64,{base64.b64encode(i).decode()}">'
-            for n, i in zip(names, images)
-        )
+        parts = []
+        for name, image in zip(names, images):
+            title, code = html.escape(name), base64.b64encode(image).decode()
+            parts.append(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{code}">')
+        body = "".join(parts)
         data = f'<!doctype html><meta charset="utf-8"><title>NLI data</title>{body}'.encode()
     else:
         from PIL import Image
 
-        ims = [Image.open(io.BytesIO(i)) for i in images]
-        page = Image.new("RGB", (max(i.width for i in ims), sum(i.height for i in ims)), "white")
-        for k, i in enumerate(ims):
-            page.paste(i, (0, sum(o.height for o in ims[:k])))
+        pictures = [Image.open(io.BytesIO(i)) for i in images]
+        size = max(p.width for p in pictures), sum(p.height for p in pictures)
+        page, top = Image.new("RGB", size, "white"), 0
+        for picture in pictures:
+            page.paste(picture, (0, top))
+            top += picture.height
         buf = io.BytesIO()
         page.save(buf, "PNG")
         data = buf.getvalue()

@@ -23,10 +23,10 @@ from .seeds import compare_configs, distinct_entries
 
 # %% ../nbs/28_compare.ipynb #55e428d0
 def _interval(x, ci):
-    "A share or difference with its interval, as far as there are any."
+    "A share or difference with its interval. Empty where there is none."
     if x is None:
         return ""
-    return f"{x:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")
+    return f"{x:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else f"{x:.3f}"
 
 # %% ../nbs/28_compare.ipynb #d8051ec8
 def _fixed(x, form):
@@ -37,15 +37,24 @@ def _score_cell(x):
     return "undefined" if x is None else f"{x:.3f}"
 
 # %% ../nbs/28_compare.ipynb #63439b77
-def _seen_difference(r, first):
-    "What differs, in words for the last column."
-    return ", ".join(r["differs"]) or ("seed only" if r["seed"] != first["seed"] else "nothing")
+def _difference_text(r, first):
+    "What differs from the first run, for the last column."
+    if r["differs"]:
+        return ", ".join(r["differs"])
+    return "seed only" if r["seed"] != first["seed"] else "nothing"
+
+
+def _majority_cells(majority):
+    "Label, size and scores of the row of the majority label: two cells and three."
+    scores = [_score_cell(majority["macro_f1"]), _score_cell(majority["mcc"])]
+    size = [majority["n"], majority["n_clusters"], _interval(majority["accuracy"], majority["accuracy_ci"])]
+    return [f"majority label ({majority['label']})", "", *size], scores
 
 # %% ../nbs/28_compare.ipynb #0ab8e6ca
 def run_table(
     rows,  # from `compare_runs`
 ) -> tuple:  # (head, cells as text)
-    "The columns that are shown; the last line is the majority label."
+    "What is shown of each run. The last row is the majority label."
     head = ["run", "seed", "n", "clusters", "accuracy [95 %]", "macro-F1", "MCC", "valid", "tokens", "s/item"]
     head += ["difference [95 %, Holm]", "p", "p (Holm)", "p (McNemar)", "differs in"]
     cells = []
@@ -67,28 +76,17 @@ def run_table(
             against = [
                 _interval(r["difference"], r["ci"]),
                 *(f"{r[k]:.3g}" for k in ("p", "p_holm", "p_mcnemar")),
-                _seen_difference(r, rows[0]),
+                _difference_text(r, rows[0]),
             ]
         cells.append(own + against)
-    m = rows[0]["majority"]
-    return head, cells + [
-        [
-            f"majority label ({m['label']})",
-            "",
-            m["n"],
-            m["n_clusters"],
-            _interval(m["accuracy"], m["accuracy_ci"]),
-            _score_cell(m["macro_f1"]),
-            _score_cell(m["mcc"]),
-            *[""] * 8,
-        ]
-    ]
+    size, scores = _majority_cells(rows[0]["majority"])
+    return head, [*cells, [*size, *scores, *[""] * 8]]
 
 # %% ../nbs/28_compare.ipynb #485e13b8
 def config_table(
     rows,  # from `compare_configs`
 ) -> tuple:  # (head, cells as text)
-    "The columns that are shown; the last line is the majority label."
+    "What is shown of each config. The last row is the majority label."
     head = ["config", "seeds", "n", "clusters", "accuracy [95 %]", "sd over seeds", "macro-F1", "MCC"]
     head += ["difference [95 %, Holm]", "p", "p (Holm)", "differs in"]
     if not rows:
@@ -113,43 +111,33 @@ def config_table(
                 ", ".join(r["differs"]),
             ]
         cells.append(own + against)
-    m = rows[0]["majority"]
-    return head, cells + [
-        [
-            f"majority label ({m['label']})",
-            "",
-            m["n"],
-            m["n_clusters"],
-            _interval(m["accuracy"], m["accuracy_ci"]),
-            "",
-            _score_cell(m["macro_f1"]),
-            _score_cell(m["mcc"]),
-            *[""] * 4,
-        ]
-    ]
+    size, scores = _majority_cells(rows[0]["majority"])
+    return head, [*cells, [*size, "", *scores, *[""] * 4]]
 
 # %% ../nbs/28_compare.ipynb #55168c0c
 def remarks(
     rows,  # from `compare_runs`
 ) -> list[str]:  # sentences
-    "What a reader must know beside the numbers: every verdict, confounded comparisons, runs that did not end well."
-    said = [f"run {r['run']} against run {rows[0]['run']}, on these items: {r['verdict']}" for r in rows[1:]]
+    "Sentences beside the numbers: every verdict, confounded comparisons, runs that did not end well."
+    sentences = [
+        f"run {r['run']} against run {rows[0]['run']}, on these items: {r['verdict']}" for r in rows[1:]
+    ]
     for r in rows[1:]:
         causes = explains(r["differs"])
         if len(causes) > 1:
-            said.append(
+            sentences.append(
                 f"warning: {r['run']} differs from the baseline in {len(causes)} settings ({', '.join(causes)}): "
                 "a difference cannot be put down to one of them"
             )
-    said += [f"warning: {r['run']} is {r['status']}, not done" for r in rows if r["status"] != "done"]
-    return said
+    sentences += [f"warning: {r['run']} is {r['status']}, not done" for r in rows if r["status"] != "done"]
+    return sentences
 
 # %% ../nbs/28_compare.ipynb #bbb5af1c
 def markdown(
-    head,
-    cells,  # from `run_table` or `config_table`
+    head,  # from `run_table` or `config_table`
+    cells,  # from the same
 ) -> str:  # a Markdown table
-    "A table for a notebook, an issue or a paper's appendix."
+    "A table as Markdown. Characters that mean something in Markdown or HTML are escaped."
 
     def cell(value):
         text = html.escape(str(value), quote=False)
@@ -164,8 +152,9 @@ def markdown(
 def plot_differences(
     rows,  # from `compare_runs` or `compare_configs`
 ):  # Figure
-    """Forest plot: each difference to the baseline in points, with its interval; blue where it can be told
-    from noise, hollow where there is no verdict."""
+    """Forest plot: each difference to the baseline in points, with its interval.
+
+    It is blue where it can be told from noise, and hollow where there is no verdict."""
     from nli_ft.report import BLUE, GREY, new_figure
 
     shown = [r for r in rows if "difference" in r]
@@ -174,13 +163,8 @@ def plot_differences(
         color = BLUE if r["told"] else GREY
         if r["ci"]:
             ax.plot([100 * v for v in r["ci"]], [y, y], color=color, lw=2)
-        ax.plot(
-            100 * r["difference"],
-            y,
-            "o",
-            color=color,
-            markerfacecolor="white" if r["told"] is None else color,
-        )
+        face = "white" if r["told"] is None else color
+        ax.plot(100 * r["difference"], y, "o", color=color, markerfacecolor=face)
     ax.axvline(0, color="black", lw=0.8)
     first = rows[0].get("run") or rows[0]["config"]
     ax.set(
@@ -214,28 +198,29 @@ def newest(
     every: bool = False,  # all runs that are done, not only the newest
 ) -> list[str]:  # run folders, oldest first
     "Finished runs of a config. Raises `RecordError` where there is none."
-    found = [r["path"] for r in list_runs(runs_dir) if r["config"] == config and r["status"] == "done"]
-    if not found:
+    paths = [r["path"] for r in list_runs(runs_dir) if r["config"] == config and r["status"] == "done"]
+    if not paths:
         raise RecordError(
-            f"no finished run of {config}; `nli_run --config {config}` makes one, `nli_runs` lists what there is"
+            f"no finished run of {config}. `nli_run --config {config}` makes one, and `nli_runs` lists all runs."
         )
-    return found if every else found[-1:]
+    return paths if every else paths[-1:]
 
 # %% ../nbs/28_compare.ipynb #99449fa7
 def _entries(refs):
-    "Entries that may hold copies, the rows of all in the order of the first."
-    got = [_entry(r) for r in refs]
-    for other in got[1:]:
-        _same_task(got[0], other)
-    order = {p["id"]: i for i, p in enumerate(got[0][1])} if got else {}
-    return [(run, sorted(preds, key=lambda p: order[p["id"]]), name) for run, preds, name in got]
+    "Entries that may hold copies. The rows of all are in the order of the first."
+    entries = [_entry(r) for r in refs]
+    for other in entries[1:]:
+        _same_task(entries[0], other)
+    order = {p["id"]: i for i, p in enumerate(entries[0][1])} if entries else {}
+    return [(run, sorted(preds, key=lambda p: order[p["id"]]), name) for run, preds, name in entries]
 
 # %% ../nbs/28_compare.ipynb #beba69d6
 def distinct(
     refs,  # run folders; `<folder>:before` is the untrained model of that run
 ) -> tuple:  # (folders that are runs of their own, [(folder, why it is not)])
-    """`distinct_entries` of folders: what both `nli_compare` and compare.ipynb leave out. Raises `RecordError`
-    where runs cannot be compared."""
+    """Choose the folders that count once, by `distinct_entries`. `nli_compare` and compare.ipynb both use this.
+
+    Raises `RecordError` where runs cannot be compared."""
     refs = list(dict.fromkeys(map(str, refs)))
     entries = _entries(refs)
     why = distinct_entries(entries)[1]
@@ -246,7 +231,7 @@ def distinct(
 def comparable(
     run_dirs,  # run folders
 ) -> tuple:  # (folders that share one evaluation, [(folder, why it does not)])
-    "Of many runs those that were evaluated on what the last readable one was, each once (`distinct`)."
+    "Choose the runs that were evaluated on the same items as the last readable one, each once (`distinct`)."
     good, bad = [], []
     for ref in reversed(list(run_dirs)):
         try:
@@ -255,62 +240,67 @@ def comparable(
             bad.append((ref, str(e)))
         else:
             good.append(ref)
-    kept, left_out = distinct(good[::-1])
-    return [ref for ref in good[::-1] if str(ref) in kept], bad[::-1] + left_out
+    chosen, left_out = distinct(good[::-1])
+    return [ref for ref in good[::-1] if str(ref) in chosen], bad[::-1] + left_out
 
 # %% ../nbs/28_compare.ipynb #472be829
 def record_notes(
     refs,  # run folders, as for `compare_runs`
 ) -> list[str]:  # sentences
     "What the records say about the rows below the scores: leakage, and predictions that carry no hash."
-    said = {}
-    for path in dict.fromkeys(str(r).removesuffix(":before") for r in refs):
-        run = read_run(path)
-        for s in leakage_text(run.summary.get("leakage")):
-            said.setdefault(s, []).append(run.name)
+    paths = list(dict.fromkeys(str(r).removesuffix(":before") for r in refs))
+    names = {}  # sentence -> names of the runs that it is about
+    for run in map(read_run, paths):
+        sentences = list(leakage_text(run.summary.get("leakage")))
         if not run.summary.get("predictions"):
-            said.setdefault(
-                "The record has no hash of its predictions: an edit would show only in its counts and completions.",
-                [],
-            ).append(run.name)
-    n = len({str(r).removesuffix(":before") for r in refs})
-    return [f"{'every run' if len(names) == n else ', '.join(names)}: {s}" for s, names in said.items()]
+            sentences.append(
+                "The record has no hash of its predictions: an edit would show only in its counts and completions."
+            )
+        for sentence in sentences:
+            names.setdefault(sentence, []).append(run.name)
+    every = len(paths)
+    return [f"{'every run' if len(o) == every else ', '.join(o)}: {s}" for s, o in names.items()]
 
 # %% ../nbs/28_compare.ipynb #70f9ebc9
 def full_comparison(
-    run_dirs,
+    run_dirs,  # as for `compare_runs`
     baseline=None,  # as for `compare_runs`
-) -> tuple:  # rows per run; rows per config where seeds were repeated, else none; remarks
+) -> tuple:  # rows per run; rows per config, none without repeated seeds; remarks
     "Everything that `nli_compare` and compare.ipynb show."
     rows = compare_runs(run_dirs, baseline)
     by = compare_configs(run_dirs, rows[0]["run"])
-    said = [f"config {r['config']} against config {by[0]['config']}: {r['verdict']}" for r in by[1:]]
+    sentences = [f"config {r['config']} against config {by[0]['config']}: {r['verdict']}" for r in by[1:]]
     repeated = len(by) > 1 and max(len(r["seeds"]) for r in by) > 1
-    return rows, by if repeated else [], said + remarks(rows)
+    return rows, by if repeated else [], sentences + remarks(rows)
 
 # %% ../nbs/28_compare.ipynb #2cf5b825
-def _save(path, rows, by, said):
+def _as_json(rows, by, sentences):
+    value = _plain(dict(runs=rows, configs=by, remarks=sentences))
+    return json.dumps(value, indent=1, ensure_ascii=False)
+
+
+def _as_csv(rows):
+    text = io.StringIO()
+    head, cells = run_table(rows)
+    csv.writer(text, lineterminator="\n").writerows([head, *cells])
+    return text.getvalue()
+
+
+def _as_markdown(rows, by, sentences):
+    parts = [markdown(*config_table(by))] if by else []
+    parts += [markdown(*run_table(rows)), "\n".join(f"- {s}" for s in sentences)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _save(path, rows, by, sentences):
     "Write the comparison as Markdown, CSV or JSON, by the ending of `path`."
     path = Path(path)
     if path.suffix == ".json":
-        text = (
-            json.dumps(_plain(dict(runs=rows, configs=by, remarks=said)), indent=1, ensure_ascii=False) + "\n"
-        )
+        text = _as_json(rows, by, sentences) + "\n"
     elif path.suffix == ".csv":
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([run_table(rows)[0], *run_table(rows)[1]])
-        text = text.getvalue()
+        text = _as_csv(rows)
     elif path.suffix == ".md":
-        text = (
-            "\n\n".join(
-                [
-                    *(markdown(*config_table(by)) for _ in by[:1]),
-                    markdown(*run_table(rows)),
-                    "\n".join(f"- {s}" for s in said),
-                ]
-            )
-            + "\n"
-        )
+        text = _as_markdown(rows, by, sentences)
     else:
         raise RecordError(f"--out {path}: the ending says the format: .md, .csv or .json")
     with atomic_writer(path) as f:

@@ -25,13 +25,15 @@ from .lexicon import LEXICON, plural
 from .quadruples import CATEGORIES, DENIALS, GENERATOR, SIZES, bared, generate, skeleton_words
 
 # %% ../nbs/46_corpus.ipynb #eb14c043
-LIMIT = 0.75  # share right above which a reader without understanding solves a category
+LIMIT = 0.75  # a reader that is right on a larger share of a category solves it
+
+# %% ../nbs/46_corpus.ipynb #1a54362b
 MODIFIER_KINDS = "adjectives traits adverbs places times sizes marked".split()  # of words in the lexicon
 
-
+# %% ../nbs/46_corpus.ipynb #7c360a45
 @lru_cache(None)
 def word_kinds() -> dict:  # word -> kind
-    "The kind of every content word of every split, plurals too."
+    "The kind of every content word of all splits, plurals included."
     kinds = {}
     for lex in LEXICON.values():
         for kind, text in lex.items():
@@ -42,37 +44,39 @@ def word_kinds() -> dict:  # word -> kind
 
 # %% ../nbs/46_corpus.ipynb #43ae977e
 def stripped(text: str) -> list:  # words
-    "A sentence without its modifiers."
-    bare = re.sub(
-        rf"\bat (?=({'|'.join(w for w, k in word_kinds().items() if k == 'times')})\b)", "", text.lower()
-    )
-    return [
-        "a" if w == "an" else w for w in skeleton_words(bare) if word_kinds().get(w) not in MODIFIER_KINDS
-    ]
+    "The words of a sentence without its modifiers."
+    times = [word for word, kind in word_kinds().items() if kind == "times"]
+    bare = re.sub(rf"\bat (?=({'|'.join(times)})\b)", "", text.lower())
+    words = [w for w in skeleton_words(bare) if word_kinds().get(w) not in MODIFIER_KINDS]
+    return ["a" if w == "an" else w for w in words]
 
 # %% ../nbs/46_corpus.ipynb #a724e983
 def delexed(row: dict) -> tuple:  # (premise, hypothesis)
-    "A pair with numbered kinds of words in place of its content words."
+    "A pair with a numbered kind in place of each content word."
     names = {}
 
     def one(word):
         kind = word_kinds().get(word)
         return word if kind is None else names.setdefault(word, f"<{kind} {len(names)}>")
 
-    return tuple(" ".join(map(one, skeleton_words(row[key]))) for key in ("premise", "hypothesis"))
+    premise, hypothesis = (map(one, skeleton_words(row[key])) for key in ("premise", "hypothesis"))
+    return " ".join(premise), " ".join(hypothesis)
 
 # %% ../nbs/46_corpus.ipynb #d1d0e050
 @lru_cache(None)
 def _follows_bared(category: str, meaning: str) -> bool:
+    "Does the hypothesis follow after all modifiers are deleted from both meanings?"
     p, h = (bared(normal(f)) for f in as_meaning(meaning))
     return CATEGORIES[category].rule(p, h) == "entailment"
 
 # %% ../nbs/46_corpus.ipynb #8f723239
-def _even(row, of):
-    return sum(w in of for key in ("premise", "hypothesis") for w in skeleton_words(row[key])) % 2 == 0
+def _even(row: dict, of) -> bool:
+    "Is the number of words of the set `of` in premise and hypothesis even?"
+    words = skeleton_words(row["premise"]) + skeleton_words(row["hypothesis"])
+    return sum(w in of for w in words) % 2 == 0
 
-
-READERS = dict(  # name -> does the reader see entailment? None: it has no opinion on this category
+# %% ../nbs/46_corpus.ipynb #9113791e
+READERS = dict(  # name -> does the reader say entailment? None: it has no opinion on this category
     strip_equal=lambda r: stripped(r["premise"]) == stripped(r["hypothesis"]),
     strip_within=lambda r: set(stripped(r["hypothesis"])) <= set(stripped(r["premise"])),
     strip_meaning=lambda r: (
@@ -84,43 +88,50 @@ READERS = dict(  # name -> does the reader see entailment? None: it has no opini
 
 # %% ../nbs/46_corpus.ipynb #99045775
 class Lookup:
-    "A table of the pairs of wordings in train, with their commoner label."
+    "A table of the pairs of wordings in train, with the label that each has more often."
 
     def fit(self, rows: list):
-        "Count the labels of every pair of wordings."
-        self.seen = defaultdict(Counter)
+        "Count the labels of every pair of wordings in `rows`."
+        self.labels = defaultdict(Counter)
         for r in rows:
-            self.seen[delexed(r)][r["label"]] += 1
+            self.labels[delexed(r)][r["label"]] += 1
         return self
 
     def knows(self, row: dict) -> bool:
-        return delexed(row) in self.seen
+        "Is the pair of wordings in the table?"
+        return delexed(row) in self.labels
 
     def predict(self, rows: list) -> list:  # labels
-        "The commoner label of a pair that was seen, 0 for others."
-        return [self.seen[key].most_common(1)[0][0] if (key := delexed(r)) in self.seen else 0 for r in rows]
+        "The more frequent label of each pair in the table, and 0 for the other pairs."
+
+        def one(row):
+            if not self.knows(row):
+                return 0
+            return self.labels[delexed(row)].most_common(1)[0][0]
+
+        return list(map(one, rows))
 
 # %% ../nbs/46_corpus.ipynb #e5a888a0
 def shortcuts(
     train: list,  # rows to learn from
     rows: list,  # rows of one file
-    learnt: dict | None = None,  # readers that have learnt from `train` already
+    learnt: dict | None = None,  # readers already trained on `train`. None: train them
 ) -> dict:  # category -> {"n": rows, reader: share right}
-    "How far readers without understanding get, by category."
+    "How often readers without understanding are right, by category."
     learnt = learnt or dict(boosted_tree=BoostedTree().fit(train), lookup=Lookup().fit(train))
-    by, out = defaultdict(list), {}
+    by_category, out = defaultdict(list), {}
     for r in rows:
-        by[r["category"]].append(r)
-    for category, rs in sorted(by.items()):
+        by_category[r["category"]].append(r)
+    for category, rs in sorted(by_category.items()):
         right = {}
         for name, reader in READERS.items():
-            said = [reader(r) for r in rs]
-            if None in said:
+            answers = [reader(r) for r in rs]
+            if None in answers:
                 continue
-            k = sum(s == bool(r["label"]) for s, r in zip(said, rs))
+            k = sum(answer == bool(r["label"]) for answer, r in zip(answers, rs))
             right[name] = max(k, len(rs) - k)
         for name, reader in learnt.items():
-            right[name] = sum(s == r["label"] for s, r in zip(reader.predict(rs), rs))
+            right[name] = sum(label == r["label"] for label, r in zip(reader.predict(rs), rs))
         out[category] = dict(n=len(rs), **{name: k / len(rs) for name, k in right.items()})
     return out
 
@@ -128,17 +139,16 @@ def shortcuts(
 def check_shortcuts(
     corpus: dict,  # split -> rows, as from `generate`
 ) -> dict:  # split -> what `shortcuts` finds
-    """Raise DataError, with category, reader and share, where a reader without understanding solves a category
-    of a file that judges."""
+    """Raise DataError if a reader without understanding solves a category of any file but train. The error names
+    file, category, reader and share."""
     learnt = dict(boosted_tree=BoostedTree().fit(corpus["train"]), lookup=Lookup().fit(corpus["train"]))
-    table = {
-        split: shortcuts(corpus["train"], rows, learnt) for split, rows in corpus.items() if split != "train"
-    }
+    judging = {split: rows for split, rows in corpus.items() if split != "train"}
+    table = {split: shortcuts(corpus["train"], rows, learnt) for split, rows in judging.items()}
     solved = []
     for split, categories in table.items():
-        for category, found in categories.items():
-            n = found["n"]
-            for name, share in found.items():
+        for category, shares in categories.items():
+            n = shares["n"]
+            for name, share in shares.items():
                 if name == "n" or share <= LIMIT:
                     continue
                 if n >= 100 or wilson(round(share * n), n)[0] > LIMIT:
@@ -146,7 +156,7 @@ def check_shortcuts(
     if solved:
         raise DataError(
             f"no corpus is written: readers without understanding are right on more than {LIMIT} of a "
-            "category; take another seed, "
+            "category. Take another seed, "
             "or mend the category in nbs/45_quadruples.ipynb\n" + "\n".join(f"  - {s}" for s in solved)
         )
     return table
@@ -163,77 +173,78 @@ MEASURES = dict(  # file -> what it measures
     "of wordings, new words",
 )
 
+# %% ../nbs/46_corpus.ipynb #7b3b5d90
+def _rounded(shares: dict) -> dict:  # category -> {reader: share}
+    "The same shares, to three digits."
+    rounded = {}
+    for category, by_reader in shares.items():
+        rounded[category] = {k: round(v, 3) for k, v in by_reader.items()}
+    return rounded
 
+# %% ../nbs/46_corpus.ipynb #95dbd7bc
+def _file_facts(out: Path, counts: dict, table: dict) -> dict:  # file name -> facts for the manifest
+    "Rows, hash, purpose and shortcuts of every file."
+    facts = {}
+    for split, n in counts.items():
+        name = f"{split}.jsonl"
+        facts[name] = dict(
+            rows=n,
+            sha256=data_hash(out / name),
+            measures=MEASURES[split],
+            shortcuts=_rounded(table.get(split, {})),
+        )
+    return facts
+
+# %% ../nbs/46_corpus.ipynb #469ff11b
 def write_corpus(
     out,  # folder for train.jsonl, dev.jsonl, test*.jsonl
-    size: str = "tiny",  # a name in `SIZES`
+    size: str = "tiny",  # key of `SIZES`
     seed: int = 0,  # same seed, same bytes
     overwrite: bool = False,  # replace files that are there
     template: str = "brief",  # wording of the prompt
 ) -> dict:  # split -> rows written
-    """Write every split as `<split>.jsonl`, and `manifest.json`. Raises DataError, before anything is written,
-    where a file exists and `overwrite` is not set, or a shortcut solves a category."""
+    """Write every split as `<split>.jsonl`, and `manifest.json`. Raises DataError, before anything is written, if a
+    file exists and `overwrite` is not set, or if a shortcut solves a category."""
     out, corpus = Path(out), generate(size, seed, template)
     names = [*(f"{split}.jsonl" for split in corpus), "manifest.json"]
     there = [name for name in names if (out / name).exists()]
     if there and not overwrite:
-        raise DataError(f"{out} already holds {', '.join(there)}; add --overwrite or choose another folder")
+        raise DataError(f"{out} already holds {', '.join(there)}. Add --overwrite or choose another folder")
     table = check_shortcuts(corpus)
     out.mkdir(parents=True, exist_ok=True)
-    written = {
-        split: write_jsonl(out / f"{split}.jsonl", rows, overwrite=overwrite)
-        for split, rows in corpus.items()
-    }
-    files = {
-        f"{s}.jsonl": dict(
-            rows=n,
-            sha256=data_hash(out / f"{s}.jsonl"),
-            measures=MEASURES[s],
-            shortcuts=_rounded(table.get(s, {})),
-        )
-        for s, n in written.items()
-    }
+    counts = {}
+    for split, rows in corpus.items():
+        counts[split] = write_jsonl(out / f"{split}.jsonl", rows, overwrite=overwrite)
+    manifest = dict(
+        what="synthetic NLI from a small set of templates",
+        generator=GENERATOR,
+        size=size,
+        seed=seed,
+        template=template,
+        files=_file_facts(out, counts, table),
+    )
     with atomic_writer(out / "manifest.json", overwrite=overwrite) as f:
-        json.dump(
-            dict(
-                what="synthetic NLI from a small set of templates",
-                generator=GENERATOR,
-                size=size,
-                seed=seed,
-                template=template,
-                files=files,
-            ),
-            f,
-            indent=1,
-        )
-    return written
-
-# %% ../nbs/46_corpus.ipynb #7b3b5d90
-def _rounded(found):
-    "The same accuracies, to three digits."
-    rounded = {}
-    for category, accuracies in found.items():
-        rounded[category] = {k: round(v, 3) for k, v in accuracies.items()}
-    return rounded
+        json.dump(manifest, f, indent=1)
+    return counts
 
 # %% ../nbs/46_corpus.ipynb #53b42147
 def outdated(
     folder,  # of a corpus
     size: str,
     seed: int = 0,
-) -> str | None:  # what is not as this generator would write it; None: all is
+) -> str | None:  # what is different. None: nothing is
     "Why a folder does not hold the corpus that this version writes."
     try:
-        made = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "it has no manifest: an older version made it"
     except ValueError:
         return "its manifest.json is no JSON"
     want = dict(generator=GENERATOR, size=size, seed=seed)
     for key, value in want.items():
-        if made.get(key) != value:
-            return f"its {key} is {made.get(key)!r}, not {value!r}"
-    for name, facts in made["files"].items():
+        if manifest.get(key) != value:
+            return f"its {key} is {manifest.get(key)!r}, not {value!r}"
+    for name, facts in manifest["files"].items():
         if not (Path(folder) / name).is_file():
             return f"{name} is not there"
         if data_hash(Path(folder) / name) != facts["sha256"]:
@@ -249,7 +260,7 @@ def corpus_cli(argv=None) -> int:  # exit code
         epilog="example: nli_corpus --size small --out data/corpus",
     )
     rows = (
-        "rows of train/dev/test: tiny 640/120/240, small 3968/360/720, full 24064/2280/4560; demo: "
+        "rows of train/dev/test: tiny 640/120/240, small 3968/360/720, full 24064/2280/4560. demo: "
         "two easy categories, 640/128/240"
     )
     add_options(parser, write_corpus, size=dict(choices=SIZES, help=rows), template=dict(choices=PROMPTS))

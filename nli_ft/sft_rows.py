@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'STRATEGIES', 'CARRY', 'parse_splits', 'split_of', 'split_paths', 'thought_key', 'one_contract',
-           'use_thoughts', 'suspect_path', 'use_reflections', 'shuffle_thoughts', 'with_thought', 'Shuffler',
-           'chosen_rows', 'write_sft']
+           'use_thoughts', 'suspect_path', 'use_reflections', 'with_thought', 'shuffle_thoughts', 'Shuffler',
+           'chosen_rows', 'checked_strategy', 'write_sft']
 
 # %% ../nbs/06_sft_rows.ipynb #01c0abea
 import contextlib
@@ -26,16 +26,16 @@ SPLITS = ("train", "dev", "test")
 def parse_splits(
     text: str,  # "0.8,0.1,0.1" (train, dev, test) or "0.9,0.1" (train, dev)
 ) -> list:  # shares, which sum to 1
-    "The shares of the splits. Raises `DataError`."
+    "Read the shares of the splits. Raises `DataError`."
     try:
-        shares = [float(o) for o in text.split(",")]
+        shares = [float(share) for share in text.split(",")]
     except ValueError:
         shares = []
-    if (
-        len(shares) not in (2, 3) or not min(shares) > 0 or not abs(sum(shares) - 1) <= 1e-6
-    ):  # so that nan is refused too
+    # "not … <= …" refuses nan too
+    if len(shares) not in (2, 3) or not min(shares) > 0 or not abs(sum(shares) - 1) <= 1e-6:
         raise DataError(
-            f"splits {text!r}: give two or three shares above 0 that sum to 1, as in 0.8,0.1,0.1 (train, dev, test)"
+            f"splits {text!r}: give two or three shares above 0 that sum to 1, "
+            "as in 0.8,0.1,0.1 (train, dev, test)"
         )
     return shares
 
@@ -45,7 +45,7 @@ def split_of(
     shares: list,  # from `parse_splits`
     seed: int = 42,
 ) -> str:  # a name in `SPLITS`
-    "The split a premise belongs to, by the hash of its key (`norm_text`)."
+    "The split that a premise belongs to, by the hash of its key (`norm_text`)."
     at = hash64(f"{seed}\n{norm_text(premise)}") / 2**64
     for name, share in zip(SPLITS, shares):
         if (at := at - share) < 0:
@@ -54,16 +54,18 @@ def split_of(
 
 # %% ../nbs/06_sft_rows.ipynb #9e250632
 def split_paths(
-    output,  # the file named for the training rows
-    names,  # the splits wanted
+    output,  # the file that the user names for the training rows
+    names,  # the splits that get a file
 ) -> dict:  # split -> path
-    """One path per split: `train` in the file's name is replaced, else `_train`, `_dev`, `_test` are put
-    before the suffix."""
-    p = Path(output)
-    if "train" in p.name:
-        return {s: p.with_name(p.name.replace("train", s)) for s in names}
-    stem, dot, ext = p.name.partition(".")
-    return {s: p.with_name(f"{stem}_{s}{dot}{ext}") for s in names}
+    """One path for each split.
+
+    Where the file's name contains `train`, the name of the split takes its place. Else `_train`, `_dev` or
+    `_test` is put before the suffix."""
+    path = Path(output)
+    if "train" in path.name:
+        return {s: path.with_name(path.name.replace("train", s)) for s in names}
+    stem, dot, suffix = path.name.partition(".")
+    return {s: path.with_name(f"{stem}_{s}{dot}{suffix}") for s in names}
 
 # %% ../nbs/06_sft_rows.ipynb #afb8a2c6
 STRATEGIES = dict(
@@ -77,55 +79,57 @@ CARRY = ("category", "relation", "group_id", "dataset", "split", "contract", "mo
 
 # %% ../nbs/06_sft_rows.ipynb #cbcef184
 def thought_key(row: dict) -> str:
-    "What a thought and its reflection must agree on."
+    "The key on which a thought and its reflection must agree."
     return json.dumps([row["id"], row["premise"], row["hypothesis"], row["label"]])
 
 # %% ../nbs/06_sft_rows.ipynb #5e73946c
 def one_contract(
     rows,  # any iterable of rows
-    seen: set,  # contracts met so far, shared between files
+    contracts: set,  # the contracts so far, shared between files; is filled here
     path,  # for the message
     mix: bool = False,  # allow several?
 ):  # yields the rows
-    "Pass rows on while they have one label contract. Raises `DataError` at the first row of a second one."
+    "Pass rows on while all have the same label contract. Raises `DataError` at the first row of a second one."
     for row in rows:
-        c = row.get("contract")
-        if c not in seen:
-            seen.add(c)
-            if len(seen) > 1 and not mix:
+        contract = row.get("contract")
+        if contract not in contracts:
+            contracts.add(contract)
+            if len(contracts) > 1 and not mix:
+                names = " and ".join(sorted(str(c or "not recorded") for c in contracts))
                 raise DataError(
-                    f"{path}: label contracts {' and '.join(sorted(str(o or 'not recorded') for o in seen))} meet; "
-                    "their integers may not mean the same: map them first, declare --contract, or say --mix_contracts"
+                    f"{path}: label contracts {names} meet. Their integers may not mean the same. "
+                    "Map them to one contract first, declare --contract, or allow it with --mix_contracts"
                 )
         yield row
 
 # %% ../nbs/06_sft_rows.ipynb #e0e3562e
 def use_thoughts(
     rows,  # thought rows
-    known: Seen,  # gets a note per row: 1 right, 0 wrong
-    counts: Counter,  # counted into
+    notes: Seen,  # is filled with a note for each row: 1 right, 0 wrong
+    counts: Counter,  # is filled here
 ):  # yields (row, thought, source)
-    "The right thoughts; the wrong ones are only noted."
+    "Yield the right thoughts. Wrong ones are only noted, so that their reflections can be recognised."
     for row in rows:
-        known.add(thought_key(row), int(row["correct"]))
+        notes.add(thought_key(row), int(row["correct"]))
         counts["thoughts right" if row["correct"] else "thoughts wrong"] += 1
         if row["correct"]:
             yield row, row["thought_process"], "thought"
 
 # %% ../nbs/06_sft_rows.ipynb #d29ac2b0
 def suspect_path(reflections) -> Path:
-    "Where `nli_reflect` sets apart the reflections on rows whose gold label it doubts."
+    "The file for reflections on rows whose gold label `nli_reflect` doubts. It keeps them apart from the others."
     return Path(f"{reflections}.suspects.jsonl")
 
 # %% ../nbs/06_sft_rows.ipynb #9d29018b
 def use_reflections(
-    rows, path, known: Seen, counts: Counter, drop_wrong: bool = False, max_bad: float = 0.0
+    rows, path, notes: Seen, counts: Counter, drop_wrong: bool = False, max_bad: float = 0.0
 ):  # yields (row, thought, source)
-    """The reflections that stand for a wrong thought. Raises `DataError` where more than `max_bad` belong to
-    no wrong thought."""
+    """Yield the reflections that take the place of a wrong thought.
+
+    Raises `DataError` where a share above `max_bad` belongs to no wrong thought."""
     strays, good = BadRows(), 0
     for row in rows:
-        right = known.get(thought_key(row))
+        right = notes.get(thought_key(row))
         if right is None:
             strays.add(f"id {row['id']}", "no thought has this id, premise, hypothesis and gold label")
         elif right:
@@ -147,25 +151,8 @@ def use_reflections(
             counts["of these, rows whose gold label was doubted (set apart)"] = sum(1 for _ in f)
 
 # %% ../nbs/06_sft_rows.ipynb #e93fca3f
-def shuffle_thoughts(
-    rows: list,  # SFT rows
-    seed: int = 42,
-) -> list:  # new rows in the same order, with `thought_of` naming the row each thought came from
-    """Exchange thoughts between rows of the same label; no row keeps its own. Raises `DataError` where a label
-    has one row only."""
-    rng, order = random.Random(seed), list(range(len(rows)))
-    for label in (0, 1):
-        at = [i for i, r in enumerate(rows) if r["label"] == label]
-        if len(at) == 1:
-            raise DataError(f"thoughts cannot be exchanged: only one row has label {label}")
-        for k in range(len(at) - 1, 0, -1):
-            j = rng.randrange(k)
-            order[at[k]], order[at[j]] = order[at[j]], order[at[k]]
-    return [with_thought(r, rows[j]) for r, j in zip(rows, order)]
-
-
 def with_thought(row: dict, donor: dict) -> dict:
-    "A row with another row's thought, in its completion too."
+    "A row with the thought of another row, in its completion too."
     content = render_completion(donor["thought_process"], row["label"])
     return row | dict(
         thought_process=donor["thought_process"],
@@ -173,44 +160,78 @@ def with_thought(row: dict, donor: dict) -> dict:
         thought_of=donor["id"],
     )
 
+
+def shuffle_thoughts(
+    rows: list,  # SFT rows
+    seed: int = 42,
+) -> list:  # new rows in the same order; `thought_of` is the id of the row that a thought came from
+    """Exchange thoughts between rows of the same label, so that no row keeps its own.
+
+    Raises `DataError` where only one row has a label."""
+    rng, order = random.Random(seed), list(range(len(rows)))
+    for label in (0, 1):
+        at = [i for i, r in enumerate(rows) if r["label"] == label]
+        if len(at) == 1:
+            raise DataError(
+                f"thoughts cannot be exchanged: only one row has label {label}. Add rows, or choose another strategy"
+            )
+        for k in range(len(at) - 1, 0, -1):
+            j = rng.randrange(k)
+            order[at[k]], order[at[j]] = order[at[j]], order[at[k]]
+    return [with_thought(r, rows[j]) for r, j in zip(rows, order)]
+
 # %% ../nbs/06_sft_rows.ipynb #dbd972fa
 class Shuffler:
-    "Exchange thoughts in a stream: within blocks of `block` rows, so that memory is bounded."
+    "Exchange thoughts in a stream of rows, within blocks of `block` rows, so that memory stays bounded."
 
     def __init__(self, seed: int = 42, block: int = 10_000):
-        self.seed, self.block, self.held, self.done = seed, block, [], 0
+        self.seed, self.block = seed, block
+        self.waiting, self.n_blocks = [], 0
 
-    def push(self, row: dict) -> list:  # rows that are ready
-        "Take a row; give back a block of exchanged rows when enough are held."
-        self.held.append(row)
-        # two blocks are held before one leaves, so that the last block is never a handful of rows
-        return self._leave(self.block) if len(self.held) == 2 * self.block else []
+    def push(self, row: dict) -> list:  # the rows that are ready, often none
+        "Take a row. Give back a block of exchanged rows whenever two blocks are waiting."
+        self.waiting.append(row)
+        return self._give(self.block) if len(self.waiting) == 2 * self.block else []
 
     def flush(self) -> list:
-        return self._leave(len(self.held))
+        "Give back all rows that are still waiting."
+        return self._give(len(self.waiting))
 
-    def _leave(self, n):
-        out, self.held = shuffle_thoughts(self.held[:n], self.seed + self.done), self.held[n:]
-        self.done += 1
-        return out
+    def _give(self, n):
+        block, self.waiting = self.waiting[:n], self.waiting[n:]
+        exchanged = shuffle_thoughts(block, self.seed + self.n_blocks)
+        self.n_blocks += 1
+        return exchanged
 
 # %% ../nbs/06_sft_rows.ipynb #6550e262
 def chosen_rows(
-    thoughts, reflections, known, counts, mix=False, drop_wrong=False, max_bad=0.0, contract=None
+    thoughts, reflections, notes, counts, mix=False, drop_wrong=False, max_bad=0.0, contract=None
 ):  # yields (row, thought, source)
-    """The rows a strategy is made of: right thoughts, then (where a reflections file is given) reflections on
-    the wrong ones."""
-    seen = set()
-    yield from use_thoughts(
-        one_contract(iter_rows(thoughts, "thought", max_bad, contract), seen, thoughts, mix), known, counts
-    )
+    "The right thoughts, then the reflections on the wrong ones. The latter only where there is a reflections file."
+    contracts = set()
+    rows = one_contract(iter_rows(thoughts, "thought", max_bad, contract), contracts, thoughts, mix)
+    yield from use_thoughts(rows, notes, counts)
     if reflections is None:
         counts["wrong thoughts (left out)"] = counts["thoughts wrong"]
-    else:
-        rows = one_contract(iter_rows(reflections, "reflection", max_bad, contract), seen, reflections, mix)
-        yield from use_reflections(rows, reflections, known, counts, drop_wrong, max_bad)
+        return
+    rows = one_contract(iter_rows(reflections, "reflection", max_bad, contract), contracts, reflections, mix)
+    yield from use_reflections(rows, reflections, notes, counts, drop_wrong, max_bad)
 
 # %% ../nbs/06_sft_rows.ipynb #4fd9a79f
+def checked_strategy(strategy: str, reflections):  # the reflections file that it reads, or None
+    "Refuse an unknown strategy, and one that lacks its reflections file, with a `DataError`."
+    if strategy not in STRATEGIES:
+        raise DataError(f"no strategy {strategy!r}. The strategies are: {', '.join(STRATEGIES)}")
+    if strategy == "correct_only":
+        return None
+    if reflections is None:
+        raise DataError(
+            f"strategy {strategy!r} needs a reflections file: name it with --reflections. "
+            "Without one, use --strategy correct_only"
+        )
+    return reflections
+
+
 def write_sft(
     thoughts,  # file of thought rows
     reflections=None,  # file of reflection rows (not for correct_only)
@@ -221,53 +242,35 @@ def write_sft(
     overwrite: bool = False,  # replace existing files
     seed: int = 42,  # of the splits and of the shuffled strategy
     max_bad: float = 0.0,  # share of unusable rows that is tolerated
-    contract: str | None = None,  # what 0 and 1 mean, for rows that do not say
-    mix: bool = False,  # allow rows of different label contracts
+    contract: str | None = None,  # what the labels mean, for rows that do not say
+    mix: bool = False,  # allow rows of different contracts in one file
     drop_wrong: bool = False,  # leave out reflections whose own label is not gold
-) -> dict:  # counts, by what was counted; `written`: rows by file
-    "Thoughts and reflections to SFT rows, streaming. Raises `DataError`; then nothing is left behind."
-    if strategy not in STRATEGIES:
-        raise DataError(f"no strategy {strategy!r}; there are: {', '.join(STRATEGIES)}")
-    if strategy == "correct_only":
-        reflections = None
-    elif reflections is None:
-        raise DataError(
-            f"strategy {strategy!r} needs a reflections file (--reflections); without one there is "
-            "--strategy correct_only"
-        )
-    prompt_messages("", "", template)
-    known, counts, written = Seen("B"), Counter(), Counter()
+) -> dict:  # counts by what was counted, and `written`: rows by file
+    "Write thoughts and reflections as SFT rows, streaming. After a `DataError` no file is left behind."
+    reflections = checked_strategy(strategy, reflections)
+    prompt_messages("", "", template)  # refuses an unknown template before anything is written
+    notes, counts, written = Seen("B"), Counter(), Counter()
     style = strategy if strategy in STYLES else "cot"
     paths = split_paths(output, SPLITS[: len(splits)]) if splits else {"": Path(output)}
+    mixers = {s: Shuffler(seed) for s in paths} if strategy == "shuffled" else {}
     with contextlib.ExitStack() as files:
-        out = {s: files.enter_context(atomic_writer(p, overwrite)) for s, p in paths.items()}
-        mixers = {s: Shuffler(seed) for s in paths} if strategy == "shuffled" else None
+        writers = {s: files.enter_context(atomic_writer(p, overwrite)) for s, p in paths.items()}
 
-        def write(s, rows):
+        def write(split, rows):
             for row in rows:
-                out[s].write(json_line(row))
-            written[str(paths[s])] += len(rows)
+                writers[split].write(json_line(row))
+            written[str(paths[split])] += len(rows)
 
-        for row, thought, source in chosen_rows(
-            thoughts, reflections, known, counts, mix, drop_wrong, max_bad, contract
-        ):
-            s = split_of(row["premise"], splits, seed) if splits else ""
+        rows = chosen_rows(thoughts, reflections, notes, counts, mix, drop_wrong, max_bad, contract)
+        for row, thought, source in rows:
+            split = split_of(row["premise"], splits, seed) if splits else ""
             extra = {k: row[k] for k in CARRY if k in row}
-            new = sft_row(
-                row["id"],
-                row["premise"],
-                row["hypothesis"],
-                thought,
-                row["label"],
-                source,
-                template,
-                style,
-                **extra,
-            )
-            write(s, mixers[s].push(new) if mixers else [new])
-        for s in mixers or ():
-            write(s, mixers[s].flush())
+            pair = (row["id"], row["premise"], row["hypothesis"])
+            new = sft_row(*pair, thought, row["label"], source, template, style, **extra)
+            write(split, mixers[split].push(new) if mixers else [new])
+        for split, mixer in mixers.items():
+            write(split, mixer.flush())
         empty = [str(p) for p in paths.values() if not written[str(p)]]
         if empty:
-            raise DataError(f"no rows for {', '.join(empty)}; nothing was written")
+            raise DataError(f"no rows for {', '.join(empty)}. Nothing was written")
     return dict(counts) | dict(written=dict(written))

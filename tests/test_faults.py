@@ -993,7 +993,7 @@ def test_running_out_of_memory_says_what_to_change_and_what_would_fit(tmp_path, 
         run_training(tiny(tmp_path))
     for said in (
         "Tried to allocate 2.00 GiB",
-        "GiB; the device has",
+        "GiB. The device has",
         "checkpoint-1",
         "--resume_from_checkpoint=latest",
     ):
@@ -1015,7 +1015,7 @@ def test_the_advice_is_the_least_change_that_fits_and_keeps_the_rows_of_a_step(t
     )
     assert "--gradient_checkpointing true." in memory_advice(
         prep, 4
-    ) and "about 5.0 GiB; the device has 4.0 GiB" in memory_advice(prep, 4)
+    ) and "about 5.0 GiB. The device has 4.0 GiB" in memory_advice(prep, 4)
     assert "--gradient_checkpointing true --batch_size 2 --grad_accumulation_steps 8." in memory_advice(
         prep, 1.4
     )
