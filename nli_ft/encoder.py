@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['MINILM', 'encoder_source', 'encode_pairs', 'fit_encoder', 'classify', 'encoder_baseline', 'baseline_cli']
 
-# %% ../nbs/55_encoder.ipynb #cd0146b8
+# %% ../nbs/55_encoder.ipynb #9bb39a0b
 import argparse
 import importlib.util
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def encode_pairs(
     n_cut = sum(len(ids) > max_length for ids in whole["input_ids"])
     return [{k: cut[k][i] for k in cut} for i in range(len(rows))], n_cut
 
-# %% ../nbs/55_encoder.ipynb #3b19aa89
+# %% ../nbs/55_encoder.ipynb #72540a7f
 def fit_encoder(
     train: list,  # pairs with labels
     source: str,  # from `encoder_source`
@@ -91,10 +92,13 @@ def fit_encoder(
     steps = math.ceil(len(examples) / batch_size) * epochs
     trainer = Trainer(
         model=model,
-        args=_arguments(folder, epochs, learning_rate, batch_size, seed, warmup=math.ceil(0.1 * steps)),
+        args=_training_arguments(
+            folder, epochs, learning_rate, batch_size, seed, warmup=math.ceil(0.1 * steps)
+        ),
         train_dataset=examples,
         data_collator=DataCollatorWithPadding(tok),
     )
+    print(f"fine-tuning {source} on {len(train):,} pairs, {steps:,.0f} steps", file=sys.stderr)
     began = time.perf_counter()
     result = trainer.train()
     model.save_pretrained(folder)
@@ -103,10 +107,12 @@ def fit_encoder(
     facts = dict(rows=len(train), rows_cut=n_cut, steps=result.global_step, loss=result.training_loss)
     return model, tok, facts | dict(seconds=time.perf_counter() - began)
 
-# %% ../nbs/55_encoder.ipynb #27d859eb
+# %% ../nbs/55_encoder.ipynb #3c23a37a
 def _classifier(source, labels):
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn that the layer on top is new, which is the plan
     try:
         tok = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -118,12 +124,14 @@ def _classifier(source, labels):
             f"--encoder {source}: transformers cannot load it as a sequence classifier ({why:.300}). "
             f"Give {MINILM}, a folder such as ./encoder, or the hub id of an encoder"
         ) from e
+    finally:
+        logging.set_verbosity(level)
     model.config.id2label = {i: str(label) for i, label in enumerate(labels)}
     model.config.label2id = {str(label): i for i, label in enumerate(labels)}
     return model, tok
 
 
-def _arguments(folder, epochs, learning_rate, batch_size, seed, warmup):
+def _training_arguments(folder, epochs, learning_rate, batch_size, seed, warmup):
     import torch
     from transformers import TrainingArguments
 
@@ -140,6 +148,7 @@ def _arguments(folder, epochs, learning_rate, batch_size, seed, warmup):
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
         logging_steps=50,
+        disable_tqdm=not sys.stderr.isatty(),  # a bar in a log file is a line for each step
     )
 
 # %% ../nbs/55_encoder.ipynb #0941d903
