@@ -35,6 +35,7 @@ commands = dict(
     nli_evaluate="ask:evaluate_cli",
     nli_predict="ask:predict_cli",
     nli_merge="train_sft:merge_cli",
+    nli_baseline="encoder:baseline_cli",
 )
 
 setup(
