@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'is_mojibake', 'level', 'Tally', 'row_text', 'row_thought', 'estimated_lengths', 'hub_tokenizer',
-           'count_thought', 'count_row', 'batches', 'keep_sample', 'quantile', 'count_contract', 'check_file',
+           'count_thought_faults', 'count_row', 'batches', 'keep_sample', 'quantile', 'count_contract', 'check_file',
            'judge_baselines', 'count_near', 'check_files', 'render_report', 'leakage', 'leakage_text', 'refuse_leaked',
            'refuse_equal_files', 'gather_stats', 'plot_stats', 'write_stats', 'write_images']
 
@@ -157,7 +157,7 @@ def hub_tokenizer(
     return lambda texts: [len(o) for o in tok(texts, add_special_tokens=True)["input_ids"]]
 
 # %% ../nbs/10_check.ipynb #4a59f51c
-def count_thought(row: dict, tally: Tally):  # counts what is wrong with it
+def count_thought_faults(row: dict, tally: Tally):  # counts what is wrong with it
     "Does the thought conclude its label, and does it hide that its writer saw gold?"
     thought, label = row_thought(row)
     if not thought:
@@ -182,7 +182,7 @@ def count_row(row: dict, file: int, tally: Tally, pairs: Seen, premises: Seen):
     first = premises.add(norm_text(row["premise"]), file)
     if first is not None and first < file:
         tally.hit("premises in an earlier file", rid)
-    count_thought(row, tally)
+    count_thought_faults(row, tally)
     thought, _ = row_thought(row)
     if any(map(is_mojibake, (row["premise"], row["hypothesis"], thought or ""))):
         tally.hit("mojibake", rid)

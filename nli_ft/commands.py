@@ -121,11 +121,11 @@ def _prepare(splits, **options) -> int:
 # %% ../nbs/54_commands.ipynb #47fb5e37
 def _check(tokens, json: bool, **options) -> int:
     report = check_files(tokens=hub_tokenizer(tokens) if tokens else None, **options)
-    print(_as_json(report) if json else render_report(report))
+    print(_indented_json(report) if json else render_report(report))
     return 2 if report["verdict"] == "FAIL" else 0
 
 
-def _as_json(value) -> str:
+def _indented_json(value) -> str:
     return json.dumps(value, ensure_ascii=False, indent=1)
 
 # %% ../nbs/54_commands.ipynb #358677cb
@@ -174,10 +174,10 @@ def show_run(
 
         return model_card(run)
     if run:
-        return _as_json(_run_facts(read_run(run)))
+        return _indented_json(_run_facts(read_run(run)))
     rows = list_runs(runs_dir)
     if json:
-        return _as_json(rows)
+        return _indented_json(rows)
     return show_runs(rows) if rows else "no runs yet; `nli_run --config cpu_demo` makes one in a few minutes"
 
 

@@ -223,7 +223,7 @@ def encoder_baseline(
     predictions = classify(model, tok, judged, labels, max_length)
     with atomic_writer(out / "predictions.jsonl") as f:
         f.writelines(map(json_line, predictions))
-    files = dict(train=_file_facts(train, learnt), data=_file_facts(data, judged))
+    files = dict(train=_data_facts(train, learnt), data=_data_facts(data, judged))
     facts["rows_cut_judged"] = encode_pairs(tok, judged, max_length)[1]
     extra = dict(mode="encoder", encoder=encoder, settings=how, training=facts, files=files, leakage=shared)
     beside = [f"WARNING: {sentence}" for sentence in leakage_text(shared)]
@@ -252,7 +252,7 @@ def _label_set(rows, path) -> tuple:
     return tuple(found)
 
 
-def _file_facts(path, rows) -> dict:
+def _data_facts(path, rows) -> dict:
     return dict(name=Path(path).name, sha256=data_hash(path), rows=len(rows))
 
 # %% ../nbs/55_encoder.ipynb #556ee5df
