@@ -527,7 +527,7 @@ def _bench_parser():
             "--model",
             metavar="M",
             help="smollm2-135m, tiny-mistral, mistral-7b-shapes (random weights), a hub name or ./folder "
-            "[the config's; without --config smollm2-135m]",
+            "[the config's, or smollm2-135m without --config]",
         )
         s.add_argument("--device", choices=("auto", "cpu", "cuda"))
         s.add_argument(
@@ -554,14 +554,14 @@ def _bench_parser():
         "--rows",
         type=int,
         metavar="N",
-        help="rows to use, evenly spaced; used again when steps need more [steps x rows_per_step]",
+        help="rows to use, evenly spaced. They are used again where the steps need more [steps x rows_per_step]",
     )
     t.add_argument(
         "--steps",
         type=int,
         default=4,
         metavar="K",
-        help="optimizer steps, at least 2; the first is not timed [4]",
+        help="optimizer steps, at least 2. The first is not timed [4]",
     )
     t.add_argument(
         "--rows_per_step", type=int, default=16, metavar="N", help="rows of an optimizer step [16]"
@@ -578,7 +578,7 @@ def _bench_parser():
         "--variants",
         default="plain,ours",
         metavar="A,B",
-        help="contestants; the first is what the others are compared with [plain,ours]",
+        help="contestants. The others are compared with the first [plain,ours]",
     )
     g = add(
         "generate",
@@ -588,10 +588,10 @@ def _bench_parser():
         + f"\n\nexit code 1: fewer than {100 * SAME_LABELS:.0f} % of the labels are the same, or a contestant died",
     )
     g.add_argument(
-        "--run", metavar="DIR", help="a run's folder; without it the model gets a seeded random adapter"
+        "--run", metavar="DIR", help="a run's folder. Without it the model gets a seeded random adapter"
     )
     g.add_argument(
-        "--data", metavar="F", help="rows to answer [the run's eval_data; else data/embedded/dev.jsonl]"
+        "--data", metavar="F", help="rows to answer [the run's eval_data, or data/embedded/dev.jsonl]"
     )
     g.add_argument("--rows", type=int, default=64, metavar="N", help="rows to use, evenly spaced [64]")
     g.add_argument("--pairs", type=int, default=3, metavar="N", help="times every contestant is run [3]")
@@ -611,7 +611,7 @@ def _bench_parser():
         "--variants",
         default="plain,plain-to-limit,ours,label-only",
         metavar="A,B",
-        help="contestants; the first one's labels are what the others are compared with "
+        help="contestants. Labels are compared with those of the first "
         "[plain,plain-to-limit,ours,label-only]",
     )
     w = add("growth", "fit how time and memory grow with rows, length, batch and rank")
@@ -622,7 +622,7 @@ def _bench_parser():
             f"--{axis}",
             default=sizes,
             metavar="A,B",
-            help=f"sizes to measure; empty: leave this axis out [{sizes}]"
+            help=f"sizes to measure. Leave this axis out with an empty list [{sizes}]"
             if axis == "rows"
             else f"sizes to measure [{sizes}]",
         )
@@ -634,7 +634,7 @@ def _names(text, known):
     "The contestants that `--variants` names."
     names = [n.strip() for n in text.split(",") if n.strip()]
     if odd := [n for n in names if n not in known]:
-        raise ConfigError(f"--variants {odd[0]}: unknown; choose among {', '.join(known)}")
+        raise ConfigError(f"--variants {odd[0]}: unknown. Choose among {', '.join(known)}")
     if len(set(names)) < len(names) or not names:
         raise ConfigError(f"--variants {text!r}: name each contestant once")
     return names
@@ -689,7 +689,7 @@ def _train_command(ns):
 def _generate_config(ns):
     "(Config, adapter or None, prompt wording) of `nli_bench generate`."
     if ns.run and (ns.config or ns.model):
-        raise ConfigError("--run brings its own config and model; leave out --config and --model")
+        raise ConfigError("--run brings its own config and model. Leave out --config and --model")
     changes = dict(
         max_eval_samples=ns.rows,
         max_new_tokens=ns.max_new_tokens,
@@ -731,7 +731,7 @@ def bench_cli(argv=None) -> int:
     "Measure this package beside the plain recipe."
     ns = _bench_parser().parse_args(argv)
     if ns.output and Path(ns.output).exists():
-        raise ConfigError(f"--output {ns.output} exists and is not overwritten; name another file")
+        raise ConfigError(f"--output {ns.output} exists and is not overwritten. Name another file")
     made, text = dict(train=_train_command, generate=_generate_command, growth=_growth_command)[ns.what](ns)
     whole = json.dumps(made, indent=1, ensure_ascii=False)
     if ns.output:

@@ -282,7 +282,7 @@ def close_files(self: Augmentation):
     if not suspect_path(self.output).stat().st_size:
         suspect_path(self.output).unlink()
 
-
+# %% ../nbs/50_teacher.ipynb #ce392868
 @patch
 async def main(self: Augmentation):
     "Run the workers to the end, whatever the end is. The files are closed on every way out."
@@ -498,11 +498,11 @@ def augment(
     prices: dict | None = None,  # from `read_prices`
     max_cost: float | None = None,  # stop before the file costs more than this
     allow_mixed: bool = False,  # go on in a file that holds rows of other settings
-    allow_eval_rows: bool = False,  # reflect on dev and test rows; recorded in provenance
+    allow_eval_rows: bool = False,  # reflect on dev and test rows, and record it in provenance
     dry_run: bool = False,  # estimate and send nothing
     progress: bool = True,
     client=None,  # an AsyncOpenAI to use instead of one made from `endpoint`
-    guards: Guards | None = None,  # of reflections; None: the default ones
+    guards: Guards | None = None,  # of reflections, or None for the default ones
     **source_options,  # contract, max_bad, limit: see `Source`
 ) -> dict:  # counts, cost, `reason` if it ended early, `exit_code`
     "Make the missing rows of `output`. Raises `ConfigError` or `DataError` before anything is sent."
@@ -559,27 +559,27 @@ PATIENCE = dict(
     timeout="seconds for one call",
     max_attempts="calls per question before a row is given up",
     max_reprompts="times a model is shown what was wrong",
-    max_retry_after="seconds; a server that asks for a longer wait ends the run",
+    max_retry_after="seconds: a server that asks for a longer wait ends the run",
 )
 
 
 def add_arguments(p, stage):
-    "Arguments of both commands; `default` values are those of `Endpoint`."
+    "Arguments of both commands. Their default values are those of `Endpoint`."
     d, a = Endpoint(), p.add_argument
     a(
         "--input",
         required=True,
-        help="thoughts (JSON Lines); the wrong ones are reflected on"
+        help="thoughts (JSON Lines), of which the wrong ones are reflected on"
         if stage.saw_gold
         else "pairs with premise, hypothesis, label (CSV, JSON Lines)",
     )
-    a("--output", required=True, help="JSON Lines, appended to; rows that stay bad go to OUTPUT.failed.jsonl")
+    a("--output", required=True, help="JSON Lines, appended to. Rows that stay bad go to OUTPUT.failed.jsonl")
     a("--base_url", help="address of the endpoint, e.g. http://localhost:8000/v1")
     a("--model", help="model name as the server knows it")
     a(
         "--prompt",
         metavar="FILE",
-        help="JSON or TOML file with your own texts user and, if wanted, system; places: "
+        help="JSON or TOML file with your own texts: user and, if wanted, system. Places: "
         + ", ".join(f"{{{k}}}" for k in stage.shows),
     )
     a("--workers", type=int, default=8, help="calls at a time [8]")
@@ -600,7 +600,7 @@ def add_arguments(p, stage):
     a(
         "--api_key_env",
         default=d.api_key_env,
-        help=f"environment variable that holds the key [{d.api_key_env}]; a local server may need none",
+        help=f"environment variable that holds the key [{d.api_key_env}]. A local server may need none",
     )
     for k, u in PATIENCE.items():
         a(f"--{k}", type=type(getattr(d, k)), default=getattr(d, k), help=f"{u} [{getattr(d, k):g}]")
@@ -611,11 +611,11 @@ def add_run_arguments(p, stage):
     "Arguments about the run rather than the endpoint."
     a = p.add_argument
     a("--prices", help='JSON or TOML file: {"model name": {"input": 0.1, "output": 0.3}}, per million tokens')
-    a("--max_cost", type=float, help="stop before the output file has cost more than this; needs --prices")
+    a("--max_cost", type=float, help="stop before the output file has cost more than this (needs --prices)")
     a(
         "--dry_run",
         action="store_true",
-        help="estimate rows, tokens (characters / 4) and cost; nothing is sent",
+        help="estimate rows, tokens (characters / 4) and cost, and send nothing",
     )
     a("--limit", type=int, help="only the first so many rows of the input")
     a("--contract", choices=tuple(CONTRACTS), help="what the labels mean, for rows that do not say")
@@ -629,7 +629,7 @@ def add_run_arguments(p, stage):
         a(
             "--allow_eval_rows",
             action="store_true",
-            help="reflect on rows marked dev or test too; recorded in provenance",
+            help="reflect on rows marked dev or test too, and record it in provenance",
         )
     if stage.saw_gold:
         a("--no_readers", action="store_true", help="do not refuse reflections whose reasons are none")
@@ -699,7 +699,7 @@ def think_cli(argv=None):
         THINK,
         argv,
         "Write a thought for each pair through any OpenAI-compatible endpoint. Gold labels are never sent. "
-        "Stop it any way you like; the same command goes on where it was.",
+        "Stop it any way you like: the same command goes on where it was.",
     )
 
 
@@ -710,7 +710,7 @@ def reflect_cli(argv=None):
         REFLECT,
         argv,
         "Write a reflection on each thought that ended in the wrong label, with the gold label shown. "
-        "Stop it any way you like; the same command goes on where it was.",
+        "Stop it any way you like: the same command goes on where it was.",
     )
 
 # %% ../nbs/50_teacher.ipynb #54cd8606
