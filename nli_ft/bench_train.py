@@ -641,7 +641,7 @@ def alternating(
             yield p, n
 
 # %% ../nbs/52_bench_train.ipynb #f1b27ab7
-def _report_to_stderr(line):
+def _to_stderr(line):
     "Progress, on stderr."
     print(line, file=sys.stderr, flush=True)
 
@@ -651,7 +651,7 @@ def run_all(
     names: list,
     pairs: int,
     cfg: Config,  # as in `run_child`
-    say=_report_to_stderr,  # gets a line after each run
+    say=_to_stderr,  # gets a line after each run
     **arguments,
 ) -> list:  # results in the order they were run, each with `name` and `pair`
     "All contestants, alternating. One that died is not tried again."
