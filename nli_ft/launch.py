@@ -55,19 +55,19 @@ from nli_ft.records import (
 def check_parameters(
     path,  # notebook
 ):
-    "Raise `RecordError` unless exactly one cell of the notebook is tagged `parameters`."
+    "Raise `RecordError` unless exactly one cell of the notebook has the tag `parameters`."
     import nbformat
 
     try:
         nb = nbformat.read(path, 4)
     except FileNotFoundError as e:
-        raise RecordError(f"{path} is missing; it belongs to the project: restore it from git") from e
+        raise RecordError(f"{path} is missing. It belongs to the project: restore it from git.") from e
     except Exception as e:
         raise RecordError(f"{path} is no notebook ({e})") from e
     n = sum("parameters" in c.metadata.get("tags", []) for c in nb.cells)
     if n != 1:
         raise RecordError(
-            f"{path}: {n} cells carry the tag `parameters`, one must; without it papermill runs the "
+            f"{path}: {n} cells carry the tag `parameters`, one must. Without it papermill runs the "
             "notebook's own defaults. Add the tag to the "
             "parameters cell (JupyterLab: property inspector, Cell Tags) and keep "
             "`allowed_cell_metadata_keys = tags` in settings.ini, "
@@ -81,7 +81,7 @@ _PARAMETERS = ("config", "overrides", "run_dir")  # of train.ipynb
 def _injected(
     cells: list,  # sources of the executed cells, oldest first: IPython's `In`
 ) -> dict:  # name -> value
-    "What papermill's last cell assigned."
+    "What papermill's last parameter cell assigned."
     sources = [c for c in cells if c.startswith("# Parameters\n")]
     values = {}
     for node in ast.parse(sources[-1]).body if sources else []:
@@ -89,30 +89,32 @@ def _injected(
             continue
         try:
             value = ast.literal_eval(node.value)
-        except ValueError:  # `float("nan")`: no literal, and no value that a key can have
+        except ValueError:  # such as `float("nan")`: no literal, and no value that a key can have
             value = ast.unparse(node.value)
         values[node.targets[0].id] = value
     return values
 
-
+# %% ../nbs/37_launch.ipynb #8923c140
 def papermill_extras(
     cells: list,  # sources of the executed cells, oldest first: IPython's `In`
     own,  # names of the notebook's parameters
     others=(),  # names that may be given beside them
 ) -> dict:  # name -> value
-    """What `papermill -p` gave beside a notebook's own parameters. Raises `ConfigError` for a name that is in
-    neither, which papermill itself lets pass."""
-    given = {k: v for k, v in _injected(cells).items() if k not in own and not k.startswith("PAPERMILL_")}
-    for name in given.keys() - set(others):
+    """What `papermill -p` gave beside a notebook's own parameters.
+
+    Raises `ConfigError` for any other name. papermill itself lets it pass."""
+    values = _injected(cells)
+    extras = {k: v for k, v in values.items() if k not in own and not k.startswith("PAPERMILL_")}
+    for name in extras.keys() - set(others):
         near = _nearest(name, [*own, *others])
         keys = " and the keys of the config" if others else ""
         raise ConfigError(
             f"papermill -p {name}: the notebook has no such parameter.{near} "
             f"Its parameters are {', '.join(own)}{keys}. Correct or remove it."
         )
-    return given
+    return extras
 
-
+# %% ../nbs/37_launch.ipynb #2e22550b
 def papermill_overrides(
     cells: list,  # sources of the executed cells, oldest first: IPython's `In`
     overrides: str,  # the notebook's own parameter
@@ -122,12 +124,12 @@ def papermill_overrides(
     for name, value in papermill_extras(cells, _PARAMETERS, KEYS).items():
         if name in merged:
             raise ConfigError(f"papermill: {name} is given by -p and in overrides. Keep one of the two.")
-        merged[name] = parse_value(name, _as_text(value))  # papermill took a run named 5 for a number
+        merged[name] = parse_value(name, _as_text(value))  # for papermill the run name 5 is a number
     return merged
 
 # %% ../nbs/37_launch.ipynb #89ff52a4
-def _kernel_manager(made: list):
-    "A Jupyter kernel manager class whose kernels are `sys.executable`; the instances are put into `made`."
+def _kernel_manager(managers: list):
+    "A Jupyter kernel manager class whose kernels are `sys.executable`. It appends its instances to `managers`."
     import zmq
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
@@ -143,29 +145,28 @@ def _kernel_manager(made: list):
 
         def __init__(self, **kw):
             super().__init__(transport_encryption="auto" if zmq.has("curve") else "disabled", **kw)
-            made.append(self)
+            managers.append(self)
 
     return ThisPython
 
 # %% ../nbs/37_launch.ipynb #dfa5f719
-def _kernel_group(made):
+def _kernel_group(managers):
     "The process group of the kernel that was started last, or None."
-    return getattr(made[-1].provisioner, "pgid", None) if made else None
+    return getattr(managers[-1].provisioner, "pgid", None) if managers else None
 
 # %% ../nbs/37_launch.ipynb #51231a1a
 @contextmanager
-def _stop_on_signal(made, asked):
-    """From the first cell to the closed record: the first signal interrupts the kernel, the second ends it.
-    They are noted in `asked`.
+def _stop_on_signal(managers, signals):
+    """From the first cell to the closed record, the first signal interrupts the kernel and the second ends it.
 
-    SIGHUP is never a second one. A terminal that closes sends it twice, and a session that ends sends it
-    beside SIGTERM."""
+    Each signal is appended to `signals`. SIGHUP is never a second one: a terminal that closes sends it twice, and
+    a session that ends sends it beside SIGTERM."""
 
     def on_signal(signum, frame):
-        first = not asked
-        again = signum != signal.SIGHUP and any(s != signal.SIGHUP for s in asked)
-        asked.append(signum)
-        group = _kernel_group(made)
+        first = not signals
+        again = signum != signal.SIGHUP and any(s != signal.SIGHUP for s in signals)
+        signals.append(signum)
+        group = _kernel_group(managers)
         if again or (first and not group):
             raise KeyboardInterrupt
         if not first:
@@ -186,19 +187,21 @@ def _stop_on_signal(made, asked):
 
 # %% ../nbs/37_launch.ipynb #6074ebf1
 @contextmanager
-def _kernel_guard(made):
-    "No process of a kernel is left behind."
+def _kernel_guard(managers):
+    "Leave no process of a kernel behind."
     try:
         yield
     finally:
-        with suppress(ProcessLookupError):  # it had gone by itself, as it should
-            if group := _kernel_group(made):
+        with suppress(ProcessLookupError):  # it has ended by itself, as it should
+            if group := _kernel_group(managers):
                 os.killpg(group, signal.SIGKILL)
 
 # %% ../nbs/37_launch.ipynb #789b6759
 class RunFailed(Exception):
-    """A run that was started and did not finish. `exit_code`: 1, 2 when it was refused before training, 128 +
-    the signal's number when interrupted."""
+    """A run that started and did not finish.
+
+    `exit_code` is 1, or 2 when the run was refused before training, or 128 + the signal's number when it was
+    interrupted."""
 
     def __init__(self, message, run_dir, exit_code=1):
         super().__init__(message)
@@ -206,6 +209,7 @@ class RunFailed(Exception):
 
 
 def _refusals(cls=NliError):
+    "Names of the errors that refuse a run."
     return {cls.__name__}.union(*(_refusals(c) for c in cls.__subclasses__()))
 
 
@@ -224,8 +228,9 @@ def _failure(e, run):
 
 # %% ../nbs/37_launch.ipynb #af3bf8d7
 def _tidy(path, root):
-    """Make the executed notebook a shareable file: paths relative to the project, credentials out. An
-    unreadable one stays as it is."""
+    """Make the executed notebook a file to share: paths relative to the project, and no credentials.
+
+    An unreadable one stays as it is."""
     try:
         nb = json.loads(path.read_text(encoding="utf8"))
     except (OSError, ValueError):
@@ -236,26 +241,27 @@ def _tidy(path, root):
     _write_text(path, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
 
 # %% ../nbs/37_launch.ipynb #32eacb50
-def _execute(notebook, run, params, made):
-    """Execute `notebook` into `<run>/train.ipynb` on this Python, from the project's folder, its output shown
-    as it comes. The kernel is put into `made`."""
+def _execute(notebook, run, params, managers):
+    """Execute `notebook` into `<run>/train.ipynb` on this Python, from the project's folder.
+
+    Its output is shown as it comes. Its kernel manager is appended to `managers`."""
     import papermill
 
     out = str(run / "train.ipynb").replace("{", "{{").replace("}", "}}")  # papermill formats paths
-    with _kernel_guard(made):
+    with _kernel_guard(managers):
         papermill.execute_notebook(
             str(notebook),
             out,
             params,
             cwd=str(project_root()),
-            kernel_manager_class=_kernel_manager(made),
+            kernel_manager_class=_kernel_manager(managers),
             progress_bar=False,
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
             start_timeout=180,
             iopub_timeout=60,
-            coalesce_streams=True,
-        )  # one output per cell and stream instead of one per line
+            coalesce_streams=True,  # one output per cell and stream instead of one per line
+        )
 
 # %% ../nbs/37_launch.ipynb #ca63cefd
 def run_notebook(
@@ -264,43 +270,40 @@ def run_notebook(
     runs_dir=None,  # folder of all records; None: the config's `runs_dir`
     notebook="nbs/train.ipynb",  # notebook to execute, relative to the project
 ) -> Path:  # the record's folder
-    """Execute a notebook into a new record and return its folder.
+    """Execute a notebook into a new record and return its folder. The notebook opens and closes the record itself.
 
-    Raises `NliError` for anything wrong before a folder was made, `RunFailed` for a run that did not
-    finish; the record then says failed or interrupted and why, and keeps the notebook with the error in it.
-    The notebook opens and closes the record itself."""
+    Raises `NliError` for anything wrong before the folder exists, and `RunFailed` for a run that did not finish.
+    The record of such a run says failed or interrupted and why, and keeps the notebook with the error in it."""
     root = project_root()
     if not isinstance(cfg, Config):
         cfg = load_config(cfg, overrides)
     check_parameters(root / notebook)
-    run, made, asked = new_run_dir(cfg, runs_dir), [], []
+    run, managers, signals = new_run_dir(cfg, runs_dir), [], []
     params = dict(config=_spec(cfg), overrides=overrides_text(cfg), run_dir=os.path.relpath(run, root))
-    with _stop_on_signal(made, asked):
+    with _stop_on_signal(managers, signals):
         try:
-            _execute(root / notebook, run, params, made)
+            _execute(root / notebook, run, params, managers)
             status, why, code = _outcome(run)
         except (Exception, KeyboardInterrupt) as e:
             status, why, code = _failure(e, run)
-        if asked and why is not None:
-            status, why, code = _asked_to_stop(status, why, asked[0])
+        if signals and why is not None:
+            status, why, code = _asked_to_stop(status, why, signals[0])
         try:
             _tidy(run / "train.ipynb", root)
             if why is not None:
                 finish_run(run, status, error=redact(why)[:2000])
         except (OSError, NliError) as e:
-            why, code = (
-                f"{why or 'the run ended well'}; but the record could not be written to its end ({e})",
-                code or 1,
-            )
+            why = f"{why or 'the run ended well'}; but the record could not be written to its end ({e})"
+            code = code or 1
     if why is not None:
         raise RunFailed(redact(why), run, code)
-    if asked:
-        raise Interrupted(f"{os.path.relpath(run)} was done before it could be stopped", asked[0])
+    if signals:
+        raise Interrupted(f"{os.path.relpath(run)} was done before it could be stopped", signals[0])
     return run
 
 # %% ../nbs/37_launch.ipynb #b3dbe551
 def _outcome(run):
-    "`(status, why, exit_code)` of a notebook that ran to its end; `why` is None when its record says done."
+    "`(status, why, exit_code)` of a notebook that ran to its end. `why` is None when its record says done."
     s = _read_json(run / "summary.json")
     if not (run / "config.json").exists():
         return "failed", "the notebook ended without opening its record (start_run)", 1
@@ -308,19 +311,21 @@ def _outcome(run):
         return "done", None, 0
     if s["status"] == "running":
         return "failed", "the notebook ended without closing its record (finish_run)", 1
-    return s["status"], s.get("error") or s["status"], 130 if s["status"] == "interrupted" else 1
+    code = 130 if s["status"] == "interrupted" else 1
+    return s["status"], s.get("error") or s["status"], code
 
 
 def _asked_to_stop(status, why, signum):
-    """`(status, why, exit_code)` of a run that did not finish after a signal. A scheduler sends it to the
-    kernel too, which may die of it."""
+    """`(status, why, exit_code)` of a run that did not finish after a signal.
+
+    A scheduler sends the signal to the kernel too, which may die of it."""
     if status != "interrupted":
         why = f"stopped by {signal.Signals(signum).name} ({why})"
     return "interrupted", why, 128 + signum
 
 # %% ../nbs/37_launch.ipynb #c6662653
 def _planned(ns):
-    "One checked `Config` per config and seed."
+    "One `Config` per config and seed, each checked."
     try:
         seeds = [int(o) for o in ns.seeds.split(",")] if ns.seeds else [None]
     except ValueError as e:
@@ -328,25 +333,22 @@ def _planned(ns):
             f"--seeds {ns.seeds}: whole numbers with commas between them, as in --seeds 1,2,3"
         ) from e
     if ns.seeds and "seed" in ns:
-        raise RecordError("--seed and --seeds both given; keep one")
+        raise RecordError("--seed and --seeds both given. Keep one.")
     cfgs = [config_from_args(argparse.Namespace(**vars(ns) | {"config": c})) for c in ns.config]
     return [c if s is None else c.replace(seed=s) for c in cfgs for s in seeds]
 
 # %% ../nbs/37_launch.ipynb #0796e0ec
 def _run_all(cfgs):
-    """Run one after another; `(records, exit code)`. The code of an interruption wins, then that of a failure,
-    then that of a refusal."""
+    "Run one after another. Returns `(records, exit code)`, with the exit code of `_worst`."
     done, codes = [], {0}
     for i, cfg in enumerate(cfgs):
         print(f"[{i + 1}/{len(cfgs)}] {run_command(cfg)}", flush=True)
         try:
             done.append(run_notebook(cfg))
         except RunFailed as e:
-            print(
-                f"error: {e}\n       the notebook with the error: {os.path.relpath(e.run_dir / 'train.ipynb')}",
-                file=sys.stderr,
-                flush=True,
-            )
+            notebook = os.path.relpath(e.run_dir / "train.ipynb")
+            text = f"error: {e}\n       the notebook with the error: {notebook}"
+            print(text, file=sys.stderr, flush=True)
             done.append(e.run_dir)
             codes.add(e.exit_code)
             if e.exit_code > 128:
@@ -355,7 +357,7 @@ def _run_all(cfgs):
 
 # %% ../nbs/37_launch.ipynb #5821c629
 def _worst(codes):
-    "The exit code of several runs: of an interruption, else of a failure, else of a refusal, else 0."
+    "The exit code of several runs: that of an interruption, else of a failure, else of a refusal, else 0."
     if max(codes) > 128:
         return max(codes)
     return next(c for c in (1, 2, 0) if c in codes)
@@ -385,7 +387,7 @@ def engine_args(
 
 # %% ../nbs/37_launch.ipynb #88ea6b0b
 def _executor(args: dict, folder):
-    "A submitit executor, whose own files go to `folder`. Raises `ConfigError` for what it cannot be told."
+    "A submitit executor that writes its own files to `folder`. Raises `ConfigError` for arguments that it refuses."
     try:
         import submitit
     except ImportError as e:
@@ -395,8 +397,8 @@ def _executor(args: dict, folder):
     args = {"cluster": "slurm", "name": "nli_ft"} | args
     if not {"timeout_min", "slurm_time"} & set(args):
         raise ConfigError(
-            "--engine_args: timeout_min is missing, the minutes after which a job is ended; "
-            "submitit's own value is five"
+            "--engine_args: timeout_min is missing, the minutes after which a job is ended. "
+            "submitit's own value is five."
         )
     if args.get("nodes", 1) != 1 or args.get("tasks_per_node", 1) != 1:
         raise ConfigError(
@@ -409,18 +411,19 @@ def _executor(args: dict, folder):
         executor = submitit.AutoExecutor(folder, cluster=cluster)
         executor.update_parameters(**args)
     except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as e:
-        here = (
-            " cluster=local makes the jobs processes of this machine."
-            if cluster == "slurm" and "srun" in str(e)
-            else ""
-        )
-        raise ConfigError(f"--engine_args: {str(e).strip().splitlines()[0].rstrip('.?')}.{here}") from e
+        why = str(e).strip().splitlines()[0].rstrip(".?")
+        remedy = ""
+        if cluster == "slurm" and "srun" in str(e):
+            remedy = " cluster=local makes the jobs processes of this machine."
+        raise ConfigError(f"--engine_args: {why}.{remedy}") from e
     return executor
 
 # %% ../nbs/37_launch.ipynb #14f1b48b
 def run_as_job(spec, overrides, root):
-    "What a job does: `(record or None, exit code, message)`. Exceptions of ours would not come back as themselves."
-    os.chdir(root)  # what the submitting process wrote relative to the project
+    """Do one run as a job. Returns `(record or None, exit code, message)`.
+
+    Our exceptions do not come back from a job as themselves, so they become values."""
+    os.chdir(root)  # the submitting process wrote paths relative to the project
     try:
         return str(run_notebook(spec, overrides)), 0, ""
     except RunFailed as e:
@@ -434,29 +437,22 @@ def _job_outcome(job):
     try:
         return job.result()
     except Exception as e:  # several classes of submitit, and whatever unpickling raises
-        why = [o for o in str(e).splitlines() if o.strip()]
-        return (
-            None,
-            1,
-            f"job {job.job_id} ended without a result ({job.state}; "
-            f"{why[-1].strip() if why else type(e).__name__}). Its log: "
-            f"{os.path.relpath(job.paths.stderr)}",
-        )
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+        why = lines[-1] if lines else type(e).__name__
+        log = os.path.relpath(job.paths.stderr)
+        return None, 1, f"job {job.job_id} ended without a result ({job.state}; {why}). Its log: {log}"
 
 # %% ../nbs/37_launch.ipynb #a39b646a
 def _submit_all(cfgs, executor):
-    "Submit a job for each run, all at once, and wait; `(records or messages, exit code)` as `_run_all`."
+    "Submit a job for each run, all at once, and wait. Returns `(records or messages, exit code)` as `_run_all`."
     from nli_ft.launch import run_as_job
 
     try:
         with executor.batch():
             jobs = [executor.submit(run_as_job, _spec(c), overrides_text(c), str(c.root)) for c in cfgs]
     except Exception as e:
-        raise ConfigError(
-            "the cluster refused the jobs: "
-            f"{str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__}. Correct "
-            "--engine_args"
-        ) from e
+        why = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
+        raise ConfigError(f"the cluster refused the jobs: {why}. Correct --engine_args") from e
     for i, (c, j) in enumerate(zip(cfgs, jobs)):
         print(f"[{i + 1}/{len(cfgs)}] job {j.job_id}: {run_command(c)}", flush=True)
     done, codes = [], {0}
@@ -468,9 +464,9 @@ def _submit_all(cfgs, executor):
             done.append(Path(run) if run else f"{c.name} seed {c.seed}   failed   {why}")
             codes.add(code)
     except KeyboardInterrupt:
+        ids = " ".join(j.job_id for j in jobs)
         print(
-            f"no longer waiting; the jobs go on: {' '.join(j.job_id for j in jobs)}. `nli_runs` lists "
-            "their records, `scancel` ends them",
+            f"no longer waiting. The jobs go on: {ids}. `nli_runs` lists their records, `scancel` ends them.",
             file=sys.stderr,
         )
         raise

@@ -654,7 +654,7 @@ def test_a_tracker_that_transformers_does_not_know_or_that_is_not_installed_is_s
 ):
     from nli_ft.ready import check_ready
 
-    with pytest.raises(ConfigError, match="knows no tracker 'tensorbord'; it knows .*mlflow.*tensorboard"):
+    with pytest.raises(ConfigError, match="knows no tracker 'tensorbord'. It knows .*mlflow.*tensorboard"):
         check_ready(tiny(tmp_path, report_to="tensorbord"))
     with pytest.raises(ConfigError, match=r"clearml is not installed here \(`pip install clearml`\)"):
         check_ready(tiny(tmp_path, report_to="clearml"))

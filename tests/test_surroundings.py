@@ -334,10 +334,10 @@ def project(tmp_path):
     [
         (
             ["bash", "run_training.sh", "--local", "--config", "minimal_test"],
-            "Copy the project to a folder of your own",
+            "copy the project to a folder of your own",
         ),
         (["bash", "run_tests.sh"], "copy it to a folder of your own"),
-        (["nli_run", *TINY], "choose another runs_dir"),
+        (["nli_run", *TINY], "Choose another runs_dir"),
         (["nli_corpus", "--size", "demo", "--out", "corpus"], "name another folder"),
         (["nli_compare", "RECORD", "RECORD:before", "--out", "c.md"], "c.md: cannot be written"),
     ],
@@ -359,7 +359,7 @@ def test_a_full_disk_is_one_message(project):
     assert (
         r.returncode == 2
         and "No space left" in r.stderr
-        and "make room" in r.stderr
+        and "Make room" in r.stderr
         and "Traceback" not in r.stderr
     ), r.stderr
 
