@@ -352,7 +352,7 @@ def _in_the_record(cfg, run):
         for path in (run / "tensorboard").glob("events.*"):
             path.rename(path.with_name(path.name.replace(f".{platform.node()}", "")))  # no host in a record
 
-# %% ../nbs/36_train_sft.ipynb #34c305a6
+# %% ../nbs/36_train_sft.ipynb #f939440f
 def _wandb_settings(cfg, run):
     import wandb
 
@@ -381,7 +381,7 @@ def _wandb_settings(cfg, run):
         settings=quiet,
     )
 
-
+# %% ../nbs/36_train_sft.ipynb #34c305a6
 @contextlib.contextmanager
 def _wandb(cfg, run):
     import wandb
@@ -402,7 +402,7 @@ def _wandb(cfg, run):
     finally:
         _finish_wandb(wandb_run, run)
 
-
+# %% ../nbs/36_train_sft.ipynb #bdc8634b
 def _finish_wandb(wandb_run, run):
     try:
         wandb_run.finish()
@@ -743,7 +743,7 @@ def _preflight_only(cfg):
     print("one row    as it is trained on:\n" + mask_text(prep.tok, prep.train[0], colour=colour))
     return 0 if flight["ok"] else 2
 
-# %% ../nbs/36_train_sft.ipynb #f75d6acd
+# %% ../nbs/36_train_sft.ipynb #6439e477
 def _greedy_answers(
     model, tok, prompts, cfg
 ):  # labels, and logits (prompts, vocabulary) of the first completion token
@@ -762,7 +762,7 @@ def _greedy_answers(
     labels = [parse_completion(row["text"], cfg.completion).label for row in completions]
     return labels, torch.stack(logits)
 
-
+# %% ../nbs/36_train_sft.ipynb #f75d6acd
 def merge_agreement(
     cfg: Config,  # of the run
     adapter,  # the run's adapter
