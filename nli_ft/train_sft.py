@@ -576,19 +576,19 @@ def sigterm_interrupts():
     """SIGTERM and SIGHUP end a run as ctrl-c does, with its record closed. While it trains, `stop_requests` takes over.
 
     As soon as something is in the list that this yields, later signals are ignored: the record is being closed."""
-    asked = []
+    endings = []
 
     def on_signal(signum, frame):
-        if asked:
+        if endings:
             return
-        asked.append(signum)
+        endings.append(signum)
         raise Interrupted(f"stopped by {signal.Signals(signum).name}", signum)
 
     is_main = threading.current_thread() is threading.main_thread()
     signals = [signum for signum in stop_signals() if signum != signal.SIGINT]
     old = {signum: signal.signal(signum, on_signal) for signum in signals} if is_main else {}
     try:
-        yield asked
+        yield endings
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)
@@ -611,16 +611,16 @@ def closed_record(
 ):  # a dict, for what the run reaches
     "Close the record when the block ends: as done, or as failed with the reason and with what was reached until then."
     summary = {}
-    with sigterm_interrupts() as asked, outlives_its_reader():
+    with sigterm_interrupts() as endings, outlives_its_reader():
         try:
             yield summary
         except BaseException as e:
-            asked.append(e)
+            endings.append(e)
             e = _named(e, processes)
             if owns:
                 close_failed(run, e, **summary)
             raise e
-        asked.append("done")
+        endings.append("done")
         if owns:
             finish_run(run, "done", **summary)
             model_card(run)
