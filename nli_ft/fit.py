@@ -353,13 +353,13 @@ def stop_requests(
 ):  # list of the signals that came
     """While training: note the signals that ask to end. The training acts upon them at the end of a step.
     Launchers and closing terminals send several."""
-    asked = []
+    signals = []
 
     def on_signal(signum, frame):
-        if alone and signum == signal.SIGINT and signal.SIGINT in asked:
+        if alone and signum == signal.SIGINT and signal.SIGINT in signals:
             raise Interrupted("stopped at once, in the middle of a step", signum)
-        is_first = not asked
-        asked.append(signum)
+        is_first = not signals
+        signals.append(signum)
         more = b". Press ctrl-c again to stop at once" if alone else b""
         # not `print`: the signal may have come in the middle of one, and the terminal may be gone
         with contextlib.suppress(OSError):
@@ -369,13 +369,13 @@ def stop_requests(
     is_main = threading.current_thread() is threading.main_thread()  # Python sets handlers only there
     old = {signum: signal.signal(signum, on_signal) for signum in stop_signals()} if is_main else {}
     try:
-        yield asked
+        yield signals
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)
 
 # %% ../nbs/35_fit.ipynb #f8fe6117
-def _flow(asked, accelerator):
+def _flow(signals, accelerator):
     "A callback that adds to transformers' logs, evaluations and checkpoints what a stop and an exact resume need."
     from transformers import TrainerCallback
 
@@ -386,7 +386,7 @@ def _flow(asked, accelerator):
             state.compute_steps(args, state.max_steps)  # not the intervals of the checkpoint
 
         def on_step_end(self, args, state, control, **kw):
-            self.stop = in_any_process(accelerator, bool(asked))  # all processes stop at the same step
+            self.stop = in_any_process(accelerator, bool(signals))  # all processes stop at the same step
             if self.stop:
                 control.should_save = True
             # An evaluation may follow at the end of an epoch or of the training. A checkpoint from before it
@@ -404,7 +404,7 @@ def _flow(asked, accelerator):
             if self.stop:
                 raise Interrupted(
                     f"stopped after step {state.global_step} of {state.max_steps}",
-                    asked[0] if asked else signal.SIGTERM,
+                    signals[0] if signals else signal.SIGTERM,
                 )
 
         def _log(self, control):
@@ -642,11 +642,11 @@ def fit(
         on_log(logs)
 
     trainer = _trainer(prep, model, out, log)
-    with stop_requests(trainer.accelerator.num_processes == 1) as asked:
-        trainer.add_callback(_flow(asked, trainer.accelerator))
+    with stop_requests(trainer.accelerator.num_processes == 1) as signals:
+        trainer.add_callback(_flow(signals, trainer.accelerator))
         with _explained_end(prep, out), while_training(trainer.model, cfg):
             result = trainer.train(resume_from_checkpoint=start and str(start))
         _save_in_main_process(trainer, prep, out / "adapter")
-    if asked:
-        raise Interrupted(f"stopped after the last step. {how_to_go_on(cfg, out)}", asked[0])
+    if signals:
+        raise Interrupted(f"stopped after the last step. {how_to_go_on(cfg, out)}", signals[0])
     return _fit_result(prep, trainer, result, sum(tokens), start)
