@@ -14,13 +14,12 @@ import json
 import math
 import os
 import signal
-import threading
 import time
 import warnings
 from array import array
 from pathlib import Path
 
-from .process import ConfigError, Interrupted, RecordError, project_root, stop_signals
+from .process import ConfigError, Interrupted, RecordError, project_root, signals_go_to, stop_signals
 from .config_loader import Config, result_values
 from .rows import damage, seal
 from .records import TrainingStopped, run_command
@@ -366,13 +365,8 @@ def stop_requests(
             if is_first:
                 os.write(2, b"\nstopping after this step, with a checkpoint" + more + b"\n")
 
-    is_main = threading.current_thread() is threading.main_thread()  # Python sets handlers only there
-    old = {signum: signal.signal(signum, on_signal) for signum in stop_signals()} if is_main else {}
-    try:
+    with signals_go_to(on_signal, stop_signals()):
         yield signals
-    finally:
-        for signum, handler in old.items():
-            signal.signal(signum, handler)
 
 # %% ../nbs/35_fit.ipynb #f8fe6117
 def _flow(signals, accelerator):

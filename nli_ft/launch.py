@@ -14,7 +14,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from nli_ft.process import (
     command,
     outlives_its_reader,
     project_root,
+    signals_go_to,
     stop_signals,
 )
 from nli_ft.config_loader import (
@@ -177,13 +177,8 @@ def _stop_on_signal(managers, signals):
         with suppress(ProcessLookupError):
             os.killpg(group, signal.SIGINT)
 
-    main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-    old = {s: signal.signal(s, on_signal) for s in (*stop_signals(), signal.SIGUSR2)} if main else {}
-    try:
+    with signals_go_to(on_signal, (*stop_signals(), signal.SIGUSR2)):
         yield
-    finally:
-        for s, h in old.items():
-            signal.signal(s, h)
 
 # %% ../nbs/37_launch.ipynb #6074ebf1
 @contextmanager

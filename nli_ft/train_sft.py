@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_facts', 'Session', 'judge_model', 'smaller_configs', 'memory_advice', 'explained_memory', 'tracker',
-           'launch_command', 'launch', 'join_cpu_processes', 'sigterm_interrupts', 'closed_record', 'run_training',
-           'train_cli', 'merge_agreement', 'merge_run', 'merge_cli']
+           'launch_command', 'launch', 'join_cpu_processes', 'closed_record', 'run_training', 'train_cli',
+           'merge_agreement', 'merge_run', 'merge_cli']
 
 # %% ../nbs/36_train_sft.ipynb #8b8d5252
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -28,7 +28,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +41,7 @@ from nli_ft.process import (
     command,
     outlives_its_reader,
     project_root,
-    stop_signals,
+    signals_interrupt,
 )
 from .config_loader import Config, add_config_args, config_from_args, print_config
 from .rows import MANIFEST
@@ -353,7 +352,7 @@ def _in_the_record(cfg, run):
         for path in (run / "tensorboard").glob("events.*"):
             path.rename(path.with_name(path.name.replace(f".{platform.node()}", "")))  # no host in a record
 
-# %% ../nbs/36_train_sft.ipynb #34c305a6
+# %% ../nbs/36_train_sft.ipynb #f939440f
 def _wandb_settings(cfg, run):
     import wandb
 
@@ -382,7 +381,7 @@ def _wandb_settings(cfg, run):
         settings=quiet,
     )
 
-
+# %% ../nbs/36_train_sft.ipynb #34c305a6
 @contextlib.contextmanager
 def _wandb(cfg, run):
     import wandb
@@ -403,7 +402,7 @@ def _wandb(cfg, run):
     finally:
         _finish_wandb(wandb_run, run)
 
-
+# %% ../nbs/36_train_sft.ipynb #bdc8634b
 def _finish_wandb(wandb_run, run):
     try:
         wandb_run.finish()
@@ -571,29 +570,6 @@ def _shared_run(cfg, folder):  # the caller's record, or None
     broadcast_object_list(box)
     return state, Path(box[0])
 
-# %% ../nbs/36_train_sft.ipynb #afe26c78
-@contextlib.contextmanager
-def sigterm_interrupts():
-    """SIGTERM and SIGHUP end a run as ctrl-c does, with its record closed. While it trains, `stop_requests` takes over.
-
-    As soon as something is in the list that this yields, later signals are ignored: the record is being closed."""
-    asked = []
-
-    def on_signal(signum, frame):
-        if asked:
-            return
-        asked.append(signum)
-        raise Interrupted(f"stopped by {signal.Signals(signum).name}", signum)
-
-    is_main = threading.current_thread() is threading.main_thread()
-    signals = [signum for signum in stop_signals() if signum != signal.SIGINT]
-    old = {signum: signal.signal(signum, on_signal) for signum in signals} if is_main else {}
-    try:
-        yield asked
-    finally:
-        for signum, handler in old.items():
-            signal.signal(signum, handler)
-
 # %% ../nbs/36_train_sft.ipynb #122107f0
 def _named(e, processes):
     "The error. If a connection broke because another process of the run ended, an error that says so."
@@ -612,16 +588,16 @@ def closed_record(
 ):  # a dict, for what the run reaches
     "Close the record when the block ends: as done, or as failed with the reason and with what was reached until then."
     summary = {}
-    with sigterm_interrupts() as asked, outlives_its_reader():
+    with signals_interrupt() as endings, outlives_its_reader():
         try:
             yield summary
         except BaseException as e:
-            asked.append(e)
+            endings.append(e)
             e = _named(e, processes)
             if owns:
                 close_failed(run, e, **summary)
             raise e
-        asked.append("done")
+        endings.append("done")
         if owns:
             finish_run(run, "done", **summary)
             model_card(run)
@@ -744,7 +720,7 @@ def _preflight_only(cfg):
     print("one row    as it is trained on:\n" + mask_text(prep.tok, prep.train[0], colour=colour))
     return 0 if flight["ok"] else 2
 
-# %% ../nbs/36_train_sft.ipynb #f75d6acd
+# %% ../nbs/36_train_sft.ipynb #6439e477
 def _greedy_answers(
     model, tok, prompts, cfg
 ):  # labels, and logits (prompts, vocabulary) of the first completion token
@@ -763,7 +739,7 @@ def _greedy_answers(
     labels = [parse_completion(row["text"], cfg.completion).label for row in completions]
     return labels, torch.stack(logits)
 
-
+# %% ../nbs/36_train_sft.ipynb #f75d6acd
 def merge_agreement(
     cfg: Config,  # of the run
     adapter,  # the run's adapter
