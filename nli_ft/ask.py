@@ -382,12 +382,12 @@ def _refuse_half_characters(path, rows):
 # %% ../nbs/30_ask.ipynb #e70cd631
 def _pair_column(names, want, columns, path):
     "The column that holds the premise or hypothesis."
-    wanted = [columns[want]] if want in columns else PAIR_NAMES[want]
-    column = find_column(names, wanted, path)
+    candidates = [columns[want]] if want in columns else PAIR_NAMES[want]
+    column = find_column(names, candidates, path)
     if column is not None:
         return column
     raise DataError(
-        f"{path} has no column {' or '.join(map(repr, wanted))}. Its first line names "
+        f"{path} has no column {' or '.join(map(repr, candidates))}. Its first line names "
         f"{', '.join(names) or 'nothing'}. "
         "Say which is which with --columns premise=…,hypothesis=…"
     )
@@ -445,7 +445,7 @@ def answer_pairs(
     progress: bool = True,  # show a bar
 ) -> list:  # one dict per pair, in order, with the keys of `ANSWER_COLUMNS`
     "Predict pairs without labels. A pair that cannot be asked gets the outcome bad_input, and says why."
-    asked, answers = [], [dict.fromkeys(ANSWER_COLUMNS) for _ in pairs]
+    rows, answers = [], [dict.fromkeys(ANSWER_COLUMNS) for _ in pairs]
     for i, pair in enumerate(pairs):
         try:
             if pair.get("problem"):
@@ -454,10 +454,10 @@ def answer_pairs(
                 raise DataError(f"the {empty[0]} is empty")
             row = question(dict(id=i, premise=pair["premise"], hypothesis=pair["hypothesis"]), template)
             _check_prompts(model, [encode_prompt(tok, row["prompt"])], cfg.max_new_tokens)
-            asked.append(row)
+            rows.append(row)
         except DataError as e:
             answers[i].update(outcome="bad_input", problem=str(e))
-    for p in predict_rows(model, tok, asked, cfg, progress=progress, mode=mode) if asked else []:
+    for p in predict_rows(model, tok, rows, cfg, progress=progress, mode=mode) if rows else []:
         problem = None if p["predicted_label"] is not None else "no label in the completion"
         answers[p["id"]].update({k: p[k] for k in ANSWER_COLUMNS if k in p}, problem=problem)
     return answers

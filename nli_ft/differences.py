@@ -100,8 +100,8 @@ def _amounts(run):
     """Optimizer steps that were done, and the rows and tokens that went through them.
 
     None where neither summary.json nor metrics.jsonl knows."""
-    recorded = {k: _number_or_none(run.summary.get(k)) for k in ("steps", "rows_trained", "tokens_trained")}
-    steps, rows, tokens = recorded.values()
+    amounts = {k: _number_or_none(run.summary.get(k)) for k in ("steps", "rows_trained", "tokens_trained")}
+    steps, rows, tokens = amounts.values()
     log = [r for r in run.metrics if isinstance(r, dict)]
     if steps is None:
         steps = max((r["step"] for r in log if _number_or_none(r.get("step")) is not None), default=None)

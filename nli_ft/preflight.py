@@ -255,7 +255,7 @@ def _memory_parts(prep):
 
     lora = sum(cfg.lora_r * (a + b) for n, (a, b) in linear.items() if hit(n))
     known = _known_block(linear, conf) and not experts
-    kept = _kept_activations(prep, model, linear, conf, hit, known)
+    activations = _activation_bytes(prep, model, linear, conf, hit, known)
     eight_bit = "8bit" in cfg.optim or (cfg.optim == "auto" and not cpu)
     outside = 4 if nf4 else wide
     parts = {
@@ -264,13 +264,13 @@ def _memory_parts(prep):
         "adapters": lora * 4,
         "gradients": lora * 4,
         "optimizer states": lora * (2 if eight_bit else 8),
-        "activations": kept,
+        "activations": activations,
         "logits (one tile)": _logits_tile(prep, conf, cpu, wide),
     }
     if experts:
         parts["stacked experts (not quantised)"] = experts * outside
     if not known:
-        parts["margin for a block of an unknown kind"] = kept / 2
+        parts["margin for a block of an unknown kind"] = activations / 2
     if nf4 and not cpu:
         parts["weights dequantised for one product"] = max(a * b for a, b in linear.values()) * (wide + 4)
     if cpu:
@@ -295,7 +295,7 @@ def _longest_batch(prep):
     return sorted(prep.train, key=len, reverse=True)[: prep.cfg.batch_size]
 
 
-def _kept_activations(prep, model, linear, conf, hit, known):
+def _activation_bytes(prep, model, linear, conf, hit, known):
     "Bytes that all blocks keep for the backward pass of the longest batch."
     from nli_ft.bases import attention, compute_dtype, device
 
@@ -303,16 +303,16 @@ def _kept_activations(prep, model, linear, conf, hit, known):
     dev = device(cfg)
     dtype, nf4, tokens = compute_dtype(cfg, dev), cfg.quantization == "nf4", len(longest[0]) * len(longest)
     if known:
-        kept = _activations(cfg, linear, conf, hit, dtype, dev.type == "cpu") * tokens
+        size = _activations(cfg, linear, conf, hit, dtype, dev.type == "cpu") * tokens
     else:
-        kept = _rough_activations(model, linear, conf, dtype.itemsize) * tokens
+        size = _rough_activations(model, linear, conf, dtype.itemsize) * tokens
     if attention(cfg, dev, type(model)) == "eager":  # the weights of every query, and their softmax
         heads = getattr(conf, "num_attention_heads", None) or 1
-        kept += heads * len(longest[0]) * tokens * (4 + dtype.itemsize)
+        size += heads * len(longest[0]) * tokens * (4 + dtype.itemsize)
     if not cfg.gradient_checkpointing:
-        return kept * conf.num_hidden_layers
+        return size * conf.num_hidden_layers
     stream = tokens * conf.hidden_size * (4 if nf4 else dtype.itemsize)
-    return kept + conf.num_hidden_layers * stream
+    return size + conf.num_hidden_layers * stream
 
 # %% ../nbs/33_preflight.ipynb #19feadc4
 def _logits_tile(prep, conf, cpu, wide):
