@@ -213,7 +213,7 @@ def _exact(text, style):
 def read_again(
     p: dict,  # prediction row
     style: str = "cot",  # of the completions, as in the config
-) -> dict:  # key -> (recorded, read now); empty where they agree
+) -> dict:  # key -> (recorded, read now), empty where they agree
     """Label, outcome and thought of a row, read again from its completion.
 
     The label of `forced` is computed again from the probability, that of a vote from its samples."""
