@@ -47,7 +47,7 @@ _glue = _two | dict(hub="nyu-mll/glue", id=("index", "idx"))
 SOURCES = dict(
     snli=_three | dict(hub="stanfordnlp/snli"),
     multi_nli=_three | dict(hub="nyu-mll/multi_nli", keep=("genre",)),
-    # loading scripts are no longer run by `datasets`; the hub keeps a parquet copy of such sets on this branch
+    # `datasets` no longer runs loading scripts. The hub keeps a Parquet copy of such sets on this branch.
     esnli=_three
     | dict(
         hub="esnli/esnli",
@@ -65,7 +65,7 @@ SOURCES = dict(
     ),
     hans=_two
     | dict(hub="jhu-cogsci/hans", revision="refs/convert/parquet", keep=("heuristic", "subcase", "template")),
-    # `gold` is the set's label; in its file of annotations `label` is what one worker said
+    # `gold` is the set's label. In its file of annotations `label` is what one worker said.
     wanli=_three | dict(hub="alisawuffles/WANLI", id=("id",), keep=("genre",), names=None),
     lingnli=_three
     | dict(id=(("protocol", "pairID"), "pairID"), keep=("protocol", "round", "group"), names=None),
@@ -89,7 +89,7 @@ SOURCES = dict(
     ),
     med=_three | dict(keep=("genre",), names=None),
     rte=_glue | dict(subset="rte"),
-    # the sentence is what is known, the question is what it is asked to answer
+    # the sentence is the premise, and the question is what it may answer
     qnli=_glue | dict(subset="qnli", premise=("sentence",), hypothesis=("question",)),
     wnli=_glue | dict(subset="wnli", names=("non-entailment", "entailment")),
 )
@@ -100,14 +100,14 @@ def read_names(
     names,  # class names in the order of their numbers, or None
     words: dict | None = None,  # spelling -> relation
 ) -> tuple | None:  # the same as relations
-    "Class names as relations. Raises `DataError` naming the one that is none."
+    "Class names as relations. Raises `DataError` for the first name that is no relation."
     if names is None:
         return None
     known = {n: (words or {}).get(str(n).strip().lower()) or relation_name(n) for n in names}
     odd = [n for n, relation in known.items() if relation is None]
     if odd:
         raise DataError(
-            f"class name {odd[0]!r} is no relation ({', '.join(RELATIONS)}, non-entailment); say which "
+            f"class name {odd[0]!r} is no relation ({', '.join(RELATIONS)}, non-entailment). Say which "
             f"with --map {odd[0]}=…"
         )
     return tuple(known[n] for n in names)
@@ -117,45 +117,46 @@ def read_words(
     words: dict | None,  # spelling -> relation, as a user writes them
 ) -> dict:  # spelling in lower case -> relation, or "-" for no gold label
     "What a file's own label words mean. Raises `DataError`."
-    read = {str(k).strip().lower(): "-" if v == "-" else relation_name(v) for k, v in (words or {}).items()}
-    odd = [v for k, v in (words or {}).items() if read[str(k).strip().lower()] is None]
-    if odd:
-        raise DataError(
-            f"{odd[0]!r} is no relation; map a label to one of {', '.join(RELATIONS)}, non-entailment, "
-            f"or to - for no gold label"
-        )
-    return read
+    meanings = {}
+    for spelling, relation in (words or {}).items():
+        meaning = "-" if relation == "-" else relation_name(relation)
+        if meaning is None:
+            raise DataError(
+                f"{relation!r} is no relation. Map a label to one of {', '.join(RELATIONS)}, non-entailment, "
+                "or to - for no gold label"
+            )
+        meanings[str(spelling).strip().lower()] = meaning
+    return meanings
 
 # %% ../nbs/11_public_sets.ipynb #af8eae40
 def source_of(
     dataset: str,  # a name in `SOURCES`, a hub id, or what a local file shall be called
     contract: str | None = None,  # needed where the set is not in `SOURCES`
-    names: tuple | None = None,  # class names of integer labels; they replace those of the set
+    names: tuple | None = None,  # class names of integer labels, in place of those of the set
     columns: dict | None = None,  # premise, hypothesis, label, id -> the file's own name
     words: dict | None = None,  # the file's own label words -> relations
-    local: bool = False,  # is it a file of no public set?
+    local: bool = False,  # a file of no public set
 ) -> dict:
-    "The layout of a set. Raises `DataError` where an unknown set comes without a contract."
+    "The layout of a set. Raises `DataError` for an unknown set without a contract."
     unknown = _three | dict(hub=dataset, names=None)
     src = unknown if local else SOURCES.get(dataset, unknown)
     if dataset not in SOURCES and "/" not in dataset and not local:
-        raise DataError(f"no data set {dataset!r}; there are: {', '.join(SOURCES)}, or a hub id (owner/name)")
+        raise DataError(f"no data set {dataset!r}. There are: {', '.join(SOURCES)}, or a hub id (owner/name)")
     if (local or dataset not in SOURCES) and contract is None:
         raise DataError(
-            f"{dataset}: nothing says what its labels mean: name a contract with --contract "
+            f"{dataset}: nothing says what its labels mean. Name a contract with --contract "
             f"({', '.join(CONTRACTS)})"
         )
     odd = [k for k in columns or {} if k not in ("premise", "hypothesis", "label", "id")]
     if odd:
         raise DataError(f"--columns maps premise, hypothesis, label and id, not {odd[0]!r}")
-    given = dict(
-        names=names, columns=columns or {}, words=read_words(words)
-    )  # what the user says has to be used
-    words = src["words"] | given["words"]
-    own = {k: (v,) for k, v in given["columns"].items()}
+    # what the user says must be used: see `check_used`
+    options = dict(names=names, columns=columns or {}, words=read_words(words))
+    words = src["words"] | options["words"]
+    own = {k: (v,) for k, v in options["columns"].items()}
     if names:
         own["names"] = read_names(names, words)
-    return src | dict(words=words, contract=check_contract(contract or src["contract"]), given=given) | own
+    return src | dict(words=words, contract=check_contract(contract or src["contract"]), given=options) | own
 
 # %% ../nbs/11_public_sets.ipynb #6eb582cc
 def source_label(
@@ -163,7 +164,7 @@ def source_label(
     src: dict,  # from `source_of`
     dataset: str,  # name, for contracts that differ by set
 ) -> tuple:  # (label, relation or None)
-    "A label of a public set under its contract. Raises `ValueError`."
+    "The label of a public set under its contract. Raises `ValueError` for one that cannot be mapped."
     number, names = class_number(value), src["names"]
     spelt = str(value if number is None else number).strip().lower()
     if spelt in src["words"]:
@@ -172,7 +173,7 @@ def source_label(
         if not names:
             order = ",".join(CONTRACTS[src["contract"]]["maps"].get("*", RELATIONS))
             raise ValueError(
-                f"label {value}: nothing says which relation this number is; give --names, class 0 "
+                f"label {value}: nothing says which relation this number is. Give --names, class 0 "
                 f"first, as in --names {order}"
             )
         if number >= len(names):
@@ -187,41 +188,42 @@ def source_label(
         and relation_name(value) is None
     ):
         raise ValueError(
-            f"label {value!r:.80} is no relation ({', '.join(RELATIONS)}, non-entailment); say which "
+            f"label {value!r:.80} is no relation ({', '.join(RELATIONS)}, non-entailment). Say which "
             f"with --map {value.strip():.40}=…"
         )
     return read_label(value, src["contract"], dataset)
 
 # %% ../nbs/11_public_sets.ipynb #84a7650a
 def source_columns(
-    found: list,  # the names of the file's columns
+    header: list,  # the names of the file's columns
     src: dict,  # from `source_of`
     path,
 ) -> dict:  # premise, hypothesis, label, id, keep -> the file's own names
-    "Which columns are read. Raises `DataError` naming those that were looked for and those that are there."
-    cols = {want: find_column(found, src[want], path) for want in ("premise", "hypothesis", "label")}
-    cols["id"] = id_columns(found, src["id"], path)
-    needed = {"premise", "hypothesis", *src["given"]["columns"]}  # a set without labels is judged by its rows
+    "Which columns are read. Raises `DataError` with the missing columns and those of the file."
+    cols = {want: find_column(header, src[want], path) for want in ("premise", "hypothesis", "label")}
+    cols["id"] = id_columns(header, src["id"], path)
+    # a missing label column is no error yet: see `no_gold_hint`
+    needed = {"premise", "hypothesis", *src["given"]["columns"]}
     lost = [want for want in cols if want in needed and not cols[want]]
     if lost:
         raise DataError(
-            f"{path}: missing column {' or '.join(src[lost[0]])}; found: "
-            f"{', '.join(map(str, found)) or 'none'}"
-            "; say which are which with --columns premise=…,hypothesis=…,label=…"
+            f"{path}: missing column {' or '.join(src[lost[0]])}. The file has: "
+            f"{', '.join(map(str, header)) or 'none'}"
+            ". Say which are which with --columns premise=…,hypothesis=…,label=…"
         )
-    kept = {name: find_column(found, [name], path) for name in src["keep"]}
-    return cols | dict(keep={k: c for k, c in kept.items() if c})
+    extra = {name: find_column(header, [name], path) for name in src["keep"]}
+    return cols | dict(keep={k: c for k, c in extra.items() if c})
 
 # %% ../nbs/11_public_sets.ipynb #72b9f060
 def id_columns(
-    found: list,
+    header: list,
     wanted,  # names, or tuples of names that make an id together
     path,
 ) -> list:  # the file's own names; [] where it has no id
     "The columns of the first id that the file has."
     for names in wanted:
         names = (names,) if isinstance(names, str) else names
-        columns = [find_column(found, [name], path) for name in names]
+        columns = [find_column(header, [name], path) for name in names]
         if None not in columns:
             return columns
     return []
@@ -245,15 +247,15 @@ def source_row(
     dataset: str,
     split: str | None,
 ) -> dict:  # pair row, its id maybe None
-    "A record of a public set as a pair row. Raises `ValueError`."
+    "A record of a public set as a pair row. Raises `ValueError` for one that cannot be used."
     texts = {k: clean_text(rec, cols[k]) for k in ("premise", "hypothesis")}
     if cols["label"] is None:
         raise NoGold("no column of labels")
     if cols["label"] not in rec:
         raise ValueError(f"missing {cols['label']}")
     value, contract = rec[cols["label"]], src["contract"]
-    ours = rec.get("contract") in CONTRACTS and class_number(value) is not None
-    if ours:  # a pair row of this package, whose number is a label and no class
+    # in a pair row of this package the number is a label and no class
+    if rec.get("contract") in CONTRACTS and class_number(value) is not None:
         if rec["contract"] != contract:
             raise ValueError(
                 f"records the label contract {rec['contract']!r} where {contract!r} holds for {dataset}"
@@ -273,8 +275,7 @@ def source_row(
 
 # %% ../nbs/11_public_sets.ipynb #919c0e6c
 def hub_reachable() -> bool:
-    """Can the hub's name be resolved (or is there a proxy that may)? Asked first, since `datasets` retries for
-    25 s where there is no network."""
+    "Can the name of the hub be resolved, or is there a proxy that may resolve it?"
     import socket
     from urllib.parse import urlparse
     from urllib.request import getproxies
@@ -289,12 +290,11 @@ def hub_reachable() -> bool:
 def load_records(
     hub: str, split: str, revision: str | None = None, config: str | None = None
 ):  # iterable of records
-    "Records of a hub set, streamed through `datasets`. Raises `DataError` saying what was needed."
+    "Records of a hub set, streamed through `datasets`. Raises `DataError` that says what is needed."
     needs = (
         f"{hub} (split {split}) could not be loaded: {{}}"
-        "\n  it needs a network that reaches huggingface.co; where there is one, run the same "
-        "nli_data download command "
-        "and copy the file it writes (or give --from_file a local copy of the set)"
+        "\n  it needs a network that reaches huggingface.co. Run the same nli_data download command "
+        "where there is one, and copy the file it writes (or give --from_file a local copy of the set)"
     )
     if not hub_reachable():
         raise DataError(needs.format("no network"))
@@ -305,7 +305,7 @@ def load_records(
             hub, *([config] if config else []), streaming=True, split=split, revision=revision
         )
     except Exception as e:
-        # offline, unknown set, unknown split, gated: `datasets` raises many kinds, and all mean "not to be had"
+        # `datasets` raises many kinds of error for a set that is offline, unknown, gated or without this split
         raise DataError(needs.format(f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}")) from e
 
 # %% ../nbs/11_public_sets.ipynb #09198db4
@@ -313,13 +313,13 @@ def class_names(
     records,  # a hub set, or the path of a Parquet file that `datasets` wrote
     label: str = "label",  # the label column
 ) -> tuple | None:
-    "The class names that a set declares for its label column."
+    "The class names that a set declares for its label column, or None."
     if isinstance(records, (str, Path)):
         if file_format(records) != "parquet":
             return None
-        said = (parquet_file(records).schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+        declared = (parquet_file(records).schema_arrow.metadata or {}).get(b"huggingface", b"{}")
         try:
-            names = json.loads(said)["info"]["features"][label]["names"]
+            names = json.loads(declared)["info"]["features"][label]["names"]
         except (ValueError, KeyError, TypeError):
             names = None
     else:
@@ -330,8 +330,8 @@ def class_names(
 def with_header(
     records,  # (line, record or ValueError) pairs
     src: dict,  # from `source_of`
-):  # the same, with a first row that was taken for the header put back
-    "Records of a table that may have no header, as SciTail's .tsv files have none."
+):  # the same, with the first row among them where the table has no header
+    "Records of a table that may have no header. SciTail's .tsv files have none, so their first row is a record."
     records = iter(records)
     first = next(records, None)
     if first is None:
@@ -351,7 +351,7 @@ def with_header(
 
 # %% ../nbs/11_public_sets.ipynb #7ed5a10d
 def label_spelling(value) -> str:
-    "A label as `--map` and `--names` know it: 1 for 1.0, lower case."
+    "A label as `--map` and `--names` spell it: 1 for 1.0, and lower case."
     number = class_number(value)
     return str(value if number is None else number).strip().lower()
 
@@ -361,29 +361,28 @@ def check_used(
     given: dict,  # names and words of the command line
     used: set,  # spellings of the labels that were met
 ):
-    """Raises `DataError` where the user explains labels that the file does not have.
-
-    It is another file, or another column, than the user thinks."""
+    """Raises `DataError` if the user explains labels that the file does not have. Then it is another file, or
+    another column, than the user thinks."""
     met = ", ".join(sorted(used)[:8]) or "none"
     if given["names"] and not any(re.fullmatch("[0-9]+", o) for o in used):
         raise DataError(
-            f"{path}: --names says what class numbers mean, and no label here is a number; leave it out; "
-            f"labels: {met}"
+            f"{path}: --names says what class numbers mean, but no label here is a number. Leave it out. "
+            f"The labels are: {met}"
         )
     if given["words"] and not used.intersection(given["words"]):
         raise DataError(
-            f"{path}: --map explains labels that do not occur ({', '.join(given['words'])}); labels: {met}"
+            f"{path}: --map explains labels that do not occur ({', '.join(given['words'])}). The labels are: {met}"
         )
 
 # %% ../nbs/11_public_sets.ipynb #c27e2e9a
-def other_gold(found: list, label: str | None) -> str | None:  # a column
-    "The column that might be taken for the label too: a gold column beats `label`, unless --columns says otherwise."
-    names = [find_column(found, [name]) for name in ("gold_label", "gold", "label")]
+def other_gold(header: list, label: str | None) -> str | None:  # a column
+    "A second column that could be the label. A gold column beats `label`, unless --columns says otherwise."
+    names = [find_column(header, [name]) for name in ("gold_label", "gold", "label")]
     return next((c for c in names if c and c != label), None)
 
 # %% ../nbs/11_public_sets.ipynb #b8ff35c6
 def says_other(value, row: dict, src: dict, dataset: str) -> bool:
-    "Does a second column of labels disagree with a row?"
+    "Does the label of a second column disagree with the row?"
     try:
         return source_label(value, src, dataset) != (row["label"], row.get("relation"))
     except ValueError:
@@ -398,29 +397,28 @@ def source_rows(
     bad: BadRows,
     counts: Counter,
     max_bad: float = 0.0,
-    path=None,  # for messages; None: the set's name
+    path=None,  # for messages (None: the set's name)
 ):  # yields pair rows
-    """Records as pair rows.
-
-    Rows without gold label are counted apart: they are no fault of the file. Raises `DataError`."""
+    """Records as pair rows. Rows without a gold label are counted apart, because they are no fault of the file.
+    Raises `DataError`."""
     path = path or f"{dataset} {split}"
     records = with_header(records, src)
     head = list(itertools.islice(records, 50))
-    found = list(dict.fromkeys(k for _, rec in head if isinstance(rec, dict) for k in rec))
-    cols = source_columns(found, src, path) if found else {}
-    other = other_gold(found, cols.get("label")) if cols.get("label") else None
-    ids, used, good = Seen(), set(), 0
+    header = list(dict.fromkeys(k for _, rec in head if isinstance(rec, dict) for k in rec))
+    cols = source_columns(header, src, path) if header else {}
+    other = other_gold(header, cols.get("label")) if cols.get("label") else None
+    ids, spellings, good = Seen(), set(), 0
     for i, (line, rec) in enumerate(itertools.chain(head, records)):
         try:
             if isinstance(rec, ValueError):
                 raise rec
             if not cols:
                 raise ValueError("no columns in the first 50 records")
-            late = [c for c in ("gold_label", "gold") if c in rec and c not in found]
+            late = [c for c in ("gold_label", "gold") if c in rec and c not in header]
             if late:
                 raise ValueError(f"has a column {late[0]} that none of the first records has")
-            if len(used) < 1000:
-                used.add(label_spelling(rec.get(cols["label"])))
+            if len(spellings) < 1000:
+                spellings.add(label_spelling(rec.get(cols["label"])))
             row = source_row(rec, cols, src, dataset, split)
         except NoGold:
             counts["no gold label (left out)"] += 1
@@ -436,9 +434,9 @@ def source_rows(
             yield row
     left_out = counts["no gold label (left out)"]
     if left_out and not good and not bad.total:
-        raise DataError(f"{path}: {left_out:,} rows, none with a gold label{no_gold_hint(cols, found)}")
+        raise DataError(f"{path}: {left_out:,} rows, none with a gold label{no_gold_hint(cols, header)}")
     refuse(path, bad, good, max_bad)
-    check_used(path, src["given"], used)
+    check_used(path, src["given"], spellings)
 
 # %% ../nbs/11_public_sets.ipynb #9c131364
 def number_row(
@@ -448,7 +446,7 @@ def number_row(
     line: int,
     counts: Counter,
 ):
-    "Give a row its place as id where it has none of its own, or one that was used before."
+    "Give a row its place as id if it has no id of its own, or one that another row has used."
     if row["id"] is not None and ids.add(repr(row["id"]), line) is None:
         return
     if row["id"] is not None:
@@ -458,14 +456,14 @@ def number_row(
         row["id"] += "+"
 
 # %% ../nbs/11_public_sets.ipynb #2f4a9e46
-def no_gold_hint(cols: dict, found: list) -> str:  # the end of a sentence
-    said = (
-        f"{cols['label']} is -1 or - in each"
-        if cols["label"]
-        else f"there is no column of labels; found: {', '.join(found)}"
-    )
+def no_gold_hint(cols: dict, header: list) -> str:  # the end of a sentence
+    "Why no row has a gold label, and what to do."
+    if cols["label"]:
+        why = f"{cols['label']} is -1 or - in each"
+    else:
+        why = f"there is no column of labels. The file has: {', '.join(header)}"
     return (
-        f" ({said}). The labels of test sets are often withheld: take another split, or let nli_predict "
+        f" ({why}). The labels of test sets are often withheld: take another split, or let nli_predict "
         "--csv answer them"
     )
 
@@ -474,36 +472,36 @@ _split_words = ("train", "dev", "devel", "validation", "valid", "val", "test")
 
 
 def split_in_name(path) -> str | None:  # "train", "dev", "test", …
-    "The split that a file's name says, None where it says none or two."
-    said = set(re.split(r"[^a-z]+", Path(path).name.lower())).intersection(_split_words)
-    return said.pop() if len(said) == 1 else None
+    "The split that a file's name says. None if it names none or two."
+    splits = set(re.split(r"[^a-z]+", Path(path).name.lower())).intersection(_split_words)
+    return splits.pop() if len(splits) == 1 else None
 
 # %% ../nbs/11_public_sets.ipynb #5eb37139
 def source_records(
     src: dict, dataset: str, split: str | None = None, from_file=None, config: str | None = None
 ) -> tuple:  # ((line, record) pairs, layout)
-    "The records of a set, and its layout with the class names that the data themselves declare. Raises `DataError`."
+    "The records of a set, and its layout with the class names that the data declare. Raises `DataError`."
     if from_file is None:
         if "hub" not in src:
-            raise DataError(f"{dataset}: is read from its own files; get them and give one with --from_file")
+            raise DataError(f"{dataset}: is read from its own files. Get them, and give one with --from_file")
         loaded = load_records(src["hub"], split or "train", src.get("revision"), config or src.get("subset"))
-        found, declared = enumerate(loaded, 1), class_names(loaded)
+        pairs, declared = enumerate(loaded, 1), class_names(loaded)
     else:
-        found, declared = records(from_file, whole=True), class_names(from_file)
+        pairs, declared = records(from_file, whole=True), class_names(from_file)
     if not declared:
-        return found, src
+        return pairs, src
     declared = read_names(declared, src["words"])
     if src["given"]["names"] and declared != src["names"]:
         raise DataError(
-            f"{from_file or dataset}: declares the classes {', '.join(declared)}, and --names says "
+            f"{from_file or dataset}: declares the classes {', '.join(declared)}, but --names says "
             f"{', '.join(src['names'])}"
         )
-    return found, src | dict(names=declared)
+    return pairs, src | dict(names=declared)
 
 # %% ../nbs/11_public_sets.ipynb #5a42c994
 def source_pairs(
     path,  # a file in a set's own columns
-    dataset: str | None = None,  # a name in `SOURCES`; None: any other file
+    dataset: str | None = None,  # a name in `SOURCES`, or None for any other file
     contract: str | None = None,
     names=None,
     columns: dict | None = None,
@@ -516,16 +514,17 @@ def source_pairs(
     "The pairs of a file in its own columns. Raises `DataError`."
     name = dataset or Path(path).name.partition(".")[0]
     src = source_of(name, contract, names, columns, words, local=dataset is None)
-    found, src = source_records(src, name, split, path)
-    counts, bad = (Counter() if counts is None else counts), (BadRows() if bad is None else bad)
-    yield from source_rows(found, src, name, split or split_in_name(path), bad, counts, max_bad, path)
+    pairs, src = source_records(src, name, split, path)
+    counts = Counter() if counts is None else counts
+    bad = BadRows() if bad is None else bad
+    yield from source_rows(pairs, src, name, split or split_in_name(path), bad, counts, max_bad, path)
 
 # %% ../nbs/11_public_sets.ipynb #9f503c92
 def download(
     output,  # file to write
-    dataset: str | None = None,  # a name in `SOURCES`, a hub id; None: a local file of no public set
+    dataset: str | None = None,  # a name in `SOURCES`, a hub id, or None for a local file of no public set
     split: str
-    | None = None,  # the set's own name for it; None: train of a hub set, what the name of a local file says
+    | None = None,  # the set's own name (None: train of a hub set, or what a local file's name says)
     from_file=None,  # a local file in the set's columns, in place of the hub
     published: bool = False,  # fetch the SFT rows published for this task instead
     contract: str | None = None,  # needed where the set is not in `SOURCES`
@@ -542,28 +541,27 @@ def download(
     if not published and dataset is None and from_file is None:
         raise DataError("name a data set (--dataset), a file (--from_file) or --published")
     if from_file is not None and config:
-        raise DataError("--subset is a part of a hub set; a file has none")
+        raise DataError("--subset is a part of a hub set. A file has none")
     bad, counts = BadRows(), Counter()
-    with atomic_writer(
-        output, overwrite
-    ) as f:  # opened first: a file that exists is refused before anything is fetched
+    # opened first, so that an existing file is refused before anything is fetched
+    with atomic_writer(output, overwrite) as f:
         if published:
             name, contract = from_file or PUBLISHED["hub"], contract or PUBLISHED["contract"]
             if from_file is not None:
-                found = records(from_file, whole=True)
+                pairs = records(from_file, whole=True)
             else:
-                found = enumerate(load_records(name, split or "train"), 1)
-            rows = check_records(found, name, None, max_bad, contract, bad)
+                pairs = enumerate(load_records(name, split or "train"), 1)
+            rows = check_records(pairs, name, None, max_bad, contract, bad)
         elif from_file is not None:
             rows = source_pairs(
                 from_file, dataset, contract, names, columns, words, max_bad, counts, bad, split
             )
         else:
             split = split or "train"
-            found, src = source_records(
+            pairs, src = source_records(
                 source_of(dataset, contract, names, columns, words), dataset, split, None, config
             )
-            rows = source_rows(found, src, dataset, split, bad, counts, max_bad)
+            rows = source_rows(pairs, src, dataset, split, bad, counts, max_bad)
         for row in rows:
             f.write(json_line(row))
             counts["rows"] += 1
@@ -601,7 +599,7 @@ def name_option(
 
 # %% ../nbs/11_public_sets.ipynb #cd1881f2
 def layout_args(p):
-    "Options that say how a file in its own columns is read; `nli_evaluate` has them too."
+    "Options that say how a file in its own columns is read. `nli_evaluate` has them too."
     p.add_argument(
         "--columns",
         type=column_option,
