@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'is_mojibake', 'level', 'Tally', 'row_text', 'row_thought', 'estimated_lengths', 'hub_tokenizer',
-           'count_thought', 'count_row', 'batches', 'keep_sample', 'quantile', 'count_contract', 'check_file',
+           'count_verdict', 'count_row', 'batches', 'keep_sample', 'quantile', 'count_contract', 'check_file',
            'judge_baselines', 'count_near', 'check_files', 'render_report', 'leakage', 'leakage_text', 'refuse_leaked',
            'refuse_equal_files', 'gather_stats', 'plot_stats', 'write_stats', 'write_images']
 
@@ -157,7 +157,7 @@ def hub_tokenizer(
     return lambda texts: [len(o) for o in tok(texts, add_special_tokens=True)["input_ids"]]
 
 # %% ../nbs/10_check.ipynb #4a59f51c
-def count_thought(row: dict, tally: Tally):  # counts what is wrong with it
+def count_verdict(row: dict, tally: Tally):  # counts what is wrong with it
     "Does the thought conclude its label, and does it hide that its writer saw gold?"
     thought, label = row_thought(row)
     if not thought:
@@ -182,7 +182,7 @@ def count_row(row: dict, file: int, tally: Tally, pairs: Seen, premises: Seen):
     first = premises.add(norm_text(row["premise"]), file)
     if first is not None and first < file:
         tally.hit("premises in an earlier file", rid)
-    count_thought(row, tally)
+    count_verdict(row, tally)
     thought, _ = row_thought(row)
     if any(map(is_mojibake, (row["premise"], row["hypothesis"], thought or ""))):
         tally.hit("mojibake", rid)
@@ -421,12 +421,12 @@ def leakage(
     Pairs and premises are equal if their keys are equal (`norm_text`). Near-copies are sought among the judged
     rows and those training rows that could be one. If these are more than `near_rows`, they are sought in a
     sample (`NearSample`)."""
-    asked = {norm_text(r["premise"]) for r in judged}
+    premises = {norm_text(r["premise"]) for r in judged}
     labels = {pair_key(r): set() for r in judged}
     trained = set()
     for r in train:
         premise = norm_text(r["premise"])
-        if premise not in asked:
+        if premise not in premises:
             continue
         trained.add(premise)
         if (key := pair_key(r)) in labels:
@@ -573,11 +573,11 @@ def plot_stats(
         ax.set(title=f"{part} length", xlabel="words", ylabel="rows")
         ax.legend(fontsize="small")
     names = sorted({s for s, _ in st["sources"]})
-    shown = [s.replace("$", r"\$") for s in names]  # a dollar sign would start a formula
+    titles = [s.replace("$", r"\$") for s in names]  # a dollar sign would start a formula
     for label in (0, 1):
         left = [st["sources"][s, 0] if label else 0 for s in names]
         widths = [st["sources"][s, label] for s in names]
-        axs[-2].barh(shown, widths, left=left, color=colours[label])
+        axs[-2].barh(titles, widths, left=left, color=colours[label])
         axs[-1].bar(str(label), st["labels"][label], color=colours[label])
     axs[-2].set(title="source", xlabel="rows")
     axs[-1].set(title="label balance", xlabel="label", ylabel="rows")
