@@ -274,8 +274,8 @@ def json_closed(
     text: str,  # a completion so far
 ) -> bool:  # is its answer complete?
     "The stop rule of generation: has `find_answer` found an object that decides?"
-    found = find_answer(text)
-    return found.span is not None and found.outcome != "truncated"
+    answer = find_answer(text)
+    return answer.span is not None and answer.outcome != "truncated"
 
 # %% ../nbs/13_answers.ipynb #b6dfb3d8
 def marks_thinking(token: str) -> bool:
@@ -290,10 +290,10 @@ def parse_completion(
     "Read the answer of a completion, as `find_answer` finds it. Never raises, never invents a label."
     if not text.strip():
         return Parsed(None, None, "empty")
-    found = find_answer(text)
-    if found.outcome:
-        return Parsed(None, None, found.outcome)
-    obj, repairs = found.obj, found.repairs
+    answer = find_answer(text)
+    if answer.outcome:
+        return Parsed(None, None, answer.outcome)
+    obj, repairs = answer.obj, answer.repairs
     label, thought = obj.get("predicted_label"), obj.get("thought_process")
     if label in ("0", "1"):
         label, repairs = int(label), repairs + ("label given as text",)
@@ -301,7 +301,7 @@ def parse_completion(
     if extra := sorted(set(obj) - needed):
         repairs += (f"extra keys: {_whole(', '.join(extra))}",)
     # bool is an int in Python and 1.0 == 1: neither is the digit that was asked for
-    if type(label) is not int or str(label) not in _written_labels(text[slice(*found.span)]):
+    if type(label) is not int or str(label) not in _written_labels(text[slice(*answer.span)]):
         return Parsed(None, None, "wrong_schema")
     if "thought_process" in needed and not (isinstance(thought, str) and thought.strip()):
         return Parsed(None, None, "wrong_schema")

