@@ -144,7 +144,11 @@ def _keep_order(trainer):
             "The same in every epoch."
 
     trainer.order = InOrder(trainer.train_dataset)  # our trainer tells its order which epoch it is
-    trainer._get_train_sampler = lambda rows=None: trainer.order
+
+    def order(rows=None):
+        return trainer.order
+
+    trainer._get_train_sampler = order
 
 # %% ../nbs/52_bench_train.ipynb #fb622d68
 def build_trainer(

@@ -781,8 +781,8 @@ def _contradictions(c, settings, wrong) -> list:  # texts
     mistakes = []
     for keys, why in _rules(c):
         if wrong.isdisjoint(keys):
-            told = " with ".join(f"{k} = {_show(getattr(c, k))} ({settings[k].where})" for k in keys)
-            mistakes.append(f"{told}: {why}")
+            values = " with ".join(f"{k} = {_show(getattr(c, k))} ({settings[k].where})" for k in keys)
+            mistakes.append(f"{values}: {why}")
     return mistakes
 
 # %% ../nbs/01_config_loader.ipynb #4ce65655
@@ -908,8 +908,12 @@ def one_factor(
     """The result-relevant keys in which the configs differ.
 
     One key: a clean comparison. Several: nobody can say which mattered."""
-    count = {k for c in cfgs for k in result_values(c)} - set(ignore)
-    return [k for k in KEYS if k in count and any(getattr(c, k) != getattr(cfgs[0], k) for c in cfgs)]
+    counted = set().union(*map(result_values, cfgs)) - set(ignore)
+
+    def differs(k):
+        return any(getattr(c, k) != getattr(cfgs[0], k) for c in cfgs)
+
+    return [k for k in KEYS if k in counted and differs(k)]
 
 # %% ../nbs/01_config_loader.ipynb #53e655ad
 def _fail(

@@ -68,7 +68,7 @@ def encode_pairs(
     whole = tok(*map(list, zip(*pairs)), truncation=False, verbose=False)
     cut = tok(*map(list, zip(*pairs)), truncation="longest_first", max_length=max_length)
     n_cut = sum(len(ids) > max_length for ids in whole["input_ids"])
-    return [{k: cut[k][i] for k in cut} for i in range(len(rows))], n_cut
+    return [dict(zip(cut, one)) for one in zip(*cut.values())], n_cut
 
 # %% ../nbs/55_encoder.ipynb #72540a7f
 def fit_encoder(

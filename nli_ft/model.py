@@ -456,5 +456,9 @@ def in_fp32(model):  # from `load_for_inference`
         if p.is_floating_point():
             p.data = p.data.float()
     for m in filter(_is_4bit, model.modules()):
-        m.forward = lambda x, m=m: torch.nn.functional.linear(x, *_plain_weight(m))
+        m.forward = functools.partial(_plain_product, m)
     return model
+
+
+def _plain_product(module, x):
+    return torch.nn.functional.linear(x, *_plain_weight(module))

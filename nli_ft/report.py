@@ -452,6 +452,27 @@ def _slice_lines(slices, consistency):
         lines.append(f"{name:<32} {a['accuracy']:>9.3f}   {_interval_text(a['accuracy_ci'])} {a['n']:>7}")
     return lines
 
+# %% ../nbs/24_report.ipynb #0d8d8d5d
+def _answers_line(s, mode) -> str:
+    "How many items were answered, and in what form. A classifier always answers, and has no form."
+    if mode == "encoder":
+        return "a classifier gives every item a label, and writes no thoughts"
+    outcomes = ", ".join(f"{k} {v}" for k, v in s["outcomes"].items())
+    return (
+        f"answered {s['coverage']:.3f}, valid JSON {s['valid_rate']:.3f}, accuracy of the answered "
+        f"{_number_text(s['parsed_accuracy'])}; outcomes {outcomes}"
+    )
+
+
+def _thoughts_lines(t, mode) -> list:
+    if mode == "encoder":
+        return []
+    return [
+        f"thoughts: {t['n']}, mean {_number_text(t['mean_words'], 1)} words, verdict stated in "
+        f"{_number_text(t['stated'])}, agrees with the label in {_number_text(t['agreement'])}, "
+        f"grounded words {_number_text(t['grounded'])}"
+    ]
+
 # %% ../nbs/24_report.ipynb #e45ec782
 def report_text(
     r: dict,  # from `report`
@@ -464,9 +485,7 @@ def report_text(
     lines = [
         f"accuracy {s['accuracy']:.3f} {_interval_text(s['accuracy_ci'])}, n = {s['n']} in {s['n_clusters']} clusters "
         f"(95 % Wilson at n / {s['deff']:.2f}; no answer is wrong)",
-        f"answered {s['coverage']:.3f}, valid JSON {s['valid_rate']:.3f}, accuracy of the answered "
-        f"{_number_text(s['parsed_accuracy'])}; outcomes "
-        + ", ".join(f"{k} {v}" for k, v in s["outcomes"].items()),
+        _answers_line(s, r.get("mode")),
         f"macro-F1 {_defined(s['macro_f1'])}, balanced accuracy {_defined(s['balanced_accuracy'])}, "
         f"MCC {_defined(s['mcc'])}; "
         f"tokens per answer {_number_text(s['mean_tokens'], 1)}, seconds per item {_number_text(s['mean_seconds'])}",
@@ -475,9 +494,7 @@ def report_text(
         f"up to {_number_text(c['ece_calibrated_95'])}), Brier {_number_text(c['brier'])}, NLL "
         f"{_number_text(c['nll'])}; "
         f"AURC {_number_text(c['aurc'])} (of a random ranking {_number_text(c['aurc_random'])})",
-        f"thoughts: {t['n']}, mean {_number_text(t['mean_words'], 1)} words, verdict stated in "
-        f"{_number_text(t['stated'])}, agrees with the label in {_number_text(t['agreement'])}, "
-        f"grounded words {_number_text(t['grounded'])}",
+        *_thoughts_lines(t, r.get("mode")),
         f"at this n an equally good, independent rival would have to differ by {distance}",
     ]
     lines += _baseline_lines(r["baselines"])

@@ -111,3 +111,26 @@ def test_one_hand_wrote_notebooks_and_tests():
             [sys.executable, "-m", "ruff", *what, "."], cwd=root, capture_output=True, text=True
         )
         assert p.returncode == 0, p.stdout + p.stderr
+
+
+COMPREHENSIONS = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
+
+
+@pytest.mark.parametrize("path", sorted((root / "nli_ft").glob("[!_]*.py")), ids=lambda p: p.stem)
+def test_no_comprehension_holds_another_and_no_lambda_has_a_name(path):
+    "What ruff has no rule for: a reader follows one loop at a time, and a function that has a name is a def."
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, COMPREHENSIONS):
+            inner = [n for n in ast.walk(node) if isinstance(n, COMPREHENSIONS) and n is not node]
+            assert not inner, f"{path.name}: {ast.unparse(node)}"
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            assert not isinstance(node.value, ast.Lambda), f"{path.name}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("path", numbered, ids=lambda p: p.stem)
+def test_a_room_says_where_a_reader_comes_from_and_goes_to_and_shows_results(path):
+    top = "\n".join(c.source for c in cells(path)[:3] if c.cell_type == "markdown")
+    links = re.findall(r"\]\((\w+\.ipynb)\)", top)
+    assert len(links) >= 2, f"{path.name}: links to the rooms before and after it belong at its top"
+    assert all((path.parent / link).is_file() for link in links), links
+    assert any(c.get("outputs") for c in cells(path)), f"{path.name}: no cell shows what it gives"
