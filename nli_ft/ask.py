@@ -480,8 +480,8 @@ def predict_pairs(
     eval_batch_size: int | None = None,  # rows generated together [the run's]
     max_new_tokens: int | None = None,  # token budget of a completion [the run's]
     device: str | None = None,  # where to run [the run's]
-    premise: str | None = None,
-    hypothesis: str | None = None,
+    premise: str | None = None,  # one premise, as text
+    hypothesis: str | None = None,  # and its hypothesis
     table=None,  # comma, semicolon, tab or JSON Lines, with the columns premise and hypothesis; others are kept
     columns: dict | None = None,  # the file's own names of the two
     output=None,  # table to write (CSV), with the columns of `ANSWER_COLUMNS` added

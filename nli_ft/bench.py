@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ANSWERERS', 'SAME_LABELS', 'EXPECTED', 'plain_answers', 'our_answers', 'random_adapter', 'generate_once',
            'summarise_generate', 'generate_text', 'bench_generate', 'exponent', 'random_rows', 'bench_growth',
-           'growth_text', 'bench_cli']
+           'growth_text', 'measure_training', 'measure_answers', 'measure_growth', 'bench_cli']
 
 # %% ../nbs/53_bench.ipynb #36074577
 import argparse
+import inspect
 import json
 import numpy as np
 import os
@@ -18,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from .process import ConfigError, command, project_root
+from .process import ConfigError, add_subcommand, command, project_root
 from .config_loader import Config, print_config
 from .files import write_jsonl
 from .rows import read_rows
@@ -496,8 +497,27 @@ def growth_text(
     return "\n".join(lines)
 
 # %% ../nbs/53_bench.ipynb #f3436b0c
+# how the options that all three have are typed
+_SHARED = dict(
+    config=dict(metavar="NAME|PATH"),
+    model=dict(
+        metavar="M",
+        help="smollm2-135m, tiny-mistral, mistral-7b-shapes (random weights), a hub name or ./folder "
+        "[the config's, or smollm2-135m without --config]",
+    ),
+    device=dict(choices=("auto", "cpu", "cuda")),
+    dtype=dict(choices=("auto", "fp32", "bf16", "fp16")),
+    quantization=dict(choices=("nf4", "none")),
+    steps=dict(metavar="K"),
+    rows=dict(metavar="N"),
+    pairs=dict(metavar="N"),
+    data=dict(metavar="F"),
+    variants=dict(metavar="A,B"),
+)
+
+
 def _bench_parser():
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="nli_bench",
         description="Measure this package beside the plain recipe.",
         epilog="examples:\n  nli_bench train --pairs 3\n  nli_bench train --model mistral-7b-shapes --device cuda "
@@ -506,128 +526,42 @@ def _bench_parser():
         "1\n  nli_bench generate --run runs/cpu_demo/RUN_ID\n  nli_bench growth --model tiny-mistral",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    subs = p.add_subparsers(dest="what", required=True, metavar="train|generate|growth")
+    subcommands = parser.add_subparsers(required=True, metavar="train|generate|growth")
 
-    def add(name, text, epilog=""):
-        examples = [line for line in p.epilog.splitlines() if line.startswith(f"  nli_bench {name}")]
-        epilog = "\n".join(["examples:", *examples, "", epilog])
-        s = subs.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+    def add(name, text, function, epilog, **changes):
+        parameters = inspect.signature(function).parameters
+        shared = {k: v for k, v in _SHARED.items() if k in parameters}
+        sub = add_subcommand(parser, subcommands, name, text, function, function, epilog, **shared, **changes)
+        sub.add_argument(
+            "--json", action="store_true", help="print everything measured as JSON, and no table"
         )
-        s.add_argument(
-            "--config",
-            metavar="NAME|PATH",
-            help="adapter, optimizer and quantisation as in this config [default, with the embedded model]",
-        )
-        s.add_argument(
-            "--model",
-            metavar="M",
-            help="smollm2-135m, tiny-mistral, mistral-7b-shapes (random weights), a hub name or ./folder "
-            "[the config's, or smollm2-135m without --config]",
-        )
-        s.add_argument("--device", choices=("auto", "cpu", "cuda"))
-        s.add_argument(
-            "--dtype",
-            choices=("auto", "fp32", "bf16", "fp16"),
-            help="number format of the products [the config's: bf16 where the device has it]",
-        )
-        s.add_argument("--quantization", choices=("nf4", "none"), help="of the base [the config's]")
-        s.add_argument(
-            "--json", action="store_true", help="print everything measured as JSON instead of the table"
-        )
-        s.add_argument("--output", metavar="F", help="also write that JSON to a new file")
-        return s
+        sub.add_argument("--output", metavar="F", help="also write that JSON to a new file")
 
-    t = add(
+    add(
         "train",
         "train the same rows by TRL's own trainer and by this package's",
+        measure_training,
         "variants:\n  " + "\n  ".join(VARIANTS) + "\n\nexit code 1: losses differ, or a contestant died",
+        rows_per_step=dict(metavar="N"),
+        micro_batch=dict(metavar="N"),
     )
-    t.add_argument(
-        "--data", metavar="F", help="training rows [data/embedded/train.jsonl, generated on first use]"
-    )
-    t.add_argument(
-        "--rows",
-        type=int,
-        metavar="N",
-        help="rows to use, evenly spaced. They are used again where the steps need more [steps x rows_per_step]",
-    )
-    t.add_argument(
-        "--steps",
-        type=int,
-        default=4,
-        metavar="K",
-        help="optimizer steps, at least 2. The first is not timed [4]",
-    )
-    t.add_argument(
-        "--rows_per_step", type=int, default=16, metavar="N", help="rows of an optimizer step [16]"
-    )
-    t.add_argument(
-        "--micro_batch",
-        type=int,
-        default=4,
-        metavar="N",
-        help="rows of a micro-batch where the variant has them [4]",
-    )
-    t.add_argument("--pairs", type=int, default=3, metavar="N", help="times every contestant is run [3]")
-    t.add_argument(
-        "--variants",
-        default="plain,ours",
-        metavar="A,B",
-        help="contestants. The others are compared with the first [plain,ours]",
-    )
-    g = add(
+    add(
         "generate",
         "answer the same rows by plain generate and by this package",
+        measure_answers,
         "contestants:\n  "
         + "\n  ".join(ANSWERERS)
         + f"\n\nexit code 1: fewer than {100 * SAME_LABELS:.0f} % of the labels are the same, or a contestant died",
+        run=dict(metavar="DIR"),
+        max_new_tokens=dict(metavar="N"),
+        batch=dict(metavar="N"),
+        mode=dict(choices=("cot", "forced")),
     )
-    g.add_argument(
-        "--run", metavar="DIR", help="a run's folder. Without it the model gets a seeded random adapter"
+    axes = dict.fromkeys(("length", "batch", "rank"), dict(metavar="A,B"))
+    add(
+        "growth", "fit how time and memory grow with rows, length, batch and rank", measure_growth, "", **axes
     )
-    g.add_argument(
-        "--data", metavar="F", help="rows to answer [the run's eval_data, or data/embedded/dev.jsonl]"
-    )
-    g.add_argument("--rows", type=int, default=64, metavar="N", help="rows to use, evenly spaced [64]")
-    g.add_argument("--pairs", type=int, default=3, metavar="N", help="times every contestant is run [3]")
-    g.add_argument(
-        "--max_new_tokens", type=int, metavar="N", help="token budget of a completion [the config's]"
-    )
-    g.add_argument(
-        "--batch", type=int, metavar="N", help="rows generated together [the config's eval_batch_size]"
-    )
-    g.add_argument(
-        "--mode",
-        default="cot",
-        choices=("cot", "forced"),
-        help="how ours decodes: generate and parse, or generate the thought and score both labels [cot]",
-    )
-    g.add_argument(
-        "--variants",
-        default="plain,plain-to-limit,ours,label-only",
-        metavar="A,B",
-        help="contestants. Labels are compared with those of the first "
-        "[plain,plain-to-limit,ours,label-only]",
-    )
-    w = add("growth", "fit how time and memory grow with rows, length, batch and rank")
-    for axis, sizes in dict(
-        rows="100,1000,10000,100000", length="64,128,256,512", batch="1,2,4,8", rank="4,16,64"
-    ).items():
-        w.add_argument(
-            f"--{axis}",
-            default=sizes,
-            metavar="A,B",
-            help=f"sizes to measure. Leave this axis out with an empty list [{sizes}]"
-            if axis == "rows"
-            else f"sizes to measure [{sizes}]",
-        )
-    w.add_argument("--steps", type=int, default=3, metavar="K", help="timed optimizer steps a point [3]")
-    return p
+    return parser
 
 # %% ../nbs/53_bench.ipynb #6ac7d5c0
 def _names(text, known):
@@ -640,105 +574,128 @@ def _names(text, known):
     return names
 
 # %% ../nbs/53_bench.ipynb #2992e303
-def _sizes(ns):
+def _sizes(**axes) -> dict:  # axis -> list of sizes
     "The sizes of each axis of `nli_bench growth`."
-    axes = {}
-    for axis in ("rows", "length", "batch", "rank"):
+    found = {}
+    for axis, text in axes.items():
         try:
-            sizes = [int(x) for x in getattr(ns, axis).split(",") if x.strip()]
+            sizes = [int(x) for x in text.split(",") if x.strip()]
         except ValueError:
-            raise ConfigError(
-                f"--{axis} {getattr(ns, axis)!r}: expected whole numbers with commas between them"
-            ) from None
-        if (
-            any(s < 1 for s in sizes)
-            or (axis == "length" and any(s < 4 for s in sizes))
-            or (not sizes and axis != "rows")
-        ):
-            raise ConfigError(f"--{axis} {getattr(ns, axis)!r}: sizes are 1 or more (length: 4 or more)")
+            raise ConfigError(f"--{axis} {text!r}: expected whole numbers with commas between them") from None
+        least = 4 if axis == "length" else 1
+        if any(size < least for size in sizes) or (not sizes and axis != "rows"):
+            raise ConfigError(f"--{axis} {text!r}: sizes are 1 or more (length: 4 or more)")
         if sizes:
-            axes[axis] = sizes
-    return axes
+            found[axis] = sizes
+    return found
 
 # %% ../nbs/53_bench.ipynb #381494b2
-def _at_least(ns, **least):
-    "Refuse a number below its least value."
-    for k, n in least.items():
-        if (v := getattr(ns, k)) is not None and v < n:
-            raise ConfigError(f"--{k} {v}: at least {n}")
+def _at_least(least: int, **values):
+    "Refuse a number below its least value. None is no number."
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} {value}: at least {least}")
 
 # %% ../nbs/53_bench.ipynb #69625c0f
-def _train_command(ns):
-    names = _names(ns.variants, VARIANTS)
-    _at_least(ns, steps=2, rows_per_step=1, micro_batch=1, pairs=1, rows=1)
-    cfg = bench_config(
-        ns.config,
-        ns.model,
-        ns.data,
-        max_train_samples=ns.rows or ns.steps * ns.rows_per_step,
-        device=ns.device,
-        compute_dtype=ns.dtype,
-        quantization=ns.quantization,
-    )
-    for n in names:
-        variant_config(cfg, n, ns.rows_per_step, ns.micro_batch)
-    made = bench_train(cfg, names, ns.steps, ns.rows_per_step, ns.micro_batch, ns.pairs)
-    return made, train_text(made["settings"], made["facts"], made["summary"])
-
-# %% ../nbs/53_bench.ipynb #c02a629a
-def _generate_config(ns):
-    "(Config, adapter or None, prompt wording) of `nli_bench generate`."
-    if ns.run and (ns.config or ns.model):
-        raise ConfigError("--run brings its own config and model. Leave out --config and --model")
-    changes = dict(
-        max_eval_samples=ns.rows,
-        max_new_tokens=ns.max_new_tokens,
-        eval_batch_size=ns.batch,
-        device=ns.device,
-        compute_dtype=ns.dtype,
-        quantization=ns.quantization,
-    )
-    changes = {k: v for k, v in changes.items() if v is not None}
-    if not ns.run:
-        return (
-            bench_config(ns.config, ns.model, ns.data or embedded_data() / "dev.jsonl", **changes),
-            None,
-            "auto",
-        )
-    _, cfg, adapter, template = open_run(ns.run, **changes)
-    return cfg.replace(eval_data=str(Path(ns.data).resolve())) if ns.data else cfg, adapter, template
+def measure_training(
+    config=None,  # adapter, optimizer and quantisation as in this config [default, with the embedded model]
+    model: str | None = None,  # the base [the config's, or smollm2-135m without --config]
+    device: str | None = None,  # where to run [the config's]
+    dtype: str | None = None,  # number format of the products [the config's: bf16 where the device has it]
+    quantization: str | None = None,  # of the base [the config's]
+    data=None,  # training rows [data/embedded/train.jsonl, generated on first use]
+    rows: int | None = None,  # rows to use, evenly spaced [steps x rows_per_step]
+    steps: int = 4,  # optimizer steps, at least 2. The first is not timed
+    rows_per_step: int = 16,  # rows of an optimizer step
+    micro_batch: int = 4,  # rows of a micro-batch where the variant has them
+    pairs: int = 3,  # times every contestant is run
+    variants: str = "plain,ours",  # contestants. The others are compared with the first
+) -> tuple:  # (everything measured, a table as text)
+    "Train the same rows by TRL's own trainer and by this package's."
+    names = _names(variants, VARIANTS)
+    _at_least(2, steps=steps)
+    _at_least(1, rows_per_step=rows_per_step, micro_batch=micro_batch, pairs=pairs, rows=rows)
+    changes = dict(device=device, compute_dtype=dtype, quantization=quantization)
+    cfg = bench_config(config, model, data, max_train_samples=rows or steps * rows_per_step, **changes)
+    for name in names:
+        variant_config(cfg, name, rows_per_step, micro_batch)
+    measured = bench_train(cfg, names, steps, rows_per_step, micro_batch, pairs)
+    return measured, train_text(measured["settings"], measured["facts"], measured["summary"])
 
 # %% ../nbs/53_bench.ipynb #37628cac
-def _generate_command(ns):
-    names = _names(ns.variants, ANSWERERS)
-    _at_least(ns, pairs=1, rows=1)
-    cfg, adapter, template = _generate_config(ns)
-    made = bench_generate(cfg, names, ns.pairs, ns.mode, ns.run, adapter, template)
-    return made, generate_text(made["settings"], made["facts"], made["summary"])
+def measure_answers(
+    config=None,  # adapter and quantisation as in this config [default, with the embedded model]
+    model: str | None = None,  # the base [the config's, or smollm2-135m without --config]
+    device: str | None = None,  # where to run [the config's]
+    dtype: str | None = None,  # number format of the products [the config's: bf16 where the device has it]
+    quantization: str | None = None,  # of the base [the config's]
+    run=None,  # a run's folder. Without it the model gets a seeded random adapter
+    data=None,  # rows to answer [the run's eval_data, or data/embedded/dev.jsonl]
+    rows: int = 64,  # rows to use, evenly spaced
+    pairs: int = 3,  # times every contestant is run
+    max_new_tokens: int | None = None,  # token budget of a completion [the config's]
+    batch: int | None = None,  # rows generated together [the config's eval_batch_size]
+    mode: str = "cot",  # how ours decodes: generate and parse, or generate the thought and score both labels
+    variants: str = "plain,plain-to-limit,ours,label-only",  # contestants. Labels are compared with those of the first
+) -> tuple:  # (everything measured, a table as text)
+    "Answer the same rows by plain generate and by this package."
+    names = _names(variants, ANSWERERS)
+    _at_least(1, pairs=pairs, rows=rows)
+    if run and (config or model):
+        raise ConfigError("--run brings its own config and model. Leave out --config and --model")
+    changes = dict(
+        max_eval_samples=rows,
+        max_new_tokens=max_new_tokens,
+        eval_batch_size=batch,
+        device=device,
+        compute_dtype=dtype,
+        quantization=quantization,
+    )
+    changes = {k: v for k, v in changes.items() if v is not None}
+    if run:
+        _, cfg, adapter, template = open_run(run, **changes)
+        if data:
+            cfg = cfg.replace(eval_data=str(Path(data).resolve()))
+    else:
+        cfg = bench_config(config, model, data or embedded_data() / "dev.jsonl", **changes)
+        adapter, template = None, "auto"
+    measured = bench_generate(cfg, names, pairs, mode, run, adapter, template)
+    return measured, generate_text(measured["settings"], measured["facts"], measured["summary"])
 
 # %% ../nbs/53_bench.ipynb #07c3502e
-def _growth_command(ns):
-    _at_least(ns, steps=2)
-    cfg = bench_config(
-        ns.config, ns.model, device=ns.device, compute_dtype=ns.dtype, quantization=ns.quantization
-    )
-    made = bench_growth(cfg, _sizes(ns), ns.steps)
-    return made, growth_text(made)
+def measure_growth(
+    config=None,  # adapter, optimizer and quantisation as in this config [default, with the embedded model]
+    model: str | None = None,  # the base [the config's, or smollm2-135m without --config]
+    device: str | None = None,  # where to run [the config's]
+    dtype: str | None = None,  # number format of the products [the config's: bf16 where the device has it]
+    quantization: str | None = None,  # of the base [the config's]
+    rows: str = "100,1000,10000,100000",  # sizes to measure. Leave this axis out with an empty list
+    length: str = "64,128,256,512",  # sizes to measure
+    batch: str = "1,2,4,8",  # sizes to measure
+    rank: str = "4,16,64",  # sizes to measure
+    steps: int = 3,  # timed optimizer steps a point
+) -> tuple:  # (everything measured, a table as text)
+    "Fit how time and memory grow with rows, length, batch and rank."
+    _at_least(2, steps=steps)
+    cfg = bench_config(config, model, device=device, compute_dtype=dtype, quantization=quantization)
+    measured = bench_growth(cfg, _sizes(rows=rows, length=length, batch=batch, rank=rank), steps)
+    return measured, growth_text(measured)
 
 # %% ../nbs/53_bench.ipynb #d25d9757
 @command
 def bench_cli(argv=None) -> int:
-    "Measure this package beside the plain recipe."
-    ns = _bench_parser().parse_args(argv)
-    if ns.output and Path(ns.output).exists():
-        raise ConfigError(f"--output {ns.output} exists and is not overwritten. Name another file")
-    made, text = dict(train=_train_command, generate=_generate_command, growth=_growth_command)[ns.what](ns)
-    whole = json.dumps(made, indent=1, ensure_ascii=False)
-    if ns.output:
-        Path(ns.output).write_text(whole + "\n", encoding="utf-8")
-    print(whole if ns.json else text)
-    died = any(why for a in made.get("axes", {}).values() for why in a["died"])
-    return int(died or not made.get("summary", dict(ok=True))["ok"])
+    "The command `nli_bench`."
+    options = vars(_bench_parser().parse_args(argv))
+    output, as_json, measure = (options.pop(k) for k in ("output", "json", "call"))
+    if output and Path(output).exists():
+        raise ConfigError(f"--output {output} exists and is not overwritten. Name another file")
+    measured, text = measure(**options)
+    whole = json.dumps(measured, indent=1, ensure_ascii=False)
+    if output:
+        Path(output).write_text(whole + "\n", encoding="utf-8")
+    print(whole if as_json else text)
+    died = any(a["died"] and any(a["died"]) for a in measured.get("axes", {}).values())
+    return int(died or not measured.get("summary", dict(ok=True))["ok"])
 
 # %% ../nbs/53_bench.ipynb #7188fe58
 #| eval: false

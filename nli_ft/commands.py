@@ -11,7 +11,7 @@ import functools
 import json
 import os
 
-from .process import RecordError, add_options, command
+from .process import RecordError, add_options, add_subcommand, command
 from .labels import CONTRACTS
 from .rows import KINDS, PROMPTS
 from .sft_rows import STRATEGIES, parse_splits, write_sft
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
 exit codes: 0 done (check: OK or warnings), 1 failed while running, 2 bad arguments or data (check: FAIL)""",
     )
     add = functools.partial(
-        _subcommand, parser, parser.add_subparsers(required=True, metavar="prepare|check|stats|download")
+        add_subcommand, parser, parser.add_subparsers(required=True, metavar="prepare|check|stats|download")
     )
     contract = dict(choices=CONTRACTS)
     strategies = dict(choices=STRATEGIES, help="; ".join(f"{k}: {v}" for k, v in STRATEGIES.items()))
@@ -90,21 +90,6 @@ exit codes: 0 done (check: OK or warnings), 1 failed while running, 2 bad argume
     )
     return parser
 
-# %% ../nbs/54_commands.ipynb #fde0e808
-def _subcommand(parser, subcommands, name: str, text: str, function, run, **changes):
-    "A subcommand whose options are the parameters of `function`. `run` gets their values."
-    examples = [line for line in parser.epilog.splitlines() if line.startswith(f"  {parser.prog} {name}")]
-    sub = subcommands.add_parser(
-        name,
-        help=text,
-        description=text,
-        formatter_class=parser.formatter_class,
-        epilog="\n".join(["example:", *examples]),
-    )
-    add_options(sub, function, **changes)
-    sub.set_defaults(run=run)
-    return sub
-
 # %% ../nbs/54_commands.ipynb #765a1959
 def _print_counts(counts: dict, what: str = ""):
     for name, n in counts.items():
@@ -152,7 +137,7 @@ def data_cli(
 ) -> int:  # exit code
     "The command `nli_data`."
     options = vars(_parser().parse_args(argv))
-    return options.pop("run")(**options)
+    return options.pop("call")(**options)
 
 # %% ../nbs/54_commands.ipynb #57f7cd3a
 #| eval: false

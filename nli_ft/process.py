@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SaysItAll', 'NliError', 'ConfigError', 'DataError', 'RecordError', 'Interrupted', 'stop_signals', 'signals_go_to',
            'signals_interrupt', 'ReaderLeft', 'LenientStream', 'escape_as_json', 'outlives_its_reader', 'typed_text',
-           'still_bars', 'can_be_written', 'settle', 'command', 'add_options', 'project_root']
+           'still_bars', 'can_be_written', 'settle', 'command', 'add_options', 'add_subcommand', 'project_root']
 
 # %% ../nbs/00_process.ipynb #4076fe4b
 import codecs
@@ -406,6 +406,7 @@ def add_options(
     parser,  # of `argparse`, or a group of its options
     function,  # its parameters become options
     skip: tuple = (),  # parameters that get none
+    /,  # a parameter of `function` may have one of these names, too
     **changes,  # parameter -> what `add_argument` takes otherwise; `flag` is another name for the option
 ):
     "One option per parameter of a function, with its docment as the help and its default in brackets."
@@ -417,7 +418,12 @@ def add_options(
         change = dict(changes.get(name, {}))
         flag = change.pop("flag", f"--{name}")
         option = _option(p) | change
-        option["help"] = _help_text(option.get("help") or p.docment or "", option.get("default"))
+        doc = option.get("help") or p.docment
+        if not doc:
+            raise TypeError(
+                f"{function.__name__}: {name} needs a docment on its own line, for its option's help"
+            )
+        option["help"] = _help_text(doc, option.get("default"))
         if flag.startswith("-"):
             parser.add_argument(flag, dest=name, **option)
         else:
@@ -444,6 +450,31 @@ def _help_text(doc: str, default) -> str:
     shown_elsewhere = doc.endswith("]") or not isinstance(default, (int, float, str)) or default == ""
     shown = "" if shown_elsewhere else f" [{default}]"
     return f"{' '.join(doc.split())}{shown}".replace("%", "%%")
+
+# %% ../nbs/00_process.ipynb #58a0b125
+def add_subcommand(
+    parser,  # of the whole command; its epilog holds the examples
+    subcommands,  # from `parser.add_subparsers`
+    name: str,
+    text: str,  # what it does, in a few words
+    function,  # its parameters become options
+    call,  # gets their values
+    epilog: str = "",  # stands below the examples
+    /,  # a parameter of `function` may have one of these names, too
+    **changes,  # as in `add_options`
+):  # the parser of the subcommand
+    "A subcommand that does what one public function does."
+    examples = [line for line in parser.epilog.splitlines() if line.startswith(f"  {parser.prog} {name}")]
+    sub = subcommands.add_parser(
+        name,
+        help=text,
+        description=text,
+        formatter_class=parser.formatter_class,
+        epilog="\n".join(["examples:" if len(examples) > 1 else "example:", *examples, "", epilog]),
+    )
+    add_options(sub, function, **changes)
+    sub.set_defaults(call=call)
+    return sub
 
 # %% ../nbs/00_process.ipynb #09b8397a
 def _package_dir() -> Path:
