@@ -469,7 +469,7 @@ def _token_counts(prep):
         return lengths[min(len(lengths) - 1, int(q * len(lengths)))]
 
     counts = dict(total=sum(lengths), median=quantile(0.5), p99=quantile(0.99), longest=lengths[-1])
-    return counts | dict(trained=sum(k != PROMPT for e in prep.train for k in e.kind))
+    return counts | dict(trained=sum(y != -100 for e in prep.train for y in e.labels))
 
 # %% ../nbs/33_preflight.ipynb #7fa8a438
 def preflight_text(

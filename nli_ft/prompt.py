@@ -238,7 +238,7 @@ class Encoded:
 
     input_ids: list  # prompt ids + completion ids + end of turn
     labels: list  # `input_ids` where there is loss, -100 elsewhere
-    kind: list  # 0 no loss, 1 thought, 2 label digit
+    kind: list  # 0 prompt, 1 thought, 2 label digit
     n_prompt: int  # how many of the ids belong to the prompt
 
     def __len__(self):
@@ -308,17 +308,19 @@ def show_mask(
     tok,  # the tokenizer that encoded the row
     enc: Encoded,  # an encoded row
 ) -> str:  # HTML, escaped
-    "HTML of an encoded row: grey has no loss, green is trained reasoning, orange is the label, bars separate tokens."
+    """HTML of an encoded row: grey has no loss, blue is a trained prompt, green is trained reasoning, orange is the
+    label, bars separate tokens."""
     import html
 
+    no_loss = "color:#888"
     style = {
-        PROMPT: "color:#888",
+        PROMPT: "background:#d9e4f7;color:#000",
         THOUGHT: "background:#d7f0d7;color:#000",
         LABEL: "background:#ffc27a;color:#000;font-weight:bold",
     }
     spans = []
     for i, y, k in zip(enc.input_ids, enc.labels, enc.kind):
-        look = style[PROMPT if y == -100 else k]
+        look = no_loss if y == -100 else style[k]
         spans.append(f'<span style="{look}">{html.escape(tok.convert_ids_to_tokens(i))}</span>')
     return (
         '<div style="font-family:monospace;white-space:pre-wrap;line-height:1.6">'
@@ -334,12 +336,12 @@ def mask_text(
 ) -> str:
     "One encoded row as text that tells trained tokens from the rest. Only the version in colour shows the prompt."
     trained = [y != -100 for y in enc.labels]
-    kinds = [k if t else PROMPT for k, t in zip(enc.kind, trained)]
     tokens = [tok.decode([i]) for i in enc.input_ids]
     if colour:
-        codes = {PROMPT: 90, THOUGHT: 32, LABEL: "30;43"}
-        return "".join(f"\x1b[{codes[k]}m{t}\x1b[0m" for t, k in zip(tokens, kinds))
+        codes = {PROMPT: 34, THOUGHT: 32, LABEL: "30;43"}
+        looks = [codes[k] if t else 90 for k, t in zip(enc.kind, trained)]
+        return "".join(f"\x1b[{look}m{token}\x1b[0m" for token, look in zip(tokens, looks))
     text = tok.decode([i for i, t in zip(enc.input_ids, trained) if t])
-    digit = tokens[kinds.index(LABEL)].strip()
+    digit = tokens[enc.kind.index(LABEL)].strip()
     marked = text.replace(f'"predicted_label": {digit}', f'"predicted_label": >{digit}<')
-    return "·" * kinds.count(PROMPT) + marked
+    return "·" * trained.count(False) + marked

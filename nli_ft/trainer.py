@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from .rows import MANIFEST, seal
-from .prompt import LABEL, PROMPT
+from .prompt import LABEL, PROMPT, THOUGHT
 from .generate import for_inference
 from .records import TrainingStopped
 from .checkpoints import _INFO, rotate_checkpoints
@@ -37,31 +37,35 @@ def split_sums(
     nll,  # tensor (N,): the losses of the trained tokens
     kind,  # tensor (rows, places): PROMPT, THOUGHT or LABEL
     batch: dict,  # `labels`, `input_ids`, and `attention_mask` where there is padding
-):  # tensor of 5: thought loss, thought tokens, label loss, label tokens, tokens that are no padding
+):  # tensor of 7: loss and number of thought, label and prompt tokens, and how many tokens are no padding
     "The sums from which `split_losses` makes means."
     import torch
 
     trained = kind[:, 1:][batch["labels"][:, 1:] != -100]
-    label = trained == LABEL
-    thought = ~label
+    thought, label, prompt = (trained == kind for kind in (THOUGHT, LABEL, PROMPT))
     if "attention_mask" in batch:
         real = batch["attention_mask"].sum()
     else:
         real = torch.tensor(batch["input_ids"].numel())
-    parts = [nll[thought].sum(), thought.sum(), nll[label].sum(), label.sum(), real.to(nll.device)]
-    return torch.stack(parts).double()
+    parts = []
+    for which in (thought, label, prompt):
+        parts += [nll[which].sum(), which.sum()]
+    return torch.stack([*parts, real.to(nll.device)]).double()
 
 # %% ../nbs/34_trainer.ipynb #172b7596
 def split_losses(
-    sums: list,  # five numbers, as of `split_sums`
+    sums: list,  # seven numbers, as of `split_sums`
     mode: str,  # "train" or "eval"
 ) -> dict:  # what is added to the log
-    "Mean loss of a thought token and of a label token. An evaluation also gets its mean over all tokens."
-    thought, n_thought, label, n_label, real = sums
+    """Mean loss of a thought token, of a label token, and of a prompt token where the prompt is trained. An
+    evaluation also gets its mean over all trained tokens."""
+    thought, n_thought, label, n_label, prompt, n_prompt, real = sums
     means = dict(loss_thought=thought / max(n_thought, 1), loss_label=label / max(n_label, 1))
+    if n_prompt:
+        means["loss_prompt"] = prompt / n_prompt
     if mode == "train":
         return means | dict(tokens=int(real))
-    means["loss"] = (thought + label) / max(n_thought + n_label, 1)
+    means["loss"] = (thought + label + prompt) / max(n_thought + n_label + n_prompt, 1)
     return {f"eval_{name}": value for name, value in means.items()}
 
 # %% ../nbs/34_trainer.ipynb #4b408f7b
