@@ -88,6 +88,16 @@ def prompt_form(
         "write a prompt for it. Use an instruct model, a Mistral v3 base, or save the tokenizer with a chat_template."
     )
 
+# %% ../nbs/12_prompt.ipynb #c33c0e14
+def _system_with_user(messages):
+    "The messages with the system text in front of the first user's text, as `mistral-common` writes it."
+    system = [m["content"] for m in messages if m["role"] == "system"]
+    others = [m for m in messages if m["role"] != "system"]
+    if not system or not others or others[0]["role"] != "user":
+        return messages
+    first = dict(others[0], content="\n\n".join([*system, others[0]["content"]]))
+    return [first, *others[1:]]
+
 # %% ../nbs/12_prompt.ipynb #19234de7
 @lru_cache(maxsize=8)
 def _control_re(tok):
@@ -121,16 +131,6 @@ def refuse_control_tokens(
             "Remove it, or write it differently"
         )
     return text
-
-# %% ../nbs/12_prompt.ipynb #c33c0e14
-def _system_with_user(messages):
-    "The messages with the system text in front of the first user's text, as `mistral-common` writes it."
-    system = [m["content"] for m in messages if m["role"] == "system"]
-    others = [m for m in messages if m["role"] != "system"]
-    if not system or not others or others[0]["role"] != "user":
-        return messages
-    first = dict(others[0], content="\n\n".join([*system, others[0]["content"]]))
-    return [first, *others[1:]]
 
 # %% ../nbs/12_prompt.ipynb #687a8686
 def _check_messages(tok, messages):
