@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One training run: nbs/train.ipynb through papermill, into a new folder under runs/.
 #
-#   ./run_training.sh --local --config cpu_demo          in .venv on this machine, about ten minutes without a GPU
+#   ./run_training.sh --local --config cpu_demo          in .venv on this machine: under ten minutes without a GPU, once installed
 #   ./run_training.sh --config ablation2 --gpu 0         in Docker, on one GPU
 #   ./run_training.sh --config distributed --gpus 0,1    in Docker, both GPUs through accelerate
 #

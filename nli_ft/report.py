@@ -131,14 +131,11 @@ def plot_loss(
     fig, axes = new_figure(11, 3.2, 3)
     for ax, (title, keys) in zip(axes, panels):
         for k in sorted(keys):
-            ax.plot(
-                *series[k],
-                marker="o" if len(series[k][0]) < 30 else "",
-                ms=3,
-                lw=1.5,
-                ls="--" if "eval" in k else "-",
-                label=k,
-            )
+            look = dict(ls="-", ms=3)
+            if "eval" in k:  # a ring, because the point of the training loss lies at the same step
+                look = dict(ls="--", ms=9, mfc="none", mew=1.5, zorder=3)
+            marker = "o" if len(series[k][0]) < 30 else ""
+            ax.plot(*series[k], marker=marker, lw=1.5, label=k, **look)
         ax.set(title=title, xlabel="optimizer step")
         if keys:
             ax.legend(frameon=False, fontsize=8)

@@ -4,14 +4,16 @@
 
 The comparison goes cell by cell. It looks at what a reader reads: printed text, and the text, Markdown and HTML of
 what is displayed. It ignores pictures (they depend on fonts) and stderr (bars and warnings depend on the machine).
-`refresh` leaves stderr out of the file. `normalised` says what may differ within a text."""
+`execute` leaves out live bars, which need a running kernel. `refresh` also leaves stderr out of the file.
+`normalised` says what may differ within a text."""
 
-import difflib, re, sys, tempfile
+import copy, difflib, re, sys, tempfile
 from pathlib import Path
 
 import nbformat
 
 READ = ("text/plain", "text/markdown", "text/html")
+WIDGET = "application/vnd.jupyter.widget-view+json"  # a live bar, such as that of "Loading weights"
 ROOT = Path(__file__).resolve().parent.parent
 # what may differ between two equal executions: (the name put in its place, what it looks like)
 VARIES = [
@@ -28,8 +30,13 @@ def execute(path, timeout: int = 600):  # a notebook, seconds that a cell may ta
     from nbclient import NotebookClient
 
     nb = nbformat.read(path, 4)
+    metadata = copy.deepcopy(nb.metadata)
     folder = {"metadata": {"path": str(Path(path).resolve().parent)}}
     NotebookClient(nb, timeout=timeout, kernel_name="python3", resources=folder).execute()
+    nb.metadata = metadata  # without what the kernel adds: its version, and the state of its bars
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
     return nb
 
 

@@ -78,6 +78,15 @@ def test_what_depends_on_the_machine_is_no_difference():
     assert normalised("74 of 120 (0.617)") == "74 of 120 (0.617)"
 
 
+def test_a_live_bar_is_left_out(tmp_path):
+    path = tmp_path / "bar.ipynb"
+    code = "from tqdm.notebook import tqdm\nsum(tqdm([1, 2, 3]))"
+    nbformat.write(new_notebook(cells=[new_code_cell(code)]), path)
+    nb = execute(path)
+    assert [o.data["text/plain"] for o in nb.cells[0].outputs if o.output_type != "stream"] == ["6"]
+    assert not nb.metadata
+
+
 def test_refresh_writes_the_outputs_of_a_fresh_kernel_and_no_stderr(tmp_path):
     path = tmp_path / "small.ipynb"
     code = "import os, sys\nprint(os.getcwd())\nprint('a bar', file=sys.stderr)\n6 * 7"
