@@ -186,7 +186,7 @@ def plot_losses(
     for r in runs:
         if "loss" in (series := metric_series(r.metrics)):
             ax.plot(*series["loss"], lw=1.5, label=r.name.replace("$", r"\$"))
-    ax.set(xlabel="optimizer step", ylabel="training loss (nats per trained token)")
+    ax.set(xlabel="optimizer step", ylabel="nats per trained token", title="training loss")
     if ax.lines:
         ax.legend(frameon=False, fontsize=8)
     return fig

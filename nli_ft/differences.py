@@ -35,7 +35,7 @@ def _same_task(one, other):
     odd = sorted(map(str, a.keys() ^ b.keys()))
     if odd:
         raise RecordError(
-            f"{name_a} and {name_b} were evaluated on different items ({len(a)} and {len(b)}; "
+            f"{name_b}: not evaluated on the items of {name_a} ({len(b)} and {len(a)} items; "
             f"{len(odd)} of them, such as {odd[0]!r}, in one only)"
         )
     kinds = dict(premise="items", hypothesis="items", label="labels", prompt_hash="prompts")
@@ -43,7 +43,7 @@ def _same_task(one, other):
         odd = [i for i in a if a[i].get(key) != b[i].get(key)]
         if odd:
             raise RecordError(
-                f"{name_a} and {name_b} were evaluated on different {what} (for example id "
+                f"{name_b}: not evaluated on the {what} of {name_a} (for example id "
                 f"{odd[0]!r}; {len(odd)} of {len(a)} differ)"
             )
 

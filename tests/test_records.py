@@ -503,12 +503,12 @@ def nli_compare(*args):
 def test_runs_on_another_task_are_not_compared(project, changed, why):
     if "label" in changed:
         changed = changed | dict(completion=answer(1), thought_process="so")
-    with pytest.raises(RecordError, match=f"different {why}"):
+    with pytest.raises(RecordError, match=f": not evaluated on the {why} of minimal_test"):
         nli_ft.differences.compare_runs([finished(), finished(**changed)])
 
 
 def test_runs_on_other_ids_are_not_compared_however_many_they_share(project):
-    with pytest.raises(RecordError, match="60 and 59; 1 of them, such as '59'"):
+    with pytest.raises(RecordError, match="59 and 60 items; 1 of them, such as '59'"):
         nli_ft.differences.compare_runs([finished(), finished(n=59)])
 
 
@@ -721,7 +721,8 @@ def test_the_comparison_notebook_runs_whatever_there_is(project, make):
     text = json.dumps(nb)
     assert ("image/png" in text) == (len(made) > 1)
     if len(made) > 1:
-        assert "left out:" in text and "2 runs are compared" in text and "can be told from noise" in text
+        assert f"left out: {nli_ft.records.read_run(made[1]).name}: not evaluated on the items of" in text
+        assert "2 runs are compared" in text and "can be told from noise" in text
 
 
 # -- what is no repetition
