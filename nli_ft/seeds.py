@@ -185,7 +185,12 @@ def _no_config_verdict(few):
 # %% ../nbs/27_seeds.ipynb #5dda5252
 def _more_seeds(es):
     "The command that gives a config with one seed three of them."
-    words = [w for w in shlex.split(run_command(es[0][0].cfg)) if not w.startswith("--seed=")]
+    run = es[0][0]
+    # a record knows its config by name only, and what was typed names the file
+    words = shlex.split(run.config.get("provenance") or "")
+    if words[:1] not in (["nli_run"], ["nli_train"]):
+        words = ["nli_run", "--config", run.config["name"]]
+    words = ["nli_run", *(word for word in words[1:] if not word.startswith("--seed="))]
     used = {e[0].seed for e in es}
     new = [s for s in range(1, 6) if s not in used][: 3 - len(used)]
     return shlex.join([*words, "--seeds", ",".join(map(str, new))])

@@ -81,7 +81,8 @@ def _for_scoring(
     needless = mask is not None and "flash" not in conf._attn_implementation
     if needless and (mask[:, 1:] <= mask[:, :-1]).all():
         batch["attention_mask"] = None
-    # The router is frozen, so a loss that spreads tokens over experts could only disturb the likelihood.
+    # A mixture-of-experts model may add a loss that makes its router use all experts. We do not train the
+    # router, so that loss could only disturb the likelihood.
     if getattr(conf.get_text_config(), "output_router_logits", False):
         batch["output_router_logits"] = False
     return batch

@@ -110,6 +110,13 @@ def test_a_single_run_is_never_worded_as_a_config(project, capsys):
     assert "`nli_run --config minimal_test --seeds 1,2` and `nli_run --config cpu_demo --seeds 1,2`" in said
 
 
+def test_a_config_file_of_ones_own_with_one_seed_is_compared_and_named_by_its_path(project, capsys):
+    Path("mine.py").write_text('base = "minimal_test"\nlora_r = 4\n')
+    out = compare(capsys, record(), record(lambda i: True, "./mine.py"))
+    assert "config mine against config minimal_test" in out and "no verdict on the config" in out
+    assert "`nli_run --config minimal_test --seeds 1,2` and `nli_run --config mine.py --seeds 1,2`" in out
+
+
 def test_three_seeds_against_one_give_no_verdict_on_the_config(project, capsys):
     three = [record(lambda i: i % 5 > s % 3, seed=s) for s in (1, 2, 3)]
     one = record(lambda i: True, overrides="lora_r=4", seed=1)
