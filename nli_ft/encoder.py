@@ -116,7 +116,11 @@ def _classifier(source, labels):
     try:
         tok = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=len(labels), trust_remote_code=False, ignore_mismatched_sizes=True
+            source,
+            num_labels=len(labels),
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except (OSError, ValueError) as e:
         why = str(e).splitlines()[0]

@@ -10,7 +10,6 @@ import hashlib
 import json
 import shlex
 
-from .records import run_command
 from nli_ft.differences import (
     _same_run,
     _baseline_first,

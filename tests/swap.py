@@ -17,6 +17,7 @@ def swap(
     ]
     assert rooms, f"no room that is imported here has {target}"
     old = getattr(rooms[0], name)
+    assert all(vars(m)[name] is old for m in rooms), f"{target} is not one thing: name its room, too"
     for module in [m for n, m in sys.modules.items() if n.startswith("nli_ft.")]:
         if name in vars(module) and vars(module)[name] is old:
             monkeypatch.setattr(module, name, value)

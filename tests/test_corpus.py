@@ -103,7 +103,7 @@ BROKEN = {  # category -> (name in the module, what to put there)
     "scope": ("MONOTONE", nli_ft.quantifiers.MONOTONE | {"at least two": ("up", "down")}),
     "antonyms": ("DUAL", nli_ft.quantifiers.DUAL | {"some": "every"}),
     "embedding": ("PROJECTS", nli_ft.logic.PROJECTS | {"thinks": 1}),
-    "counting": ("interval", lambda f: (f[2], 99) if f[1] == "more than" else (0, f[2])),
+    "counting": ("nli_ft.quantifiers.interval", lambda f: (f[2], 99) if f[1] == "more than" else (0, f[2])),
     "comparatives": ("closure", lambda edges: edges),
     "connectives": ("refuted", lambda cs: frozenset() in cs),
     "role_swap": ("deny", lambda f: ("not", f[1]) if f[0] == "not" else f),

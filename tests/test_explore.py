@@ -62,7 +62,7 @@ def test_an_unknown_run_is_refused_by_name(project):
     with pytest.raises(papermill.PapermillExecutionError) as e:
         explore(project, project / "out.ipynb", run="runs/cpu_demo/nothing-here")
     assert e.value.ename == "RecordError"
-    assert "runs/cpu_demo/nothing-here is no folder; `nli_runs` lists" in e.value.evalue
+    assert "runs/cpu_demo/nothing-here is no folder. `nli_runs` lists" in e.value.evalue
 
 
 def test_without_any_run_the_command_that_makes_one_is_named(project):
