@@ -260,9 +260,10 @@ def evaluate_run(
     rows = evaluation_rows(data, cfg, template, contract, layout)
     out = evaluation_dir(run, data, own, mode, untuned, max_new_tokens, engine)
     # other rows or another mode are named before the model is loaded
-    resume_predictions(out / "predictions.jsonl", rows, mode, engine)
+    answered = resume_predictions(out / "predictions.jsonl", rows, mode, engine)
     how = dict(mode=mode, untuned=untuned, engine=engine)
-    preds, probed = _predict_and_probe(run, cfg, None if untuned else adapter, rows, out, how, probe)
+    adapter = None if untuned else adapter
+    preds, probed = _predict_and_probe(run, cfg, adapter, rows, answered, out, how, probe)
     return _evaluation_report(run, cfg, rows, out, preds, how | probed)
 
 # %% ../nbs/30_ask.ipynb #52ede729
@@ -320,10 +321,11 @@ def _learnt_pairs(cfg):
     return spread(rows, cfg.max_train_samples)
 
 # %% ../nbs/30_ask.ipynb #6a935097
-def _predict_and_probe(run: Path, cfg, adapter, rows, out: Path, how: dict, probe: int) -> tuple:
+def _predict_and_probe(
+    run: Path, cfg, adapter, rows, answered: dict, out: Path, how: dict, probe: int
+) -> tuple:
     "Predictions, and what the probe found. The model is loaded only when something is left to ask."
     path, mode, engine = out / "predictions.jsonl", how["mode"], how["engine"]
-    answered = resume_predictions(path, rows, mode, engine)
     if len(answered) == len(rows) and not probe:
         return [answered[r["id"]] for r in rows], {}
     if len(answered) < len(rows):

