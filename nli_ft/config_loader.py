@@ -36,12 +36,14 @@ def key(
     choices: tuple = (),  # the only possible values
     path: bool = False,  # a path: kept relative to the project root
     result: bool = True,  # can it change what is learnt or measured? then it counts in `config_hash`
+    **formerly,  # `was=value`: runs from before this key had this value, which is left out of `config_hash`
 ):
     "A required dataclass field that carries its own documentation and limits."
     return field(
         metadata=dict(
             doc=doc, lo=lo, hi=hi, above=above, below=below, choices=choices, path=path, result=result
         )
+        | formerly
     )
 
 # %% ../nbs/01_config_loader.ipynb #08697ec5
@@ -53,6 +55,17 @@ class DataKeys:
         "file of training rows (.jsonl or .csv); data/embedded/… is generated on first use", path=True
     )
     eval_data: str = key("file of rows to be scored, never trained on", path=True)
+    label_set: str = key(
+        "what the model chooses from: binary (1 entailment, 0 not), or three_way (entailment, neutral, "
+        "contradiction), for rows that carry their relation",
+        choices=("binary", "three_way"),
+        was="binary",
+    )
+    contract: str | None = key(
+        "what the labels of train_data and eval_data mean, for rows that do not say; none: only 0 and 1 are labels",
+        choices=("entailment", "binary", "course"),
+        was=None,
+    )
     data_strategy: str = key(
         "which thoughts are learnt: all rows, only those whose own first label was correct (no reflections), "
         "or thoughts shuffled between rows of one label (a control: same words, no reasoning)",
@@ -859,7 +872,8 @@ def config_from_json(
 ) -> Config:  # with the recorded name and sources
     """A recorded config. Raises one `ConfigError` that tells every mistake.
 
-    Every key that can change a result must be there, so that no default of today stands in for a value of then."""
+    Every key that can change a result must be there, so that no default of today stands in for a value of then. A
+    key that is younger than the record has the value that all runs had before it."""
     try:
         d = json.loads(text)
         name, values, changed = d["name"], d["config"], dict(d["changed_from_default"])
@@ -872,8 +886,9 @@ def config_from_json(
         ) from None
     mistakes = [_unknown_key(k, where) for k in values if k not in KEYS]
     default = load_config("default").to_dict()
-    # a key that cannot change a result may be younger than the record
-    values = {k: default[k] for k in KEYS if not KEYS[k].metadata["result"]} | values
+    younger = {k: default[k] for k in KEYS if not KEYS[k].metadata["result"]}
+    younger |= {k: f.metadata["was"] for k, f in KEYS.items() if "was" in f.metadata}
+    values = younger | values
     if missing := [k for k in KEYS if k not in values]:
         mistakes.append(
             f"{where}: {', '.join(missing)} missing. It was written by another version; "
@@ -889,7 +904,12 @@ def config_from_json(
 def result_values(cfg: Config) -> dict:  # key -> value
     "The values that can change what is learnt or measured."
     drop = () if cfg.early_stopping_patience else ("eval_steps", "save_steps")
-    return {k: v for k, v in cfg.to_dict().items() if KEYS[k].metadata["result"] and k not in drop}
+
+    def counts(key, value):
+        meta = KEYS[key].metadata
+        return meta["result"] and key not in drop and not ("was" in meta and meta["was"] == value)
+
+    return {k: v for k, v in cfg.to_dict().items() if counts(k, v)}
 
 # %% ../nbs/01_config_loader.ipynb #cf18159e
 def config_hash(
