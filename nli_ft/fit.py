@@ -316,17 +316,20 @@ def print_log(logs: dict):
         parts.append(_loss_part(logs))
     if "eval_accuracy" in logs:
         parts.append(_task_part(logs))
-    if parts and not logs.get("earlier"):
-        print(f"step {logs['step']:>5}/{logs['steps']}   {'   '.join(parts)}", flush=True)
+    if not parts or logs.get("earlier"):
+        return
+    if "learning_rate" in logs:
+        parts.append(f"lr {logs['learning_rate']:.2e}")
+    if logs.get("eta_s"):
+        parts.append(f"{logs['eta_s'] / 60:.1f} min left")
+    print(f"step {logs['step']:>5}/{logs['steps']}   {'   '.join(parts)}", flush=True)
 
 
 def _loss_part(logs):
     pre = "eval_" if "eval_loss" in logs else ""
     held_out = "held-out " if pre else ""
-    left = f"   {logs['eta_s'] / 60:.1f} min left" if logs.get("eta_s") else ""
-    rate = f"   lr {logs['learning_rate']:.2e}" if "learning_rate" in logs else ""
     loss, thought, label = (logs.get(pre + name, math.nan) for name in ("loss", "loss_thought", "loss_label"))
-    return f"{held_out}loss {loss:.4f}   thought {thought:.4f}   label {label:.4f}{rate}{left}"
+    return f"{held_out}loss {loss:.4f}   thought {thought:.4f}   label {label:.4f}"
 
 
 def _task_part(logs):
@@ -504,7 +507,7 @@ def tell_as_configured(
         setattr(callback, name, renamed(getattr(callback, name)))
 
 # %% ../nbs/35_fit.ipynb #6a70bb61
-def _answers(prep, model, rows):
+def _answer_metric_rows(prep, model, rows):
     "Answers at an evaluation: as `judge_model` gives them after the training."
     import torch
 
@@ -551,7 +554,7 @@ def _trainer(prep, model, out, log):
     if plugin := getattr(trainer.accelerator.state, "fsdp_plugin", None):
         plugin.ignored_modules = [m for name, m in model.named_modules() if name.endswith("rotary_emb")]
     trainer.facts = resume_facts(prep)
-    trainer.answer, trainer.answer_rows = functools.partial(_answers, prep), asked
+    trainer.answer, trainer.answer_rows = functools.partial(_answer_metric_rows, prep), asked
     return trainer
 
 # %% ../nbs/35_fit.ipynb #d76f44c3

@@ -494,7 +494,14 @@ def _metric_cost(prep, n):
     times = math.ceil(
         count["steps"] / (prep.cfg.eval_steps or count["steps_per_epoch"])
     )  # one at the very end
-    return dict(name=prep.cfg.eval_metric, rows=n, evaluations=times, max_new_tokens=prep.cfg.max_new_tokens)
+    chooses = prep.cfg.early_stopping_patience is not None
+    return dict(
+        name=prep.cfg.eval_metric,
+        rows=n,
+        evaluations=times,
+        max_new_tokens=prep.cfg.max_new_tokens,
+        chooses=chooses,
+    )
 
 # %% ../nbs/33_preflight.ipynb #fd3a93d3
 def _token_counts(prep):
@@ -545,7 +552,13 @@ def _metric_lines(m):
         f"{m['rows'] * m['evaluations']} answers of at most {m['max_new_tokens']} tokens (the first evaluation "
         "logs its seconds, `nli_bench generate` measures rows per second)"
     )
-    return textwrap.wrap(f"metric     {cost}", 110, subsequent_indent=" " * 11)
+    lines = textwrap.wrap(f"metric     {cost}", 110, subsequent_indent=" " * 11)
+    if m["chooses"]:
+        lines += [
+            "WARNING    these rows choose the checkpoint and are judged afterwards, so their score will be too high.",
+            "           Report the score of another file (`nli_evaluate --data`)",
+        ]
+    return lines
 
 # %% ../nbs/33_preflight.ipynb #b485c015
 def _checks_lines(p):

@@ -186,7 +186,9 @@ def test_more_rows_than_the_file_has_are_all_of_them_and_fewer_are_spread(made):
     some = [r["id"] for r in metric_rows(cfg.replace(eval_metric_rows=5), prep.eval_rows * 4)]
     assert some == [24, 25, 26, 27, 24], "a block from the start, and one from the middle"
     flight = preflight(prep)
-    assert flight["metric"] == dict(name="accuracy", rows=12, evaluations=3, max_new_tokens=8)
+    assert flight["metric"] == dict(name="accuracy", rows=12, evaluations=3, max_new_tokens=8, chooses=False)
+    said = preflight_text(preflight(replace(prep, cfg=cfg.replace(early_stopping_patience=1))))
+    assert "too high" in said and "too high" not in preflight_text(flight)
     assert "accuracy of 12 generated answers at each of 3 evaluations: 36 answers" in preflight_text(flight)
     assert "metric" not in preflight(prepare(cfg.replace(eval_metric="loss")))
 
