@@ -106,17 +106,15 @@ def metric_rows(
 
 
 def _refuse_no_score(cfg, rows):
-    "A score of rows without gold labels is undefined, and so is macro F1 where gold lacks a class."
-    if not rows:
-        return
-    asked = f"eval_metric = {cfg.eval_metric} scores {len(rows)} rows of {cfg.eval_data}, and"
-    todo = "Give other evaluation rows, more of them (eval_metric_rows, max_eval_samples), or take eval_metric=loss"
-    gold = [r.get("label") for r in rows]
-    if None in gold:
-        raise DataError(f"{asked} row {rows[gold.index(None)]['id']!r} has no gold label. {todo}")
+    "Macro F1 is undefined where no row has one of the labels."
+    gold = [r["label"] for r in rows]
     lost = [label for label in label_set_of(gold).labels if label not in gold]
-    if lost and cfg.eval_metric == "macro_f1":
-        raise DataError(f"{asked} none of them has the label {lost[0]!r}: macro F1 is undefined. {todo}")
+    if cfg.eval_metric == "macro_f1" and lost:
+        raise DataError(
+            f"eval_metric = macro_f1 scores {len(rows)} rows of {cfg.eval_data}, and none of them has the label "
+            f"{lost[0]!r}: macro F1 is undefined. Give other evaluation rows, more of them (eval_metric_rows, "
+            "max_eval_samples), or take eval_metric=accuracy"
+        )
 
 # %% ../nbs/33_preflight.ipynb #8e5694cd
 def prepare(cfg: Config, tok=None) -> Prepared:

@@ -14,6 +14,8 @@ from tiny_models import box_rows, save_model
 from nli_ft.process import ConfigError, DataError
 from nli_ft.config_loader import config_from_json, config_hash, load_config, print_config
 from nli_ft.files import write_jsonl
+from nli_ft.labels import RELATIONS
+from nli_ft.rows import sft_row
 from nli_ft.fit import fit, resume_point
 from nli_ft.model import load_base, seeded_lora
 from nli_ft.predict import predict_rows
@@ -225,3 +227,31 @@ def test_the_metric_counts_as_a_result_where_it_chooses_the_checkpoint(made):
         del old["config"][key]
         old["changed_from_default"].pop(key, None)
     assert config_from_json(json.dumps(old)).eval_metric == "loss"
+
+
+# -- three labels
+
+
+def test_three_labels_are_answered_and_scored_during_the_training_too(made, tmp_path, monkeypatch):
+    rows = []
+    for i, row in enumerate(box_rows(24)):
+        relation = RELATIONS[i % 3]
+        premise, hypothesis = f"{row['premise']} It is number {i}.", f"{row['hypothesis']} {relation[0]}"
+        pair = dict(id=i, premise=premise, hypothesis=hypothesis, relation=relation, contract="entailment")
+        rows.append(pair | dict(label=int(relation == "entailment")))
+    sft = [
+        sft_row(
+            r["id"], r["premise"], r["hypothesis"], "I think.", r["relation"], "test", "brief",
+            relation=r["relation"], contract="entailment",
+        )
+        for r in rows[:12]
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "train.jsonl", sft)
+    write_jsonl(tmp_path / "eval.jsonl", rows[12:])
+    files = dict(train_data=str(tmp_path / "train.jsonl"), eval_data=str(tmp_path / "eval.jsonl"))
+    three = dict(label_set="three_way", completion="label_only", eval_metric="macro_f1", max_new_tokens=24)
+    cfg = config(made, max_steps=2, early_stopping_patience=1, **three, **files)
+    logs, model, result, prep = trained(cfg, tmp_path / "m")
+    assert {r["label"] for r in metric_rows(cfg, prep.eval_rows)} == set(RELATIONS)
+    assert logs[0]["eval_answer_rows"] == 12 and 0 <= logs[0]["eval_macro_f1"] <= 1
+    assert result["best"] == dict(step=2, macro_f1=logs[0]["eval_macro_f1"])
