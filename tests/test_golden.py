@@ -209,7 +209,7 @@ def changes(was, now, at=""):
         lines = [f"{at}/{k} is gone" for k in was if k not in now]
         if at not in MAY_GROW:
             lines += [f"{at}/{k} is new" for k in now if k not in was]
-        for k in was.keys() & now.keys():
+        for k in filter(now.__contains__, was):
             lines += changes(was[k], now[k], f"{at}/{k}")
         return lines
     if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
