@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['redact', 'new_run_dir', 'is_code', 'code_changed', 'environment', 'overrides_text', 'run_command', 'start_run',
            'append_metrics', 'read_metrics', 'note', 'finish_run', 'TrainingStopped', 'close_failed', 'watch_cells',
-           'Run', 'read_run', 'before_text', 'list_runs', 'looks', 'text_table', 'show_runs']
+           'Run', 'read_run', 'before_text', 'list_runs', 'looks', 'set_text', 'text_table', 'show_runs']
 
 # %% ../nbs/25_records.ipynb #b0307105
 import hashlib
@@ -796,6 +796,29 @@ def looks(
             if sha and sha256.startswith(sha) and (folder / "predictions.jsonl").is_file():
                 counts[run.parent.name] += 1
     return dict(counts)
+
+# %% ../nbs/25_records.ipynb #d2d2d3ed
+def set_text(
+    facts: dict,  # a report, or what `set_facts` gave
+) -> list:  # sentences; none for a report that names no set
+    "Which rows a report is about, and what a reader must know about them."
+    if "role" not in facts:
+        return []
+    data, role = facts["data"], facts["role"]
+    what = dict(selected="selected", reported="reported, and selected nothing", test="the test")[role]
+    sentences = [f"set {data['name']} ({what}): {data['rows']:,} rows of {data['path']}"]
+    if role != "selected":
+        sentences[0] += f". The rows of {facts['selected']['name']} ({facts['selected']['path']}) selected"
+    if role == "test":
+        text = f"this test file has been looked at {_times(facts['looks'])} by config {facts['config']}"
+        if facts["looks_of_others"]:
+            text += f", and {_times(facts['looks_of_others'])} by other configs"
+        sentences.append(text)
+    return sentences + [f"WARNING: {w}" for w in facts["warnings"]]
+
+
+def _times(n):
+    return f"{n:,} time{'s' * (n != 1)}"
 
 # %% ../nbs/25_records.ipynb #dddb2cda
 def text_table(
