@@ -17,7 +17,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 from .process import ConfigError, DataError, RecordError, add_options, command, project_root, typed_text
@@ -119,10 +119,9 @@ def asked_wording(
         messages = prompt_messages(str(p.get("premise")), str(p.get("hypothesis")), template, labels)
         return p.get("prompt_hash") == prompt_hash(messages)
 
-    def asked_all(template):
-        return any(all(asked(p, template, s) for p in preds) for s in LABEL_SETS.values())
-
-    return next(filter(asked_all, PROMPTS), None)
+    for labels, template in product(LABEL_SETS.values(), PROMPTS):
+        if all(asked(p, template, labels) for p in preds):
+            return template
 
 # %% ../nbs/30_ask.ipynb #ce8cd8d4
 def _taught_wording(cfg):
@@ -179,7 +178,10 @@ def gold_in_label_set(
     if labels is BINARY or not two_way_only:
         return [in_label_set(r, labels, template) for r in rows]
     answers = ("completion", "thought_process")
-    asked = [{k: v for k, v in r.items() if k not in answers} | dict(label=two_way(r["label"])) for r in rows]
+    asked = [dict(r, label=two_way(r["label"])) for r in rows]
+    for row in asked:
+        for key in answers:
+            row.pop(key, None)
     return [reworded(r, labels, template) if "prompt" in r else r for r in asked]
 
 # %% ../nbs/30_ask.ipynb #9525196a
@@ -481,8 +483,10 @@ def _learnt_pairs(cfg):
     if cfg.data_strategy == "correct_only":
         rows = [r for r in rows if r.get("source") != "reflection"]
     labels = LABEL_SETS[cfg.label_set]
-    pairs = [{k: v for k, v in r.items() if k not in ("prompt", "completion")} for r in rows]
-    return [in_label_set(r, labels) for r in spread(pairs, cfg.max_train_samples)]
+    rows = list(
+        map(without_prompt, spread(rows, cfg.max_train_samples))
+    )  # a wording of its own is no obstacle
+    return [in_label_set(r, labels) for r in rows]
 
 # %% ../nbs/30_ask.ipynb #6a935097
 def _predict_and_probe(

@@ -22,6 +22,7 @@ KEYS = dict(
     batch_size=8,
     max_steps=2,
     max_train_samples=24,
+    max_eval_samples=None,
     max_new_tokens=4,
     eval_batch_size=16,
 )
