@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ANSWER_COLUMNS', 'open_run', 'asked_wording', 'check_recorded_base', 'question', 'gold_in_label_set',
-           'without_prompt', 'evaluation_rows', 'evaluation_dir', 'JudgedSet', 'in_labels_of', 'set_warnings',
-           'judged_set', 'set_facts', 'unjudged_sets', 'evaluate_run', 'evaluate_cli', 'read_pairs', 'answer_pairs',
-           'predict_pairs', 'predict_cli']
+           'without_prompt', 'evaluation_rows', 'refuse_other_contract', 'evaluation_dir', 'JudgedSet', 'in_labels_of',
+           'set_warnings', 'judged_set', 'set_facts', 'unjudged_sets', 'evaluate_run', 'evaluate_cli', 'read_pairs',
+           'answer_pairs', 'predict_pairs', 'predict_cli']
 
 # %% ../nbs/30_ask.ipynb #2d737bde
 import argparse
@@ -22,7 +22,16 @@ from pathlib import Path
 
 from .process import ConfigError, DataError, RecordError, add_options, command, project_root, typed_text
 from .config_loader import JudgedFile, config_from_json, judged_files, names_sets
-from .labels import BINARY, CONTRACTS, LABEL_SETS, THREE_WAY, LabelSet, two_way, words_contract
+from nli_ft.labels import (
+    BINARY,
+    CONTRACTS,
+    LABEL_SETS,
+    THREE_WAY,
+    LabelSet,
+    contracts_agree,
+    two_way,
+    words_contract,
+)
 from nli_ft.files import (
     PAIR_NAMES,
     atomic_writer,
@@ -210,6 +219,30 @@ def evaluation_rows(
     rows = gold_in_label_set(rows, labels, None if template == "auto" else template)
     return [question(r, template, labels) for r in rows]
 
+# %% ../nbs/30_ask.ipynb #eb555184
+def refuse_other_contract(
+    run: Path,  # a run's folder
+    rows: list,  # of another file than the run's own
+    data,  # that file, for the message
+):
+    """Raise `DataError` where rows are labelled under a contract that does not agree with that of the training rows.
+
+    A contract that nobody recorded, there or here, is left to the warning beside the report."""
+    summary, env = (
+        json.loads((run / f"{n}.json").read_text(encoding="utf-8")) for n in ("summary", "environment")
+    )
+    recorded = (summary.get("contracts") or {}).get("train")
+    recorded = recorded or (env.get("data", {}).get("train_data") or {}).get("contracts") or []
+    trained = [c for c in recorded if c in CONTRACTS]
+    for row in rows:
+        other = [c for c in trained if row.get("contract") and not contracts_agree(c, row["contract"])]
+        if other:
+            raise DataError(
+                f"{data}: row {row['id']!r} has a label under the contract {row['contract']!r}, and {run} was trained "
+                f"under {other[0]!r}: a 1 does not mean the same ({CONTRACTS[row['contract']]['says']}). Evaluate on "
+                "rows of the run's contract, or say --mix_contracts if you want this score all the same"
+            )
+
 # %% ../nbs/30_ask.ipynb #7b5de41c
 def evaluation_dir(
     run: Path,  # a run's folder
@@ -372,6 +405,7 @@ def evaluate_run(
     words: dict | None = None,  # what the file's own label words mean, as in entails=entailment
     names: tuple | None = None,  # class names of integer labels, class 0 first; they replace the set's own
     max_eval_samples: int | None = None,  # score only N rows, evenly spaced [the run's]
+    mix: bool = False,  # score also data whose label contract is not that of the training rows
     untuned: bool = False,  # ask the base model without the adapter
     probe: int = 0,  # also probe faithfulness on N rows: cut, swap, remove the thought
     engine: str = "transformers",  # what generates; vllm: on a CUDA GPU, mode cot only, after `pip install -e .[vllm]`
@@ -403,6 +437,8 @@ def evaluate_run(
     file, data = _asked_set(cfg, data)
     own, name = bool(file and file.role == "selected"), file and file.name
     rows = evaluation_rows(data, cfg, template, contract, layout)
+    if not (own or mix or untuned):
+        refuse_other_contract(run, rows, data)
     out = evaluation_dir(run, data, own, mode, untuned, max_new_tokens, engine, name)
     # other rows or another mode are named before the model is loaded
     answered = resume_predictions(out / "predictions.jsonl", rows, mode, engine)
@@ -458,6 +494,7 @@ def evaluate_cli(argv=None) -> int:
         **LAYOUT,
         data=dict(metavar="FILE"),
         contract=dict(choices=CONTRACTS),
+        mix=dict(flag="--mix_contracts"),
         dataset=dict(choices=SOURCES),
         max_eval_samples=dict(metavar="N"),
         probe=dict(metavar="N"),
