@@ -140,7 +140,8 @@ def recorded(
     path = Path(path)
     folder = path.parent
     run = folder if (folder / "summary.json").is_file() else folder.parent.parent
-    style = _part(_object_in(run / "config.json"), "config").get("completion")
+    asked = _object_in(folder / "evaluation.json") or _part(_object_in(run / "config.json"), "config")
+    style = asked.get("completion")
     style = style if isinstance(style, str) else None
     summary, report = _object_in(folder / "summary.json"), {}
     seal = _part(_part(summary, "predictions"), path.name)
