@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import dataclass
 
+from .labels import BINARY, THREE_WAY, LabelSet
 from .prompt import _whole
 
 # %% ../nbs/13_answers.ipynb #fc416a7a
@@ -21,7 +22,7 @@ OUTCOMES = ("strict", "repaired", "truncated", "wrong_schema", "empty", "thinkin
 class Parsed:
     "What a completion says. `label` and `thought` are None unless `outcome` is strict or repaired."
 
-    label: int | None  # 0, 1 or None
+    label: int | str | None  # a label of the set that was asked for, or None
     thought: str | None  # the reasoning, case and newlines kept
     outcome: str  # one of `OUTCOMES`
     repairs: tuple = ()  # what had to be mended
@@ -141,26 +142,41 @@ _NO_LABEL = re.compile(
                            | (?:the\s+|your\s+)?(?:label|int(?:eger)?|number)\b | \?+ | _+ | [,}] )""",
     re.I | re.X,
 )
+_WORD = "|".join(THREE_WAY.labels)
+_NO_WORD = re.compile(rf'\s*"?\s*[\[{{(]?\s*"?(?:{_WORD})"?\s*(?:or|/|\||,)\s*"?(?:{_WORD})', re.I)
 _THOUGHT_KEYS = ("thought_process", "improved_thought_process", "error_analysis")
 
 
-def _is_form(raw, obj):
+def _names_no_label(text, labels):
+    "Does this text in the place of the label leave the choice open, as the form does?"
+    return bool(_NO_LABEL.match(text)) or (labels is THREE_WAY and bool(_NO_WORD.match(text)))
+
+
+def _is_form(raw, obj, labels=BINARY):
     "Is this object the empty form? `raw` is its text, and `obj` is None where the text is no JSON."
     if obj is None:
         value = r'"(?:%s)"\s*:\s*("(?:[^"\\]|\\.)*"|[^",}]*)' % "|".join(_THOUGHT_KEYS)
         thoughts = [m[1].strip().strip('"') for m in re.finditer(value, raw)]
         label = re.search(r'"predicted_label"\s*:(.*)', raw, re.S)
-        no_label = bool(label and _NO_LABEL.match(label[1]))
+        no_label = bool(label) and _names_no_label(label[1], labels)
     else:
         thoughts = [obj[k] for k in _THOUGHT_KEYS if isinstance(obj.get(k), str)]
         label = obj.get("predicted_label")
-        no_label = isinstance(label, str) and bool(_NO_LABEL.match(label))
+        no_label = isinstance(label, str) and _names_no_label(label, labels)
     return bool(_EMPTY_THOUGHT.fullmatch(thoughts[-1])) if thoughts else no_label
 
 # %% ../nbs/13_answers.ipynb #656a746d
-def _written_labels(text):
-    'Digits that stand literally in the place of a label. Only a JSON reader takes `-0` for 0 and `"\\u0031"` for 1.'
-    return {m[2] for m in re.finditer(r'"predicted_label"\s*:\s*("?)([01])\1\s*[,}]', text)}
+_WRITTEN = {
+    BINARY.name: re.compile(r'"predicted_label"\s*:\s*("?)([01])\1\s*[,}]'),
+    THREE_WAY.name: re.compile(rf'"predicted_label"\s*:\s*(")({_WORD})"\s*[,}}]', re.I),
+}
+
+
+def _written_labels(text, labels=BINARY):
+    """Labels that stand literally in their place, as text.
+
+    Only a JSON reader takes `-0` for 0 and `"\\u0031"` for 1."""
+    return {m[2].lower() for m in _WRITTEN[labels.name].finditer(text)}
 
 # %% ../nbs/13_answers.ipynb #80a219ab
 @dataclass(frozen=True)
@@ -193,13 +209,14 @@ def _is_prose(raw, content):
     return isinstance(content, Exception) and ":" not in raw
 
 # %% ../nbs/13_answers.ipynb #c40ec18f
-def _labels(raw, content):
+def _labels(raw, content, labels=BINARY):
     "The labels that an object gives, as text."
     if isinstance(content, Exception):
-        return _written_labels(raw)
+        return _written_labels(raw, labels)
     label = content[0].get("predicted_label")
-    if type(label) in (int, str) and str(label) in ("0", "1"):
-        return {str(label)}
+    types = (int, str) if labels is BINARY else (str,)
+    if type(label) in types and str(label).lower() in map(str, labels.labels):
+        return {str(label).lower()}
     return set()
 
 # %% ../nbs/13_answers.ipynb #47abc0ec
@@ -238,6 +255,7 @@ _WHY = dict(
 
 def find_answer(
     text: str,  # what a model wrote
+    labels: LabelSet = BINARY,  # what was asked for
 ) -> Found:  # its answer, not yet checked against any schema
     "Find the answer: the first object after the thinking that does not repeat the form. Never raises."
     parts, thinking = outside_thinking(text)
@@ -253,15 +271,15 @@ def find_answer(
         obj = None if error else content[0]
         if _is_prose(raw, content):
             continue
-        if _is_form(raw, obj) and not twice:
+        if _is_form(raw, obj, labels) and not twice:
             forms += 1
         elif first is None:
             if error:
                 why = "a key of its JSON object is given twice" if twice else f"it is not valid JSON: {error}"
                 return Found(None, (start, end), "wrong_schema", why=why)
             first = Found(obj, (start, end), "", _around(text, parts, start, end, forms) + content[1])
-            labels = _labels(raw, content)
-        elif labels and _labels(raw, content) - labels:
+            given = _labels(raw, content, labels)
+        elif given and _labels(raw, content, labels) - given:
             return Found(None, (start, end), "ambiguous", why=_WHY["ambiguous"])
     if first:
         return first
@@ -272,9 +290,10 @@ def find_answer(
 # %% ../nbs/13_answers.ipynb #e95ca435
 def json_closed(
     text: str,  # a completion so far
+    labels: LabelSet = BINARY,  # what was asked for
 ) -> bool:  # is its answer complete?
     "The stop rule of generation: has `find_answer` found an object that decides?"
-    answer = find_answer(text)
+    answer = find_answer(text, labels)
     return answer.span is not None and answer.outcome != "truncated"
 
 # %% ../nbs/13_answers.ipynb #b6dfb3d8
@@ -282,26 +301,42 @@ def marks_thinking(token: str) -> bool:
     "Is this token one of the marks between which a model thinks?"
     return bool(_THINKING.fullmatch(token))
 
+# %% ../nbs/13_answers.ipynb #c5542c69
+def _read_given(label, written, labels):
+    """`(label, repairs)` of the value in the place of the label. None where it is none of the set.
+
+    `written` are the labels that stand there literally. bool is an int in Python and 1.0 == 1: neither is the
+    digit that was asked for."""
+    repairs = ()
+    if labels is BINARY and label in ("0", "1"):
+        label, repairs = int(label), ("label given as text",)
+    if labels is THREE_WAY and isinstance(label, str) and not labels.holds(label):
+        label, repairs = label.lower(), ("label in capitals",)
+    return (label, repairs) if labels.holds(label) and str(label) in written else None
+
 # %% ../nbs/13_answers.ipynb #ef91ab08
 def parse_completion(
     text: str,  # what the model wrote after the prompt
     completion: str = "cot",  # the style that was asked for ("label_only" needs no thought)
+    labels: LabelSet = BINARY,  # what was asked for
 ) -> Parsed:  # label, thought, outcome, repairs
     "Read the answer of a completion, as `find_answer` finds it. Never raises, never invents a label."
     if not text.strip():
         return Parsed(None, None, "empty")
-    answer = find_answer(text)
+    answer = find_answer(text, labels)
     if answer.outcome:
         return Parsed(None, None, answer.outcome)
     obj, repairs = answer.obj, answer.repairs
-    label, thought = obj.get("predicted_label"), obj.get("thought_process")
-    if label in ("0", "1"):
-        label, repairs = int(label), repairs + ("label given as text",)
+    thought = obj.get("thought_process")
+    given = _read_given(
+        obj.get("predicted_label"), _written_labels(text[slice(*answer.span)], labels), labels
+    )
+    label, mended = given or (None, ())
+    repairs += mended
     needed = {"predicted_label"} if completion == "label_only" else {"predicted_label", "thought_process"}
     if extra := sorted(set(obj) - needed):
         repairs += (f"extra keys: {_whole(', '.join(extra))}",)
-    # bool is an int in Python and 1.0 == 1: neither is the digit that was asked for
-    if type(label) is not int or str(label) not in _written_labels(text[slice(*answer.span)]):
+    if given is None:
         return Parsed(None, None, "wrong_schema")
     if "thought_process" in needed and not (isinstance(thought, str) and thought.strip()):
         return Parsed(None, None, "wrong_schema")

@@ -24,6 +24,7 @@ from .config_loader import Config, print_config
 from .files import write_jsonl
 from .rows import read_rows
 from .prompt import Encoded, LABEL, PROMPT, THOUGHT, encode_prompt
+from .labels import LABEL_SETS
 from .answers import parse_completion
 from .generate import left_pad
 from .predict import predict_rows
@@ -97,7 +98,7 @@ def plain_answers(
         new = out[:, ids.shape[1] :]
         answers = [_until_end(r, tok) for r in new.tolist()]
         texts = tok.batch_decode(answers, skip_special_tokens=True)
-        labels += [parse_completion(t, cfg.completion).label for t in texts]
+        labels += [parse_completion(t, cfg.completion, LABEL_SETS[cfg.label_set]).label for t in texts]
         tokens += new.numel()
     return labels, tokens
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RELATIONS', 'CONTRACTS', 'BINARY', 'THREE_WAY', 'LABEL_SETS', 'check_contract', 'contracts_of', 'map_relation',
-           'LabelSet', 'label_set_of', 'two_way', 'class_number', 'relation_name', 'NoGold', 'read_label']
+           'LabelSet', 'label_set_of', 'two_way', 'words_contract', 'class_number', 'relation_name', 'NoGold',
+           'read_label']
 
 # %% ../nbs/02_labels.ipynb #8826c57b
 import re
@@ -130,6 +131,15 @@ def two_way(
     if label is None:
         return None
     return int(label == label_set_of([label]).entailment)
+
+# %% ../nbs/02_labels.ipynb #2949f220
+def words_contract(
+    cfg,  # Config
+) -> str | None:  # a name in `CONTRACTS`
+    """How label words in the files of a config become two-way labels, where the rows do not say.
+
+    Three-way runs read the words themselves. Their two-way merger is the contract `entailment`."""
+    return cfg.contract or ("entailment" if cfg.label_set == THREE_WAY.name else None)
 
 # %% ../nbs/02_labels.ipynb #ca4a61d2
 _whole_number = re.compile(r"(?:[+]?[0-9]{1,4}|-[1-9][0-9]{0,3})(?:\.0*)?")

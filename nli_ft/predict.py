@@ -16,8 +16,9 @@ from pathlib import Path
 
 from .process import DataError
 from .files import atomic_writer
+from .labels import BINARY, LABEL_SETS, THREE_WAY, LabelSet
 from .rows import render_completion
-from .prompt import encode_prompt, encode_row
+from .prompt import LABEL, encode_prompt, encode_row
 from .answers import find_answer, parse_completion
 from nli_ft.generate import (
     _check_prompts,
@@ -27,11 +28,13 @@ from nli_ft.generate import (
     generate_batch,
     left_pad,
     length_batches,
+    probability_keys,
     row_progress,
     shared_start,
+    softmax,
     takes,
 )
-from .predictions import CARRIED, majority, prompt_hash, resume_predictions
+from .predictions import CARRIED, answer_keys, prompt_hash, resume_predictions, surest_label, vote_keys
 
 # %% ../nbs/20_predict.ipynb #f09883fd
 def parse_mode(
@@ -51,18 +54,24 @@ def forced_ids(
     messages: list,  # prompt messages
     thought: str,  # the reasoning to put before the label ("" for none)
     completion: str = "cot",  # style of the completion, as in the config
-) -> tuple:  # (ids up to the label digit, (id of 0, id of 1))
-    "Prompt and completion up to the label, as in training, and the pair of ids that compete there."
+    labels: LabelSet = BINARY,  # what competes
+) -> tuple:  # (ids up to the label, for each label the ids that write it)
+    "Prompt and completion up to the label, as in training, and the ids of each label up to its closing quote."
+    encoded = [_encoded_label(tok, messages, thought, completion, y) for y in labels.labels]
+    n = next(i for i, ids in enumerate(zip(*(ids for ids, _ in encoded))) if len(set(ids)) > 1)
+    return list(encoded[0][0][:n]), tuple(tuple(ids[n:end]) for ids, end in encoded)
 
-    def encoded(label):
-        content = render_completion(thought, label, completion)
-        answer = [dict(role="assistant", content=content)]
-        row = dict(prompt=messages, completion=answer, thought_process=thought, label=label)
-        return encode_row(tok, row, completion).input_ids
 
-    zero, one = encoded(0), encoded(1)
-    n = next(i for i, (z, o) in enumerate(zip(zero, one)) if z != o)
-    return list(zero[:n]), (zero[n], one[n])
+def _encoded_label(tok, messages, thought, completion, label):
+    "`(ids of a row, end of its label)`. The end lies behind the token that closes the quotes of a word."
+    content = render_completion(thought, label, completion)
+    answer = [dict(role="assistant", content=content)]
+    row = dict(prompt=messages, completion=answer, thought_process=thought, label=label)
+    enc = encode_row(tok, row, completion)
+    end = len(enc.kind) - enc.kind[::-1].index(LABEL)
+    if isinstance(label, str) and '"' not in tok.decode(enc.input_ids[end - 1 : end]).partition(label[-1])[2]:
+        end += 1
+    return enc.input_ids, end
 
 # %% ../nbs/20_predict.ipynb #36d8da0b
 def _batches(model, lengths, batch_size):
@@ -74,22 +83,45 @@ def _batches(model, lengths, batch_size):
     return batches
 
 
-def _score_batch(model, asked, pad, start):
-    "p(label 1) of the rows of one batch."
-    import torch
-
+def _last_logits(model, prompts, pad, start, keep):
+    "Logits at the last `keep` positions of the rows of one batch."
     device = _inner(model).get_input_embeddings().weight.device
     shared = start.length if start else 0
-    ids, mask = left_pad([ids for ids, _ in asked], pad, device, shared)
+    ids, mask = left_pad(prompts, pad, device, shared)
     with for_inference(model) as inner:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # padding must not shift positions
-        how = dict(position_ids=positions[:, shared:], logits_to_keep=1)
+        how = dict(position_ids=positions[:, shared:], logits_to_keep=keep)
         how = {k: v for k, v in how.items() if takes(model, k)}
-        how |= dict(past_key_values=start.cache(len(asked))) if start else dict(use_cache=False)
-        logits = inner(input_ids=ids[:, shared:], attention_mask=mask, **how).logits
-        pairs = torch.tensor([pair for _, pair in asked], device=device)
-        zero_one = logits[:, -1].float().gather(1, pairs)
-        return (zero_one[:, 1] - zero_one[:, 0]).sigmoid().tolist()
+        how |= dict(past_key_values=start.cache(len(prompts))) if start else dict(use_cache=False)
+        return inner(input_ids=ids[:, shared:], attention_mask=mask, **how).logits[:, -keep:].float()
+
+
+def _digit_batch(model, asked, pad, start):
+    "Probabilities of the labels of one batch, where each label is one token."
+    import torch
+
+    logits = _last_logits(model, [ids for ids, _ in asked], pad, start, 1)[:, -1]
+    firsts = torch.tensor([[y[0] for y in ys] for _, ys in asked], device=logits.device)
+    scores = logits.gather(1, firsts)
+    p = (scores[:, 1] - scores[:, 0]).sigmoid().tolist()
+    return [None if math.isnan(x) else [1 - x, x] for x in p]
+
+
+def _word_batch(model, asked, pad, start):
+    "Probabilities of the labels of one batch, where a label is several tokens."
+    totals = []
+    for k in range(len(asked[0][1])):  # one label at a time needs no more memory than two labels do
+        sequences = [[*ids, *ys[k]] for ids, ys in asked]
+        keep = max(len(ys[k]) for _, ys in asked) + 1
+        logs = _last_logits(model, sequences, pad, start, keep).log_softmax(-1)
+        totals.append([_log_probability(rows, ys[k]) for rows, (_, ys) in zip(logs, asked)])
+    return [softmax(list(row)) for row in zip(*totals)]
+
+
+def _log_probability(logs, ids):
+    "Sum of the log-probabilities of the last ids of a row."
+    n = len(ids)
+    return sum(float(logs[i - n - 1, token]) for i, token in enumerate(ids))
 
 
 def score_labels(
@@ -98,14 +130,16 @@ def score_labels(
     asked: list,  # pairs as `forced_ids` returns them
     batch_size: int = 16,  # rows at a time
     start=None,  # from `shared_start`. None: computed here, where the rows have a common start
-) -> list:  # p(label 1) / (p(label 0) + p(label 1)) of each, in order
-    "One forward pass for each batch. Only the logits of the last position are computed."
+) -> list:  # of each row the probabilities of its labels, which sum to 1; None where they are no numbers
+    "The labels of each row against each other. One forward pass for each batch, with words one for each label."
     pad, scores = tok.pad_token_id or 0, [None] * len(asked)
     start = start or shared_start(model, [ids for ids, _ in asked])
+    digits = all(len(ys) == 2 and len(ys[0]) == len(ys[1]) == 1 for _, ys in asked)
+    score_batch = _digit_batch if digits else _word_batch
     for batch in _batches(model, [len(ids) for ids, _ in asked], batch_size):
-        for i, p in zip(batch, _score_batch(model, [asked[i] for i in batch], pad, start)):
+        for i, p in zip(batch, score_batch(model, [asked[i] for i in batch], pad, start)):
             scores[i] = p
-    return [None if p is None or math.isnan(p) else p for p in scores]
+    return scores
 
 # %% ../nbs/20_predict.ipynb #b286a45d
 def prediction_row(
@@ -113,20 +147,21 @@ def prediction_row(
     output: dict,  # what the model wrote: text, n_tokens, finish, p_entail (and seconds)
     completion: str = "cot",  # style of the completion, as in the config
     mode: str = "cot",  # decoding mode
+    labels: LabelSet = BINARY,  # what was asked for
 ) -> dict:  # one line of predictions.jsonl
     "Join an evaluation row and the completion that answers it. The completion is parsed here."
-    parsed = parse_completion(output["text"], completion)
+    parsed = parse_completion(output["text"], completion, labels)
     return dict(
         id=row["id"],
         premise=row["premise"],
         hypothesis=row["hypothesis"],
         label=row.get("label"),
         completion=output["text"],
-        predicted_label=parsed.label,
+        **answer_keys(row.get("label"), parsed.label, labels),
         outcome=parsed.outcome,
         repairs=list(parsed.repairs),
         thought_process=parsed.thought,
-        p_entail=output["p_entail"],
+        **{k: output[k] for k in ("p_entail", "probabilities") if k in output},
         n_tokens=output["n_tokens"],
         finish=output["finish"],
         seconds=output.get("seconds"),
@@ -137,15 +172,18 @@ def prediction_row(
 
 # %% ../nbs/20_predict.ipynb #91ef2b57
 def _answer_cot(model, tok, rows, prompts, cfg, mode, start):
-    outputs = generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion, start=start)
-    return [prediction_row(row, output, cfg.completion, mode) for row, output in zip(rows, outputs)]
+    labels = LABEL_SETS[cfg.label_set]
+    how = dict(start=start, labels=labels)
+    outputs = generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion, **how)
+    return [prediction_row(row, output, cfg.completion, mode, labels) for row, output in zip(rows, outputs)]
 
 # %% ../nbs/20_predict.ipynb #185aeef3
 def partial_thought(
     text: str,  # a completion, perhaps cut off
+    labels: LabelSet = BINARY,  # what was asked for
 ) -> str:  # its reasoning as far as it got, unescaped; "" when none began
     "The thought of a completion that never reached its label. Drafts and echoes of the form do not count."
-    answer = find_answer(text)
+    answer = find_answer(text, labels)
     if answer.span is None:
         return ""
     m = re.search(r'"thought_process"\s*:\s*"((?:[^"\\]|\\.)*)', text[slice(*answer.span)], re.S)
@@ -157,19 +195,20 @@ def partial_thought(
 # %% ../nbs/20_predict.ipynb #2942dfda
 def _answer_forced(model, tok, rows, prompts, cfg, mode, start):
     outputs = [dict(text="", n_tokens=0, finish="stop", p_entail=None)] * len(rows)
+    labels = LABEL_SETS[cfg.label_set]
     if cfg.completion == "cot":
-        outputs = generate_batch(model, tok, prompts, cfg.max_new_tokens, start=start)
-    preds = [prediction_row(row, output, cfg.completion, mode) for row, output in zip(rows, outputs)]
+        outputs = generate_batch(model, tok, prompts, cfg.max_new_tokens, start=start, labels=labels)
+    preds = [prediction_row(row, output, cfg.completion, mode, labels) for row, output in zip(rows, outputs)]
     return _forced(model, tok, rows, preds, cfg, start)
 
 # %% ../nbs/20_predict.ipynb #ed4d8a59
 def _forced(model, tok, rows, preds, cfg, start):
     "Give each row the label that is more probable after its thought. Changes the rows in place and returns them."
-    asked, at = [], []
+    asked, at, labels = [], [], LABEL_SETS[cfg.label_set]
     for i, p in enumerate(preds):
-        thought = p["thought_process"] or partial_thought(p["completion"])
+        thought = p["thought_process"] or partial_thought(p["completion"], labels)
         try:
-            asked.append(forced_ids(tok, rows[i]["prompt"], thought, cfg.completion))
+            asked.append(forced_ids(tok, rows[i]["prompt"], thought, cfg.completion, labels))
         except DataError:
             # the thought spells a control token: training refuses such a completion, so the failure stands
             continue
@@ -179,29 +218,34 @@ def _forced(model, tok, rows, preds, cfg, start):
             continue
         if preds[i]["n_tokens"]:
             preds[i]["generated_outcome"] = preds[i]["outcome"]
-        preds[i].update(
-            outcome="forced", predicted_label=int(p >= 0.5), p_entail=p, thought_process=thought or None
-        )
+        preds[i].update(outcome="forced", **probability_keys(p, labels), thought_process=thought or None)
+        preds[i].update(answer_keys(preds[i]["label"], surest_label(preds[i]), labels))
     return preds
 
 # %% ../nbs/20_predict.ipynb #80bb5208
 def _answer_vote(model, tok, rows, prompts, cfg, mode, start):
+    labels = LABEL_SETS[cfg.label_set]
     k, ids = parse_mode(mode)[1], json.dumps([r["id"] for r in rows])
     seeds = [int(hashlib.sha256(f"{cfg.seed} {n} {ids}".encode()).hexdigest()[:8], 16) for n in range(k)]
     samples = [
-        generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion, seed=s, start=start)
+        generate_batch(
+            model, tok, prompts, cfg.max_new_tokens, cfg.completion, seed=s, start=start, labels=labels
+        )
         for s in seeds
     ]
-    return [_vote_row(row, outputs, cfg.completion, mode) for row, outputs in zip(rows, zip(*samples))]
+    return [
+        _vote_row(row, outputs, cfg.completion, mode, labels) for row, outputs in zip(rows, zip(*samples))
+    ]
 
 
-def _vote_row(row, samples, style, mode):
+def _vote_row(row, samples, style, mode, labels):
     "The first sample that agrees with the majority stands for all. `n_tokens` counts all samples."
-    preds = [prediction_row(row, sample, style, mode) for sample in samples]
-    votes = [p["predicted_label"] for p in preds]
-    label, share = majority(votes)
-    first = next(p for p in preds if p["predicted_label"] == label)
-    return dict(first, p_entail=share, votes=votes, n_tokens=sum(p["n_tokens"] for p in preds))
+    preds = [prediction_row(row, sample, style, mode, labels) for sample in samples]
+    votes = [p.get("answered", p["predicted_label"]) for p in preds]
+    keys = vote_keys(row.get("label"), votes, labels)
+    answer = keys.get("answered", keys["predicted_label"])
+    first = next(p for p, vote in zip(preds, votes) if vote == answer)
+    return dict(first, **keys, votes=votes, n_tokens=sum(p["n_tokens"] for p in preds))
 
 # %% ../nbs/20_predict.ipynb #a2cd8c47
 def _check_rows(tok, rows):

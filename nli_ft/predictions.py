@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_ANSWER', 'CARRIED', 'SCORED', 'prompt_hash', 'check_predictions', 'parser_mark', 'predictions_seal', 'Recorded',
-           'recorded', 'counted', 'read_again', 'check_record', 'read_predictions', 'resume_predictions', 'majority']
+           'recorded', 'counted', 'answer_keys', 'surest_label', 'read_again', 'check_record', 'read_predictions',
+           'resume_predictions', 'majority', 'vote_keys']
 
 # %% ../nbs/19_predictions.ipynb #374b3a85
 import functools
@@ -17,10 +18,11 @@ from pathlib import Path
 
 from .process import RecordError
 from .files import cut_torn, own_lines
+from .labels import BINARY, LABEL_SETS, THREE_WAY, LabelSet, label_set_of, two_way
 from .answers import parse_completion
 
 # %% ../nbs/19_predictions.ipynb #08a1188b
-NO_ANSWER = 2  # third column of a confusion matrix. It is no class, and no average counts it
+NO_ANSWER = 2  # third column of a two-way confusion matrix. It is no class, and no average counts it
 
 # %% ../nbs/19_predictions.ipynb #0ae9e4b8
 # The keys of an evaluation row that slices and paired tests need.
@@ -32,6 +34,26 @@ def prompt_hash(
 ) -> str:  # 16 hex digits
     "Fingerprint of a question. It does not depend on the model that answers."
     return hashlib.sha256(json.dumps(messages, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+# %% ../nbs/19_predictions.ipynb #4bca8523
+def _labels_of(preds):
+    "The label set of prediction rows: three-way where a row has a word."
+    words = any(isinstance(p[key], str) for p in preds for key in ("label", "predicted_label"))
+    return THREE_WAY if words else BINARY
+
+
+def _is_probability(x):
+    return type(x) in (int, float) and 0 <= x <= 1
+
+
+def _wrong_probabilities(probabilities):
+    "What is wrong with the probabilities of the three labels, or None. Rows of two labels have none."
+    if probabilities is None:
+        return None
+    if not isinstance(probabilities, dict) or set(probabilities) != set(THREE_WAY.labels):
+        return f"{probabilities!r:.80}, not one for each of {THREE_WAY.spelled}"
+    if not all(map(_is_probability, probabilities.values())) or abs(sum(probabilities.values()) - 1) > 1e-6:
+        return f"{probabilities!r:.120}, which are no probabilities that sum to 1"
 
 # %% ../nbs/19_predictions.ipynb #c382475a
 def _check_types(preds, name):
@@ -62,13 +84,16 @@ def check_predictions(
     times = Counter(p["id"] for p in preds)
     if twice := [i for i, n in times.items() if n > 1]:
         raise RecordError(f"{name}: id {twice[0]!r} occurs more than once ({len(twice)} such ids)")
+    labels = _labels_of(preds)
     for p in preds:
         for key in ("label", "predicted_label"):
-            if p[key] is not None and (isinstance(p[key], bool) or p[key] not in (0, 1)):
-                raise RecordError(f"{name}: row {p['id']!r} has {key} {p[key]!r}, not 0 or 1")
+            if p[key] is not None and (isinstance(p[key], bool) or p[key] not in labels.labels):
+                raise RecordError(f"{name}: row {p['id']!r} has {key} {p[key]!r}, not {labels.spelled}")
         prob = p.get("p_entail")
-        if prob is not None and (type(prob) not in (int, float) or not 0 <= prob <= 1):
+        if prob is not None and not _is_probability(prob):
             raise RecordError(f"{name}: row {p['id']!r} has p_entail {prob!r}, not a probability")
+        if wrong := _wrong_probabilities(p.get("probabilities")):
+            raise RecordError(f"{name}: row {p['id']!r} has probabilities {wrong}")
     return preds
 
 # %% ../nbs/19_predictions.ipynb #ec12d8cb
@@ -96,6 +121,7 @@ class Recorded:
     seal: dict | None = None  # from `predictions_seal`
     scores: dict | None = None  # from `score`
     style: str | None = None  # of the completions, None where it is not known
+    labels: LabelSet = BINARY  # what the model was asked for
     closed: bool = False  # whether it belongs to a finished run with these scores
 
     @property
@@ -140,37 +166,37 @@ def recorded(
     path = Path(path)
     folder = path.parent
     run = folder if (folder / "summary.json").is_file() else folder.parent.parent
-    asked = _object_in(folder / "evaluation.json") or _part(_object_in(run / "config.json"), "config")
+    asked = _part(_object_in(run / "config.json"), "config") or _object_in(folder / "evaluation.json")
     style = asked.get("completion")
     style = style if isinstance(style, str) else None
+    labels = LABEL_SETS.get(str(asked.get("label_set")), BINARY)
     summary, report = _object_in(folder / "summary.json"), {}
     seal = _part(_part(summary, "predictions"), path.name)
     scores = _part(summary, SCORED.get(path.name, ""))
     if seal or scores:
-        return Recorded(folder / "summary.json", seal or None, scores or None, style, True)
+        return Recorded(folder / "summary.json", seal or None, scores or None, style, labels, True)
     if path.name == "predictions.jsonl":
         report = _object_in(folder / "report.json")
     seal, scores = _part(report, "predictions"), _part(report, "scores")
-    return Recorded(folder / "report.json", seal or None, scores or None, style)
+    return Recorded(folder / "report.json", seal or None, scores or None, style, labels)
 
 # %% ../nbs/19_predictions.ipynb #6e2fb57b
 def counted(
     preds: list,  # prediction rows with gold labels
 ) -> dict:  # n, right, accuracy, coverage, valid_rate, confusion, outcomes: the same as from `score`
     "The scores that are plain counts, computed without a library."
-    n = len(preds)
-    answers = [NO_ANSWER if p["predicted_label"] is None else p["predicted_label"] for p in preds]
-    cells = Counter(zip([p["label"] for p in preds], answers))
-    right = cells[0, 0] + cells[1, 1]
+    n, labels = len(preds), _labels_of(preds).labels
+    cells = Counter((p["label"], p["predicted_label"]) for p in preds)
+    right = sum(cells[y, y] for y in labels)
     valid = sum(p.get("generated_outcome", p["outcome"]) in ("strict", "forced") for p in preds)
-    answered = n - cells[0, NO_ANSWER] - cells[1, NO_ANSWER]
+    answered = n - sum(cells[y, None] for y in labels)
     return dict(
         n=n,
         right=right,
         accuracy=right / n,
         coverage=answered / n,
         valid_rate=valid / n,
-        confusion=[[cells[y, 0], cells[y, 1], cells[y, NO_ANSWER]] for y in (0, 1)],
+        confusion=[[cells[y, a] for a in (*labels, None)] for y in labels],
         outcomes=dict(Counter(p["outcome"] for p in preds)),
     )
 
@@ -201,47 +227,71 @@ def _once(pairs):
     return dict(pairs)
 
 
-def _exact(text, style):
+def _exact(text, style, labels=BINARY):
     "Whether a completion is exactly the object that the prompt asked for, so that every rule reads one label."
     try:
         obj = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError):
         return False
     keys = {"predicted_label"} if style == "label_only" else {"predicted_label", "thought_process"}
-    return isinstance(obj, dict) and set(obj) == keys and type(obj["predicted_label"]) is int
+    return isinstance(obj, dict) and set(obj) == keys and labels.holds(obj["predicted_label"])
+
+# %% ../nbs/19_predictions.ipynb #433ba641
+def answer_keys(
+    gold,  # gold label, or None
+    answer,  # label that the model gave, or None
+    labels: LabelSet = BINARY,  # what it was asked for
+) -> dict:  # predicted_label; `answered` as well where the answer was merged
+    """The answer in the label set of the gold label.
+
+    Some sets have two-way gold only (HANS). A three-way answer is merged then: neutral and contradiction are 0."""
+    if gold is None or labels.holds(gold) or labels is BINARY:
+        return dict(predicted_label=answer)
+    return dict(predicted_label=two_way(answer), answered=answer)
+
+
+def surest_label(
+    p: dict,  # prediction row with probabilities
+):  # a label of the set that the model was asked for
+    "The most probable label. Of equally probable ones it is 1, or the first of three."
+    if p.get("probabilities") is None:
+        return int(p["p_entail"] >= 0.5)
+    return max(THREE_WAY.labels, key=p["probabilities"].get)
 
 # %% ../nbs/19_predictions.ipynb #9c8b32a2
 def read_again(
     p: dict,  # prediction row
     style: str = "cot",  # of the completions, as in the config
+    labels: LabelSet = BINARY,  # what the model was asked for
 ) -> dict:  # key -> (recorded, read now), empty where they agree
     """Label, outcome and thought of a row, read again from its completion.
 
-    The label of `forced` is computed again from the probability, that of a vote from its samples."""
+    The label of `forced` is computed again from the probabilities, that of a vote from its samples."""
     if not isinstance(p.get("completion"), str):
         return {}
-    answer, mode = parse_completion(p["completion"], style), str(p.get("mode", "cot"))
-    now = dict(predicted_label=answer.label, outcome=answer.outcome)
+    answer, mode = parse_completion(p["completion"], style, labels), str(p.get("mode", "cot"))
+    # of a vote the completion is one that agrees with the majority, so its label is the label of the row
+    now = answer_keys(p["label"], answer.label, labels) | dict(outcome=answer.outcome)
     if mode == "cot":
         now["thought_process"] = answer.thought
     if mode.startswith("vote") and isinstance(p.get("votes"), list):
-        now["predicted_label"], now["p_entail"] = majority(p["votes"])
-    if mode.startswith("vote") and now["predicted_label"] != answer.label:
-        now["predicted_label"] = answer.label
+        now |= vote_keys(p["label"], p["votes"], labels)
+    if mode.startswith("vote"):
+        now |= answer_keys(p["label"], answer.label, labels)
     if mode == "forced" and p["outcome"] == "forced":
         now = {}
         if p.get("p_entail") is not None:
-            now["predicted_label"] = int(p["p_entail"] >= 0.5)
+            now = answer_keys(p["label"], surest_label(p), labels)
         if "generated_outcome" in p:
             now["generated_outcome"] = answer.outcome
     return {k: (p[k], v) for k, v in now.items() if k in p and p[k] != v}
 
 # %% ../nbs/19_predictions.ipynb #0a400258
-def _label_faults(preds, style, same_rules):
+def _label_faults(preds, style, same_rules, labels):
     "Two lists of lines: rows that the run cannot have written, and rows that its own rules may have read differently."
     wrong, other = [], []
     for p in preds:
-        odd = read_again(p, style)
+        odd = read_again(p, style, labels)
         if not odd:
             continue
         text = ", ".join(
@@ -249,7 +299,7 @@ def _label_faults(preds, style, same_rules):
             for k, (was, now) in odd.items()
         )
         decided = p.get("mode") == "forced" and "predicted_label" in odd
-        sure = same_rules or decided or ("predicted_label" in odd and _exact(p["completion"], style))
+        sure = same_rules or decided or ("predicted_label" in odd and _exact(p["completion"], style, labels))
         (wrong if sure else other).append(f"row {p['id']!r}: {text:.300}")
     return wrong, other
 
@@ -273,7 +323,7 @@ def check_record(
         faults += _score_faults(preds, rec.scores)
     if rec.style:
         same_rules = bool(rec.seal) and rec.seal.get("parser") == parser_mark()
-        wrong, other = _label_faults(preds, rec.style, same_rules)
+        wrong, other = _label_faults(preds, rec.style, same_rules, rec.labels)
         faults += wrong[:3] + ([f"and {len(wrong) - 3} more such rows"] if len(wrong) > 3 else [])
     if faults:
         raise RecordError(
@@ -348,10 +398,21 @@ def resume_predictions(
 # %% ../nbs/19_predictions.ipynb #a1781d46
 def majority(
     votes: list,  # labels in the order of sampling, None for a sample without an answer
-) -> tuple:  # (label or None, share of the answers that say 1 or None)
+) -> tuple:  # (label or None, {label: share of the answers} or None)
     "Self-consistency vote over the valid answers."
     valid = [v for v in votes if v is not None]
     if not valid:
         return None, None
     counts = Counter(valid)  # keeps first-seen order, so a tie goes to the first label
-    return counts.most_common(1)[0][0], counts[1] / len(valid)
+    return counts.most_common(1)[0][0], {y: counts[y] / len(valid) for y in label_set_of(valid).labels}
+
+
+def vote_keys(
+    gold,  # gold label, or None
+    votes: list,  # as for `majority`
+    labels: LabelSet = BINARY,  # what was asked for
+) -> dict:  # predicted_label and p_entail; with three labels `probabilities` as well
+    "What a prediction row says about a vote."
+    label, shares = majority(votes)
+    keys = answer_keys(gold, label, labels) | dict(p_entail=shares and shares[labels.entailment])
+    return keys | (dict(probabilities=shares) if labels is THREE_WAY and shares else {})

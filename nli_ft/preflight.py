@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from .process import DataError
 from .config_loader import Config
-from .rows import read_rows, render_completion, spread, template_of
+from .labels import BINARY, LABEL_SETS, words_contract
+from .rows import in_label_set, read_rows, render_completion, spread, template_of
 from .sft_rows import shuffle_thoughts
 from .check import leakage, leakage_text
 from nli_ft.prompt import (
@@ -53,7 +54,7 @@ def training_rows(
     cfg: Config,  # train_data, data_strategy, max_train_samples, prompt_template
 ) -> tuple:  # (SFT rows, unreadable rows)
     "Rows to train on, after the data strategy. Raises `DataError` for a file without completions."
-    rows = read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows)
+    rows = read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows, contract=words_contract(cfg))
     if rows.kind not in ("sft", "text"):
         raise DataError(
             f"{cfg.train_data} holds {rows.kind} rows, which have no prompt and completion. `nli_data "
@@ -64,11 +65,13 @@ def training_rows(
         rows = [r for r in rows if r["source"] != "reflection"]
     if not rows:
         raise DataError(f"{cfg.train_data}: data_strategy={cfg.data_strategy} leaves no row")
-    rows = spread(rows, cfg.max_train_samples)
+    template, labels = cfg.prompt_template, LABEL_SETS[cfg.label_set]
+    template = None if template == "auto" else template
+    rows = [in_label_set(r, labels, template) for r in spread(rows, cfg.max_train_samples)]
     if cfg.data_strategy == "shuffled":
         rows = shuffle_thoughts(rows, cfg.seed)
-    if cfg.prompt_template != "auto":
-        rows = [question(without_prompt(r), cfg.prompt_template) for r in rows]
+    if template:
+        rows = [question(without_prompt(r), template, labels) for r in rows]
     return rows, bad
 
 # %% ../nbs/33_preflight.ipynb #cdabbb9e
@@ -105,7 +108,10 @@ def prepare(cfg: Config, tok=None) -> Prepared:
     how = dict(completion=cfg.completion, train_on_prompt=cfg.train_on_prompt)
     rows, train, out = encode_rows(tok, rows, cfg.max_seq_length, cfg.too_long, **how)
     dropped = [("train", *d) for d in out]
-    whole, encoded = [r for r in judged if cfg.completion == "label_only" or r.get("thought_process")], []
+    # two-way gold in a three-way run is no completion to be learnt
+    answers = [r for r in judged if LABEL_SETS[cfg.label_set].holds(r["label"])]
+    whole = [r for r in answers if cfg.completion == "label_only" or r.get("thought_process")]
+    encoded = []
     _refuse_no_evaluation_loss(cfg, whole)
     if whole:  # a row too long for the loss is still judged: generation has no such limit
         _, encoded, out = encode_rows(tok, whole, cfg.max_seq_length, cfg.too_long, **how)
@@ -149,6 +155,8 @@ def proofs(prep: Prepared) -> dict:  # what is proved -> (holds, detail)
 
     def label_fails(r, e):
         label = tok.decode([i for i, k in zip(e.input_ids, e.kind) if k == LABEL]).strip()
+        if isinstance(r["label"], str):  # a token of the word may hold its quotes
+            label = label.strip(' ",}')
         return label != str(r["label"]) or any(y == -100 for y, k in zip(e.labels, e.kind) if k != PROMPT)
 
     def completion_fails(r, e):
@@ -445,7 +453,7 @@ def preflight(
         unreadable[name] = list(map(list, bad))
     return dict(
         rows=dict(train=len(prep.train), judged=len(prep.eval_rows), eval_loss=len(prep.eval)),
-        labels={str(y): labels[y] for y in (0, 1)},
+        labels={str(y): labels[y] for y in LABEL_SETS[prep.cfg.label_set].labels},
         sources=dict(sorted(sources.items())),
         histogram=histogram([len(e) for e in prep.train]),
         tokens=_token_counts(prep),
@@ -471,6 +479,13 @@ def _token_counts(prep):
     counts = dict(total=sum(lengths), median=quantile(0.5), p99=quantile(0.99), longest=lengths[-1])
     return counts | dict(trained=sum(y != -100 for e in prep.train for y in e.labels))
 
+# %% ../nbs/33_preflight.ipynb #c77a91a7
+def _label_counts(counts):
+    "How many rows each label has, in words."
+    if set(counts) == {"0", "1"}:
+        return f"{counts['1']} entailment, {counts['0']} not"
+    return ", ".join(f"{n} {label}" for label, n in counts.items())
+
 # %% ../nbs/33_preflight.ipynb #7fa8a438
 def preflight_text(
     p: dict,  # from `preflight`
@@ -485,7 +500,7 @@ def _row_lines(p):
     lines = [
         f"rows       {p['rows']['train']} to train on, {p['rows']['judged']} to judge "
         f"({p['rows']['eval_loss']} of them for the evaluation loss)",
-        f"labels     {p['labels']['1']} entailment, {p['labels']['0']} not; sources {sources}",
+        f"labels     {_label_counts(p['labels'])}; sources {sources}",
         f"tokens     {t['total']} in all, {t['trained']} with loss; a row: median {t['median']}, 99 % "
         f"{t['p99']}, longest {t['longest']}",
         f"prompt     {p['prompt']['form']}, wording {p['prompt']['template'] or 'the rows’ own'}",
@@ -538,17 +553,18 @@ def refuse_failed_proofs(
 def plot_lengths(prep: Prepared):  # a matplotlib Figure
     "Histogram of row lengths in tokens by label. A dashed line is the limit, where rows come near it."
     fig, ax = new_figure(6, 2.6)
-    by = [[], []]  # lengths of the rows labelled 0, and of those labelled 1
+    labels = LABEL_SETS[prep.cfg.label_set]
+    by = [[] for _ in labels.labels]  # lengths of the rows of each label
     for row, encoded in zip(prep.train_rows, prep.train):
-        by[row["label"]].append(len(encoded))
+        by[labels.index(row["label"])].append(len(encoded))
     low, high, limit = min(map(len, prep.train)), max(map(len, prep.train)), prep.cfg.max_seq_length
     step = max(1, -(-(high - low + 1) // 30))  # whole tokens, so that every bar is as wide as the next
     ax.hist(
         by,
         bins=[n - 0.5 for n in range(low, high + step + 1, step)],
         stacked=True,
-        label=["0 not entailed", "1 entailment"],
-        color=[ORANGE, BLUE],
+        label=["0 not entailed", "1 entailment"] if labels is BINARY else list(labels.labels),
+        color=[ORANGE, BLUE] if labels is BINARY else [BLUE, GREY, ORANGE],
     )
     if high > limit / 2:
         ax.axvline(limit, color=GREY, ls="--", lw=1)

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .process import DataError
+from .labels import THREE_WAY
 from .rows import render_completion
 
 # %% ../nbs/12_prompt.ipynb #e5169412
@@ -242,7 +243,8 @@ def end_of_turn(tok) -> int:  # id of the token that ends an assistant turn
 
 # %% ../nbs/12_prompt.ipynb #0f7f2008
 PROMPT, THOUGHT, LABEL = 0, 1, 2  # values of `kind`
-_LABEL_RE = re.compile(r'"predicted_label": ([01])')
+# a number, or a word between quotes
+_LABEL_RE = re.compile(rf'"predicted_label": ("?)([01]|{"|".join(THREE_WAY.labels)})\1')
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ class Encoded:
 
     input_ids: list  # prompt ids + completion ids + end of turn
     labels: list  # `input_ids` where there is loss, -100 elsewhere
-    kind: list  # 0 prompt, 1 thought, 2 label digit
+    kind: list  # 0 prompt, 1 thought, 2 label: its digit, or the tokens of its word
     n_prompt: int  # how many of the ids belong to the prompt
 
     def __len__(self):
@@ -272,8 +274,8 @@ def encode_row(
     prompt = encode_prompt(tok, row["prompt"])
     answer = tok(text, add_special_tokens=False, return_offsets_mapping=True)
     # inside a thought the quotes are escaped, so only the real key matches
-    digit = _LABEL_RE.search(text).start(1)
-    kind = [LABEL if a <= digit < b else THOUGHT for a, b in answer["offset_mapping"]]
+    start, end = _LABEL_RE.search(text).span(2)
+    kind = [LABEL if a < end and b > start else THOUGHT for a, b in answer["offset_mapping"]]
     completion_ids = [*answer["input_ids"], end_of_turn(tok)]
     prompt_labels = prompt if train_on_prompt else [-100] * len(prompt)
     return Encoded(
@@ -355,6 +357,7 @@ def mask_text(
         looks = [codes[k] if t else 90 for k, t in zip(enc.kind, trained)]
         return "".join(f"\x1b[{look}m{token}\x1b[0m" for token, look in zip(tokens, looks))
     text = tok.decode([i for i, t in zip(enc.input_ids, trained) if t])
-    digit = tokens[enc.kind.index(LABEL)].strip()
-    marked = text.replace(f'"predicted_label": {digit}', f'"predicted_label": >{digit}<')
+    # the last one, because a thought may quote an answer
+    start, end = [m.span(2) for m in _LABEL_RE.finditer(text)][-1]
+    marked = f"{text[:start]}>{text[start:end]}<{text[end:]}"
     return "·" * trained.count(False) + marked

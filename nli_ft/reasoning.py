@@ -12,6 +12,7 @@ from .process import DataError
 from .paired import decide, mcnemar, other_way, paired_test, share_right, verdict
 from .reading import concludes, words
 from .predictions import NO_ANSWER
+from .labels import LABEL_SETS
 from .predict import forced_ids, score_labels
 from .evaluate import _labelled, class_scores, groups_of
 
@@ -111,6 +112,12 @@ def altered_thoughts(
         removed=[""] * len(thoughts),
     )
 
+# %% ../nbs/23_reasoning.ipynb #a5e7939b
+def _surest(probabilities):
+    "The most probable label of each row, as its place in the set. Of two equally probable labels it is 1."
+    last = probabilities.shape[1] - 1
+    return last - probabilities[:, ::-1].argmax(1) if last == 1 else probabilities.argmax(1)
+
 # %% ../nbs/23_reasoning.ipynb #250c1c3f
 def probe_thoughts(
     model,
@@ -132,14 +139,18 @@ def probe_thoughts(
     has = [r for r in rows if r["id"] in known][:n]
     if len(has) < 2:
         raise DataError("the probe needs at least two predictions with a thought")
-    scores = {}  # change -> p(entailment) of each row
+    labels = LABEL_SETS[cfg.label_set]
+    scores = {}  # change -> array (rows, labels) of probabilities
     with fast_weights(model, cfg), autocast(cfg):
         for change, thoughts in altered_thoughts([known[r["id"]] for r in has]).items():
-            asked = [forced_ids(tok, r["prompt"], t) for r, t in zip(has, thoughts)]
-            scores[change] = np.array(score_labels(model, tok, asked, cfg.eval_batch_size), float)
+            asked = [forced_ids(tok, r["prompt"], t, labels=labels) for r, t in zip(has, thoughts)]
+            unknown = [np.nan] * len(labels.labels)
+            found = score_labels(model, tok, asked, cfg.eval_batch_size)
+            scores[change] = np.array([p or unknown for p in found], float)
     whole, groups, result = scores.pop("whole"), groups_of(has), dict(n=len(has))
+    entailment = labels.index(labels.entailment)
     for change, p in scores.items():
-        flips = share_right((p >= 0.5) != (whole >= 0.5), groups)
-        shift = float(np.abs(p - whole).mean())
+        flips = share_right(_surest(p) != _surest(whole), groups)
+        shift = float(np.abs(p - whole)[:, entailment].mean())
         result[change] = dict(changed=flips["accuracy"], changed_ci=flips["accuracy_ci"], mean_shift=shift)
     return result

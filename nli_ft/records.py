@@ -32,7 +32,8 @@ from pathlib import Path
 from .process import Interrupted, NliError, RecordError, SaysItAll, project_root
 from .config_loader import Config, config_from_json, config_hash, load_config, print_config
 from .files import atomic_writer, cut_torn, json_line, own_lines, records as file_records
-from .rows import PROMPTS, data_hash, read_rows, template_of
+from .labels import words_contract
+from .rows import PROMPTS, WORDINGS, data_hash, read_rows, template_of
 
 # %% ../nbs/25_records.ipynb #ee07e41f
 _secret_name = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I)
@@ -341,8 +342,9 @@ def _prompt(cfg):
         if name != "auto":
             break
         with suppress(NliError):
-            name = template_of(r for r in read_rows(cfg.path(key), max_bad=0.99) if "prompt" in r) or "auto"
-    text = json.dumps(PROMPTS[name], sort_keys=True) if name in PROMPTS else None
+            rows = read_rows(cfg.path(key), max_bad=0.99, contract=words_contract(cfg))
+            name = template_of(r for r in rows if "prompt" in r) or "auto"
+    text = json.dumps(WORDINGS[cfg.label_set][name], sort_keys=True) if name in PROMPTS else None
     return dict(template=name, sha256=text and hashlib.sha256(text.encode()).hexdigest())
 
 # %% ../nbs/25_records.ipynb #be58fc73

@@ -17,6 +17,7 @@ from pathlib import Path
 from .process import DataError
 from .files import atomic_writer, json_line
 from .duplicates import Seen, hash64, norm_text
+from .labels import label_set_of
 from .rows import BadRows, STYLES, iter_rows, prompt_messages, refuse, render_completion, sft_row
 
 # %% ../nbs/06_sft_rows.ipynb #3557bcde
@@ -169,7 +170,7 @@ def shuffle_thoughts(
 
     Raises `DataError` where only one row has a label."""
     rng, order = random.Random(seed), list(range(len(rows)))
-    for label in (0, 1):
+    for label in label_set_of(r["label"] for r in rows).labels:
         at = [i for i, r in enumerate(rows) if r["label"] == label]
         if len(at) == 1:
             raise DataError(

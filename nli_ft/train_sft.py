@@ -44,6 +44,7 @@ from nli_ft.process import (
     signals_interrupt,
 )
 from .config_loader import Config, add_config_args, config_from_args, print_config
+from .labels import LABEL_SETS
 from .rows import MANIFEST
 from .check import refuse_equal_files, refuse_leaked
 from .prompt import encode_prompt, mask_text
@@ -728,15 +729,22 @@ def _greedy_answers(
     import torch
     from nli_ft.generate import generate_completions
 
+    choices = LABEL_SETS[cfg.label_set]
     completions = generate_completions(
-        model, tok, prompts, cfg.max_new_tokens, cfg.eval_batch_size, completion=cfg.completion
+        model,
+        tok,
+        prompts,
+        cfg.max_new_tokens,
+        cfg.eval_batch_size,
+        completion=cfg.completion,
+        labels=choices,
     )
     logits = []
     with torch.inference_mode():
         for prompt in prompts:
             ids = torch.tensor([prompt], device=model.device)
             logits.append(model(ids).logits[0, -1].float().cpu())
-    labels = [parse_completion(row["text"], cfg.completion).label for row in completions]
+    labels = [parse_completion(row["text"], cfg.completion, choices).label for row in completions]
     return labels, torch.stack(logits)
 
 # %% ../nbs/36_train_sft.ipynb #f75d6acd

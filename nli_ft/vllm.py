@@ -14,32 +14,34 @@ from itertools import chain
 from pathlib import Path
 
 from .process import ConfigError
-from .generate import _check_prompts, _completion, _end_ids, digit_pairs, stop_rule
+from .labels import BINARY, LABEL_SETS, LabelSet
+from .generate import _check_prompts, _completion, _end_ids, label_tokens, stop_rule
 from .predictions import resume_predictions
 from .predict import _answer_in_batches, _check_rows, prediction_row
 
 # %% ../nbs/21_vllm.ipynb #a574bdcc
 def vllm_completion(
     tok,  # tokenizer
-    pairs,  # its `digit_pairs`
+    groups,  # its `label_tokens`
     closed,  # from `stop_rule`
     output,  # a vLLM CompletionOutput: token_ids, logprobs, finish_reason
     style: str = "cot",  # of the completion, as in the config
+    labels: LabelSet = BINARY,  # what was asked for
 ) -> dict:  # text, n_tokens, finish, p_entail, as from `generate_batch`
     """The result that `generate_batch` would give for the same tokens.
 
-    There is no probability where vLLM did not return the log-probability of both digits."""
+    There is no probability where vLLM did not return the log-probability of every label."""
     if output.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM did not finish a completion: {output.finish_reason}")
     ids = list(output.token_ids)
     n = next((n for n in range(1, len(ids) + 1) if closed(ids[:n])), None)
 
     def logprobs(at):
-        return [at[i].logprob if i in at else math.nan for i in chain(*pairs)]
+        return [at[i].logprob if i in at else math.nan for i in chain(*groups)]
 
-    digits = list(map(logprobs, output.logprobs))
+    logits = list(map(logprobs, output.logprobs))
     cut = n is None and output.finish_reason == "length"
-    return _completion(tok, pairs, ids[:n], digits, cut, style)
+    return _completion(tok, groups, ids[:n], logits, cut, style, labels)
 
 # %% ../nbs/21_vllm.ipynb #9699e316
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM reserves room for: its MaxLoRARanks
@@ -148,21 +150,22 @@ def predict_rows_vllm(
     prompts = _check_rows(tok, rows)
     _check_prompts(engine, prompts, cfg.max_new_tokens)
     done = {} if out is None else resume_predictions(out, rows, engine="vllm")
-    eos, pairs = _end_ids(engine, tok), digit_pairs(tok)
+    labels = LABEL_SETS[cfg.label_set]
+    eos, groups = _end_ids(engine, tok), label_tokens(tok, labels)
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    digits = sorted({i for pair in pairs for i in pair})
+    firsts = sorted({i for group in groups for i in group})
     params = SamplingParams(
         temperature=0.0,
         max_tokens=cfg.max_new_tokens,
         stop_token_ids=eos,
-        logprob_token_ids=digits,
+        logprob_token_ids=firsts,
         detokenize=False,
     )
     llm = LLM(**engine.settings, max_model_len=max(map(len, prompts)) + cfg.max_new_tokens)
     lora = LoRARequest("adapter", 1, str(engine.adapter)) if engine.adapter else None
-    closed, style = stop_rule(tok, set(eos)), cfg.completion
+    closed, style = stop_rule(tok, set(eos), labels), cfg.completion
 
     def answer(rows, prompts):
         asked = [dict(prompt_token_ids=p) for p in prompts]
@@ -170,8 +173,8 @@ def predict_rows_vllm(
         for row, result in zip(
             rows, llm.generate(asked, params, lora_request=lora, use_tqdm=False), strict=True
         ):
-            completion = vllm_completion(tok, pairs, closed, result.outputs[0], style)
-            preds.append(prediction_row(row, completion, style) | dict(engine="vllm"))
+            completion = vllm_completion(tok, groups, closed, result.outputs[0], style, labels)
+            preds.append(prediction_row(row, completion, style, labels=labels) | dict(engine="vllm"))
         return preds
 
     return _answer_in_batches(answer, rows, prompts, done, max(cfg.eval_batch_size, VLLM_ROWS), progress, out)

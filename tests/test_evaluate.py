@@ -254,7 +254,7 @@ def test_generation_leaves_no_trace_on_model_tokenizer_or_random_state(tok):
 
     was = state()
     nli_ft.generate.generate_completions(model, tok, [ids_of(tok, "hello")], 4)
-    nli_ft.predict.score_labels(model, tok, [(ids_of(tok, "hello"), (20, 21))])
+    nli_ft.predict.score_labels(model, tok, [(ids_of(tok, "hello"), ((20,), (21,)))])
     assert state() == was
     with pytest.raises(ZeroDivisionError), nli_ft.generate.for_inference(model):
         1 / 0
@@ -403,7 +403,7 @@ def test_forced_continues_the_generated_thought_even_if_it_was_cut_off(tok, cfg)
         0.0,
     )  # an answer was forced, the completion was no valid JSON
     assert p["thought_process"].startswith('it "runs" and')
-    asked, (zero, one) = nli_ft.predict.forced_ids(tok, rows[0]["prompt"], p["thought_process"])
+    asked, ((zero,), (one,)) = nli_ft.predict.forced_ids(tok, rows[0]["prompt"], p["thought_process"])
     assert (
         tok.decode(asked).endswith(json.dumps(p["thought_process"]) + ', "predicted_label": ')
         and tok.decode([zero, one]) == "01"
@@ -438,7 +438,7 @@ def test_the_probe_swaps_cuts_and_removes_thoughts_and_scores_each_as_training_w
     def p(r, thought):
         return nli_ft.predict.score_labels(
             model, tok, [nli_ft.predict.forced_ids(tok, r["prompt"], thought)]
-        )[0]
+        )[0][1]
 
     own, other = p(rows[0], "It runs far away."), p(rows[1], "No dog is here.")
     for change, (a, b) in dict(
@@ -846,11 +846,9 @@ def test_batched_equals_single_on_the_embedded_model_and_its_4_bit_weights_stay_
     together = nli_ft.generate.generate_completions(model, tok, prompts, 16, batch_size=3)
     assert together == [nli_ft.generate.generate_completions(model, tok, [p], 16)[0] for p in prompts]
     forced = [nli_ft.predict.forced_ids(tok, m, "He sleeps, so he rests.") for m in asked]
-    alone = [nli_ft.predict.score_labels(model, tok, [f])[0] for f in forced]
-    assert (
-        nli_ft.predict.score_labels(model, tok, forced, 3) == pytest.approx(alone, abs=1e-4)
-        and len(set(alone)) == 3
-    )
+    alone = [nli_ft.predict.score_labels(model, tok, [f])[0][1] for f in forced]
+    together = [p for _, p in nli_ft.predict.score_labels(model, tok, forced, 3)]
+    assert together == pytest.approx(alone, abs=1e-4) and len(set(alone)) == 3
     assert gradient() == pytest.approx(
         was, rel=1e-5
     )  # bitsandbytes would repack the weights and drop their gradient

@@ -224,7 +224,7 @@ def by_full_forwards(model, tok, asked, new):
             while len(ids) < start + new and not (len(ids) > start and stop(ids[start:])):
                 ids.append(last(ids).argmax().item())
             text = tok.decode(ids[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            before, (zero, one) = forced_ids(tok, row["prompt"], partial_thought(text))
+            before, ((zero,), (one,)) = forced_ids(tok, row["prompt"], partial_thought(text))
             logits = last(before)
         answers.append((text, (logits[one] - logits[zero]).sigmoid().item()))
     return answers

@@ -692,6 +692,7 @@ def test_a_label_is_the_one_that_another_reader_of_json_sees(text, style):
     if (
         label is not None
         and style == "label_only"
+        and p.outcome != "echo"  # a thought such as "[...]" is the form
         and len(set(own_keys(text))) == len(own_keys(text))
         and text.count('"predicted_label"') == 1
         and text.count("{") == 1

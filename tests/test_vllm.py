@@ -207,7 +207,7 @@ def test_vllm_is_asked_the_prompts_of_training_greedily_with_the_adapter_on_the_
     )
     assert (params.temperature, params.max_tokens, params.detokenize) == (0, 30, False)
     assert params.stop_token_ids == made.ends
-    assert set(params.logprob_token_ids) == {i for pair in nli_ft.generate.digit_pairs(tok) for i in pair}
+    assert set(params.logprob_token_ids) == {i for pair in nli_ft.generate.label_tokens(tok) for i in pair}
     assert lora[1] == 1 and Path(lora[2]) == run / "adapter"
 
 
@@ -296,7 +296,7 @@ def test_a_request_that_vllm_gave_up_is_an_error_and_no_answer(made):
     with pytest.raises(RuntimeError, match="abort"):
         nli_ft.vllm.vllm_completion(
             tok,
-            nli_ft.generate.digit_pairs(tok),
+            nli_ft.generate.label_tokens(tok),
             nli_ft.generate.stop_rule(tok, {2}),
             SimpleNamespace(token_ids=[], logprobs=[], finish_reason="abort"),
         )
