@@ -20,9 +20,18 @@ from pathlib import Path
 
 from .process import ConfigError, DataError, RecordError, project_root
 from .config_loader import Config, load_config
-from .labels import LABEL_SETS
+from .labels import BINARY, LABEL_SETS, LabelSet, words_contract
 from .duplicates import norm_text, pair_key
-from .rows import PROMPTS, STYLES, data_hash, prompt_messages, read_rows, render_completion, spread
+from nli_ft.rows import (
+    PROMPTS,
+    STYLES,
+    data_hash,
+    in_label_set,
+    prompt_messages,
+    read_rows,
+    render_completion,
+    spread,
+)
 from .predictions import resume_predictions
 from .predict import parse_mode, predict_rows
 from .report import save_report
@@ -230,11 +239,12 @@ def shot_turns(
     shots: list,  # from `draw_shots`
     template: str,  # a name in `PROMPTS`
     completion: str = "cot",  # what the answers show
+    labels: LabelSet = BINARY,  # what the questions ask for
 ) -> list:  # messages: user, assistant, user, assistant, …
     "Examples as turns."
     turns = []
     for row in shots:
-        asked = prompt_messages(row["premise"], row["hypothesis"], template)
+        asked = prompt_messages(row["premise"], row["hypothesis"], template, labels)
         answer = render_completion(row.get("thought_process"), row["label"], completion)
         turns += [m for m in asked if m["role"] != "system"]
         turns.append(dict(role="assistant", content=answer))
@@ -254,8 +264,9 @@ def _shots_of(who: Contestant, evaluated, contract) -> tuple:
     "The examples of a contestant, what evaluation.json says of them, and a sentence about the rows left out."
     if not who.shots:
         return [], None, []
-    rows = read_rows(who.shots_from, contract=contract)
-    usable, left_out = usable_shots(rows, evaluated, who.cfg.completion)
+    cfg = who.cfg
+    rows = read_rows(who.shots_from, contract=contract or words_contract(cfg))
+    usable, left_out = usable_shots(rows, evaluated, cfg.completion)
     if not usable:
         why = "; ".join(f"{n:,}: {reason}" for reason, n in left_out.items())
         remedy = " Give rows with thoughts, or --completion label_only." if "no thought" in left_out else ""
@@ -268,13 +279,23 @@ def _shots_of(who: Contestant, evaluated, contract) -> tuple:
             f"{who.shots_from}: its labels have the contract {examples}, and those of the evaluated rows "
             f"{questions}. Give examples whose labels mean the same"
         )
-    shots = draw_shots(usable, who.shots, who.cfg.seed, LABEL_SETS[who.cfg.label_set].labels)
+    labels = LABEL_SETS[cfg.label_set]
+    usable = [_as_example(row, labels, who.shots_from) for row in usable]
+    shots = draw_shots(usable, who.shots, cfg.seed, labels.labels)
     facts = dict(path=_from_project(who.shots_from), sha256=rows.sha256, ids=[r["id"] for r in shots])
     why = ", ".join(
         f"{n:,} whose {k}" if k.startswith("premise") else f"{n:,} ({k})" for k, n in left_out.items()
     )
     said = f"{who.shots} examples drawn from {len(usable):,} of {len(rows):,} rows of {facts['path']}"
     return shots, facts, [f"{said}; left out: {why or 'none'}"]
+
+
+def _as_example(row, labels, path):
+    "A row with its label in the label set, and without a prompt and completion of its own."
+    try:
+        return in_label_set({k: v for k, v in row.items() if k not in ("prompt", "completion")}, labels)
+    except DataError as e:
+        raise DataError(f"{path}: {e}") from None
 
 
 def _contract_counts(rows) -> dict:
@@ -399,7 +420,7 @@ def evaluate_model(
         data, cfg.replace(max_eval_samples=None), cfg.prompt_template, contract, layout
     )
     shots, drawn, beside = _shots_of(who, everything, contract)
-    turns = shot_turns(shots, cfg.prompt_template, cfg.completion)
+    turns = shot_turns(shots, cfg.prompt_template, cfg.completion, LABEL_SETS[cfg.label_set])
     rows = [
         r | dict(prompt=after_shots(r["prompt"], turns)) for r in spread(everything, cfg.max_eval_samples)
     ]
