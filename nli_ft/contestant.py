@@ -178,6 +178,8 @@ def check_contestant(who: Contestant) -> Path | None:  # the adapter's folder
         return None
     folder = adapter_folder(who.adapter, who.adapter_revision)
     base, known = adapter_base(folder), [who.cfg.model_id, who.alias]
+    if who.cfg.model_id.startswith("."):
+        known.append(str(who.cfg.path("model_id")))
     if base not in known:
         raise RecordError(
             f"the adapter {who.adapter} was trained on {base!r}, and --model is {who.cfg.model_id!r}. An adapter "
