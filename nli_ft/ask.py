@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ANSWER_COLUMNS', 'open_run', 'asked_wording', 'check_recorded_base', 'question', 'gold_in_label_set',
            'without_prompt', 'evaluation_rows', 'refuse_other_contract', 'evaluation_dir', 'JudgedSet', 'in_labels_of',
-           'set_warnings', 'judged_set', 'set_facts', 'unjudged_sets', 'evaluate_run', 'read_pairs', 'answer_pairs',
-           'predict_pairs', 'predict_cli']
+           'set_warnings', 'judged_set', 'set_facts', 'unjudged_sets', 'evaluate_run', 'evaluate_cli', 'read_pairs',
+           'answer_pairs', 'predict_pairs', 'predict_cli']
 
 # %% ../nbs/30_ask.ipynb #2d737bde
 import argparse
@@ -544,9 +544,7 @@ def evaluate_cli(argv=None) -> int:
             continue
         probed = [_probe_text(report["probe"])] if options["probe"] else []
         files = f"{os.path.relpath(folder)}: predictions.jsonl, report.json and plots"
-        print("
-
-".join([report_text(report), *probed, *beside, files]))
+        print("\n\n".join([report_text(report), *probed, *beside, files]))
     return 0
 
 # %% ../nbs/30_ask.ipynb #4690b8db

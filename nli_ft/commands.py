@@ -19,7 +19,6 @@ from .check import check_files, hub_tokenizer, quantile, render_report, write_st
 from .public_sets import LAYOUT, PUBLISHED, SOURCES, download, write_pairs
 from .records import list_evaluations, list_runs, read_evaluation, read_run, show_evaluations, show_runs
 
-
 # %% ../nbs/54_commands.ipynb #e47328d5
 def prepare_rows(
     thoughts: str | None = None,  # file of thought rows
