@@ -317,7 +317,12 @@ def set_facts(
         counts = looks(facts["data"]["sha256"], Path(run).resolve().parents[1])
         mine = counts.pop(cfg.name, 0)
         facts |= dict(config=cfg.name, looks=mine, looks_of_others=sum(counts.values()))
-    return facts | dict(warnings=list(warnings))
+    warnings = list(warnings)
+    if file.role == "selected" and cfg.test_data is None:
+        warnings.append(
+            "The rows that selected are reported, and there is no test. test_data names rows for one."
+        )
+    return facts | dict(warnings=warnings)
 
 # %% ../nbs/30_ask.ipynb #23c05e53
 def _asked_set(cfg, data):
