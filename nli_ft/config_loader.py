@@ -211,7 +211,8 @@ class OptimKeys:
         "batches of rows of similar length: less padding, less random order; packed rows need none of it"
     )
     early_stopping_patience: int | None = key(
-        "stop after this many evaluations without a lower loss and keep the best checkpoint; none: train to the end",
+        "stop after this many evaluations without a better eval_metric and keep the best checkpoint; "
+        "none: train to the end",
         lo=1,
     )
 
@@ -224,7 +225,18 @@ class EvalKeys:
         "also score the untrained model, for the before/after comparison; costs one more pass of generation",
         result=False,
     )
-    eval_steps: int | None = key("optimizer steps between evaluations of the loss; none: each epoch", lo=1)
+    eval_steps: int | None = key("optimizer steps between evaluations; none: each epoch", lo=1)
+    eval_metric: str = key(
+        "which score of an evaluation early_stopping_patience looks at; with accuracy or macro_f1 the model "
+        "also answers eval_metric_rows rows by generation at each evaluation",
+        choices=("loss", "accuracy", "macro_f1"),
+        was="loss",
+    )
+    eval_metric_rows: int = key(
+        "rows of eval_data, evenly spaced, that such an evaluation answers; more rows: narrower intervals, more time",
+        lo=1,
+        was=200,
+    )
     eval_batch_size: int = key("rows generated together; memory and speed grow with it", lo=1, result=False)
     max_new_tokens: int = key(
         "longest completion, in tokens; one that does not end in time counts as truncated", lo=1
@@ -846,9 +858,9 @@ def _named_twice(c):
 def _rules(c):  # yields (keys, why and what to do) of each broken rule
     if c.early_stopping_patience:
         every, saved = c.eval_steps, c.save_steps
-        # transformers' load_best_model_at_end needs a checkpoint wherever the loss was measured
+        # transformers' load_best_model_at_end needs a checkpoint wherever the model was evaluated
         if (every is None) != (saved is None) or (every and saved % every):
-            why = "the best checkpoint can only be kept where the loss was measured. "
+            why = "the best checkpoint can only be kept where it was evaluated. "
             todo = "Set save_steps to a multiple of eval_steps, or both to none (each epoch)."
             yield ("early_stopping_patience", "eval_steps", "save_steps"), why + todo
         if every and c.max_steps and every > c.max_steps:
@@ -1036,7 +1048,11 @@ def config_from_json(
 # %% ../nbs/01_config_loader.ipynb #43a2323b
 def result_values(cfg: Config) -> dict:  # key -> value
     "The values that can change what is learnt or measured."
-    drop = () if cfg.early_stopping_patience else ("eval_steps", "save_steps")
+    drop = ()
+    if not cfg.early_stopping_patience:  # then an evaluation is only logged
+        drop = ("eval_steps", "eval_metric", "eval_metric_rows", "save_steps")
+    elif cfg.eval_metric == "loss":
+        drop = ("eval_metric_rows",)
 
     def counts(key, value):
         meta = KEYS[key].metadata

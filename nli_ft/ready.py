@@ -180,6 +180,11 @@ def _missing_for_fsdp(cfg):
             f"optim = {cfg.optim}: the states of bitsandbytes' optimizers cannot be gathered from "
             "shards. Use optim=auto"
         )
+    if cfg.eval_metric != "loss":
+        missing.append(
+            f"eval_metric = {cfg.eval_metric}: a model in pieces does not generate during the training. Use "
+            "eval_metric=loss, or start the processes without --use_fsdp"
+        )
     return missing
 
 # %% ../nbs/32_ready.ipynb #dcd3c7ef

@@ -56,6 +56,8 @@ early_stopping_patience = None                # train to the end: runs of one le
 # -- evaluation
 eval_before = True                            # "it learnt" means nothing without the score before training
 eval_steps = None                             # at the end of each epoch
+eval_metric = "loss"                          # one forward pass a row. Accuracy takes a generation, at each evaluation
+eval_metric_rows = 200                        # near 80 % the interval is 11 points wide: enough to see which epoch was best
 eval_batch_size = 16
 max_new_tokens = 256                          # real completions stay under 1000 characters. What does not end in time is truncated
 
