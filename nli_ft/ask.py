@@ -350,7 +350,12 @@ def set_facts(
         counts = looks(facts["data"]["sha256"], Path(run).resolve().parents[1])
         mine = counts.pop(cfg.name, 0)
         facts |= dict(config=cfg.name, looks=mine, looks_of_others=sum(counts.values()))
-    return facts | dict(warnings=list(warnings))
+    warnings = list(warnings)
+    if file.role == "selected" and cfg.test_data is None:
+        warnings.append(
+            "The rows that selected are reported, and there is no test. test_data names rows for one."
+        )
+    return facts | dict(warnings=warnings)
 
 # %% ../nbs/30_ask.ipynb #23c05e53
 def _asked_set(cfg, data):
@@ -437,7 +442,7 @@ def evaluate_run(
     file, data = _asked_set(cfg, data)
     own, name = bool(file and file.role == "selected"), file and file.name
     rows = evaluation_rows(data, cfg, template, contract, layout)
-    if not (own or mix or untuned):
+    if not (file or mix or untuned):  # a set of the run was accepted when it began, with a warning
         refuse_other_contract(run, rows, data)
     out = evaluation_dir(run, data, own, mode, untuned, max_new_tokens, engine, name)
     # other rows or another mode are named before the model is loaded
