@@ -108,13 +108,17 @@ def test_the_answer_is_kept_and_then_merged():
 
 
 @pytest.mark.parametrize("gold", RELATIONS)
-def test_gold_of_one_class_leaves_averages_undefined(gold, tmp_path):
+def test_gold_of_one_class_leaves_averages_undefined(gold):
     rows = [row(i, gold, answer) for i, answer in enumerate(ORDER)]
     s = score(rows)
     assert (s["accuracy"], s["macro_f1"], s["balanced_accuracy"], s["mcc"]) == (0.25, None, None, None)
-    contents = save_report(tmp_path / "r", rows)
-    assert json.loads((tmp_path / "r" / "report.json").read_text())["scores"] == contents["scores"]
-    assert "undefined (one class)" in report_text(contents)
+    assert "undefined (one class)" in report_text(report(rows))
+
+
+def test_a_report_of_three_labels_is_written_whole(rows, tmp_path):
+    contents = save_report(tmp_path / "r", rows, extra=dict(mode="cot"))
+    assert json.loads((tmp_path / "r" / "report.json").read_text()) == contents
+    assert {p.suffix for p in (tmp_path / "r").iterdir()} == {".json", ".png"}
 
 
 def test_gold_without_one_of_three_labels_has_an_mcc_but_no_averages():
