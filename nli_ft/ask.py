@@ -469,6 +469,27 @@ def _evaluation_report(run: Path, cfg, rows, out: Path, preds, extra: dict) -> t
     beside += [f"WARNING: {sentence}" for sentence in leakage_text(extra["leakage"])]
     return report, out, beside
 
+# %% ../nbs/30_ask.ipynb #361172f5
+def _evaluation(options: dict, of_model: dict) -> tuple:
+    "What `evaluate_run` or `evaluate_model` returns. Options of one that stand beside the other are refused."
+    run = options["run"]
+    if run is None and "model" not in of_model:
+        raise ConfigError("say who is asked: --run DIR for a run, or --model ID|FOLDER for any other model")
+    if run is not None and of_model:
+        raise ConfigError(f"--{next(iter(of_model))} is for a model that is no run, and goes without --run")
+    if run is not None:
+        return evaluate_run(**options)
+    from nli_ft.contestant import contestant, evaluate_model
+
+    for name, usual in dict(untuned=False, probe=0, engine="transformers", mix=False).items():
+        if options.pop(name) != usual:
+            flag = "mix_contracts" if name == "mix" else name
+            raise ConfigError(f"--{flag} needs the record of a run (--run)")
+    if options["data"] is None:
+        raise ConfigError("--model needs --data FILE, the labelled rows to score")
+    layout = _only_set(**{k: options.pop(k) for k in ("dataset", "columns", "words", "names")})
+    return evaluate_model(contestant(**of_model), **_only_set(**options), layout=layout)
+
 # %% ../nbs/30_ask.ipynb #5693f171
 def _left_to_judge(options):
     "Names of the sets that `nli_evaluate` judges beside the one that selects: those that the run did not come to."
@@ -482,15 +503,22 @@ def _left_to_judge(options):
 @command
 def evaluate_cli(argv=None) -> int:
     "The command `nli_evaluate`."
+    from nli_ft.contestant import MODEL_OPTIONS, contestant
+
     parser = argparse.ArgumentParser(
         prog="nli_evaluate",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=evaluate_run.__doc__,
-        epilog="example: nli_evaluate --run runs/cpu_demo/… --mode forced",
+        epilog="""examples:
+  nli_evaluate --run runs/cpu_demo/… --mode forced
+  nli_evaluate --model smollm2-135m --data dev.jsonl --mode forced
+  nli_evaluate --model mistralai/Mistral-7B-v0.3 --adapter OWNER/NAME --data dev.jsonl
+  nli_evaluate --model smollm2-135m --shots 4 --shots_from train.jsonl --data dev.jsonl --completion label_only""",
     )
     add_options(
         parser,
         evaluate_run,
-        **_ASKING,
+        **_ASKING | dict(run=dict(metavar="DIR", required=False)),
         **LAYOUT,
         data=dict(metavar="FILE"),
         contract=dict(choices=CONTRACTS),
@@ -500,11 +528,17 @@ def evaluate_cli(argv=None) -> int:
         probe=dict(metavar="N"),
         engine=dict(choices=("transformers", "vllm")),
     )
+    group = parser.add_argument_group("a model that is no run", contestant.__doc__)
+    # suppressed: only what the user types is told from a default, and can be refused beside --run
+    silent = {name: how | dict(default=argparse.SUPPRESS) for name, how in MODEL_OPTIONS.items()}
+    add_options(group, contestant, **silent)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = vars(parser.parse_args(argv))
     as_json = options.pop("json")
-    for data in [options["data"], *_left_to_judge(options)]:
-        report, folder, beside = evaluate_run(**options | dict(data=data))
+    of_model = {name: options.pop(name) for name in MODEL_OPTIONS if name in options}
+    left = [] if options["run"] is None else _left_to_judge(options)
+    for data in [options["data"], *left]:
+        report, folder, beside = _evaluation(options | dict(data=data), of_model)
         if as_json:
             print(json.dumps(report, ensure_ascii=False))
             continue
