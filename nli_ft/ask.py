@@ -232,7 +232,7 @@ def refuse_other_contract(
         json.loads((run / f"{n}.json").read_text(encoding="utf-8")) for n in ("summary", "environment")
     )
     recorded = (summary.get("contracts") or {}).get("train")
-    recorded = recorded or (env.get("data", {}).get("train_data") or {}).get("contracts") or []
+    recorded = recorded or (env.get("data", {}).get("train") or {}).get("contracts") or []
     trained = [c for c in recorded if c in CONTRACTS]
     for row in rows:
         other = [c for c in trained if row.get("contract") and not contracts_agree(c, row["contract"])]
@@ -437,7 +437,7 @@ def evaluate_run(
     file, data = _asked_set(cfg, data)
     own, name = bool(file and file.role == "selected"), file and file.name
     rows = evaluation_rows(data, cfg, template, contract, layout)
-    if not (own or mix or untuned):
+    if not (file or mix or untuned):
         refuse_other_contract(run, rows, data)
     out = evaluation_dir(run, data, own, mode, untuned, max_new_tokens, engine, name)
     # other rows or another mode are named before the model is loaded

@@ -11,7 +11,8 @@ from nli_ft.config_loader import load_config
 from nli_ft.preflight import training_rows
 from nli_ft.process import DataError
 from nli_ft.public_sets import unfold_pair, write_pairs
-from nli_ft.records import _data, _prompt
+from nli_ft.rows import read_rows
+from nli_ft.records import _data_files, _prompt
 from nli_ft.train_sft import train_cli
 
 HYPOTHESES = dict(
@@ -107,7 +108,7 @@ def test_what_is_wrong_with_a_table_is_said_with_the_remedy(tmp_path, capsys):
         return refused(capsys, "--pairs", path, "--output", out, *argv)
 
     mine = table(tmp_path / "my.csv")
-    assert "--contract entailment" in why(mine) or "contract entailment makes 1" in why(mine)
+    assert "the contract entailment makes 1" in why(mine)
     assert "has no column why of thoughts" in why(mine, "--contract", "entailment", "--thought_column", "why")
     other = table(tmp_path / "columns.csv", premise="text", hypothesis="claim")
     assert "The file has: text, claim, label" in why(other, "--contract", "entailment")
@@ -166,9 +167,9 @@ def test_reflections_are_asked_for_only_where_a_thought_is_wrong(tmp_path, capsy
     thoughts.write_text("\n".join(map(json.dumps, [*right, right[0] | dict(id=9, predicted_label=1)])))
     argv = ["--thoughts", thoughts, "--output", tmp_path / "p.jsonl"]
     assert "the thought of row 9 is wrong" in refused(capsys, *argv)
-    named = [r | dict(true_label="entailment", predicted_label="Entailment") for r in right]
-    del named[0]["contract"]
-    thoughts.write_text("\n".join(map(json.dumps, named[:1])))
+    del pair["contract"]
+    named = pair | dict(hypothesis="H", true_label="entailment", predicted_label="Entailment")
+    thoughts.write_text(json.dumps(named))
     argv = ["prepare", *map(str, argv), "--contract", "entailment"]
     assert data_cli(argv) == 0, "the contract applies to every column of labels"
     thoughts.write_text(json.dumps(right[0] | dict(predicted_label=None)))
@@ -187,7 +188,7 @@ def test_nli_train_reads_the_table_itself_and_says_so(tmp_path, capsys):
     rows, _ = training_rows(cfg)
     assert {r["source"] for r in rows} == {"human"}
     assert "24 pairs become training rows (thoughts from explanation)" in capsys.readouterr().out
-    assert _data(cfg, "train_data")["contracts"] == {"entailment": 24}, "the config's contract is recorded"
+    assert _data_files(cfg)["train"]["contracts"] == {"entailment": 24}, "the config's contract is recorded"
     assert _prompt(cfg)["template"] == "standard"
     rows, _ = training_rows(config(mine, completion="label_only", label_set="three_way"))
     assert [r["label"] for r in rows[:3]] == list(HYPOTHESES)
