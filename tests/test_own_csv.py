@@ -11,7 +11,6 @@ from nli_ft.config_loader import load_config
 from nli_ft.preflight import training_rows
 from nli_ft.process import DataError
 from nli_ft.public_sets import unfold_pair, write_pairs
-from nli_ft.rows import read_rows
 from nli_ft.records import _data_files, _prompt
 from nli_ft.train_sft import train_cli
 
@@ -172,7 +171,7 @@ def test_reflections_are_asked_for_only_where_a_thought_is_wrong(tmp_path, capsy
     thoughts.write_text(json.dumps(named))
     argv = ["prepare", *map(str, argv), "--contract", "entailment"]
     assert data_cli(argv) == 0, "the contract applies to every column of labels"
-    thoughts.write_text(json.dumps(right[0] | dict(predicted_label=None)))
+    thoughts.write_text(json.dumps(named | dict(predicted_label=None)))
     assert "predicted_label is empty" in refused(capsys, *argv[1:], "--overwrite")
 
 
