@@ -107,6 +107,7 @@ NOT_RUN = {
     "--completion label_only --seed 1": LONG + " (tests/test_own_csv.py does it on tiny-mistral)",
     "nli_train --config cpu_demo --train_data data/mine/train.jsonl --eval_data data/mine/dev.jsonl "
     "--completion label_only --seed 2": LONG + " (tests/test_own_csv.py does it on tiny-mistral)",
+    "nli_train --train_data my.csv": "needs such a file (tests/test_own_csv.py reads one so)",
     "nli_compare --all cpu_demo": "needs the four runs (tests/test_own_csv.py makes and compares them)",
     "nli_data download --dataset snli --from_file snli_1.0_dev.jsonl --output data/snli_dev.jsonl": (
         "needs SNLI's own file (tests/test_cases.py reads such files)"
