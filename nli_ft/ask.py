@@ -232,7 +232,7 @@ def refuse_other_contract(
         json.loads((run / f"{n}.json").read_text(encoding="utf-8")) for n in ("summary", "environment")
     )
     recorded = (summary.get("contracts") or {}).get("train")
-    recorded = recorded or (env.get("data", {}).get("train_data") or {}).get("contracts") or []
+    recorded = recorded or (env.get("data", {}).get("train") or {}).get("contracts") or []
     trained = [c for c in recorded if c in CONTRACTS]
     for row in rows:
         other = [c for c in trained if row.get("contract") and not contracts_agree(c, row["contract"])]
