@@ -7,6 +7,7 @@ __all__ = ['MODEL_OPTIONS', 'Contestant', 'contestant', 'adapter_folder', 'adapt
            'draw_shots', 'shot_turns', 'after_shots', 'evaluation_facts', 'evaluation_folder', 'evaluate_model']
 
 # %% ../nbs/56_contestant.ipynb #0a2ba5d5
+import itertools
 import json
 import os
 import random
@@ -18,10 +19,11 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .process import ConfigError, DataError, RecordError, project_root
-from .config_loader import Config, load_config
-from .labels import BINARY, LABEL_SETS, LabelSet, words_contract
-from .duplicates import norm_text, pair_key
+from nli_ft.process import ConfigError, DataError, RecordError, project_root
+from nli_ft.config_loader import Config, load_config
+from nli_ft.labels import BINARY, LABEL_SETS, LabelSet, words_contract
+from nli_ft.duplicates import norm_text, pair_key
+from nli_ft. import contracts_agree
 from nli_ft.rows import (
     PROMPTS,
     STYLES,
@@ -32,12 +34,12 @@ from nli_ft.rows import (
     render_completion,
     spread,
 )
-from .predictions import resume_predictions
-from .predict import parse_mode, predict_rows
-from .report import save_report
-from .records import EVALUATIONS, _code_hash, _device, _git, _now, _plain, _versions, _write_json
-from .records import read_evaluation, redact
-from .ask import evaluation_rows
+from nli_ft.predictions import resume_predictions
+from nli_ft.predict import parse_mode, predict_rows
+from nli_ft.report import save_report
+from nli_ft.records import EVALUATIONS, _code_hash, _device, _git, _now, _plain, _versions, _write_json
+from nli_ft.records import read_evaluation, redact
+from nli_ft.ask import evaluation_rows
 
 # %% ../nbs/56_contestant.ipynb #38556b62
 @dataclass(frozen=True)
@@ -275,8 +277,8 @@ def _shots_of(who: Contestant, evaluated, contract) -> tuple:
         raise DataError(
             f"{who.shots_from}: none of its {len(rows):,} rows can be an example ({why}).{remedy}"
         )
-    examples, questions = (", ".join(sorted(_contract_counts(some))) for some in (rows, evaluated))
-    if examples and questions and examples != questions:
+    meanings = itertools.product(_contract_counts(rows), _contract_counts(evaluated))
+    for examples, questions in itertools.filterfalse(lambda pair: contracts_agree(*pair), meanings):
         raise DataError(
             f"{who.shots_from}: its labels have the contract {examples}, and those of the evaluated rows "
             f"{questions}. Give examples whose labels mean the same"
