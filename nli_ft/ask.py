@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ANSWER_COLUMNS', 'open_run', 'asked_wording', 'check_recorded_base', 'question', 'gold_in_label_set',
-           'without_prompt', 'evaluation_rows', 'evaluation_dir', 'JudgedSet', 'in_labels_of', 'set_warnings',
-           'judged_set', 'set_facts', 'unjudged_sets', 'evaluate_run', 'evaluate_cli', 'read_pairs', 'answer_pairs',
-           'predict_pairs', 'predict_cli']
+           'without_prompt', 'evaluation_rows', 'refuse_other_contract', 'evaluation_dir', 'JudgedSet', 'in_labels_of',
+           'set_warnings', 'judged_set', 'set_facts', 'unjudged_sets', 'evaluate_run', 'evaluate_cli', 'read_pairs',
+           'answer_pairs', 'predict_pairs', 'predict_cli']
 
 # %% ../nbs/30_ask.ipynb #2d737bde
 import argparse
@@ -22,7 +22,16 @@ from pathlib import Path
 
 from .process import ConfigError, DataError, RecordError, add_options, command, project_root, typed_text
 from .config_loader import JudgedFile, config_from_json, judged_files, names_sets
-from .labels import BINARY, CONTRACTS, LABEL_SETS, THREE_WAY, LabelSet, two_way, words_contract
+from nli_ft.labels import (
+    BINARY,
+    CONTRACTS,
+    LABEL_SETS,
+    THREE_WAY,
+    LabelSet,
+    contracts_agree,
+    two_way,
+    words_contract,
+)
 from nli_ft.files import (
     PAIR_NAMES,
     atomic_writer,
@@ -210,6 +219,30 @@ def evaluation_rows(
     rows = gold_in_label_set(rows, labels, None if template == "auto" else template)
     return [question(r, template, labels) for r in rows]
 
+# %% ../nbs/30_ask.ipynb #eb555184
+def refuse_other_contract(
+    run: Path,  # a run's folder
+    rows: list,  # of another file than the run's own
+    data,  # that file, for the message
+):
+    """Raise `DataError` where rows are labelled under a contract that does not agree with that of the training rows.
+
+    A contract that nobody recorded, there or here, is left to the warning beside the report."""
+    summary, env = (
+        json.loads((run / f"{n}.json").read_text(encoding="utf-8")) for n in ("summary", "environment")
+    )
+    recorded = (summary.get("contracts") or {}).get("train")
+    recorded = recorded or (env.get("data", {}).get("train_data") or {}).get("contracts") or []
+    trained = [c for c in recorded if c in CONTRACTS]
+    for row in rows:
+        other = [c for c in trained if row.get("contract") and not contracts_agree(c, row["contract"])]
+        if other:
+            raise DataError(
+                f"{data}: row {row['id']!r} has a label under the contract {row['contract']!r}, and {run} was trained "
+                f"under {other[0]!r}: a 1 does not mean the same ({CONTRACTS[row['contract']]['says']}). Evaluate on "
+                "rows of the run's contract, or say --mix_contracts if you want this score all the same"
+            )
+
 # %% ../nbs/30_ask.ipynb #7b5de41c
 def evaluation_dir(
     run: Path,  # a run's folder
@@ -372,6 +405,7 @@ def evaluate_run(
     words: dict | None = None,  # what the file's own label words mean, as in entails=entailment
     names: tuple | None = None,  # class names of integer labels, class 0 first; they replace the set's own
     max_eval_samples: int | None = None,  # score only N rows, evenly spaced [the run's]
+    mix: bool = False,  # score also data whose label contract is not that of the training rows
     untuned: bool = False,  # ask the base model without the adapter
     probe: int = 0,  # also probe faithfulness on N rows: cut, swap, remove the thought
     engine: str = "transformers",  # what generates; vllm: on a CUDA GPU, mode cot only, after `pip install -e .[vllm]`
@@ -403,6 +437,8 @@ def evaluate_run(
     file, data = _asked_set(cfg, data)
     own, name = bool(file and file.role == "selected"), file and file.name
     rows = evaluation_rows(data, cfg, template, contract, layout)
+    if not (own or mix or untuned):
+        refuse_other_contract(run, rows, data)
     out = evaluation_dir(run, data, own, mode, untuned, max_new_tokens, engine, name)
     # other rows or another mode are named before the model is loaded
     answered = resume_predictions(out / "predictions.jsonl", rows, mode, engine)
@@ -433,6 +469,27 @@ def _evaluation_report(run: Path, cfg, rows, out: Path, preds, extra: dict) -> t
     beside += [f"WARNING: {sentence}" for sentence in leakage_text(extra["leakage"])]
     return report, out, beside
 
+# %% ../nbs/30_ask.ipynb #361172f5
+def _evaluation(options: dict, of_model: dict) -> tuple:
+    "What `evaluate_run` or `evaluate_model` returns. Options of one that stand beside the other are refused."
+    run = options["run"]
+    if run is None and "model" not in of_model:
+        raise ConfigError("say who is asked: --run DIR for a run, or --model ID|FOLDER for any other model")
+    if run is not None and of_model:
+        raise ConfigError(f"--{next(iter(of_model))} is for a model that is no run, and goes without --run")
+    if run is not None:
+        return evaluate_run(**options)
+    from nli_ft.contestant import contestant, evaluate_model
+
+    for name, usual in dict(untuned=False, probe=0, engine="transformers", mix=False).items():
+        if options.pop(name) != usual:
+            flag = "mix_contracts" if name == "mix" else name
+            raise ConfigError(f"--{flag} needs the record of a run (--run)")
+    if options["data"] is None:
+        raise ConfigError("--model needs --data FILE, the labelled rows to score")
+    layout = _only_set(**{k: options.pop(k) for k in ("dataset", "columns", "words", "names")})
+    return evaluate_model(contestant(**of_model), **_only_set(**options), layout=layout)
+
 # %% ../nbs/30_ask.ipynb #5693f171
 def _left_to_judge(options):
     "Names of the sets that `nli_evaluate` judges beside the one that selects: those that the run did not come to."
@@ -441,36 +498,6 @@ def _left_to_judge(options):
         return []
     run, cfg, *_ = open_run(options["run"])
     return unjudged_sets(run, cfg)
-
-# %% ../nbs/30_ask.ipynb #361172f5
-def _refuse_mixture(options: dict, of_model: dict):
-    "Raise `ConfigError` where options of a run stand beside those of a model that is no run, or neither is named."
-    run = options["run"]
-    if run is None and "model" not in of_model:
-        raise ConfigError("say who is asked: --run DIR for a run, or --model ID|FOLDER for any other model")
-    if run is not None and of_model:
-        raise ConfigError(f"--{next(iter(of_model))} is for a model that is no run, and goes without --run")
-    if run is not None:
-        return
-    usual = dict(untuned=False, probe=0, engine="transformers", mix=False)
-    if odd := [name for name, value in usual.items() if options[name] != value]:
-        name = dict(mix="mix_contracts").get(odd[0], odd[0])
-        raise ConfigError(f"--{name} needs the record of a run (--run)")
-    if options["data"] is None:
-        raise ConfigError("--model needs --data FILE, the labelled rows to score")
-
-
-def _evaluation(options: dict, of_model: dict) -> tuple:
-    "What `evaluate_run` or `evaluate_model` returns."
-    if not of_model:
-        return evaluate_run(**options)
-    from nli_ft.contestant import contestant, evaluate_model
-
-    own = ("run", "untuned", "probe", "engine", "mix")
-    columns = ("dataset", "columns", "words", "names")
-    layout = _only_set(**{k: options[k] for k in columns})
-    how = _only_set(**{k: v for k, v in options.items() if k not in own + columns})
-    return evaluate_model(contestant(**of_model), **how, layout=layout)
 
 # %% ../nbs/30_ask.ipynb #b6101a57
 @command
@@ -509,8 +536,8 @@ def evaluate_cli(argv=None) -> int:
     options = vars(parser.parse_args(argv))
     as_json = options.pop("json")
     of_model = {name: options.pop(name) for name in MODEL_OPTIONS if name in options}
-    _refuse_mixture(options, of_model)
-    for data in [options["data"], *([] if of_model else _left_to_judge(options))]:
+    left = [] if of_model or options["run"] is None else _left_to_judge(options)
+    for data in [options["data"], *left]:
         report, folder, beside = _evaluation(options | dict(data=data), of_model)
         if as_json:
             print(json.dumps(report, ensure_ascii=False))

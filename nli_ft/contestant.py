@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from nli_ft.process import ConfigError, DataError, RecordError, project_root
-from nli_ft.config_loader import Config, load_config
-from nli_ft.labels import BINARY, LABEL_SETS, LabelSet, words_contract
-from nli_ft.duplicates import norm_text, pair_key
-from nli_ft. import contracts_agree
+from .process import ConfigError, DataError, RecordError, project_root
+from .config_loader import Config, load_config
+from .labels import BINARY, LABEL_SETS, LabelSet, contracts_agree, words_contract
+from .duplicates import norm_text, pair_key
 from nli_ft.rows import (
     PROMPTS,
     STYLES,
@@ -34,12 +33,12 @@ from nli_ft.rows import (
     render_completion,
     spread,
 )
-from nli_ft.predictions import resume_predictions
-from nli_ft.predict import parse_mode, predict_rows
-from nli_ft.report import save_report
-from nli_ft.records import EVALUATIONS, _code_hash, _device, _git, _now, _plain, _versions, _write_json
-from nli_ft.records import read_evaluation, redact
-from nli_ft.ask import evaluation_rows
+from .predictions import resume_predictions
+from .predict import parse_mode, predict_rows
+from .report import save_report
+from .records import EVALUATIONS, _code_hash, _device, _git, _now, _plain, _versions, _write_json
+from .records import read_evaluation, redact
+from .ask import evaluation_rows
 
 # %% ../nbs/56_contestant.ipynb #38556b62
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import math
 import os
 import textwrap
 from collections import Counter
+from itertools import chain
 from dataclasses import dataclass, field
 
 from .process import DataError
@@ -20,6 +21,7 @@ from .labels import BINARY, LABEL_SETS, label_set_of, words_contract
 from .rows import in_label_set, read_rows, render_completion, spread, template_of
 from .sft_rows import shuffle_thoughts
 from .check import leakage, leakage_text
+from .public_sets import PAIR_TEMPLATE, pair_training_rows, thought_columns
 from nli_ft.prompt import (
     LABEL,
     PROMPT,
@@ -52,18 +54,41 @@ class Prepared:
     leakage: dict = field(default_factory=dict)  # what training and evaluation rows share, from `leakage`
     sets: list = field(default_factory=list)  # of `JudgedSet`: further evaluation sets and the test
 
+# %% ../nbs/33_preflight.ipynb #86b73048
+def _taught_pairs(cfg, pairs) -> list:
+    "The rows of a file of pairs as training rows, and a printed line that says so."
+    counts, labels = Counter(), LABEL_SETS[cfg.label_set]
+    template = PAIR_TEMPLATE if cfg.prompt_template == "auto" else cfg.prompt_template
+    header = dict.fromkeys(chain.from_iterable(pairs))
+    columns = [] if cfg.completion == "label_only" else thought_columns(header, path=cfg.train_data)
+    if cfg.completion != "label_only" and not columns:
+        raise DataError(
+            f"{cfg.train_data} holds pairs without thoughts, and completion={cfg.completion} is made of a thought and "
+            "a label. Choose completion=label_only, or name the column that says why: nli_data prepare --pairs "
+            f"{cfg.train_data} --thought_column NAME"
+        )
+    rows = list(pair_training_rows(pairs, columns, counts, labels, template, None, cfg.train_data))
+    thoughts = f"thoughts from {', '.join(columns)}" if columns else "label only"
+    gaps = counts["pairs without a thought (label only)"] if columns else 0
+    without = f"; {gaps} of them have none and are left out" if gaps else ""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{cfg.train_data}: {len(rows)} pairs become training rows ({thoughts}{without})")
+    return rows
+
 # %% ../nbs/33_preflight.ipynb #3554fdc1
 def training_rows(
     cfg: Config,  # train_data, data_strategy, max_train_samples, prompt_template
 ) -> tuple:  # (SFT rows, unreadable rows)
     "Rows to train on, after the data strategy. Raises `DataError` for a file without completions."
     rows = read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows, contract=words_contract(cfg))
-    if rows.kind not in ("sft", "text"):
+    bad = rows.bad
+    if rows.kind == "pair":
+        rows = _taught_pairs(cfg, rows)
+    elif rows.kind not in ("sft", "text"):
         raise DataError(
             f"{cfg.train_data} holds {rows.kind} rows, which have no prompt and completion. `nli_data "
-            "prepare` makes training rows of them."
+            f"prepare --{rows.kind}s {cfg.train_data}` makes training rows of them."
         )
-    bad = rows.bad
     if cfg.data_strategy == "correct_only":
         rows = [r for r in rows if r["source"] != "reflection"]
     if not rows:
@@ -207,7 +232,7 @@ def proofs(prep: Prepared) -> dict:  # what is proved -> (holds, detail)
     begins = bos is not None and _writes_bos(tok)
 
     def spelled(r):
-        return render_completion(r["thought_process"], r["label"], style)
+        return render_completion(r.get("thought_process"), r["label"], style)
 
     def bos_fails(r, e):
         return bos is not None and (e.input_ids[0] == bos) != begins or e.input_ids[:2] == [bos, bos]

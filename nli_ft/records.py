@@ -43,6 +43,7 @@ from nli_ft.config_loader import (
 from .files import atomic_writer, cut_torn, json_line, own_lines, records as file_records
 from .labels import words_contract
 from .rows import PROMPTS, WORDINGS, data_hash, read_rows, template_of
+from .public_sets import PAIR_TEMPLATE
 
 # %% ../nbs/25_records.ipynb #ee07e41f
 _secret_name = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I)
@@ -334,12 +335,12 @@ def _data(path, shown):
     except NliError as e:
         return info | dict(sha256=data_hash(path), why=str(e))
 
-    def count(k):
-        return dict(Counter(str(r[k]) for r in rows if r.get(k) is not None).most_common(12))
+    def count(k, unsaid=None):
+        values = (unsaid if r.get(k) in (None, "") else r[k] for r in rows)
+        return dict(Counter(str(v) for v in values if v is not None).most_common(12))
 
-    return info | dict(
-        sha256=data_hash(path), rows=len(rows), contracts=count("contract"), sources=count("source")
-    )
+    contracts = count("contract", words_contract(cfg))
+    return info | dict(sha256=data_hash(path), rows=len(rows), contracts=contracts, sources=count("source"))
 
 # %% ../nbs/25_records.ipynb #6f265a42
 def _data_files(cfg):
@@ -366,6 +367,8 @@ def _prompt(cfg):
         with suppress(NliError):
             rows = read_rows(cfg.path(key), max_bad=0.99, contract=words_contract(cfg))
             name = template_of(r for r in rows if "prompt" in r) or "auto"
+            if key == "train_data" and rows.kind == "pair":
+                name = PAIR_TEMPLATE
     text = json.dumps(WORDINGS[cfg.label_set][name], sort_keys=True) if name in PROMPTS else None
     return dict(template=name, sha256=text and hashlib.sha256(text.encode()).hexdigest())
 
