@@ -157,6 +157,7 @@ MADE = {  # files that documents name and that a clone does not have -> who make
     "models/": "a run",
     "evaluations/": "nli_evaluate",
     "evaluation.json": "nli_evaluate --model",
+    "adapter_config.json": "peft, beside an adapter",
     "MODEL_CARD.md": "train.ipynb, nli_runs --card",
     "predictions_before_forced.jsonl": "a run with eval_before",
     "manifest.json": "nli_corpus",
