@@ -541,7 +541,7 @@ def evaluate_cli(argv=None) -> int:
     options = vars(parser.parse_args(argv))
     as_json = options.pop("json")
     of_model = {name: options.pop(name) for name in MODEL_OPTIONS if name in options}
-    left = [] if options["run"] is None else _left_to_judge(options)
+    left = [] if of_model or options["run"] is None else _left_to_judge(options)
     for data in [options["data"], *left]:
         report, folder, beside = _evaluation(options | dict(data=data), of_model)
         if as_json:
