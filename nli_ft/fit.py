@@ -45,6 +45,7 @@ def rows_hash(
 _STATED_OTHERWISE = (
     "train_data",
     "eval_data",
+    "test_data",
     "max_steps",
     "num_epochs",
     "distributed_training",

@@ -28,6 +28,7 @@ PLACEHOLDER = re.compile(
 
 HUB, GPU, LONG = "needs a model hub", "needs a GPU, Docker or both, and a 7B model", "minutes of training"
 WEIGHTS = "needs the run's adapter, which no clone has (tests/test_evaluate.py runs it on tiny-mistral)"
+CONTESTANT = "loads the embedded model (tests/test_contestant.py asks tiny ones)"
 ENDPOINT = (
     "needs a model behind an endpoint (tests/test_augment.py has a scripted one); here only with --dry_run"
 )
@@ -96,6 +97,18 @@ NOT_RUN = {
     "NAME --workers 8": ENDPOINT,  # noqa: E501
     "nli_reflect --input thoughts.jsonl --output reflections.jsonl --base_url "
     "http://localhost:8000/v1 --model NAME": ENDPOINT,  # noqa: E501
+    "nli_data prepare --pairs my.csv --thought_column explanation --contract entailment --splits 0.8,0.2 "
+    "--output data/mine/train.jsonl": "needs such a file (tests/test_own_csv.py makes one)",
+    "nli_train --config cpu_demo --train_data data/mine/train.jsonl --eval_data data/mine/dev.jsonl "
+    "--completion cot --seed 1": LONG + " (tests/test_own_csv.py does it on tiny-mistral)",
+    "nli_train --config cpu_demo --train_data data/mine/train.jsonl --eval_data data/mine/dev.jsonl "
+    "--completion cot --seed 2": LONG + " (tests/test_own_csv.py does it on tiny-mistral)",
+    "nli_train --config cpu_demo --train_data data/mine/train.jsonl --eval_data data/mine/dev.jsonl "
+    "--completion label_only --seed 1": LONG + " (tests/test_own_csv.py does it on tiny-mistral)",
+    "nli_train --config cpu_demo --train_data data/mine/train.jsonl --eval_data data/mine/dev.jsonl "
+    "--completion label_only --seed 2": LONG + " (tests/test_own_csv.py does it on tiny-mistral)",
+    "nli_train --train_data my.csv": "needs such a file (tests/test_own_csv.py reads one so)",
+    "nli_compare --all cpu_demo": "needs the four runs (tests/test_own_csv.py makes and compares them)",
     "nli_data download --dataset snli --from_file snli_1.0_dev.jsonl --output data/snli_dev.jsonl": (
         "needs SNLI's own file (tests/test_cases.py reads such files)"
     ),
@@ -107,6 +120,11 @@ NOT_RUN = {
     "nli_evaluate --run $RUN --mode forced --probe 100": WEIGHTS,
     "nli_evaluate --run $RUN --data data/other.jsonl --mode vote:5": WEIGHTS,
     "nli_evaluate --run $RUN --untuned": "loads the embedded model (tests/test_evaluate.py runs it on tiny-mistral)",
+    "nli_evaluate --model smollm2-135m --data data/other.jsonl --mode forced": CONTESTANT,
+    "nli_evaluate --model smollm2-135m --data data/other.jsonl --completion label_only --shots 4 --shots_from "
+    "data/embedded/train.jsonl": CONTESTANT,
+    "nli_evaluate --model mistralai/Mistral-7B-Instruct-v0.3 --data data/other.jsonl": GPU,
+    "nli_evaluate --model mistralai/Mistral-7B-v0.3 --adapter OWNER/NAME --data data/other.jsonl": GPU,
     'nli_predict --run $RUN --premise "A dog runs." --hypothesis "An animal runs."': WEIGHTS,
     "nli_predict --run $RUN --csv pairs.csv --output answers.csv": WEIGHTS,
     'papermill nbs/compare.ipynb runs/compare.ipynb -p configs "ablation1 ablation2" -p baseline ablation1': (
@@ -138,11 +156,14 @@ MADE = {  # files that documents name and that a clone does not have -> who make
     "data/embedded/": "ready.make_embedded_data",
     "models/": "a run",
     "evaluations/": "nli_evaluate",
+    "evaluation.json": "nli_evaluate --model",
+    "adapter_config.json": "peft, beside an adapter",
     "MODEL_CARD.md": "train.ipynb, nli_runs --card",
     "predictions_before_forced.jsonl": "a run with eval_before",
     "manifest.json": "nli_corpus",
     "finetune/train_ft.jsonl": "nli_data prepare",
     "finetune/dev_ft.jsonl": "nli_data prepare",
+    "my.csv": "the reader",
     "thoughts.jsonl": "nli_think",
     "reflections.jsonl": "nli_reflect",
     ".venv/install.log": "run_training.sh",

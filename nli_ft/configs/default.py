@@ -8,6 +8,7 @@ Sources: QLoRA (Dettmers et al. 2023, arXiv:2305.14314), LoRA (Hu et al. 2021, a
 # -- data
 train_data = "data/finetune/train_ft.jsonl"
 eval_data = "data/finetune/dev_ft.jsonl"      # never trained on: the scores of a run come from these rows
+test_data = None                              # no test yet: name it when everything else is decided
 label_set = "binary"                          # entailment or not: what the course and its models were asked
 contract = None                               # rows say themselves what their labels mean, or hold 0 and 1
 data_strategy = "all"                         # right first thoughts, and reflections in place of the wrong ones
