@@ -19,7 +19,7 @@ from .labels import LABEL_SETS, THREE_WAY, class_number, relation_name, two_way
 from .rows import find_column
 from .duplicates import pair_key
 from .predictions import CARRIED, answer_keys, check_predictions, read_predictions
-from .records import Run, _read_json, code_changed, read_run
+from .records import Run, _read_json, code_changed, read_evaluation, read_run
 
 # %% ../nbs/26_differences.ipynb #77fa89e4
 @dataclass
@@ -94,20 +94,9 @@ def _entry_below(folder):
     return run, read_predictions(folder / "predictions.jsonl"), name
 
 # %% ../nbs/26_differences.ipynb #0b8e7738
-def _evaluation_facts(folder) -> dict:
-    "What evaluation.json says. Raises `RecordError` where it is something else."
-    path = folder / "evaluation.json"
-    facts = _read_json(path)
-    lacks = [k for k in ("name", "model", "seed", "mode", "data", "created") if k not in facts]
-    if facts.get("kind") != "evaluation" or lacks:
-        why = f"it lacks {lacks[0]}" if lacks else f"its kind is {facts.get('kind')!r}"
-        raise RecordError(f"{path} is no evaluation: {why}")
-    return facts
-
-
 def _evaluation_entry(folder):
     "The entry of a folder with evaluation.json: a model that is no run, or the encoder of `nli_baseline`."
-    facts, report = _evaluation_facts(folder), _finished_report(folder)
+    facts, report = read_evaluation(folder), _finished_report(folder)
     kind = "encoder" if facts["mode"] == "encoder" else "evaluation"
     name = folder.name if facts["name"] == folder.name else f"{facts['name']}/{folder.name}"
     preds = read_predictions(folder / "predictions.jsonl")
@@ -840,7 +829,7 @@ def differing(
     if not (_is_run(one) and _is_run(other)):
         return _outsider_differs(one, other)
     (a, _, na), (b, _, nb) = one, other
-    keys = one_factor([a.cfg, b.cfg], ignore=("seed", "train_data", "eval_data"))
+    keys = one_factor([a.cfg, b.cfg], ignore=("seed", "train_data", "eval_data", "test_data"))
     differences, unknown = _circumstances(one, other)
     trained = [n for n in (na, nb) if not n.endswith(":before")]
     if len(trained) < 2:
