@@ -113,9 +113,9 @@ class BoostedTree:
         self.model.fit(self.features(rows), [r["label"] for r in rows])
         return self
 
-    def predict(self, rows: list) -> list:  # labels, 0 or 1
+    def predict(self, rows: list) -> list:  # labels, as `fit` was given them
         "The label of each row."
-        return [int(x) for x in self.model.predict(self.features(rows))] if rows else []
+        return self.model.predict(self.features(rows)).tolist() if rows else []
 
 # %% ../nbs/09_baselines.ipynb #c8bf023d
 def _cross_validated(rows, y, groups, seed):
