@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .process import ConfigError, can_be_written, project_root
 from .labels import BINARY, LABEL_SETS
-from .config_loader import Config, config_names, load_config
+from .config_loader import Config, config_names, judged_files, load_config
 from .checkpoints import find_checkpoint
 from .corpus import outdated, write_corpus
 
@@ -33,15 +33,23 @@ def embedded_data(
     return project_root() / "data" / name
 
 # %% ../nbs/32_ready.ipynb #d40e948a
-def _missing_data(cfg, key):
-    path = cfg.path(key)
+def _missing_data(key, file, path):
     if os.path.isfile(path) or path.parent in map(embedded_data, LABEL_SETS):
         return []
     return [
-        f"{key} = {getattr(cfg, key)}: no such file ({path}). `nli_data prepare --thoughts T "
+        f"{key} = {file}: no such file ({path}). `nli_data prepare --thoughts T "
         "--reflections R --output FILE` makes training rows, and "
         "`nli_data download --published --output FILE` fetches the published ones (DATA.md)"
     ]
+
+# %% ../nbs/32_ready.ipynb #5fc30fc1
+def _missing_sets(cfg):
+    "What is missing of the files to be judged. A file of several is told with its name."
+    missing = []
+    for judged in judged_files(cfg):
+        named = f"{judged.name}={judged.file}" if isinstance(getattr(cfg, judged.key), dict) else judged.file
+        missing += _missing_data(judged.key, named, judged.path)
+    return missing
 
 # %% ../nbs/32_ready.ipynb #7c6a5248
 def _missing_model(cfg):
@@ -176,6 +184,11 @@ def _missing_for_fsdp(cfg):
             f"optim = {cfg.optim}: the states of bitsandbytes' optimizers cannot be gathered from "
             "shards. Use optim=auto"
         )
+    if cfg.eval_metric != "loss":
+        missing.append(
+            f"eval_metric = {cfg.eval_metric}: a model in pieces does not generate during the training. Use "
+            "eval_metric=loss, or start the processes without --use_fsdp"
+        )
     return missing
 
 # %% ../nbs/32_ready.ipynb #dcd3c7ef
@@ -232,9 +245,11 @@ def make_embedded_data(cfg: Config):
     """Generate the synthetic corpora that the config needs, where this version's are absent.
 
     Another version's corpus is set aside, never mixed in. Two processes may call this at once."""
+    files = [cfg.path("train_data"), *(judged.path for judged in judged_files(cfg))]
     for label_set in LABEL_SETS:
-        if embedded_data(label_set) in (cfg.path("train_data").parent, cfg.path("eval_data").parent):
-            _make_demo(embedded_data(label_set), label_set)
+        folder = embedded_data(label_set)
+        if folder in [file.parent for file in files]:
+            _make_demo(folder, label_set)
 
 # %% ../nbs/32_ready.ipynb #ec75425c
 _gpu = None  # the GPU of this process
@@ -268,8 +283,8 @@ def check_ready(cfg: Config):
     missing = (
         _missing_device(cfg)
         + _missing_or_unusable_model(cfg)
-        + _missing_data(cfg, "train_data")
-        + _missing_data(cfg, "eval_data")
+        + _missing_data("train_data", cfg.train_data, cfg.path("train_data"))
+        + _missing_sets(cfg)
         + _unwritable(cfg, "runs_dir")
         + _unwritable(cfg, "output_dir")
         + _missing_checkpoint(cfg)
