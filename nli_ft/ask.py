@@ -350,7 +350,12 @@ def set_facts(
         counts = looks(facts["data"]["sha256"], Path(run).resolve().parents[1])
         mine = counts.pop(cfg.name, 0)
         facts |= dict(config=cfg.name, looks=mine, looks_of_others=sum(counts.values()))
-    return facts | dict(warnings=list(warnings))
+    warnings = list(warnings)
+    if file.role == "selected" and cfg.test_data is None:
+        warnings.append(
+            "The rows that selected are reported, and there is no test. test_data names rows for one."
+        )
+    return facts | dict(warnings=warnings)
 
 # %% ../nbs/30_ask.ipynb #23c05e53
 def _asked_set(cfg, data):
@@ -437,7 +442,7 @@ def evaluate_run(
     file, data = _asked_set(cfg, data)
     own, name = bool(file and file.role == "selected"), file and file.name
     rows = evaluation_rows(data, cfg, template, contract, layout)
-    if not (own or mix or untuned):
+    if not (file or mix or untuned):  # a set of the run was accepted when it began, with a warning
         refuse_other_contract(run, rows, data)
     out = evaluation_dir(run, data, own, mode, untuned, max_new_tokens, engine, name)
     # other rows or another mode are named before the model is loaded
@@ -469,6 +474,27 @@ def _evaluation_report(run: Path, cfg, rows, out: Path, preds, extra: dict) -> t
     beside += [f"WARNING: {sentence}" for sentence in leakage_text(extra["leakage"])]
     return report, out, beside
 
+# %% ../nbs/30_ask.ipynb #361172f5
+def _evaluation(options: dict, of_model: dict) -> tuple:
+    "What `evaluate_run` or `evaluate_model` returns. Options of one that stand beside the other are refused."
+    run = options["run"]
+    if run is None and "model" not in of_model:
+        raise ConfigError("say who is asked: --run DIR for a run, or --model ID|FOLDER for any other model")
+    if run is not None and of_model:
+        raise ConfigError(f"--{next(iter(of_model))} is for a model that is no run, and goes without --run")
+    if run is not None:
+        return evaluate_run(**options)
+    from nli_ft.contestant import contestant, evaluate_model
+
+    for name, usual in dict(untuned=False, probe=0, engine="transformers", mix=False).items():
+        if options.pop(name) != usual:
+            flag = "mix_contracts" if name == "mix" else name
+            raise ConfigError(f"--{flag} needs the record of a run (--run)")
+    if options["data"] is None:
+        raise ConfigError("--model needs --data FILE, the labelled rows to score")
+    layout = _only_set(**{k: options.pop(k) for k in ("dataset", "columns", "words", "names")})
+    return evaluate_model(contestant(**of_model), **_only_set(**options), layout=layout)
+
 # %% ../nbs/30_ask.ipynb #5693f171
 def _left_to_judge(options):
     "Names of the sets that `nli_evaluate` judges beside the one that selects: those that the run did not come to."
@@ -482,15 +508,22 @@ def _left_to_judge(options):
 @command
 def evaluate_cli(argv=None) -> int:
     "The command `nli_evaluate`."
+    from nli_ft.contestant import MODEL_OPTIONS, contestant
+
     parser = argparse.ArgumentParser(
         prog="nli_evaluate",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=evaluate_run.__doc__,
-        epilog="example: nli_evaluate --run runs/cpu_demo/… --mode forced",
+        epilog="""examples:
+  nli_evaluate --run runs/cpu_demo/… --mode forced
+  nli_evaluate --model smollm2-135m --data dev.jsonl --mode forced
+  nli_evaluate --model mistralai/Mistral-7B-v0.3 --adapter OWNER/NAME --data dev.jsonl
+  nli_evaluate --model smollm2-135m --shots 4 --shots_from train.jsonl --data dev.jsonl --completion label_only""",
     )
     add_options(
         parser,
         evaluate_run,
-        **_ASKING,
+        **_ASKING | dict(run=dict(metavar="DIR", required=False)),
         **LAYOUT,
         data=dict(metavar="FILE"),
         contract=dict(choices=CONTRACTS),
@@ -500,11 +533,17 @@ def evaluate_cli(argv=None) -> int:
         probe=dict(metavar="N"),
         engine=dict(choices=("transformers", "vllm")),
     )
+    group = parser.add_argument_group("a model that is no run", contestant.__doc__)
+    # suppressed: only what the user types is told from a default, and can be refused beside --run
+    silent = {name: how | dict(default=argparse.SUPPRESS) for name, how in MODEL_OPTIONS.items()}
+    add_options(group, contestant, **silent)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = vars(parser.parse_args(argv))
     as_json = options.pop("json")
-    for data in [options["data"], *_left_to_judge(options)]:
-        report, folder, beside = evaluate_run(**options | dict(data=data))
+    of_model = {name: options.pop(name) for name in MODEL_OPTIONS if name in options}
+    left = [] if options["run"] is None else _left_to_judge(options)
+    for data in [options["data"], *left]:
+        report, folder, beside = _evaluation(options | dict(data=data), of_model)
         if as_json:
             print(json.dumps(report, ensure_ascii=False))
             continue

@@ -17,7 +17,7 @@ from .rows import KINDS, PROMPTS
 from .sft_rows import STRATEGIES, parse_splits, write_sft
 from .check import check_files, hub_tokenizer, quantile, render_report, write_stats
 from .public_sets import LAYOUT, PUBLISHED, SOURCES, download, write_pairs
-from .records import list_runs, read_run, show_runs
+from .records import list_evaluations, list_runs, read_evaluation, read_run, show_evaluations, show_runs
 
 # %% ../nbs/54_commands.ipynb #e47328d5
 def prepare_rows(
@@ -214,24 +214,38 @@ if __name__ == "__main__" and "__file__" in globals():
 
 # %% ../nbs/54_commands.ipynb #46ea58ff
 def show_run(
-    run=None,  # a record's folder: show its summary, what differs from default, and its files
+    run=None,  # a record's folder: show its summary or what was asked, what differs from default, its files
     runs_dir=None,  # folder of all records (default: runs of this project)
     json: bool = False,  # as JSON
     card: bool = False,  # print the run's model card, and write it to MODEL_CARD.md in its record
 ) -> str:
-    "List the run records, oldest first, or show one."
+    "List the records of runs and of evaluated models that are no runs, oldest first, or show one."
     if card and not run:
         raise RecordError("--card: name the record's folder; `nli_runs` lists them")
     if card:
         from nli_ft.card import model_card
 
         return model_card(run)
+    if run and os.path.isfile(os.path.join(run, "evaluation.json")):
+        return _indented_json(_evaluation_facts(run))
     if run:
         return _indented_json(_run_facts(read_run(run)))
-    rows = list_runs(runs_dir)
+    rows, others = list_runs(runs_dir), list_evaluations(runs_dir)
     if json:
-        return _indented_json(rows)
-    return show_runs(rows) if rows else "no runs yet; `nli_run --config cpu_demo` makes one in a few minutes"
+        return _indented_json(rows + others)
+    shown = show_runs(rows) if rows else "no runs yet; `nli_run --config cpu_demo` makes one in a few minutes"
+    return f"{shown}\n\nmodels that are no runs:\n{show_evaluations(others)}" if others else shown
+
+
+def _evaluation_facts(folder) -> dict:
+    "What evaluation.json says, how far the answers could be checked, and the files."
+    from nli_ft.predictions import check_record, read_predictions
+
+    facts, checked = read_evaluation(folder), "not finished"
+    if os.path.isfile(os.path.join(folder, "report.json")):
+        path = os.path.join(folder, "predictions.jsonl")
+        checked = check_record(path, read_predictions(path))
+    return facts | dict(checked=checked, files=sorted(os.listdir(folder)))
 
 
 def _run_facts(run) -> dict:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['sharded', 'load_sharded_adapter', 'find_sharded_adapter', 'keep_unpacked', 'load_base', 'stacked_experts',
-           'lora_targets', 'add_lora', 'seeded_lora', 'check_adapter', 'load_for_inference', 'save_adapter',
-           'merge_adapter', 'in_fp32']
+           'lora_targets', 'add_lora', 'seeded_lora', 'check_adapter', 'check_shapes', 'load_for_inference',
+           'save_adapter', 'merge_adapter', 'in_fp32']
 
 # %% ../nbs/16_model.ipynb #2022adef
 import functools
@@ -304,6 +304,7 @@ def seeded_lora(model, cfg):
 def check_adapter(
     cfg,  # Config of the run
     d: Path,  # folder with adapter_model.safetensors
+    renamed: bool = False,  # may the adapter call its base by another name or path?
 ) -> dict:  # its adapter_config.json
     "Raises `RecordError` if the adapter is missing, damaged or belongs to another base."
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -324,7 +325,7 @@ def check_adapter(
             f"the adapter in {d} does not say what it was trained on ({type(e).__name__}: {e}). "
             "Restore its adapter_config.json"
         ) from e
-    if base_name != cfg.model_id:
+    if base_name != cfg.model_id and not renamed:
         raise RecordError(
             f"the adapter in {d} was trained on {base_name!r} and the config names {cfg.model_id!r}. "
             "Load it with the config of its own run"
@@ -350,10 +351,38 @@ def _say_unknown_base(cfg, d):
         file=sys.stderr,
     )
 
+# %% ../nbs/16_model.ipynb #ada3ac02
+def check_shapes(
+    d: Path,  # folder of an adapter
+    conf,  # the base's configuration, from `base_config`
+    name: str,  # how messages call the base
+):
+    "Raise `RecordError` where the matrices of an adapter are not those that its base has room for."
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    def refuse(why):
+        raise RecordError(f"the adapter in {d} does not load on {name}: {why}")
+
+    try:
+        lora = PeftConfig.from_pretrained(d)
+        lora.base_model_name_or_path = None  # peft would warn that the model laid out here has no name
+        with torch.device("meta"):
+            want = get_peft_model_state_dict(get_peft_model(empty_model(conf), lora))
+        with safe_open(d / "adapter_model.safetensors", "pt") as f:
+            have = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as e:
+        refuse(str(e).splitlines()[0])
+    shapes = {k: tuple(v.shape) for k, v in want.items()}
+    odd = sorted(k for k in shapes.keys() | have.keys() if shapes.get(k) != have.get(k))
+    if odd:
+        refuse(f"{odd[0]} is {have.get(odd[0], 'missing')}, not {shapes.get(odd[0], 'there')}")
+
 # %% ../nbs/16_model.ipynb #8477768b
 def load_for_inference(
     cfg,  # Config of the run
     adapter_dir=None,  # folder with adapter_model.safetensors; None for the untuned base
+    renamed: bool = False,  # may the adapter call its base by another name or path?
 ):
     """Base and adapter, in eval mode. Raises `RecordError` for what `check_adapter` refuses and for weights of
     other shapes."""
@@ -362,7 +391,7 @@ def load_for_inference(
     if adapter_dir is None:
         return load_base(cfg, train=False)
     d = Path(adapter_dir)
-    check_adapter(cfg, d)
+    check_adapter(cfg, d, renamed)
     base = load_base(cfg, train=False)
     try:
         model = PeftModel.from_pretrained(base, d, use_safetensors=True)

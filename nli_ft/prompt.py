@@ -125,7 +125,7 @@ def refuse_control_tokens(
 
 # %% ../nbs/12_prompt.ipynb #c33c0e14
 def _system_with_user(messages):
-    "The messages with the system text in front of the first user's text, as `mistral-common` writes it."
+    "The messages with the system text in front of the first user's text."
     system = [m["content"] for m in messages if m["role"] == "system"]
     others = [m for m in messages if m["role"] != "system"]
     if not system or not others or others[0]["role"] != "user":
@@ -157,19 +157,32 @@ def _ids_by_template(tok, messages):
             f"the chat template of {type(tok).__name__} refuses turns of {[m['role'] for m in messages]}: {e}"
         ) from e
 
+# %% ../nbs/12_prompt.ipynb #d41c7a02
+def _turns_by_inst(messages):
+    """The texts of the user and assistant turns in Mistral's instruct form. As `mistral-common` has it, the system
+    text stands in front of the last user turn."""
+    system = [m["content"] for m in messages if m["role"] == "system"]
+    turns = [m for m in messages if m["role"] != "system"]
+    roles = [("user", "assistant")[i % 2] for i in range(len(turns))]
+    if [m["role"] for m in turns] != roles or len(turns) % 2 == 0:
+        raise DataError(
+            "a prompt is one user turn, with or without a system turn and pairs of a user and an assistant turn "
+            f"before it. The turns here are {[m['role'] for m in messages]}"
+        )
+    *earlier, last = [m["content"] for m in turns]
+    return [*earlier, "\n\n".join([*system, last])]
+
 # %% ../nbs/12_prompt.ipynb #a8735c78
 def _ids_by_inst(tok, messages):
     "Token ids of Mistral's instruct form. The control tokens are put in as ids and never written as text."
-    system = [m["content"] for m in messages if m["role"] == "system"]
-    user = [m["content"] for m in messages if m["role"] == "user"]
-    if len(user) != 1 or len(system) + 1 != len(messages):
-        raise DataError(
-            "a prompt is one user turn, with or without a system turn before it. "
-            f"The turns here are {[m['role'] for m in messages]}"
-        )
     inst, end = tok.convert_tokens_to_ids(["[INST]", "[/INST]"])
-    text = "\n\n".join(system + user)
-    return [tok.bos_token_id, inst, *tok(text, add_special_tokens=False)["input_ids"], end]
+    ids = [tok.bos_token_id]
+    for i, text in enumerate(_turns_by_inst(messages)):
+        if i % 2:
+            ids += [*tok(text.rstrip(" "), add_special_tokens=False)["input_ids"], tok.eos_token_id]
+        else:
+            ids += [inst, *tok(text, add_special_tokens=False)["input_ids"], end]
+    return ids
 
 # %% ../nbs/12_prompt.ipynb #26ed5eea
 def encode_prompt(
@@ -199,10 +212,10 @@ def mistral_reference(
     answer: str | None = None,  # a completion to append; None: the prompt alone
 ) -> list:  # token ids
     "Ids that `mistral-common`'s own v3 encoder gives to a prompt, and to the completion with EOS after it."
-    from mistral_common.protocol.instruct.messages import SystemMessage, UserMessage
+    from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-    kinds = dict(system=SystemMessage, user=UserMessage)
+    kinds = dict(system=SystemMessage, user=UserMessage, assistant=AssistantMessage)
     request = ChatCompletionRequest(messages=[kinds[m["role"]](content=m["content"]) for m in messages])
     ref = _mistral_common()
     ids = ref.encode_chat_completion(request).tokens

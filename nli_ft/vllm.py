@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from .process import ConfigError, RecordError
+from .process import ConfigError
 from .labels import BINARY, LABEL_SETS, LabelSet
 from .generate import _check_prompts, _completion, _end_ids, label_tokens, stop_rule
 from .predictions import resume_predictions
@@ -69,26 +69,10 @@ def vllm_rank(
 def _adapter_rank(cfg, d, config):
     """The rank to reserve for the adapter in `d`. Refuses what `load_for_inference` refuses, and does not load the
     base."""
-    import torch
-    from nli_ft.model import check_adapter
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-    from safetensors import safe_open
-    from transformers import AutoModelForCausalLM
+    from nli_ft.model import check_adapter, check_shapes
 
     rank = vllm_rank(check_adapter(cfg, d))
-    lora = PeftConfig.from_pretrained(d)
-    lora.base_model_name_or_path = None  # peft would warn that the model laid out here has no name
-    with torch.device("meta"):
-        want = get_peft_model_state_dict(get_peft_model(AutoModelForCausalLM.from_config(config), lora))
-    with safe_open(d / "adapter_model.safetensors", "pt") as f:
-        have = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-    shapes = {k: tuple(v.shape) for k, v in want.items()}
-    odd = sorted(k for k in shapes.keys() | have.keys() if shapes.get(k) != have.get(k))
-    if odd:
-        raise RecordError(
-            f"the adapter in {d} does not load on {cfg.model_id}: {odd[0]} is "
-            f"{have.get(odd[0], 'missing')}, not {shapes.get(odd[0], 'there')}"
-        )
+    check_shapes(d, config, cfg.model_id)
     return rank
 
 # %% ../nbs/21_vllm.ipynb #ce840891

@@ -28,6 +28,7 @@ PLACEHOLDER = re.compile(
 
 HUB, GPU, LONG = "needs a model hub", "needs a GPU, Docker or both, and a 7B model", "minutes of training"
 WEIGHTS = "needs the run's adapter, which no clone has (tests/test_evaluate.py runs it on tiny-mistral)"
+CONTESTANT = "loads the embedded model (tests/test_contestant.py asks tiny ones)"
 ENDPOINT = (
     "needs a model behind an endpoint (tests/test_augment.py has a scripted one); here only with --dry_run"
 )
@@ -107,6 +108,11 @@ NOT_RUN = {
     "nli_evaluate --run $RUN --mode forced --probe 100": WEIGHTS,
     "nli_evaluate --run $RUN --data data/other.jsonl --mode vote:5": WEIGHTS,
     "nli_evaluate --run $RUN --untuned": "loads the embedded model (tests/test_evaluate.py runs it on tiny-mistral)",
+    "nli_evaluate --model smollm2-135m --data data/other.jsonl --mode forced": CONTESTANT,
+    "nli_evaluate --model smollm2-135m --data data/other.jsonl --completion label_only --shots 4 --shots_from "
+    "data/embedded/train.jsonl": CONTESTANT,
+    "nli_evaluate --model mistralai/Mistral-7B-Instruct-v0.3 --data data/other.jsonl": GPU,
+    "nli_evaluate --model mistralai/Mistral-7B-v0.3 --adapter OWNER/NAME --data data/other.jsonl": GPU,
     'nli_predict --run $RUN --premise "A dog runs." --hypothesis "An animal runs."': WEIGHTS,
     "nli_predict --run $RUN --csv pairs.csv --output answers.csv": WEIGHTS,
     'papermill nbs/compare.ipynb runs/compare.ipynb -p configs "ablation1 ablation2" -p baseline ablation1': (
@@ -138,6 +144,7 @@ MADE = {  # files that documents name and that a clone does not have -> who make
     "data/embedded/": "ready.make_embedded_data",
     "models/": "a run",
     "evaluations/": "nli_evaluate",
+    "evaluation.json": "nli_evaluate --model",
     "MODEL_CARD.md": "train.ipynb, nli_runs --card",
     "predictions_before_forced.jsonl": "a run with eval_before",
     "manifest.json": "nli_corpus",

@@ -12,7 +12,7 @@ from nli_ft.labels import RELATIONS, THREE_WAY
 from nli_ft.meanings import as_meaning, model_relation
 from nli_ft.process import ConfigError, DataError
 from nli_ft.quadruples import CATEGORIES, GRID_OF, HARDER, NOT_JUDGED, VARIANT_CATEGORIES, generate
-from nli_ft.reading import concludes
+from nli_ft.reading import concluded_relation
 from nli_ft.rows import data_hash, prompt_messages, read_rows
 
 BINARY_DEMO = dict(  # sha256 of the binary demo corpus, as it was before there were three labels
@@ -89,7 +89,7 @@ def test_the_last_sentence_of_a_thought_concludes_the_label():
     for r in all_rows():
         last = re.split(r"\. ", r["thought_process"])[-1]
         assert last.endswith(f"{ends[r['label']]}."), r["thought_process"]
-        assert concludes(r["thought_process"]) == int(r["label"] == "entailment"), r["thought_process"]
+        assert concluded_relation(r["thought_process"]) == r["label"], r["thought_process"]
 
 
 def test_rows_hold_the_word_in_label_relation_and_completion_and_ask_for_three_labels():
