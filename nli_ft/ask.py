@@ -232,7 +232,7 @@ def refuse_other_contract(
         json.loads((run / f"{n}.json").read_text(encoding="utf-8")) for n in ("summary", "environment")
     )
     recorded = (summary.get("contracts") or {}).get("train")
-    recorded = recorded or (env.get("data", {}).get("train_data") or {}).get("contracts") or []
+    recorded = recorded or (env.get("data", {}).get("train") or {}).get("contracts") or []
     trained = [c for c in recorded if c in CONTRACTS]
     for row in rows:
         other = [c for c in trained if row.get("contract") and not contracts_agree(c, row["contract"])]
@@ -541,7 +541,7 @@ def evaluate_cli(argv=None) -> int:
     options = vars(parser.parse_args(argv))
     as_json = options.pop("json")
     of_model = {name: options.pop(name) for name in MODEL_OPTIONS if name in options}
-    left = [] if options["run"] is None else _left_to_judge(options)
+    left = [] if of_model or options["run"] is None else _left_to_judge(options)
     for data in [options["data"], *left]:
         report, folder, beside = _evaluation(options | dict(data=data), of_model)
         if as_json:
