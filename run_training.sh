@@ -73,7 +73,14 @@ while (($#)); do
     *)
       overrides+=("$written")
       [[ $has_value != next ]] || overrides+=("$value")
-      case $arg in --train_data | --eval_data | --model_id | --resume_from_checkpoint | --output_dir | --runs_dir) paths+=("${arg#--}=$value") ;; esac ;;
+      case $arg in
+        --eval_data | --test_data) # one path, or several as name=path,name=path
+          if [[ $value =~ ^[A-Za-z0-9][A-Za-z0-9_.-]*= ]]; then
+            IFS=, read -ra files <<<"$value"
+            for file in "${files[@]}"; do paths+=("${arg#--}=${file#*=}"); done
+          else paths+=("${arg#--}=$value"); fi ;;
+        --train_data | --model_id | --resume_from_checkpoint | --output_dir | --runs_dir) paths+=("${arg#--}=$value") ;;
+      esac ;;
   esac
 done
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ANSWER_COLUMNS', 'open_run', 'asked_wording', 'check_recorded_base', 'question', 'gold_in_label_set',
-           'without_prompt', 'evaluation_rows', 'evaluation_dir', 'evaluate_run', 'evaluate_cli', 'read_pairs',
+           'without_prompt', 'evaluation_rows', 'refuse_other_contract', 'evaluation_dir', 'JudgedSet', 'in_labels_of',
+           'set_warnings', 'judged_set', 'set_facts', 'unjudged_sets', 'evaluate_run', 'evaluate_cli', 'read_pairs',
            'answer_pairs', 'predict_pairs', 'predict_cli']
 
 # %% ../nbs/30_ask.ipynb #2d737bde
@@ -15,12 +16,22 @@ import json
 import os
 import re
 from collections import Counter
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 
 from .process import ConfigError, DataError, RecordError, add_options, command, project_root, typed_text
-from .config_loader import config_from_json
-from .labels import BINARY, CONTRACTS, LABEL_SETS, THREE_WAY, LabelSet, two_way, words_contract
+from .config_loader import JudgedFile, config_from_json, judged_files, names_sets
+from nli_ft.labels import (
+    BINARY,
+    CONTRACTS,
+    LABEL_SETS,
+    THREE_WAY,
+    LabelSet,
+    contracts_agree,
+    two_way,
+    words_contract,
+)
 from nli_ft.files import (
     PAIR_NAMES,
     atomic_writer,
@@ -33,6 +44,7 @@ from nli_ft.files import (
 )
 from nli_ft.rows import (
     PROMPTS,
+    data_hash,
     find_column,
     in_label_set,
     prompt_messages,
@@ -41,7 +53,7 @@ from nli_ft.rows import (
     spread,
     template_of,
 )
-from .check import leakage, leakage_text
+from .check import equal_files, leakage, leakage_text, shared_pairs
 from .public_sets import LAYOUT, SOURCES, column_option, source_pairs
 from .prompt import encode_prompt
 from .generate import _check_prompts
@@ -50,6 +62,7 @@ from .predict import parse_mode, predict_rows
 from .vllm import predict_rows_vllm, vllm_engine
 from .reasoning import probe_thoughts
 from .report import _interval_text, _number_text, report_text, save_report
+from .records import looks, set_text
 
 # %% ../nbs/30_ask.ipynb #14c05b41
 def open_run(
@@ -115,10 +128,9 @@ def asked_wording(
         messages = prompt_messages(str(p.get("premise")), str(p.get("hypothesis")), template, labels)
         return p.get("prompt_hash") == prompt_hash(messages)
 
-    def asked_all(template):
-        return any(all(asked(p, template, s) for p in preds) for s in LABEL_SETS.values())
-
-    return next(filter(asked_all, PROMPTS), None)
+    for labels, template in product(LABEL_SETS.values(), PROMPTS):
+        if all(asked(p, template, labels) for p in preds):
+            return template
 
 # %% ../nbs/30_ask.ipynb #ce8cd8d4
 def _taught_wording(cfg):
@@ -175,7 +187,10 @@ def gold_in_label_set(
     if labels is BINARY or not two_way_only:
         return [in_label_set(r, labels, template) for r in rows]
     answers = ("completion", "thought_process")
-    asked = [{k: v for k, v in r.items() if k not in answers} | dict(label=two_way(r["label"])) for r in rows]
+    asked = [dict(r, label=two_way(r["label"])) for r in rows]
+    for row in asked:
+        for key in answers:
+            row.pop(key, None)
     return [reworded(r, labels, template) if "prompt" in r else r for r in asked]
 
 # %% ../nbs/30_ask.ipynb #9525196a
@@ -204,6 +219,30 @@ def evaluation_rows(
     rows = gold_in_label_set(rows, labels, None if template == "auto" else template)
     return [question(r, template, labels) for r in rows]
 
+# %% ../nbs/30_ask.ipynb #eb555184
+def refuse_other_contract(
+    run: Path,  # a run's folder
+    rows: list,  # of another file than the run's own
+    data,  # that file, for the message
+):
+    """Raise `DataError` where rows are labelled under a contract that does not agree with that of the training rows.
+
+    A contract that nobody recorded, there or here, is left to the warning beside the report."""
+    summary, env = (
+        json.loads((run / f"{n}.json").read_text(encoding="utf-8")) for n in ("summary", "environment")
+    )
+    recorded = (summary.get("contracts") or {}).get("train")
+    recorded = recorded or (env.get("data", {}).get("train_data") or {}).get("contracts") or []
+    trained = [c for c in recorded if c in CONTRACTS]
+    for row in rows:
+        other = [c for c in trained if row.get("contract") and not contracts_agree(c, row["contract"])]
+        if other:
+            raise DataError(
+                f"{data}: row {row['id']!r} has a label under the contract {row['contract']!r}, and {run} was trained "
+                f"under {other[0]!r}: a 1 does not mean the same ({CONTRACTS[row['contract']]['says']}). Evaluate on "
+                "rows of the run's contract, or say --mix_contracts if you want this score all the same"
+            )
+
 # %% ../nbs/30_ask.ipynb #7b5de41c
 def evaluation_dir(
     run: Path,  # a run's folder
@@ -213,10 +252,14 @@ def evaluation_dir(
     untuned: bool,  # without the adapter?
     budget: int | None = None,  # max_new_tokens, where the run's own is replaced
     engine: str = "transformers",  # or "vllm"
+    name: str | None = None,  # of the run's set, where the file is one of several
 ) -> Path:  # the folder that holds predictions.jsonl and report.json
     "The run's folder for its own data, decoded as in training. Else a folder below `evaluations/`."
-    if own and mode == "cot" and not untuned and budget is None and engine == "transformers":
+    as_trained = mode == "cot" and not untuned and budget is None and engine == "transformers"
+    if own and as_trained:
         return run
+    if name and as_trained:
+        return run / "evaluations" / name
     sha = hashlib.sha256(Path(data).read_bytes()).hexdigest()
     name = [Path(data).stem, sha[:8], mode.replace(":", "")]
     if untuned:
@@ -226,6 +269,112 @@ def evaluation_dir(
     if engine != "transformers":
         name.append(engine)
     return run / "evaluations" / "-".join(name)
+
+# %% ../nbs/30_ask.ipynb #0516015c
+@dataclass
+class JudgedSet:
+    "A set that is judged after training."
+
+    file: JudgedFile
+    rows: list  # rows to be scored, each with its prompt
+    leakage: dict  # what they share with the training rows, from `leakage`
+    warnings: list  # sentences about what they share with other sets
+
+# %% ../nbs/30_ask.ipynb #ffe21663
+def in_labels_of(
+    train: list,  # rows of a binary or a three-way run
+    rows: list,  # rows that are scored, maybe two-way
+) -> list:  # the training rows, two-way where the others are
+    "Training rows with labels that can be compared with those of the scored rows."
+    if rows and train and BINARY.holds(rows[0]["label"]) and THREE_WAY.holds(train[0]["label"]):
+        return [dict(r, label=two_way(r["label"])) for r in train]
+    return train
+
+
+def set_warnings(
+    file: JudgedFile,  # a set that does not select
+    rows: list,
+    others: list,  # `(JudgedFile, rows)` of the sets that were looked at before
+) -> list:  # sentences; none where no row is shared
+    """What a set shares with sets that were looked at before.
+
+    One that only reports is compared with the one that selects."""
+    ends = dict(
+        selected=f"It selected, so the score of {file.name} flatters the model.",
+        reported=f"Its score is reported, too, so {file.name} tells less that is new.",
+    )
+    sentences = []
+    for other, their_rows in others:
+        if file.role != "test" and other.role != "selected":
+            continue
+        n = shared_pairs(rows, their_rows)
+        if same := equal_files(file.path, other.path):
+            sentences.append(f"{file.name} and {other.name} are {same} ({other.file}). {ends[other.role]}")
+        elif n:
+            sentences.append(
+                f"{n:,} of {len(rows):,} pairs of {file.name} are in {other.name}. {ends[other.role]}"
+            )
+    return sentences
+
+
+def judged_set(
+    file: JudgedFile,  # a set that does not select
+    rows: list,  # its rows
+    train: list,  # rows that are trained on
+    others: list,  # `(JudgedFile, rows)` of the sets that were looked at before
+) -> JudgedSet:
+    "A set with what it shares with the training rows and with the other sets."
+    return JudgedSet(file, rows, leakage(in_labels_of(train, rows), rows), set_warnings(file, rows, others))
+
+# %% ../nbs/30_ask.ipynb #6270a9bc
+def _file_facts(file, n=None):
+    facts = dict(name=file.name, path=file.file, sha256=data_hash(file.path) if file.path.is_file() else None)
+    return facts if n is None else facts | dict(rows=n)
+
+
+def set_facts(
+    run: Path,  # the record's folder, beside the other records of its config
+    cfg,  # Config of the run
+    file: JudgedFile | None,  # the set that was judged; None: rows that are no set of the run
+    n: int,  # rows that were scored
+    warnings: list = (),  # from `set_warnings`
+) -> dict:  # for report.json; {} for a run with a single evaluation file and no test
+    """Which rows a report is about: role, name, path, SHA-256 and number of rows. It also names the file that selected,
+    and says of a test how often it was looked at, this time included (`looks`)."""
+    if file is None or not names_sets(cfg):
+        return {}
+    facts = dict(role=file.role, data=_file_facts(file, n))
+    if file.role != "selected":
+        facts["selected"] = _file_facts(judged_files(cfg)[0])
+    if file.role == "test":
+        counts = looks(facts["data"]["sha256"], Path(run).resolve().parents[1])
+        mine = counts.pop(cfg.name, 0)
+        facts |= dict(config=cfg.name, looks=mine, looks_of_others=sum(counts.values()))
+    return facts | dict(warnings=list(warnings))
+
+# %% ../nbs/30_ask.ipynb #23c05e53
+def _asked_set(cfg, data):
+    "`(JudgedFile or None, path)` of what `--data` means: a set of the run by its name, a path, or nothing."
+    files = judged_files(cfg)
+    if data is None:
+        return files[0], files[0].path
+    named = [f for f in files if f.name == str(data)] if names_sets(cfg) else []
+    if named and Path(data).exists():
+        raise ConfigError(
+            f"--data {data}: the run has a set of this name, and there is a file of this name. "
+            f"Write ./{data} for the file"
+        )
+    path = named[0].path if named else Path(data)
+    return next((f for f in named or files if f.path.resolve() == path.resolve()), None), path
+
+
+def unjudged_sets(
+    run: Path,  # a run's folder
+    cfg,  # its Config
+) -> list:  # names of the run's sets that have no report
+    "The further sets that a run was to judge after training and did not, because it was interrupted."
+    names = [f.name for f in judged_files(cfg)[1:]]
+    return [name for name in names if not (run / "evaluations" / name / "report.json").is_file()]
 
 # %% ../nbs/30_ask.ipynb #cca25741
 # how the options that say which model is asked, and how, are typed
@@ -249,13 +398,14 @@ def evaluate_run(
     eval_batch_size: int | None = None,  # rows generated together [the run's]
     max_new_tokens: int | None = None,  # token budget of a completion [the run's]
     device: str | None = None,  # where to run [the run's]
-    data=None,  # rows to score [the run's eval_data]
+    data=None,  # rows to score: a file, or the name of a set of the run [the set that selected]
     contract: str | None = None,  # what the labels of the data mean, for rows that do not say
     dataset: str | None = None,  # the data are a file of this public set, in its own columns
     columns: dict | None = None,  # the file's own names of premise, hypothesis, label and id
     words: dict | None = None,  # what the file's own label words mean, as in entails=entailment
     names: tuple | None = None,  # class names of integer labels, class 0 first; they replace the set's own
     max_eval_samples: int | None = None,  # score only N rows, evenly spaced [the run's]
+    mix: bool = False,  # score also data whose label contract is not that of the training rows
     untuned: bool = False,  # ask the base model without the adapter
     probe: int = 0,  # also probe faithfulness on N rows: cut, swap, remove the thought
     engine: str = "transformers",  # what generates; vllm: on a CUDA GPU, mode cot only, after `pip install -e .[vllm]`
@@ -284,29 +434,49 @@ def evaluate_run(
             "--contract, --dataset, --columns, --map and --names say how --data is read: name the file "
             "with it"
         )
-    own = data is None or Path(data).resolve() == cfg.path("eval_data").resolve()
-    data = cfg.path("eval_data") if own else Path(data)
+    file, data = _asked_set(cfg, data)
+    own, name = bool(file and file.role == "selected"), file and file.name
     rows = evaluation_rows(data, cfg, template, contract, layout)
-    out = evaluation_dir(run, data, own, mode, untuned, max_new_tokens, engine)
+    if not (own or mix or untuned):
+        refuse_other_contract(run, rows, data)
+    out = evaluation_dir(run, data, own, mode, untuned, max_new_tokens, engine, name)
     # other rows or another mode are named before the model is loaded
     answered = resume_predictions(out / "predictions.jsonl", rows, mode, engine)
     how = dict(mode=mode, untuned=untuned, engine=engine)
     adapter = None if untuned else adapter
     preds, probed = _predict_and_probe(run, cfg, adapter, rows, answered, out, how, probe)
-    return _evaluation_report(run, cfg, rows, out, preds, how | probed)
+    facts = set_facts(run, cfg, file, len(rows), _warnings_of(cfg, file, rows, template))
+    return _evaluation_report(run, cfg, rows, out, preds, facts | how | probed)
+
+# %% ../nbs/30_ask.ipynb #a7b4a625
+def _warnings_of(cfg, file, rows, template):
+    "`set_warnings` of a set of the run. Sets whose files are gone cannot be compared."
+    if file is None or file.role == "selected":
+        return []
+    others = [f for f in judged_files(cfg) if f.role != "test" and f.path.is_file() and f != file]
+    return set_warnings(file, rows, [(f, evaluation_rows(f.path, cfg, template)) for f in others])
 
 # %% ../nbs/30_ask.ipynb #52ede729
 def _evaluation_report(run: Path, cfg, rows, out: Path, preds, extra: dict) -> tuple:
-    train = _learnt_pairs(cfg) if cfg.path("train_data").is_file() else None
+    train = in_labels_of(_learnt_pairs(cfg), rows) if cfg.path("train_data").is_file() else None
     untuned = dict(before=run / "predictions_before.jsonl", forced=run / "predictions_before_forced.jsonl")
     untuned = {k: read_predictions(p) for k, p in untuned.items() if out == run and p.is_file()}
     extra["leakage"] = leakage(train, rows) if train else None
     report = save_report(out, preds, extra, train=train, **untuned)
-    beside = []
+    beside = set_text(report)
     if train is None:
         beside.append(f"no shortcut baselines: {cfg.train_data} is not there to learn them from")
     beside += [f"WARNING: {sentence}" for sentence in leakage_text(extra["leakage"])]
     return report, out, beside
+
+# %% ../nbs/30_ask.ipynb #5693f171
+def _left_to_judge(options):
+    "Names of the sets that `nli_evaluate` judges beside the one that selects: those that the run did not come to."
+    asked = ("data", "max_new_tokens", "max_eval_samples", "probe", "untuned", "contract", "dataset")
+    if any(options[key] for key in asked) or options["mode"] != "cot" or options["engine"] != "transformers":
+        return []
+    run, cfg, *_ = open_run(options["run"])
+    return unjudged_sets(run, cfg)
 
 # %% ../nbs/30_ask.ipynb #b6101a57
 @command
@@ -324,6 +494,7 @@ def evaluate_cli(argv=None) -> int:
         **LAYOUT,
         data=dict(metavar="FILE"),
         contract=dict(choices=CONTRACTS),
+        mix=dict(flag="--mix_contracts"),
         dataset=dict(choices=SOURCES),
         max_eval_samples=dict(metavar="N"),
         probe=dict(metavar="N"),
@@ -332,13 +503,14 @@ def evaluate_cli(argv=None) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = vars(parser.parse_args(argv))
     as_json = options.pop("json")
-    report, folder, beside = evaluate_run(**options)
-    if as_json:
-        print(json.dumps(report, ensure_ascii=False))
-        return 0
-    probed = [_probe_text(report["probe"])] if options["probe"] else []
-    files = f"{os.path.relpath(folder)}: predictions.jsonl, report.json and plots"
-    print("\n\n".join([report_text(report), *probed, *beside, files]))
+    for data in [options["data"], *_left_to_judge(options)]:
+        report, folder, beside = evaluate_run(**options | dict(data=data))
+        if as_json:
+            print(json.dumps(report, ensure_ascii=False))
+            continue
+        probed = [_probe_text(report["probe"])] if options["probe"] else []
+        files = f"{os.path.relpath(folder)}: predictions.jsonl, report.json and plots"
+        print("\n\n".join([report_text(report), *probed, *beside, files]))
     return 0
 
 # %% ../nbs/30_ask.ipynb #4690b8db
@@ -348,8 +520,10 @@ def _learnt_pairs(cfg):
     if cfg.data_strategy == "correct_only":
         rows = [r for r in rows if r.get("source") != "reflection"]
     labels = LABEL_SETS[cfg.label_set]
-    pairs = [{k: v for k, v in r.items() if k not in ("prompt", "completion")} for r in rows]
-    return [in_label_set(r, labels) for r in spread(pairs, cfg.max_train_samples)]
+    rows = list(
+        map(without_prompt, spread(rows, cfg.max_train_samples))
+    )  # a wording of its own is no obstacle
+    return [in_label_set(r, labels) for r in rows]
 
 # %% ../nbs/30_ask.ipynb #6a935097
 def _predict_and_probe(

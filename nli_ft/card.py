@@ -11,7 +11,16 @@ import json
 
 from .check import leakage_text
 from .report import _defined
-from .records import _PACKAGES, _share, _write_text, before_text, code_changed, read_run
+from nli_ft.records import (
+    _PACKAGES,
+    _part_of,
+    _share,
+    _write_text,
+    before_text,
+    code_changed,
+    read_run,
+    set_text,
+)
 from .differences import _majority
 from .compare import _interval, markdown
 
@@ -53,6 +62,29 @@ def _score_rows(
         ["tokens per answer", _share(scores["mean_tokens"])],
         ["before training: accuracy", before_text(run.summary)],
     ]
+
+# %% ../nbs/29_card.ipynb #12ded3b9
+def _further_reports(
+    run,  # from `read_run`
+) -> dict:  # name -> report; {} for a run with a single evaluation file
+    "The reports of the sets that the run judged after training."
+    names = [name for name, d in run.environment["data"].items() if d.get("role") in ("reported", "test")]
+    reports = {name: _part_of(run.path / "evaluations" / name / "report.json") for name in names}
+    return {name: r for name, r in reports.items() if r and "scores" in r}
+
+
+def _further_text(
+    reports: dict,  # from `_further_reports`
+) -> str:  # Markdown
+    "A table of the further sets, and what must be known about their rows."
+    rows, sentences = [], []
+    for name, r in reports.items():
+        s = r["scores"]
+        score = _interval(s["accuracy"], s["accuracy_ci"])
+        rows.append([f"{name} ({r['role']})", s["n"], score, _defined(s["macro_f1"]), _defined(s["mcc"])])
+        sentences += set_text(r)
+    table = markdown(["set", "n", "accuracy (95 % interval)", "macro-F1", "MCC"], rows)
+    return "\n".join([table, "", *(f"- {html.escape(sentence, quote=False)}" for sentence in sentences)])
 
 # %% ../nbs/29_card.ipynb #4fb6fbcd
 def _limits(
@@ -143,7 +175,11 @@ Written from the run record by nli_ft.
 ## Scores
 
 {{ scores }}
+{% if further %}
+## Other sets
 
+{{ further }}
+{% endif %}
 ## Data
 
 {{ data }}
@@ -185,12 +221,14 @@ def _card_values(
     "The text of each place in the card."
     env = run.environment
     git = env["git"] or {}
+    further = _further_reports(run)
     versions = [f"{k} {v}" for k, v in env["packages"].items() if v and k in _PACKAGES]
     return dict(
         name=html.escape(run.name, quote=False),
         base=_code_text(run.cfg.model_id),
         completion=run.cfg.completion,
         scores=markdown(["measure", f"value (n={scores['n']}, 95 % interval)"], _score_rows(run, scores)),
+        further=_further_text(further) if further else "",
         data=markdown(_DATA_HEAD, _data_rows(env)),
         wording=env["prompt"]["template"],
         settings=_settings_text(run.config["changed_from_default"]),

@@ -6,7 +6,8 @@
 __all__ = ['LIMITS', 'is_mojibake', 'level', 'Tally', 'row_text', 'row_thought', 'estimated_lengths', 'hub_tokenizer',
            'count_verdict', 'count_row', 'batches', 'keep_sample', 'quantile', 'count_contract', 'check_file',
            'judge_baselines', 'count_near', 'check_files', 'render_report', 'leakage', 'leakage_text', 'refuse_leaked',
-           'refuse_equal_files', 'gather_stats', 'plot_stats', 'write_stats', 'write_images']
+           'equal_files', 'refuse_equal_files', 'shared_pairs', 'gather_stats', 'plot_stats', 'write_stats',
+           'write_images']
 
 # %% ../nbs/10_check.ipynb #c42cf441
 import io
@@ -504,25 +505,42 @@ def refuse_leaked(
         )
 
 # %% ../nbs/10_check.ipynb #b001caa7
+def equal_files(
+    one,
+    other,  # paths
+) -> (
+    str | None
+):  # "the same file" or "files of the same bytes"; None where they differ, or where one is missing
+    "Are two files one file, or do they have the same bytes?"
+    one, other = Path(one), Path(other)
+    if not (one.is_file() and other.is_file()):
+        return None
+    if one.samefile(other):
+        return "the same file"
+    return "files of the same bytes" if data_hash(one) == data_hash(other) else None
+
+
 def refuse_equal_files(
     train,
     judged,  # paths of training and evaluation rows
+    key: str = "eval_data",  # the config key that names `judged`
 ):
     """Raises `DataError` if the two are one file or have the same bytes. Missing files are refused
     elsewhere."""
-    train, judged = Path(train), Path(judged)
-    if not (train.is_file() and judged.is_file()):
-        return
-    if train.samefile(judged):
-        same = "the same file"
-    elif data_hash(train) == data_hash(judged):
-        same = "files of the same bytes"
-    else:
-        return
-    raise DataError(
-        f"train_data {train} and eval_data {judged} are {same}: the score would measure memory. "
-        "Give evaluation rows that are not trained on"
-    )
+    if same := equal_files(train, judged):
+        raise DataError(
+            f"train_data {train} and {key} {judged} are {same}: the score would measure memory. "
+            "Give evaluation rows that are not trained on"
+        )
+
+# %% ../nbs/10_check.ipynb #bd211d78
+def shared_pairs(
+    rows: list,
+    others: list,  # rows with premise and hypothesis
+) -> int:  # rows whose pair is among `others`, by `pair_key`
+    "Count the rows that occur in another set, too."
+    known = set(map(pair_key, others))
+    return sum(pair_key(r) in known for r in rows)
 
 # %% ../nbs/10_check.ipynb #df679464
 def gather_stats(

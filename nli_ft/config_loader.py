@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GROUPS', 'KEYS', 'key', 'DataKeys', 'ModelKeys', 'LoraKeys', 'OptimKeys', 'EvalKeys', 'RecordKeys', 'Config',
            'expected', 'Setting', 'read_config_file', 'config_names', 'find_config', 'parse_value', 'parse_overrides',
-           'load_config', 'print_config', 'config_from_json', 'result_values', 'config_hash', 'one_factor',
-           'add_config_args', 'config_from_args', 'config_cli']
+           'load_config', 'JudgedFile', 'judged_files', 'names_sets', 'print_config', 'config_from_json',
+           'result_values', 'config_hash', 'one_factor', 'add_config_args', 'config_from_args', 'config_cli']
 
 # %% ../nbs/01_config_loader.ipynb #1b3a28ae
 import argparse
@@ -54,7 +54,16 @@ class DataKeys:
     train_data: str = key(
         "file of training rows (.jsonl or .csv); data/embedded/… is generated on first use", path=True
     )
-    eval_data: str = key("file of rows to be scored, never trained on", path=True)
+    eval_data: dict | str = key(
+        "file of rows to be scored, never trained on; of several (dev=A,hans=B), the first selects: evaluation loss, "
+        "early stopping, checkpoints. The others are reported after training",
+        path=True,
+    )
+    test_data: dict | str | None = key(
+        "file or files (as eval_data) that are judged once after training and select nothing; none: there is no test",
+        path=True,
+        was=None,
+    )
     label_set: str = key(
         "what the model chooses from: binary (1 entailment, 0 not), or three_way (entailment, neutral, "
         "contradiction), for rows that carry their relation",
@@ -202,7 +211,8 @@ class OptimKeys:
         "batches of rows of similar length: less padding, less random order; packed rows need none of it"
     )
     early_stopping_patience: int | None = key(
-        "stop after this many evaluations without a lower loss and keep the best checkpoint; none: train to the end",
+        "stop after this many evaluations without a better eval_metric and keep the best checkpoint; "
+        "none: train to the end",
         lo=1,
     )
 
@@ -215,7 +225,18 @@ class EvalKeys:
         "also score the untrained model, for the before/after comparison; costs one more pass of generation",
         result=False,
     )
-    eval_steps: int | None = key("optimizer steps between evaluations of the loss; none: each epoch", lo=1)
+    eval_steps: int | None = key("optimizer steps between evaluations; none: each epoch", lo=1)
+    eval_metric: str = key(
+        "which score of an evaluation early_stopping_patience looks at; with accuracy or macro_f1 the model "
+        "also answers eval_metric_rows rows by generation at each evaluation",
+        choices=("loss", "accuracy", "macro_f1"),
+        was="loss",
+    )
+    eval_metric_rows: int = key(
+        "rows of eval_data, evenly spaced, that such an evaluation answers; more rows: narrower intervals, more time",
+        lo=1,
+        was=200,
+    )
     eval_batch_size: int = key("rows generated together; memory and speed grow with it", lo=1, result=False)
     max_new_tokens: int = key(
         "longest completion, in tokens; one that does not end in time counts as truncated", lo=1
@@ -277,20 +298,21 @@ class Config(*reversed(GROUPS)):
     "Every value of a run. Made by `load_config`, never by hand: only there are the values checked."
 
     def to_dict(self) -> dict:  # key -> value, in the order of the groups
-        return {k: list(v) if isinstance(v := getattr(self, k), list) else v for k in KEYS}
+        return {k: type(v)(v) if isinstance(v := getattr(self, k), (list, dict)) else v for k in KEYS}
 
     def diff(self) -> dict:  # key -> (default value, own value), only where they differ
         old = load_config("default").to_dict()
-        return {k: (old[k], v) for k, v in self.to_dict().items() if v != old[k]}
+        return {k: (old[k], v) for k, v in self.to_dict().items() if _ordered(v) != _ordered(old[k])}
 
     def path(self, key: str) -> Path:  # absolute
-        """The file or folder that `key` names.
+        """The file or folder that `key` names, of several files the first.
 
         Raises `ConfigError` where the value is no path (none, `latest`, a hub name)."""
         value = getattr(self, key)
         if not _is_path(key, value):
             raise ConfigError(f"{key} = {_show(value)} names no file or folder.")
-        return Path(os.path.normpath(self.root / value))
+        first = next(iter(value.values())) if isinstance(value, dict) else value
+        return Path(os.path.normpath(self.root / first))
 
     def replace(self, **changes) -> "Config":  # a new one
         "A copy with some values changed, checked as overrides are."
@@ -302,10 +324,14 @@ class Config(*reversed(GROUPS)):
     def to_args(self) -> list:  # such as ["--config", "ablation2", "--max_steps=4"]
         "Command-line arguments that load the same config in a child process, whatever its working directory."
         old = load_config(self.spec, check=False).to_dict()
-        new = {k: v for k, v in self.to_dict().items() if v != old[k]}
-        return ["--config", self.spec] + [
-            f"--{k}={self.path(k) if _is_path(k, v) else _as_text(v)}" for k, v in new.items()
-        ]
+        new = {k: v for k, v in self.to_dict().items() if _ordered(v) != _ordered(old[k])}
+
+        def typed(k, v):
+            if isinstance(v, dict):
+                return _as_typed(k, {name: os.path.normpath(self.root / file) for name, file in v.items()})
+            return self.path(k) if _is_path(k, v) else _as_text(v)
+
+        return ["--config", self.spec] + [f"--{k}={typed(k, v)}" for k, v in new.items()]
 
 
 KEYS = {f.name: f for f in fields(Config)}  # key -> dataclass field with its type and metadata
@@ -315,6 +341,19 @@ def _kind(key: str) -> tuple:  # (plain type, may it be None?)
     t = KEYS[key].type
     args = get_args(t)
     return (args[0] if args else t), type(None) in args
+
+# %% ../nbs/01_config_loader.ipynb #fd3857f5
+_NAMES = (
+    "each name once, of at most 40 letters, digits, '_', '-' and '.', and none of train and eval, which the "
+    "record keeps for itself"
+)
+
+
+def _is_set_name(text: str) -> bool:  # it becomes the name of a folder
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]{0,39}", text, re.A)) and text.lower() not in (
+        "train",
+        "eval",
+    )
 
 # %% ../nbs/01_config_loader.ipynb #d206068c
 def expected(key: str) -> str:  # such as "a whole number, at least 1, or none"
@@ -331,10 +370,13 @@ def expected(key: str) -> str:  # such as "a whole number, at least 1, or none"
                 float: "a number",
                 str: "text",
                 list: "all-linear or a list of layer names",
+                dict: "",
             }[kind]
         ]
     if m["path"]:
         words = ["a path"]
+    if kind is dict:
+        words = ["a path, or several as name=path,name=path", _NAMES]
     limits = dict(lo="at least", hi="at most", above="above", below="below")
     words += [f"{w} {m[k]}" for k, w in limits.items() if m[k] is not None]
     return ", ".join(words + ["or none"] * none)
@@ -414,6 +456,15 @@ def _must(passes, x):  # x
 def _distinct(names: list) -> bool:
     return len(set(names)) == len(names)
 
+# %% ../nbs/01_config_loader.ipynb #85d6afb7
+def _are_named_files(files: dict) -> bool:  # also where the file system does not tell upper from lower case
+    return bool(files) and all(map(_is_set_name, files)) and _distinct([name.lower() for name in files])
+
+
+def _ordered(value):
+    "`value`, and for named files the pairs in their order. The first one selects, so the order counts."
+    return list(value.items()) if isinstance(value, dict) else value
+
 # %% ../nbs/01_config_loader.ipynb #4031c483
 @functools.cache
 def _model():
@@ -423,13 +474,15 @@ def _model():
     text = Annotated[str, AfterValidator(functools.partial(_must, _plain_text))]
     distinct = AfterValidator(functools.partial(_must, _distinct))
     layers = Literal["all-linear"] | Annotated[list[text], Field(min_length=1), distinct]
+    named = AfterValidator(functools.partial(_must, _are_named_files))
+    files = text | Annotated[dict[str, text], named]
     keys = {}
     for k, f in KEYS.items():
         m, (kind, none) = f.metadata, _kind(k)
         limits = {}
         if kind in (int, float):  # below 2**63, because libraries in C read these numbers
             limits = dict(ge=m["lo"], le=m["hi"], gt=m["above"], lt=m["below"] or 2**63)
-        t = Literal[m["choices"]] if m["choices"] else {str: text, list: layers}.get(kind, kind)
+        t = Literal[m["choices"]] if m["choices"] else {str: text, list: layers, dict: files}.get(kind, kind)
         keys[k] = (t | None if none else t, Field(None, **limits))
     rules = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
     return create_model("Keys", __config__=rules, **keys)
@@ -441,8 +494,10 @@ def _is_path(key, value) -> bool:  # a model is a local folder only where it is 
     return KEYS[key].metadata["path"] and value not in (None, "latest")
 
 # %% ../nbs/01_config_loader.ipynb #ea2e90c9
-def _from_root(key, value: str, folder: Path, root: Path) -> str:  # `value` is relative to `folder`
-    "The same path relative to the root, so that no record holds the name of somebody's home folder."
+def _from_root(key, value, folder: Path, root: Path):  # `value` is relative to `folder`
+    "The same path (or paths) relative to the root, so that no record holds the name of somebody's home folder."
+    if isinstance(value, dict):
+        return {name: _from_root(key, file, folder, root) for name, file in value.items()}
     rel = os.path.relpath(os.path.join(folder, os.path.expanduser(value)), root)
     return (
         os.path.join(".", rel) if key == "model_id" and not rel.startswith(".") else rel
@@ -483,12 +538,14 @@ def _is_number(x) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 # %% ../nbs/01_config_loader.ipynb #a4830bfa
-def _literal(node):  # the value of a literal, a list of literals, or arithmetic on numbers
+def _literal(node):  # the value of a literal, a list of literals, `dict(name=…)`, or arithmetic on numbers
     "Raises `ValueError` for anything else, `ArithmeticError` for sums that have no value."
     if isinstance(node, ast.Constant) and isinstance(node.value, (str, int, float, type(None))):
         return node.value  # bool is an int
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_literal(x) for x in node.elts]
+    if isinstance(node, (ast.Dict, ast.Call)):
+        return _literal_files(node)
     if (
         isinstance(node, ast.UnaryOp)
         and isinstance(node.op, ast.USub)
@@ -500,6 +557,20 @@ def _literal(node):  # the value of a literal, a list of literals, or arithmetic
         if _is_number(a) and _is_number(b):
             return _OPS[type(node.op)](a, b)
     raise ValueError
+
+# %% ../nbs/01_config_loader.ipynb #2c11d716
+def _literal_files(node):  # name -> value
+    "The value of `dict(dev=…, hans=…)` or `{…: …}`. Raises `ValueError` for another call, and for a name given twice."
+    if isinstance(node, ast.Call):
+        if not (isinstance(node.func, ast.Name) and node.func.id == "dict") or node.args:
+            raise ValueError
+        pairs = [(k.arg, _literal(k.value)) for k in node.keywords]
+    else:
+        pairs = [(k and _literal(k), _literal(v)) for k, v in zip(node.keys, node.values)]
+    names = [name for name, _ in pairs]
+    if not names or not all(isinstance(name, str) for name in names) or not _distinct(names):
+        raise ValueError
+    return dict(pairs)
 
 # %% ../nbs/01_config_loader.ipynb #f5bb4804
 def _assignment(node, line: str, file: str) -> tuple:  # (key, Setting)
@@ -517,7 +588,8 @@ def _assignment(node, line: str, file: str) -> tuple:  # (key, Setting)
         return key, Setting(_literal(node.value), file, node.lineno)
     except (ValueError, ArithmeticError, RecursionError):
         raise ConfigError(
-            f"{where}: expected a number, text, True, False, None or a list of them. {todo}"
+            f'{where}: expected a number, text, True, False, None, a list of them, or dict(name="path", …) with '
+            f"each name once. {todo}"
         ) from None
 
 # %% ../nbs/01_config_loader.ipynb #f8599e58
@@ -629,6 +701,22 @@ def _chain(
         else:
             path = default if path != default else None
 
+# %% ../nbs/01_config_loader.ipynb #fef71ff9
+def _typed_files(text: str):  # name -> path; the text where it is one path; pairs where a name comes twice
+    "Read what was typed for a file, or for several files with their names."
+    pairs = None
+    if text.startswith("{"):
+        try:
+            pairs = json.loads(text, object_pairs_hook=list)
+        except ValueError:
+            return text
+    elif re.match(r"[A-Za-z0-9][\w.-]*=", text, re.A):
+        words = re.split(r"\s*,\s*(?=[A-Za-z0-9][\w.-]*=)", text, flags=re.A)
+        pairs = [tuple(word.split("=", 1)) for word in words]
+    if pairs is None:
+        return text
+    return dict(pairs) if _distinct([name for name, _ in pairs]) else pairs  # the check refuses pairs
+
 # %% ../nbs/01_config_loader.ipynb #b187cc8b
 _BOOLS = dict(true=True, false=False, yes=True, no=False, on=True, off=False) | {"1": True, "0": False}
 
@@ -648,6 +736,8 @@ def parse_value(
         return (
             text if text == "all-linear" else [x.strip().strip("'\"") for x in text.strip("[]()").split(",")]
         )
+    if kind is dict:
+        return _typed_files(text)
     try:
         return kind(text)
     except ValueError:
@@ -657,7 +747,17 @@ def parse_value(
 def _as_text(value) -> str:  # what one would type for a value
     if isinstance(value, list):
         return ",".join(value)
+    if isinstance(value, dict):
+        return ",".join(f"{name}={file}" for name, file in value.items())
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+# %% ../nbs/01_config_loader.ipynb #1f1d0b49
+def _as_typed(key, value) -> str:
+    "What one would type for the value of a key: JSON or `./` where the plain form would be read as something else."
+    text = _as_text(value)
+    if _kind(key)[0] is not dict or _ordered(parse_value(key, text)) == _ordered(value):
+        return text
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else os.path.join(".", text)
 
 # %% ../nbs/01_config_loader.ipynb #bb8d00e6
 def _words(text: str) -> list:  # split at blanks, but not inside quotes or brackets
@@ -742,13 +842,25 @@ def _tracker_rules(c):  # yields (keys, why and what to do) of each broken rule 
             "W&B has a switch of its own. Set use_wandb to true, and take wandb out of report_to.",
         )
 
+# %% ../nbs/01_config_loader.ipynb #4ab6e3aa
+def _files_of(c, key) -> dict:  # name -> path as in the config
+    "The files of a key. A single one is called as its key is: eval, or test."
+    value = getattr(c, key)
+    return value if isinstance(value, dict) else {key.removesuffix("_data"): value} if value else {}
+
+
+def _named_twice(c):
+    "The name of a set that is in `eval_data` and in `test_data`, or None."
+    evals = {name.lower() for name in _files_of(c, "eval_data")}
+    return next((name for name in _files_of(c, "test_data") if name.lower() in evals), None)
+
 # %% ../nbs/01_config_loader.ipynb #6b6912ee
 def _rules(c):  # yields (keys, why and what to do) of each broken rule
     if c.early_stopping_patience:
         every, saved = c.eval_steps, c.save_steps
-        # transformers' load_best_model_at_end needs a checkpoint wherever the loss was measured
+        # transformers' load_best_model_at_end needs a checkpoint wherever the model was evaluated
         if (every is None) != (saved is None) or (every and saved % every):
-            why = "the best checkpoint can only be kept where the loss was measured. "
+            why = "the best checkpoint can only be kept where it was evaluated. "
             todo = "Set save_steps to a multiple of eval_steps, or both to none (each epoch)."
             yield ("early_stopping_patience", "eval_steps", "save_steps"), why + todo
         if every and c.max_steps and every > c.max_steps:
@@ -783,6 +895,9 @@ def _rules(c):  # yields (keys, why and what to do) of each broken rule
             "Set gpu_id to none (run_training.sh --gpus chooses several), or distributed_training to false."
         )
         yield ("distributed_training", "gpu_id"), why + todo
+    if twice := _named_twice(c):
+        why = f"both name a set {twice}, and each set has its own report. Give one of them another name."
+        yield ("eval_data", "test_data"), why
     if c.lr_scheduler == "constant" and c.warmup_ratio > 0:
         why = "a constant schedule has no warm-up. Use constant_with_warmup, or set warmup_ratio to 0."
         yield ("lr_scheduler", "warmup_ratio"), why
@@ -850,6 +965,36 @@ def load_config(
     packaged = path.parent == _package_dir() / "configs"
     return _assemble(path.stem, path.stem if packaged else str(path), root, layers, mistakes, check)
 
+# %% ../nbs/01_config_loader.ipynb #355699de
+class JudgedFile(NamedTuple):
+    "A file of rows that a run judges."
+
+    name: str  # of its set
+    role: str  # "selected", "reported" or "test"
+    file: str  # as in the config
+    path: Path  # absolute
+
+    @property
+    def key(self) -> str:
+        return "test_data" if self.role == "test" else "eval_data"
+
+
+def judged_files(cfg: Config) -> list:  # of `JudgedFile`. The first one selects
+    "All files that a run judges."
+    found = []
+    for key, roles in (("eval_data", ("selected", "reported")), ("test_data", ("test", "test"))):
+        for i, (name, file) in enumerate(_files_of(cfg, key).items()):
+            path = Path(os.path.normpath(cfg.root / file))
+            found.append(JudgedFile(name, roles[min(i, 1)], file, path))
+    return found
+
+
+def names_sets(
+    cfg: Config,
+) -> bool:  # False for a config with one evaluation file and no test, whose record needs no names
+    "Does a config name its sets, or have more than one?"
+    return isinstance(cfg.eval_data, dict) or cfg.test_data is not None
+
 # %% ../nbs/01_config_loader.ipynb #8bee1187
 def print_config(
     cfg: Config,
@@ -903,7 +1048,11 @@ def config_from_json(
 # %% ../nbs/01_config_loader.ipynb #43a2323b
 def result_values(cfg: Config) -> dict:  # key -> value
     "The values that can change what is learnt or measured."
-    drop = () if cfg.early_stopping_patience else ("eval_steps", "save_steps")
+    drop = ()
+    if not cfg.early_stopping_patience:  # then an evaluation is only logged
+        drop = ("eval_steps", "eval_metric", "eval_metric_rows", "save_steps")
+    elif cfg.eval_metric == "loss":
+        drop = ("eval_metric_rows",)
 
     def counts(key, value):
         meta = KEYS[key].metadata
@@ -917,7 +1066,7 @@ def config_hash(
     ignore: tuple = (),  # keys to leave out, such as ("seed",) to find the repetitions of one config
 ) -> str:  # 64 hex digits
     "SHA-256 over `result_values`: equal for two runs that differ only in folders, logging, tracking or GPU."
-    values = {k: v for k, v in result_values(cfg).items() if k not in ignore}
+    values = {k: _ordered(v) for k, v in result_values(cfg).items() if k not in ignore}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/01_config_loader.ipynb #ae0fe0f4
@@ -931,7 +1080,7 @@ def one_factor(
     counted = set().union(*map(result_values, cfgs)) - set(ignore)
 
     def differs(k):
-        return any(getattr(c, k) != getattr(cfgs[0], k) for c in cfgs)
+        return any(_ordered(getattr(c, k)) != _ordered(getattr(cfgs[0], k)) for c in cfgs)
 
     return [k for k in KEYS if k in counted and differs(k)]
 

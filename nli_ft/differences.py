@@ -268,7 +268,7 @@ def differing(
     Rows and tokens count where both records have them. With the same steps, settings and files they are the
     same anyway."""
     (a, _, na), (b, _, nb) = one, other
-    keys = one_factor([a.cfg, b.cfg], ignore=("seed", "train_data", "eval_data"))
+    keys = one_factor([a.cfg, b.cfg], ignore=("seed", "train_data", "eval_data", "test_data"))
     differences, unknown = _circumstances(one, other)
     trained = [n for n in (na, nb) if not n.endswith(":before")]
     if len(trained) < 2:

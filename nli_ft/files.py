@@ -6,8 +6,9 @@
 __all__ = ['PAIR_NAMES', 'wide_encoding', 'recode', 'readable_file', 'open_data', 'encoding_hint', 'json_record', 'whole_json',
            'line_records', 'jsonl_records', 'spread_json', 'whole_records', 'csv_header', 'split_line', 'table_dialect',
            'plain_rows', 'quoted_rows', 'swallows', 'table_text', 'table_start', 'table_rows', 'width_fault',
-           'csv_records', 'message_line', 'parquet_file', 'parquet_records', 'first_line', 'file_format', 'records',
-           'faults_named', 'atomic_writer', 'json_line', 'write_jsonl', 'whole_bytes', 'cut_torn', 'own_lines']
+           'csv_records', 'message_line', 'parquet_file', 'parquet_records', 'xml_records', 'first_line', 'file_format',
+           'records', 'faults_named', 'atomic_writer', 'json_line', 'write_jsonl', 'whole_bytes', 'cut_torn',
+           'own_lines']
 
 # %% ../nbs/03_files.ipynb #312138a9
 import contextlib
@@ -516,6 +517,37 @@ def parquet_records(path):  # yields (row number from 1, record)
     except (pyarrow.ArrowException, OSError) as e:
         raise DataError(f"{path}: cannot be read as Parquet after row {n}: {message_line(e)}") from e
 
+# %% ../nbs/03_files.ipynb #6fea083b
+def _element_text(element) -> str:
+    "The text of an element. The line breaks of the file's layout do not belong to it."
+    return " ".join("".join(element.itertext()).split())
+
+
+def xml_records(path):  # yields (number of the pair from 1, record)
+    """The pairs of an XML file. Attributes and other elements of a pair become columns.
+
+    Several premises `p` become one text, in their order."""
+    from xml.etree import ElementTree
+
+    n, root, parts = 0, None, ("p", "t", "h")
+    try:
+        with open_data(path) as f:
+            for event, element in ElementTree.iterparse(f, events=("start", "end")):
+                root = element if root is None else root
+                if event == "start" or element.find("h") is None:
+                    continue
+                n += 1
+                texts = [(child.tag, _element_text(child)) for child in element]
+                premise = " ".join(text for tag, text in texts if tag in ("p", "t"))
+                more = {tag: text for tag, text in texts if tag not in parts}
+                pair = dict(premise=premise, hypothesis=_element_text(element.find("h")))
+                yield n, dict(element.attrib) | more | pair
+                root.clear()  # what was read, so that memory stays flat
+    except (ElementTree.ParseError, ValueError, LookupError) as e:
+        raise DataError(f"{path}: cannot be read as XML: {e}") from e
+    if not n:
+        raise DataError(f"{path}: is XML without pairs. A pair is an element with p (or t) and h in it")
+
 # %% ../nbs/03_files.ipynb #a93e3fe0
 def first_line(path) -> bytes:  # b"" where there is none
     "The first line that is not blank, without a byte-order mark."
@@ -527,7 +559,7 @@ def first_line(path) -> bytes:  # b"" where there is none
     return b""
 
 # %% ../nbs/03_files.ipynb #031c7d19
-def file_format(path) -> str:  # "json", "table" or "parquet"
+def file_format(path) -> str:  # "json", "table", "parquet" or "xml"
     """The format of a file, by its name, or by its first line where the name leaves it open.
 
     Raises `DataError` where the two disagree."""
@@ -535,6 +567,8 @@ def file_format(path) -> str:  # "json", "table" or "parquet"
     if name.endswith(".parquet"):
         return "parquet"
     first = first_line(path)
+    if name.endswith(".xml") or first.lstrip().startswith(b"<?xml"):
+        return "xml"
     if name.endswith((".csv", "tsv")) and not first.startswith(b'{"'):
         return "table"
     if first.lstrip()[:1] in (b"{", b"["):
@@ -554,7 +588,7 @@ def file_format(path) -> str:  # "json", "table" or "parquet"
 
 # %% ../nbs/03_files.ipynb #79def3d3
 def records(
-    path,  # JSON Lines, CSV, TSV or Parquet, plain or gzip
+    path,  # JSON Lines, CSV, TSV, XML (plain or gzip) or Parquet
     whole: bool = False,  # read also JSON that has not one object a line?
 ):  # yields (line number, record or ValueError)
     """The records of a data file.
@@ -568,7 +602,7 @@ def _records(path, whole):
     if kind == "json":
         yield from jsonl_records(path, whole)
     else:
-        yield from dict(table=csv_records, parquet=parquet_records)[kind](path)
+        yield from dict(table=csv_records, parquet=parquet_records, xml=xml_records)[kind](path)
 
 # %% ../nbs/03_files.ipynb #d181b2b1
 def faults_named(path, rows):  # yields the rows

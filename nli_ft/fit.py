@@ -25,7 +25,8 @@ from .rows import damage, seal
 from .records import TrainingStopped, run_command
 from .checkpoints import _info, find_checkpoint, newest_checkpoint
 from .ready import trackers
-from .preflight import Prepared, step_counts, world_size
+from .preflight import Prepared, metric_rows, step_counts, world_size
+from .predict import predict_rows
 from .trainer import NotFinite, in_any_process, make_trainer_class
 
 # %% ../nbs/35_fit.ipynb #c2bbf8ca
@@ -44,6 +45,7 @@ def rows_hash(
 _STATED_OTHERWISE = (
     "train_data",
     "eval_data",
+    "test_data",
     "max_steps",
     "num_epochs",
     "distributed_training",
@@ -120,6 +122,7 @@ def resume_point(prep: Prepared, say=lambda line: None):  # Path, or None
             + "\nGive the same values again. With --allow_changed it goes on, but the result is a run of neither config"
         )
     _refuse_lost_best(checkpoint)
+    _refuse_other_metric(checkpoint, facts, cfg)
     say(f"going on from {shown}" + "".join(f"\n  changed: {change}" for change in changes))
     if not facts.get("base"):
         say(
@@ -138,6 +141,18 @@ def _refuse_lost_best(checkpoint):
         raise ConfigError(
             f"{checkpoint} needs the best checkpoint before it, {best}, and {fault}. Restore it, or start afresh"
         )
+
+# %% ../nbs/35_fit.ipynb #3c6563e5
+def _refuse_other_metric(checkpoint, facts, cfg):
+    "A loss and an accuracy do not compare, so with another `eval_metric` no later checkpoint could be the best."
+    then = facts.get("config", {}).get("eval_metric", "loss")
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    if cfg.early_stopping_patience is None or state.get("best_metric") is None or then == cfg.eval_metric:
+        return
+    raise ConfigError(
+        f"{checkpoint} has its best score so far by eval_metric={then}, and this run asks for {cfg.eval_metric}. "
+        f"Give eval_metric={then} again, leave early_stopping_patience out, or start afresh"
+    )
 
 # %% ../nbs/35_fit.ipynb #9fc4c601
 def weights_of(cfg: Config, run) -> Path:  # the record's folder -> that of its checkpoints and adapter
@@ -222,8 +237,8 @@ def _saving_args(cfg, evaluates):
         save_total_limit=cfg.save_total_limit,
         restore_callback_states_from_checkpoint=True,  # the patience that is already used up
         load_best_model_at_end=stop,
-        metric_for_best_model="eval_loss" if stop else None,
-        greater_is_better=False if stop else None,
+        metric_for_best_model=f"eval_{cfg.eval_metric}" if stop else None,
+        greater_is_better=cfg.eval_metric != "loss" if stop else None,
     )
 
 # %% ../nbs/35_fit.ipynb #f62a7608
@@ -246,7 +261,7 @@ def _device_args(cfg):
 def training_args(
     cfg: Config,
     out,  # folder of checkpoints
-    evaluates: bool,  # whether there are rows for an evaluation loss
+    evaluates: bool,  # whether there are rows for an evaluation
 ):  # SFTConfig
     "A config in the words of TRL's `SFTConfig`."
     from trl import SFTConfig
@@ -288,7 +303,7 @@ def to_dataset(
     for name in ("input_ids", "labels", "kind"):
         columns[name] = [getattr(row, name) for row in encs]
     rows = Dataset.from_dict(columns)
-    if not cfg.use_packing:
+    if not cfg.use_packing or not encs:
         return rows
     from trl import pack_dataset
 
@@ -297,18 +312,34 @@ def to_dataset(
 # %% ../nbs/35_fit.ipynb #6ba2f9d7
 def print_log(logs: dict):
     "One line of progress."
-    if logs.get("earlier") or ("loss" not in logs and "eval_loss" not in logs):
+    parts = []
+    if "loss" in logs or "eval_loss" in logs:
+        parts.append(_loss_part(logs))
+    if "eval_accuracy" in logs:
+        parts.append(_task_part(logs))
+    if not parts or logs.get("earlier"):
         return
+    if "learning_rate" in logs:
+        parts.append(f"lr {logs['learning_rate']:.2e}")
+    if logs.get("eta_s"):
+        parts.append(f"{logs['eta_s'] / 60:.1f} min left")
+    print(f"step {logs['step']:>5}/{logs['steps']}   {'   '.join(parts)}", flush=True)
+
+
+def _loss_part(logs):
     pre = "eval_" if "eval_loss" in logs else ""
     held_out = "held-out " if pre else ""
-    left = f"   {logs['eta_s'] / 60:.1f} min left" if logs.get("eta_s") else ""
-    rate = f"   lr {logs['learning_rate']:.2e}" if "learning_rate" in logs else ""
     loss, thought, label = (logs.get(pre + name, math.nan) for name in ("loss", "loss_thought", "loss_label"))
-    print(
-        f"step {logs['step']:>5}/{logs['steps']}   {held_out}loss {loss:.4f}   "
-        f"thought {thought:.4f}   label {label:.4f}{rate}{left}",
-        flush=True,
-    )
+    return f"{held_out}loss {loss:.4f}   thought {thought:.4f}   label {label:.4f}"
+
+
+def _task_part(logs):
+    "What the answers at an evaluation were worth, and what they cost."
+    score = "accuracy {eval_accuracy:.3f} [{eval_accuracy_low:.3f}, {eval_accuracy_high:.3f}]"
+    if "eval_macro_f1" in logs:
+        score += "   macro F1 {eval_macro_f1:.3f}"
+    score += "   answered {eval_answered:.0%} of {eval_answer_rows} rows in {eval_answer_s:.1f} s"
+    return score.format_map(logs)
 
 # %% ../nbs/35_fit.ipynb #a2973b03
 def _stream(on_log):
@@ -476,6 +507,20 @@ def tell_as_configured(
     for name in ("on_train_begin", "on_log"):
         setattr(callback, name, renamed(getattr(callback, name)))
 
+# %% ../nbs/35_fit.ipynb #6a70bb61
+def _answer_metric_rows(prep, model, rows):
+    "Answers at an evaluation: as `judge_model` gives them after the training."
+    import torch
+
+    try:
+        return predict_rows(model, prep.tok, rows, prep.cfg, progress=False)
+    except torch.OutOfMemoryError as e:
+        reason = str(e).splitlines()[0]
+        raise TrainingStopped(
+            f"out of memory while an evaluation answered {len(rows)} rows ({reason}). Set eval_batch_size lower "
+            f"(now {prep.cfg.eval_batch_size}), or eval_metric=loss"
+        ) from e
+
 # %% ../nbs/35_fit.ipynb #0ede28c6
 def _guard_trackers(trainer, cfg):
     "Trackers are those callbacks that come from `transformers.integrations`."
@@ -493,11 +538,13 @@ def _trainer(prep, model, out, log):
     callbacks = [_stream(log)]
     if cfg.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(cfg.early_stopping_patience))
+    asked = metric_rows(cfg, prep.eval_rows)
+    evaluates = bool(prep.eval or asked)
     trainer = make_trainer_class()(
         model=model,
-        args=training_args(cfg, out, bool(prep.eval)),
+        args=training_args(cfg, out, evaluates),
         train_dataset=to_dataset(prep.train, cfg),
-        eval_dataset=to_dataset(prep.eval, cfg) if prep.eval else None,
+        eval_dataset=to_dataset(prep.eval, cfg) if evaluates else None,
         processing_class=prep.tok,
         callbacks=callbacks,
         cpu_speed=cfg.cpu_speed,
@@ -508,6 +555,7 @@ def _trainer(prep, model, out, log):
     if plugin := getattr(trainer.accelerator.state, "fsdp_plugin", None):
         plugin.ignored_modules = [m for name, m in model.named_modules() if name.endswith("rotary_emb")]
     trainer.facts = resume_facts(prep)
+    trainer.answer, trainer.answer_rows = functools.partial(_answer_metric_rows, prep), asked
     return trainer
 
 # %% ../nbs/35_fit.ipynb #d76f44c3
@@ -607,6 +655,9 @@ def _fit_result(prep, trainer, result, tokens, start):
     )
     if start:
         facts["resumed_from"] = os.path.relpath(start, project_root())
+    if prep.cfg.eval_metric != "loss" and prep.cfg.early_stopping_patience is not None:
+        best = trainer.state
+        facts["best"] = {"step": best.best_global_step, prep.cfg.eval_metric: best.best_metric}
     if sharded():
         facts["sharding"] = "fsdp"
     return facts

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RELATIONS', 'CONTRACTS', 'BINARY', 'THREE_WAY', 'LABEL_SETS', 'check_contract', 'contracts_of', 'map_relation',
-           'LabelSet', 'label_set_of', 'two_way', 'words_contract', 'class_number', 'relation_name', 'NoGold',
-           'read_label']
+           'LabelSet', 'label_set_of', 'two_way', 'words_contract', 'contracts_agree', 'class_number', 'relation_name',
+           'NoGold', 'read_label']
 
 # %% ../nbs/02_labels.ipynb #8826c57b
 import re
@@ -140,6 +140,19 @@ def words_contract(
 
     Three-way runs read the words themselves. Their two-way merger is the contract `entailment`."""
     return cfg.contract or ("entailment" if cfg.label_set == THREE_WAY.name else None)
+
+# %% ../nbs/02_labels.ipynb #c08ff9ce
+def contracts_agree(
+    one: str,  # a name in `CONTRACTS`
+    two: str,
+) -> bool:
+    "Do both contracts mean entailment by 1 and everything else by 0, or are they the same?"
+
+    def is_entailment(contract):
+        maps = CONTRACTS[contract]["maps"].values()
+        return all(label == (relation == "entailment") for m in maps for relation, label in m.items())
+
+    return one == two or (is_entailment(one) and is_entailment(two))
 
 # %% ../nbs/02_labels.ipynb #ca4a61d2
 _whole_number = re.compile(r"(?:[+]?[0-9]{1,4}|-[1-9][0-9]{0,3})(?:\.0*)?")

@@ -58,7 +58,8 @@ def forced_ids(
 ) -> tuple:  # (ids up to the label, for each label the ids that write it)
     "Prompt and completion up to the label, as in training, and the ids of each label up to its closing quote."
     encoded = [_encoded_label(tok, messages, thought, completion, y) for y in labels.labels]
-    n = next(i for i, ids in enumerate(zip(*(ids for ids, _ in encoded))) if len(set(ids)) > 1)
+    side_by_side = zip(*[ids for ids, _ in encoded])
+    n = next(i for i, ids in enumerate(side_by_side) if len(set(ids)) > 1)
     return list(encoded[0][0][:n]), tuple(tuple(ids[n:end]) for ids, end in encoded)
 
 
@@ -101,7 +102,7 @@ def _digit_batch(model, asked, pad, start):
     import torch
 
     logits = _last_logits(model, [ids for ids, _ in asked], pad, start, 1)[:, -1]
-    firsts = torch.tensor([[y[0] for y in ys] for _, ys in asked], device=logits.device)
+    firsts = torch.tensor([[zero, one] for _, ((zero,), (one,)) in asked], device=logits.device)
     scores = logits.gather(1, firsts)
     p = (scores[:, 1] - scores[:, 0]).sigmoid().tolist()
     return [None if math.isnan(x) else [1 - x, x] for x in p]

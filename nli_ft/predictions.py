@@ -38,8 +38,8 @@ def prompt_hash(
 # %% ../nbs/19_predictions.ipynb #4bca8523
 def _labels_of(preds):
     "The label set of prediction rows: three-way where a row has a word."
-    words = any(isinstance(p[key], str) for p in preds for key in ("label", "predicted_label"))
-    return THREE_WAY if words else BINARY
+    words = (isinstance(p["label"], str) or isinstance(p["predicted_label"], str) for p in preds)
+    return THREE_WAY if any(words) else BINARY
 
 
 def _is_probability(x):
@@ -190,13 +190,17 @@ def counted(
     right = sum(cells[y, y] for y in labels)
     valid = sum(p.get("generated_outcome", p["outcome"]) in ("strict", "forced") for p in preds)
     answered = n - sum(cells[y, None] for y in labels)
+
+    def answers_to(gold):
+        return [cells[gold, answer] for answer in (*labels, None)]
+
     return dict(
         n=n,
         right=right,
         accuracy=right / n,
         coverage=answered / n,
         valid_rate=valid / n,
-        confusion=[[cells[y, a] for a in (*labels, None)] for y in labels],
+        confusion=[answers_to(y) for y in labels],
         outcomes=dict(Counter(p["outcome"] for p in preds)),
     )
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from .process import ConfigError, can_be_written, project_root
-from .config_loader import Config, config_names, load_config
+from .config_loader import Config, config_names, judged_files, load_config
 from .checkpoints import find_checkpoint
 from .corpus import outdated, write_corpus
 
@@ -29,15 +29,23 @@ def embedded_data() -> Path:  # data/embedded
     return project_root() / "data" / "embedded"
 
 # %% ../nbs/32_ready.ipynb #d40e948a
-def _missing_data(cfg, key):
-    path = cfg.path(key)
+def _missing_data(key, file, path):
     if os.path.isfile(path) or path.parent == embedded_data():
         return []
     return [
-        f"{key} = {getattr(cfg, key)}: no such file ({path}). `nli_data prepare --thoughts T "
+        f"{key} = {file}: no such file ({path}). `nli_data prepare --thoughts T "
         "--reflections R --output FILE` makes training rows, and "
         "`nli_data download --published --output FILE` fetches the published ones (DATA.md)"
     ]
+
+# %% ../nbs/32_ready.ipynb #5fc30fc1
+def _missing_sets(cfg):
+    "What is missing of the files to be judged. A file of several is told with its name."
+    missing = []
+    for judged in judged_files(cfg):
+        named = f"{judged.name}={judged.file}" if isinstance(getattr(cfg, judged.key), dict) else judged.file
+        missing += _missing_data(judged.key, named, judged.path)
+    return missing
 
 # %% ../nbs/32_ready.ipynb #7c6a5248
 def _missing_model(cfg):
@@ -172,6 +180,11 @@ def _missing_for_fsdp(cfg):
             f"optim = {cfg.optim}: the states of bitsandbytes' optimizers cannot be gathered from "
             "shards. Use optim=auto"
         )
+    if cfg.eval_metric != "loss":
+        missing.append(
+            f"eval_metric = {cfg.eval_metric}: a model in pieces does not generate during the training. Use "
+            "eval_metric=loss, or start the processes without --use_fsdp"
+        )
     return missing
 
 # %% ../nbs/32_ready.ipynb #dcd3c7ef
@@ -205,7 +218,8 @@ def make_embedded_data(cfg: Config):
 
     Another version's corpus is set aside, never mixed in. Two processes may call this at once."""
     d = embedded_data()
-    if d not in (cfg.path("train_data").parent, cfg.path("eval_data").parent):
+    files = [cfg.path("train_data"), *(judged.path for judged in judged_files(cfg))]
+    if d not in [file.parent for file in files]:
         return
     if d.exists() and not outdated(d, "demo"):
         return
@@ -259,8 +273,8 @@ def check_ready(cfg: Config):
     missing = (
         _missing_device(cfg)
         + _missing_or_unusable_model(cfg)
-        + _missing_data(cfg, "train_data")
-        + _missing_data(cfg, "eval_data")
+        + _missing_data("train_data", cfg.train_data, cfg.path("train_data"))
+        + _missing_sets(cfg)
         + _unwritable(cfg, "runs_dir")
         + _unwritable(cfg, "output_dir")
         + _missing_checkpoint(cfg)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['redact', 'new_run_dir', 'is_code', 'code_changed', 'environment', 'overrides_text', 'run_command', 'start_run',
            'append_metrics', 'read_metrics', 'note', 'finish_run', 'TrainingStopped', 'close_failed', 'watch_cells',
-           'Run', 'read_run', 'before_text', 'list_runs', 'text_table', 'show_runs']
+           'Run', 'read_run', 'before_text', 'list_runs', 'looks', 'set_text', 'text_table', 'show_runs']
 
 # %% ../nbs/25_records.ipynb #b0307105
 import hashlib
@@ -29,10 +29,20 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from .process import Interrupted, NliError, RecordError, SaysItAll, project_root
-from .config_loader import Config, config_from_json, config_hash, load_config, print_config
+from nli_ft.config_loader import (
+    Config,
+    _as_typed,
+    config_from_json,
+    config_hash,
+    judged_files,
+    load_config,
+    names_sets,
+    print_config,
+)
 from .files import atomic_writer, cut_torn, json_line, own_lines, records as file_records
 from .labels import words_contract
 from .rows import PROMPTS, WORDINGS, data_hash, read_rows, template_of
+from .public_sets import PAIR_TEMPLATE
 
 # %% ../nbs/25_records.ipynb #ee07e41f
 _secret_name = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I)
@@ -312,11 +322,11 @@ def _device(look: bool):
     return info
 
 # %% ../nbs/25_records.ipynb #47d49836
-def _data(cfg, key):
-    """Path as configured, sha256, rows, label contracts and sources of a data file.
+def _data(path, shown):
+    """Path as configured (`shown`), sha256, rows, label contracts and sources of a data file.
 
     Without the file, sha256 is None and the rest is absent."""
-    path, info = cfg.path(key), dict(path=getattr(cfg, key), sha256=None)
+    info = dict(path=shown, sha256=None)
     if not path.is_file():
         return info
     try:
@@ -324,12 +334,25 @@ def _data(cfg, key):
     except NliError as e:
         return info | dict(sha256=data_hash(path), why=str(e))
 
-    def count(k):
-        return dict(Counter(str(r[k]) for r in rows if r.get(k) is not None).most_common(12))
+    def count(k, unsaid=None):
+        values = (unsaid if r.get(k) in (None, "") else r[k] for r in rows)
+        return dict(Counter(str(v) for v in values if v is not None).most_common(12))
 
-    return info | dict(
-        sha256=data_hash(path), rows=len(rows), contracts=count("contract"), sources=count("source")
-    )
+    contracts = count("contract", words_contract(cfg))
+    return info | dict(sha256=data_hash(path), rows=len(rows), contracts=contracts, sources=count("source"))
+
+# %% ../nbs/25_records.ipynb #6f265a42
+def _data_files(cfg):
+    """What is known of each data file: `train`, `eval` (the file that selects), and each further set by its name.
+
+    Where the config names its sets, each says its name and its role."""
+    files = dict(train=_data(cfg.path("train_data"), cfg.train_data))
+    for judged in judged_files(cfg):
+        key = "eval" if judged.role == "selected" else judged.name
+        files[key] = _data(judged.path, judged.file)
+        if names_sets(cfg):
+            files[key] |= dict(name=judged.name, role=judged.role)
+    return files
 
 # %% ../nbs/25_records.ipynb #90bbacaa
 def _prompt(cfg):
@@ -343,6 +366,8 @@ def _prompt(cfg):
         with suppress(NliError):
             rows = read_rows(cfg.path(key), max_bad=0.99, contract=words_contract(cfg))
             name = template_of(r for r in rows if "prompt" in r) or "auto"
+            if key == "train_data" and rows.kind == "pair":
+                name = PAIR_TEMPLATE
     text = json.dumps(WORDINGS[cfg.label_set][name], sort_keys=True) if name in PROMPTS else None
     return dict(template=name, sha256=text and hashlib.sha256(text.encode()).hexdigest())
 
@@ -363,7 +388,7 @@ def environment(
         code_sha256=_code_hash(),
         env={k: bool(os.environ.get(k)) for k in _ENV_NAMES},
         config_hash=config_hash(cfg),
-        data={k: _data(cfg, f"{k}_data") for k in ("train", "eval")},
+        data=_data_files(cfg),
         prompt=_prompt(cfg),
     )
 
@@ -391,10 +416,10 @@ def _claim(cfg, run_dir):
 # %% ../nbs/25_records.ipynb #8c261cd6
 def overrides_text(cfg: Config) -> str:  # e.g. "learning_rate=0.0001 max_steps=4", for `parse_overrides`
     "What differs from the config's file, with paths relative to the project. papermill passes it to the notebook."
-    new = dict(w.removeprefix("--").split("=", 1) for w in cfg.to_args()[2:])
+    new = [w.removeprefix("--").partition("=")[0] for w in cfg.to_args()[2:]]
     words = [
-        f"{k}={getattr(cfg, k) if v.startswith(os.sep) else v}" for k, v in new.items()
-    ]  # also a folder outside of the project stays relative
+        f"{k}={_as_typed(k, getattr(cfg, k))}" for k in new
+    ]  # also a path outside the project stays relative
     return " ".join(map(shlex.quote, words))
 
 
@@ -735,6 +760,68 @@ def _result_line(run):
     scores = f"accuracy {before_text(s)} → {_share(after.get('accuracy'))}"
     scores += f"   valid JSON {_share(after.get('valid_rate'))}   n={after.get('n', '–')}"
     return f"{os.path.relpath(run)}   {s['status']}   {scores}   {_duration(s.get('wall_s'))}"
+
+# %% ../nbs/25_records.ipynb #cebf0f31
+def _part_of(path, *keys):
+    "What a JSON file holds under `keys`. None where it cannot be read, or holds no such thing."
+    try:
+        obj = _read_json(path)
+        for key in keys:
+            obj = obj.get(key)
+    except (RecordError, AttributeError):
+        return None
+    return obj
+
+
+def _judged(folder, named):
+    "SHA-256 of the file that an evaluation's folder is about: all, or its first 8 digits. None where nothing says it."
+    if sha := _part_of(folder / "report.json", "data", "sha256"):
+        return sha
+    if folder.name in named:
+        return (named[folder.name] or {}).get("sha256")
+    digits = re.search(r"-([0-9a-f]{8})-", folder.name)  # as `evaluation_dir` names it
+    return digits and digits[1]
+
+
+def looks(
+    sha256: str,  # of a file of rows
+    runs_dir,  # folder of all records
+) -> dict:  # config -> number of times that a run of it judged this file
+    "Count in all records how often a file was judged. Folders without predictions do not count."
+    counts = Counter()
+    for run in sorted(p for p in Path(runs_dir).glob("*/*") if p.is_dir()):
+        named = _part_of(run / "environment.json", "data")
+        named = named if isinstance(named, dict) else {}
+        folders = {run: (named.get("eval") or {}).get("sha256")}
+        for folder in (run / "evaluations").glob("*"):
+            folders[folder] = _judged(folder, named)
+        for folder, sha in folders.items():
+            if sha and sha256.startswith(sha) and (folder / "predictions.jsonl").is_file():
+                counts[run.parent.name] += 1
+    return dict(counts)
+
+# %% ../nbs/25_records.ipynb #d2d2d3ed
+def set_text(
+    facts: dict,  # a report, or what `set_facts` gave
+) -> list:  # sentences; none for a report that names no set
+    "Which rows a report is about, and what a reader must know about them."
+    if "role" not in facts:
+        return []
+    data, role = facts["data"], facts["role"]
+    what = dict(selected="selected", reported="reported, and selected nothing", test="the test")[role]
+    sentences = [f"set {data['name']} ({what}): {data['rows']:,} rows of {data['path']}"]
+    if role != "selected":
+        sentences[0] += f". The rows of {facts['selected']['name']} ({facts['selected']['path']}) selected"
+    if role == "test":
+        text = f"this test file has been looked at {_times(facts['looks'])} by config {facts['config']}"
+        if facts["looks_of_others"]:
+            text += f", and {_times(facts['looks_of_others'])} by other configs"
+        sentences.append(text)
+    return sentences + [f"WARNING: {w}" for w in facts["warnings"]]
+
+
+def _times(n):
+    return f"{n:,} time{'s' * (n != 1)}"
 
 # %% ../nbs/25_records.ipynb #dddb2cda
 def text_table(

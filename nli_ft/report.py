@@ -113,10 +113,25 @@ def metric_series(
             series[key][1].append(value)
     return dict(series)
 
+# %% ../nbs/24_report.ipynb #7a665662
+def _plot_task_metric(ax, series):
+    "What the answers at the evaluations were worth: accuracy in its 95 % interval, and macro F1."
+    (steps, values), low, high = (
+        series["eval_accuracy"],
+        series["eval_accuracy_low"],
+        series["eval_accuracy_high"],
+    )
+    ax.fill_between(steps, low[1], high[1], color=BLUE, alpha=0.15, lw=0)
+    ax.plot(steps, values, "o-", color=BLUE, ms=3, label="accuracy")
+    if "eval_macro_f1" in series:
+        ax.plot(*series["eval_macro_f1"], "o--", color=ORANGE, ms=3, label="macro F1")
+    ax.set(title="answers at evaluations", xlabel="optimizer step", ylim=(-0.03, 1.03))
+    ax.legend(frameon=False, fontsize=8)
+
 # %% ../nbs/24_report.ipynb #27fd4ac8
 def plot_loss(
     metrics: list,  # rows of metrics.jsonl
-):  # Figure of three panels
+):  # Figure of three panels, and a fourth where evaluations answered rows
     "Loss in training and evaluation, loss on thought and on label tokens, learning rate. All over optimizer steps."
     series = metric_series(metrics)
 
@@ -128,7 +143,10 @@ def plot_loss(
         ("loss, split", [k for k in series if is_split(k)]),
         ("learning rate", [k for k in series if k == "learning_rate"]),
     ]
-    fig, axes = new_figure(11, 3.2, 3)
+    asked = "eval_accuracy" in series
+    fig, axes = new_figure(11 + 3 * asked, 3.2, 3 + asked)
+    if asked:
+        _plot_task_metric(axes[3], series)
     for ax, (title, keys) in zip(axes, panels):
         for k in sorted(keys):
             look = dict(ls="-", ms=3)

@@ -24,6 +24,7 @@ from .process import DataError
 from nli_ft.labels import (
     BINARY,
     CONTRACTS,
+    NoGold,
     THREE_WAY,
     LabelSet,
     check_contract,
@@ -361,6 +362,22 @@ def check_writable(row: dict):
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise ValueError(f"{key!a} holds invalid UTF-8")
 
+# %% ../nbs/05_rows.ipynb #633b2238
+def _label_under(
+    key: str,  # label, true_label or predicted_label
+    row: dict,
+    contract: str | None,
+) -> tuple:  # (label 0 or 1, relation or None)
+    "The label in one column of a row. Raises `ValueError`, which names that column."
+    if key not in row:
+        raise ValueError(f"missing {key}")
+    try:
+        return read_label(row[key], contract, row.get("dataset"))
+    except NoGold:
+        raise
+    except ValueError as e:
+        raise ValueError(str(e).replace("label", key, 1) if key != "label" else str(e)) from None
+
 # %% ../nbs/05_rows.ipynb #2e522b1f
 _texts = dict(thought=["thought_process"], reflection=["improved_thought_process"])
 
@@ -377,11 +394,11 @@ def clean_row(
     contract = row_contract(row, contract)
     for key in ("premise", "hypothesis", *_texts.get(kind, [])):
         clean_text(row, key)
-    gold = row["true_label"] if "true_label" in row else row.get("label")
-    if kind == "sft" and _says_relation(row, gold):
-        label, relation = gold, gold
+    key = "true_label" if "true_label" in row else "label"
+    if kind == "sft" and _says_relation(row, row.get(key)):
+        label, relation = row[key], row[key]
     else:
-        label, relation = read_label(gold, contract, row.get("dataset"))
+        label, relation = _label_under(key, row, contract)
     row_id = row.get("id", id)
     if type(row_id) not in (int, str) or row_id == "":
         raise ValueError(f"id {row_id!r} is not a number or text")
@@ -389,7 +406,7 @@ def clean_row(
     if kind in ("thought", "reflection"):
         new["true_label"] = label
     if kind == "thought" or (kind == "reflection" and row.get("predicted_label") is not None):
-        new["predicted_label"] = read_label(row.get("predicted_label"))[0]
+        new["predicted_label"] = _label_under("predicted_label", row, contract)[0]
     if kind == "thought":
         new["correct"] = new["predicted_label"] == label
     if relation:
@@ -431,6 +448,16 @@ def refuse(
         listing += "\n  …"
     wrong_encoding = any("invalid UTF-8" in why for _, why in bad)
     hint = encoding_hint(path) if wrong_encoding and os.path.isfile(path) else ""
+    if any(why.endswith("is not 0 or 1") for _, why in bad):
+        hint = (
+            "Say what such labels mean with nli_data prepare --pairs (or download): "
+            "--map WORD=entailment,… for words, --names, class 0 first, for numbers"
+        )
+    if any("name a contract" in why for _, why in bad):
+        hint = (
+            "Say what the words become: --contract entailment makes 1 of entailment and 0 of the others. "
+            "A model that answers with the words themselves needs no contract: --label_set three_way"
+        )
     if hint:
         listing += f"\n{hint}"
     raise DataError(
@@ -466,15 +493,18 @@ def file_kind(
     Raises `DataError` where no record has a kind. It names the missing columns and those that the file has."""
     rows = [r for _, r in recs if isinstance(r, dict)]
     kinds = Counter(k for k in map(row_kind, rows) if k)
+    # a column named text may hold something else, such as the premises of pairs
+    if kinds and not any("[/INST]" in str(r.get("text")) for r in rows):
+        del kinds["text"]
     if kinds:
         return kinds.most_common(1)[0][0]
     if not rows:
         return "pair"  # every line is bad, and each will be reported
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-    missing = {kind: missing_columns(kind, columns) for kind in KINDS}
+    missing = {kind: missing_columns(kind, columns) for kind in KINDS if kind != "text"}
     # Which kind did the user mean? Probably the one that lacks the fewest columns. A file that has no column
     # of any kind probably holds pairs under other names.
-    partly = [k for k in KINDS if len(missing[k]) < len(KINDS[k])]
+    partly = [k for k in missing if len(missing[k]) < len(KINDS[k])]
     kind = min(partly or ["pair"], key=lambda k: (len(missing[k]), -len(KINDS[k])))
     raise DataError(
         f"{path}: missing column {', '.join(missing[kind])} (for {kind} rows). The file has: "

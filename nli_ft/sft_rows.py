@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'STRATEGIES', 'CARRY', 'parse_splits', 'split_of', 'split_paths', 'thought_key', 'one_contract',
            'use_thoughts', 'suspect_path', 'use_reflections', 'with_thought', 'shuffle_thoughts', 'Shuffler',
-           'chosen_rows', 'checked_strategy', 'write_sft']
+           'chosen_rows', 'check_strategy', 'write_splits', 'write_sft']
 
 # %% ../nbs/06_sft_rows.ipynb #01c0abea
 import contextlib
@@ -169,6 +169,9 @@ def shuffle_thoughts(
     """Exchange thoughts between rows of the same label, so that no row keeps its own.
 
     Raises `DataError` where only one row has a label."""
+    bare = [r["id"] for r in rows if not isinstance(r.get("thought_process"), str)]
+    if bare:
+        raise DataError(f"thoughts cannot be exchanged: row {bare[0]!r} has none. Choose another strategy")
     rng, order = random.Random(seed), list(range(len(rows)))
     for label in label_set_of(r["label"] for r in rows).labels:
         at = [i for i, r in enumerate(rows) if r["label"] == label]
@@ -205,37 +208,82 @@ class Shuffler:
         return exchanged
 
 # %% ../nbs/06_sft_rows.ipynb #6550e262
+def _refuse_wrong(rows, path, strategy):  # yields the rows
+    "Pass thoughts on while all are right. Raises `DataError` at the first wrong one."
+    for row in rows:
+        if not row["correct"]:
+            raise DataError(
+                f"{path}: the thought of row {row['id']!r} is wrong (it says {row['predicted_label']}), and "
+                f"strategy {strategy!r} needs a reflections file to replace it: name it with --reflections. "
+                "Without one, use --strategy correct_only, which leaves wrong thoughts out"
+            )
+        yield row
+
+
 def chosen_rows(
-    thoughts, reflections, notes, counts, mix=False, drop_wrong=False, max_bad=0.0, contract=None
+    thoughts,
+    reflections,
+    notes,
+    counts,
+    mix=False,
+    drop_wrong=False,
+    max_bad=0.0,
+    contract=None,
+    strategy="reflected",
 ):  # yields (row, thought, source)
-    "The right thoughts, then the reflections on the wrong ones. The latter only where there is a reflections file."
+    "The right thoughts, then the reflections on the wrong ones. Without wrong ones no reflections file is needed."
     contracts = set()
     rows = one_contract(iter_rows(thoughts, "thought", max_bad, contract), contracts, thoughts, mix)
+    if reflections is None and strategy != "correct_only":
+        rows = _refuse_wrong(rows, thoughts, strategy)
     yield from use_thoughts(rows, notes, counts)
-    if reflections is None:
+    if reflections is None or strategy == "correct_only":
         counts["wrong thoughts (left out)"] = counts["thoughts wrong"]
         return
     rows = one_contract(iter_rows(reflections, "reflection", max_bad, contract), contracts, reflections, mix)
     yield from use_reflections(rows, reflections, notes, counts, drop_wrong, max_bad)
 
 # %% ../nbs/06_sft_rows.ipynb #4fd9a79f
-def checked_strategy(strategy: str, reflections):  # the reflections file that it reads, or None
-    "Refuse an unknown strategy, and one that lacks its reflections file, with a `DataError`."
+def check_strategy(strategy: str):
+    "Refuse an unknown strategy with a `DataError`."
     if strategy not in STRATEGIES:
         raise DataError(f"no strategy {strategy!r}. The strategies are: {', '.join(STRATEGIES)}")
-    if strategy == "correct_only":
-        return None
-    if reflections is None:
-        raise DataError(
-            f"strategy {strategy!r} needs a reflections file: name it with --reflections. "
-            "Without one, use --strategy correct_only"
-        )
-    return reflections
 
 
+def write_splits(
+    rows,  # SFT rows, any iterable
+    output,  # file to write; with splits, train in its name becomes dev and test
+    splits: list | None = None,  # shares of train, dev(, test)
+    overwrite: bool = False,  # replace existing files
+    seed: int = 42,  # of the splits, and of the exchange of thoughts
+    shuffled: bool = False,  # exchange thoughts within each file?
+) -> dict:  # rows by file
+    "Stream rows into one file, or into one for each split. After a `DataError` no file is left behind."
+    written = Counter()
+    paths = split_paths(output, SPLITS[: len(splits)]) if splits else {"": Path(output)}
+    mixers = {s: Shuffler(seed) for s in paths} if shuffled else {}
+    with contextlib.ExitStack() as files:
+        writers = {s: files.enter_context(atomic_writer(p, overwrite)) for s, p in paths.items()}
+
+        def write(split, ready):
+            for row in ready:
+                writers[split].write(json_line(row))
+            written[str(paths[split])] += len(ready)
+
+        for row in rows:
+            split = split_of(row["premise"], splits, seed) if splits else ""
+            write(split, mixers[split].push(row) if mixers else [row])
+        for split, mixer in mixers.items():
+            write(split, mixer.flush())
+        empty = [str(p) for p in paths.values() if not written[str(p)]]
+        if empty:
+            raise DataError(f"no rows for {', '.join(empty)}. Nothing was written")
+    return dict(written)
+
+# %% ../nbs/06_sft_rows.ipynb #26085e02
 def write_sft(
     thoughts,  # file of thought rows
-    reflections=None,  # file of reflection rows (not for correct_only)
+    reflections=None,  # file of reflection rows, needed where a thought is wrong (not for correct_only)
     output="train_ft.jsonl",  # file to write; with splits, train in its name becomes dev and test
     strategy: str = "reflected",  # a name in `STRATEGIES`
     splits: list | None = None,  # shares of train, dev(, test)
@@ -248,30 +296,17 @@ def write_sft(
     drop_wrong: bool = False,  # leave out reflections whose own label is not gold
 ) -> dict:  # counts by what was counted, and `written`: rows by file
     "Write thoughts and reflections as SFT rows, streaming. After a `DataError` no file is left behind."
-    reflections = checked_strategy(strategy, reflections)
+    check_strategy(strategy)
     prompt_messages("", "", template)  # refuses an unknown template before anything is written
-    notes, counts, written = Seen("B"), Counter(), Counter()
+    notes, counts = Seen("B"), Counter()
     style = strategy if strategy in STYLES else "cot"
-    paths = split_paths(output, SPLITS[: len(splits)]) if splits else {"": Path(output)}
-    mixers = {s: Shuffler(seed) for s in paths} if strategy == "shuffled" else {}
-    with contextlib.ExitStack() as files:
-        writers = {s: files.enter_context(atomic_writer(p, overwrite)) for s, p in paths.items()}
+    chosen = chosen_rows(thoughts, reflections, notes, counts, mix, drop_wrong, max_bad, contract, strategy)
 
-        def write(split, rows):
-            for row in rows:
-                writers[split].write(json_line(row))
-            written[str(paths[split])] += len(rows)
-
-        rows = chosen_rows(thoughts, reflections, notes, counts, mix, drop_wrong, max_bad, contract)
-        for row, thought, source in rows:
-            split = split_of(row["premise"], splits, seed) if splits else ""
+    def rows():
+        for row, thought, source in chosen:
             extra = {k: row[k] for k in CARRY if k in row}
             pair = (row["id"], row["premise"], row["hypothesis"])
-            new = sft_row(*pair, thought, row["label"], source, template, style, **extra)
-            write(split, mixers[split].push(new) if mixers else [new])
-        for split, mixer in mixers.items():
-            write(split, mixer.flush())
-        empty = [str(p) for p in paths.values() if not written[str(p)]]
-        if empty:
-            raise DataError(f"no rows for {', '.join(empty)}. Nothing was written")
-    return dict(counts) | dict(written=dict(written))
+            yield sft_row(*pair, thought, row["label"], source, template, style, **extra)
+
+    written = write_splits(rows(), output, splits, overwrite, seed, strategy == "shuffled")
+    return dict(counts) | dict(written=written)

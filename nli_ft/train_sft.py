@@ -43,7 +43,7 @@ from nli_ft.process import (
     project_root,
     signals_interrupt,
 )
-from .config_loader import Config, add_config_args, config_from_args, print_config
+from .config_loader import Config, add_config_args, config_from_args, judged_files, print_config
 from .labels import LABEL_SETS
 from .rows import MANIFEST
 from .check import refuse_equal_files, refuse_leaked
@@ -52,6 +52,7 @@ from .answers import parse_completion
 from .predictions import read_predictions
 from .predict import force_predictions, predict_rows
 from .evaluate import score
+from .report import save_report
 from nli_ft.records import (
     TrainingStopped,
     append_metrics,
@@ -62,7 +63,16 @@ from nli_ft.records import (
     start_run,
 )
 from .card import model_card
-from .ask import check_recorded_base, evaluation_rows, open_run
+from nli_ft.ask import (
+    JudgedSet,
+    check_recorded_base,
+    evaluation_dir,
+    evaluation_rows,
+    in_labels_of,
+    open_run,
+    set_facts,
+    set_text,
+)
 from .ready import check_ready, trackers
 from nli_ft.preflight import (
     Prepared,
@@ -71,6 +81,7 @@ from nli_ft.preflight import (
     preflight_text,
     prepare,
     refuse_failed_proofs,
+    sets_summary,
     world_size,
 )
 from .fit import _say, fit, how_to_go_on, print_log, resume_point, weights_of
@@ -82,6 +93,7 @@ def run_facts(prep: Prepared) -> dict:  # ready for JSON
     from nli_ft.bases import compute_dtype, device
 
     dev = device(prep.cfg)
+    sets = dict(sets=sets_summary(prep)) if prep.sets else {}
     name = torch.cuda.get_device_name(dev) if dev.type == "cuda" else f"{platform.machine()} CPU"
     return dict(
         rows=dict(train=len(prep.train), judged=len(prep.eval_rows), dropped=len(prep.dropped)),
@@ -89,7 +101,21 @@ def run_facts(prep: Prepared) -> dict:  # ready for JSON
         contracts=prep.leakage["contracts"],
         device=name,
         compute_dtype=str(compute_dtype(prep.cfg, dev)).removeprefix("torch."),
+        **sets,
     )
+
+# %% ../nbs/36_train_sft.ipynb #d8eea8c3
+def _refuse_training_files(cfg):
+    "Raise `DataError` where a file to be judged is the training file."
+    for judged in judged_files(cfg):
+        refuse_equal_files(cfg.path("train_data"), judged.path, judged.key)
+
+
+def _refuse_trained_rows(prep):
+    "Raise `DataError` where every pair of a set is trained on."
+    refuse_leaked(prep.leakage, prep.cfg.train_data, judged_files(prep.cfg)[0].file)
+    for judged in prep.sets:
+        refuse_leaked(judged.leakage, prep.cfg.train_data, judged.file.file)
 
 # %% ../nbs/36_train_sft.ipynb #aa947b0d
 def _is_main():
@@ -103,9 +129,10 @@ class Session:
     def __init__(self, cfg: Config, run):  # `run` is the record's folder
         from nli_ft.bases import base_facts
 
-        refuse_equal_files(cfg.path("train_data"), cfg.path("eval_data"))
+        _refuse_training_files(cfg)
         self.cfg, self.run, self.prep, self.model = cfg, Path(run), prepare(cfg), None
-        refuse_leaked(self.prep.leakage, cfg.train_data, cfg.eval_data)
+        _refuse_trained_rows(self.prep)
+        self.scores = {}  # name -> scores of the further sets that were judged
         if _is_main():
             note(self.run, **run_facts(self.prep))
         self.weights, self.begun, self.base = weights_of(cfg, run), False, base_facts(cfg)
@@ -153,6 +180,50 @@ def judge_model(
     "Generate and parse an answer to every evaluation row."
     return predict_rows(model, prep.tok, prep.eval_rows, prep.cfg, progress=progress, out=out)
 
+# %% ../nbs/36_train_sft.ipynb #1113657e
+@patch
+def judge_set(self: Session, judged: JudgedSet, progress: bool = True) -> tuple:  # (prediction rows, report)
+    "Let the model answer one of the further sets, and write answers, report and plots into the record."
+    file, out = (
+        judged.file,
+        evaluation_dir(self.run, judged.file.path, False, "cot", False, name=judged.file.name),
+    )
+    with explained_memory(f"Set eval_batch_size lower (now {self.cfg.eval_batch_size})."):
+        preds = predict_rows(
+            self.load(),
+            self.prep.tok,
+            judged.rows,
+            self.cfg,
+            progress=progress,
+            out=out / "predictions.jsonl",
+        )
+    facts = set_facts(self.run, self.cfg, file, len(judged.rows), judged.warnings)
+    facts |= dict(leakage=judged.leakage)
+    report = save_report(out, preds, facts, train=in_labels_of(self.prep.train_rows, judged.rows))
+    self.scores[file.name] = dict(role=file.role, **report["scores"])
+    if file.role == "test":
+        self.scores[file.name]["looks"] = report["looks"]
+    return preds, report
+
+
+@patch
+def judge_sets(self: Session, progress: bool = True):  # yields (name, prediction rows, report)
+    "Judge the further sets, one after another."
+    for judged in self.prep.sets:
+        yield judged.file.name, *self.judge_set(judged, progress)
+
+
+@patch
+def evaluations(self: Session) -> dict:  # for summary.json; {} for a run without further sets
+    "The scores of the further sets that were judged."
+    return dict(evaluations=dict(self.scores)) if self.prep.sets else {}
+
+
+@patch
+def facts(self: Session) -> dict:  # for report.json; {} for a run without names of sets
+    "What the report says of the rows that select."
+    return set_facts(self.run, self.cfg, judged_files(self.cfg)[0], len(self.prep.eval_rows))
+
 # %% ../nbs/36_train_sft.ipynb #8021acc2
 @patch
 def train(self: Session, on_log=print_log) -> dict:  # what `fit` returns, and where the adapter is
@@ -168,11 +239,14 @@ def train(self: Session, on_log=print_log) -> dict:  # what `fit` returns, and w
         result = self._train_in_children(on_log)  # they log into the record
     else:
         result = self._train_here(on_log)
-    return result | dict(
+    result |= dict(
         adapter=os.path.relpath(self.weights / "adapter", project_root()),
         adapter_sha256=_adapter_hash(self.weights / "adapter"),
         base=self.base,
     )
+    if self.prep.sets and _is_main():
+        note(self.run, **result)  # however the judging ends, `nli_evaluate` can go on with it
+    return result
 
 # %% ../nbs/36_train_sft.ipynb #5d7197aa
 def _adapter_hash(folder):
@@ -631,7 +705,7 @@ def run_training(
     "The whole run, in one process or as one of several."
     # what is missing, before a record is opened
     check_ready(cfg)
-    refuse_equal_files(cfg.path("train_data"), cfg.path("eval_data"))
+    _refuse_training_files(cfg)
 
     # the record
     state, run = _shared_run(cfg, run_dir)
@@ -658,6 +732,12 @@ def run_training(
         # the trained model answers
         if owns:
             summary["after"] = score(session.judge("after"))
+            for name, _, report in session.judge_sets():
+                summary |= session.evaluations()
+                print(
+                    "\n".join([f"{name}: accuracy {report['scores']['accuracy']:.3f}", *set_text(report)]),
+                    flush=True,
+                )
         state.wait_for_everyone()
     return run
 
@@ -712,11 +792,11 @@ def train_cli(argv=None) -> int:
 # %% ../nbs/36_train_sft.ipynb #7b094e68
 def _preflight_only(cfg):
     check_ready(cfg)
-    refuse_equal_files(cfg.path("train_data"), cfg.path("eval_data"))
+    _refuse_training_files(cfg)
     prep = prepare(cfg)
     flight = preflight(prep)
     print(preflight_text(flight))
-    refuse_leaked(prep.leakage, cfg.train_data, cfg.eval_data)
+    _refuse_trained_rows(prep)
     colour = sys.stdout.isatty()
     print("one row    as it is trained on:\n" + mask_text(prep.tok, prep.train[0], colour=colour))
     return 0 if flight["ok"] else 2

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['step_loss', 'split_sums', 'split_losses', 'fused_log_probs', 'own_log_probs', 'is_exact', 'choose_head',
            'token_losses', 'trained_weights', 'put_back', 'KindCollator', 'EpochOrder', 'epoch_order', 'NotFinite',
-           'in_any_process', 'refuse_not_finite', 'seal_checkpoint', 'explained_checkpoint', 'SplitLoss', 'FiniteSteps',
-           'is_stopped_early', 'ExactResume', 'make_trainer_class']
+           'in_any_process', 'refuse_not_finite', 'task_scores', 'answer_together', 'seal_checkpoint',
+           'explained_checkpoint', 'SplitLoss', 'FiniteSteps', 'TaskMetric', 'is_stopped_early', 'ExactResume',
+           'make_trainer_class']
 
 # %% ../nbs/34_trainer.ipynb #d5c99487
 import contextlib
+import functools
 import json
 import math
 import time
@@ -18,6 +20,7 @@ from pathlib import Path
 from .rows import MANIFEST, seal
 from .prompt import LABEL, PROMPT, THOUGHT
 from .generate import for_inference
+from .evaluate import score
 from .records import TrainingStopped
 from .checkpoints import _INFO, rotate_checkpoints
 
@@ -295,6 +298,30 @@ def refuse_not_finite(
         what = f"the loss is {losses[~finite][0].item()}"
     raise NotFinite(step, what, rows)
 
+# %% ../nbs/34_trainer.ipynb #bf9d0395
+def task_scores(
+    preds: list,  # prediction rows with gold labels
+    seconds: float,  # that it took to generate them
+) -> dict:  # what is added to the log. `eval_macro_f1` is absent where gold lacks a class
+    "Accuracy with its 95 % interval, macro F1, and the share of rows that got an answer."
+    scores = score(preds)
+    low, high = scores["accuracy_ci"]
+    logs = dict(accuracy=scores["accuracy"], accuracy_low=low, accuracy_high=high)
+    logs |= dict(macro_f1=scores["macro_f1"], answered=scores["coverage"])
+    logs |= dict(answer_rows=len(preds), answer_s=round(seconds, 2))
+    return {f"eval_{name}": value for name, value in logs.items() if value is not None}
+
+# %% ../nbs/34_trainer.ipynb #685f51a4
+def answer_together(
+    accelerator,
+    answer,  # rows -> prediction rows
+    rows: list,  # the same in every process
+) -> list:  # prediction rows of all of them, in the same order in every process
+    "Each process answers every n-th row, where n is the number of processes."
+    from accelerate.utils import gather_object
+
+    return gather_object(answer(rows[accelerator.process_index :: accelerator.num_processes]))
+
 # %% ../nbs/34_trainer.ipynb #b8f827f6
 def seal_checkpoint(
     folder: Path,  # complete but for its seal
@@ -357,6 +384,26 @@ class FiniteSteps:
         refuse_not_finite(self.state.global_step + 1, micro, norm, self.accelerator)
         return norm
 
+# %% ../nbs/34_trainer.ipynb #5e9a1978
+class TaskMetric:
+    "Part of the trainer: an evaluation answers rows by generation, where there are such rows."
+
+    answer, answer_rows = None, ()  # (model, rows) -> prediction rows; the rows. Set by `fit`
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        "Nothing to load where no row has an evaluation loss. Even a loader without rows would draw a random number."
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return super().get_eval_dataloader(eval_dataset) if len(rows) else []
+
+    def evaluation_loop(self, *args, **kw):
+        "The evaluation loss, and then the answers."
+        output = super().evaluation_loop(*args, **kw)
+        if self.answer_rows:
+            start, answer = time.perf_counter(), functools.partial(self.answer, self.model)
+            preds = answer_together(self.accelerator, answer, self.answer_rows)
+            output.metrics.update(task_scores(preds, time.perf_counter() - start))
+        return output
+
 # %% ../nbs/34_trainer.ipynb #1d51067c
 def is_stopped_early(
     callbacks: list,  # of a trainer
@@ -404,9 +451,9 @@ def make_trainer_class():
     "The trainer class. It is made on call, so that importing this module does not import torch."
     from trl import SFTTrainer
 
-    class NliTrainer(SplitLoss, FiniteSteps, ExactResume, SFTTrainer):
+    class NliTrainer(SplitLoss, FiniteSteps, TaskMetric, ExactResume, SFTTrainer):
         """`SFTTrainer` with the head at trained positions only, an fp32 adapter, the loss split into thought
-        and label, and exact resuming."""
+        and label, evaluations by task, and exact resuming."""
 
         facts = {}  # `resume_facts` of 35_fit, for the checkpoints
 

@@ -76,6 +76,10 @@ NOT_RUN = {
     "nli_run --config cpu_demo --save_steps 10": LONG,
     "nli_run --config cpu_demo --save_steps 10 --resume_from_checkpoint latest": LONG
     + " (the tests of resuming use tiny-mistral)",
+    "nli_run --config cpu_demo --eval_steps 10 --save_steps 10 --eval_metric accuracy "
+    "--eval_metric_rows 40 --early_stopping_patience 3": (
+        LONG + " (tests/test_eval_metric.py trains tiny models)"
+    ),
     "nli_run --config ablation2 --use_wandb --wandb_project nli --seeds 1,2,3": GPU,
     "wandb sync runs/ablation2/RUN_ID/wandb/offline-run-*": "needs the W&B server",
     "./run_training.sh --config distributed --all-gpus": GPU,

@@ -759,6 +759,8 @@ def test_module_file_and_two_processes_leave_one_record_each_and_the_same_losses
         "false",
         "--compute_dtype",
         "fp32",
+        "--eval_metric",
+        "accuracy",  # each process answers its share, and the log has the score of all rows
     ]  # grouping by length depends on the batch size of one process
     ways = {
         "module": [
@@ -800,6 +802,8 @@ def test_module_file_and_two_processes_leave_one_record_each_and_the_same_losses
         assert len(found) == 1, f"{name} left {len(found)} records"
         losses[name] = check_record(found[0], 4)
         assert json.loads(found[0].read_text())["processes"] == (2 if name == "two" else 1)
+        metrics = (found[0].parent / "metrics.jsonl").read_text()
+        assert '"eval_accuracy": 0.0' in metrics and '"eval_answer_rows": 8' in metrics, name
     assert losses["module"] == losses["file"]
     # two processes of two rows make the steps of one process of four rows: the same loss curve
     assert losses["two"] == pytest.approx(losses["module"], rel=1e-5)

@@ -8,6 +8,7 @@ Sources: QLoRA (Dettmers et al. 2023, arXiv:2305.14314), LoRA (Hu et al. 2021, a
 # -- data
 train_data = "data/finetune/train_ft.jsonl"
 eval_data = "data/finetune/dev_ft.jsonl"      # never trained on: the scores of a run come from these rows
+test_data = None                              # no test yet: name it when everything else is decided
 label_set = "binary"                          # entailment or not: what the course and its models were asked
 contract = None                               # rows say themselves what their labels mean, or hold 0 and 1
 data_strategy = "all"                         # right first thoughts, and reflections in place of the wrong ones
@@ -55,6 +56,8 @@ early_stopping_patience = None                # train to the end: runs of one le
 # -- evaluation
 eval_before = True                            # "it learnt" means nothing without the score before training
 eval_steps = None                             # at the end of each epoch
+eval_metric = "loss"                          # one forward pass a row. Accuracy takes a generation, at each evaluation
+eval_metric_rows = 200                        # near 80 % the interval is 11 points wide: enough to see which epoch was best
 eval_batch_size = 16
 max_new_tokens = 256                          # real completions stay under 1000 characters. What does not end in time is truncated
 
