@@ -232,7 +232,7 @@ def refuse_other_contract(
         json.loads((run / f"{n}.json").read_text(encoding="utf-8")) for n in ("summary", "environment")
     )
     recorded = (summary.get("contracts") or {}).get("train")
-    recorded = recorded or (env.get("data", {}).get("train_data") or {}).get("contracts") or []
+    recorded = recorded or (env.get("data", {}).get("train") or {}).get("contracts") or []
     trained = [c for c in recorded if c in CONTRACTS]
     for row in rows:
         other = [c for c in trained if row.get("contract") and not contracts_agree(c, row["contract"])]
@@ -327,7 +327,7 @@ def judged_set(
     return JudgedSet(file, rows, leakage(in_labels_of(train, rows), rows), set_warnings(file, rows, others))
 
 # %% ../nbs/30_ask.ipynb #6270a9bc
-def _file_facts(file, n=None):
+def _set_file(file, n=None):
     facts = dict(name=file.name, path=file.file, sha256=data_hash(file.path) if file.path.is_file() else None)
     return facts if n is None else facts | dict(rows=n)
 
@@ -343,9 +343,9 @@ def set_facts(
     and says of a test how often it was looked at, this time included (`looks`)."""
     if file is None or not names_sets(cfg):
         return {}
-    facts = dict(role=file.role, data=_file_facts(file, n))
+    facts = dict(role=file.role, data=_set_file(file, n))
     if file.role != "selected":
-        facts["selected"] = _file_facts(judged_files(cfg)[0])
+        facts["selected"] = _set_file(judged_files(cfg)[0])
     if file.role == "test":
         counts = looks(facts["data"]["sha256"], Path(run).resolve().parents[1])
         mine = counts.pop(cfg.name, 0)
@@ -541,7 +541,7 @@ def evaluate_cli(argv=None) -> int:
     options = vars(parser.parse_args(argv))
     as_json = options.pop("json")
     of_model = {name: options.pop(name) for name in MODEL_OPTIONS if name in options}
-    left = [] if options["run"] is None else _left_to_judge(options)
+    left = [] if of_model or options["run"] is None else _left_to_judge(options)
     for data in [options["data"], *left]:
         report, folder, beside = _evaluation(options | dict(data=data), of_model)
         if as_json:

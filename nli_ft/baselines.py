@@ -60,7 +60,7 @@ def order_features(
     ]
 
 # %% ../nbs/09_baselines.ipynb #39c938aa
-def _places(y):
+def _label_places(y):
     "The labels of the set that `y` is from, and the place of each of `y` among them. Classifiers learn the places."
     labels = label_set_of(y)
     return labels.labels, [labels.index(label) for label in y]
@@ -117,7 +117,7 @@ class BoostedTree:
             early_stopping=False,
             random_state=self.seed,
         )
-        self.labels, places = _places([r["label"] for r in rows])
+        self.labels, places = _label_places([r["label"] for r in rows])
         self.model.fit(self.features(rows), places)
         return self
 
@@ -135,7 +135,7 @@ def _cross_validated(rows, groups, seed):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    labels, y = _places([r["label"] for r in rows])
+    labels, y = _label_places([r["label"] for r in rows])
     of_words = LogisticRegression(solver="liblinear")
     if len(labels) > 2:  # liblinear itself tells only two classes apart
         of_words = OneVsRestClassifier(of_words)
@@ -202,7 +202,7 @@ def surface_features(premise: str, hypothesis: str) -> list:  # six numbers
 # %% ../nbs/09_baselines.ipynb #d18132c3
 def _fitted(model, x, y, x_new):
     "Fit a model, and return its labels for new rows."
-    labels, places = _places(y)
+    labels, places = _label_places(y)
     return [labels[int(v)] for v in model.fit(x, places).predict(x_new)]
 
 # %% ../nbs/09_baselines.ipynb #6aef3fac

@@ -426,6 +426,11 @@ def _candidates(train, judged, threshold=0.8):
     return [r for r in train if covered(r, "hypothesis") and covered(r, "premise")]
 
 # %% ../nbs/10_check.ipynb #79ca3b4c
+def _merged_gold(rows):
+    "The rows with two-way gold labels."
+    return [dict(r, label=two_way(r["label"])) for r in rows]
+
+
 def leakage(
     train: list,  # rows that are trained on
     judged: list,  # rows that are scored
@@ -439,7 +444,7 @@ def leakage(
     sample (`NearSample`)."""
     if label_set_of(r["label"] for r in train) is not label_set_of(r["label"] for r in judged):
         # a three-way model that is judged on two-way gold
-        train, judged = ([dict(r, label=two_way(r["label"])) for r in rows] for rows in (train, judged))
+        train, judged = _merged_gold(train), _merged_gold(judged)
     premises = {norm_text(r["premise"]) for r in judged}
     labels = {pair_key(r): set() for r in judged}
     trained = set()

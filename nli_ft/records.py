@@ -323,10 +323,10 @@ def _device(look: bool):
     return info
 
 # %% ../nbs/25_records.ipynb #47d49836
-def _data(path, shown):
+def _data(path, shown, declared=None):
     """Path as configured (`shown`), sha256, rows, label contracts and sources of a data file.
 
-    Without the file, sha256 is None and the rest is absent."""
+    `declared` is the contract of rows that do not say. Without the file, sha256 is None and the rest is absent."""
     info = dict(path=shown, sha256=None)
     if not path.is_file():
         return info
@@ -339,7 +339,7 @@ def _data(path, shown):
         values = (unsaid if r.get(k) in (None, "") else r[k] for r in rows)
         return dict(Counter(str(v) for v in values if v is not None).most_common(12))
 
-    contracts = count("contract", words_contract(cfg))
+    contracts = count("contract", declared)
     return info | dict(sha256=data_hash(path), rows=len(rows), contracts=contracts, sources=count("source"))
 
 # %% ../nbs/25_records.ipynb #6f265a42
@@ -347,10 +347,10 @@ def _data_files(cfg):
     """What is known of each data file: `train`, `eval` (the file that selects), and each further set by its name.
 
     Where the config names its sets, each says its name and its role."""
-    files = dict(train=_data(cfg.path("train_data"), cfg.train_data))
+    files = dict(train=_data(cfg.path("train_data"), cfg.train_data, words_contract(cfg)))
     for judged in judged_files(cfg):
         key = "eval" if judged.role == "selected" else judged.name
-        files[key] = _data(judged.path, judged.file)
+        files[key] = _data(judged.path, judged.file, words_contract(cfg))
         if names_sets(cfg):
             files[key] |= dict(name=judged.name, role=judged.role)
     return files

@@ -427,7 +427,7 @@ def _shortcuts(train, preds):
     "What the shortcut baselines answer. Those of three labels are merged where gold has two."
     others = baseline_labels(train, preds)
     if _labels_of(preds) is BINARY and label_set_of(r["label"] for r in train) is THREE_WAY:
-        return {name: [two_way(label) for label in labels] for name, labels in others.items()}
+        return {name: list(map(two_way, labels)) for name, labels in others.items()}
     return others
 
 

@@ -455,8 +455,8 @@ def refuse(
         )
     if any("name a contract" in why for _, why in bad):
         hint = (
-            "Say what the words become: --contract entailment makes 1 of entailment and 0 of the others. "
-            "A model that answers with the words themselves needs no contract: --label_set three_way"
+            "Say what the words become: the contract entailment makes 1 of entailment and 0 of the others. "
+            "A model that answers with the words themselves (label set three_way) needs none"
         )
     if hint:
         listing += f"\n{hint}"

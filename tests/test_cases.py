@@ -90,6 +90,11 @@ ok/xnli.dev.tsv                  | --dataset xnli | 100100
 lingnli_val.jsonl                | --dataset lingnli | 100100
 lingnli_val.jsonl                | --dataset lingnli --map entails=entailment | --map explains labels that do not occur (entails). The labels are: contradiction
 pairs_header_case.csv            | --contract binary --names not_entailment,entailment | 10
+fracas.xml                       | --dataset fracas | 100
+fracas.xml                       | --contract entailment --columns label=fracas_answer --map yes=entailment,no=contradiction,unknown=neutral,undef=- | 100
+rte_dev.xml                      | --dataset rte | 10
+sick_hub.jsonl                   | --dataset sick | 100
+mnli_glue_hub.jsonl              | --dataset multi_nli | 100
 """  # noqa: E501
 
 READ = """
@@ -230,6 +235,23 @@ def test_own_ids_are_kept_where_they_are_unique(tmp_path):
     counts = download(tmp_path / "o.jsonl", "multi_nli", "dev", CASES / "ok" / "dup_pair_ids.jsonl")
     assert [r["id"] for r in written(tmp_path / "o.jsonl")] == ["700e", "multi_nli-dev-1"]
     assert counts["own id used before (numbered instead)"] == 1
+
+
+def test_what_a_set_says_of_a_pair_is_kept(tmp_path):
+    for name, dataset, ids, relations in (
+        ("fracas.xml", "fracas", ["001", "002", "003"], "entailment contradiction neutral"),
+        ("rte_dev.xml", "rte", ["13", "14"], "entailment non-entailment"),
+        ("sick_hub.jsonl", "sick", ["1", "2", "3"], "entailment neutral contradiction"),
+        ("mnli_glue_hub.jsonl", "multi_nli", [7, 8, 9], "entailment neutral contradiction"),
+    ):
+        counts = download(tmp_path / "o.jsonl", dataset, from_file=CASES / name, overwrite=True)
+        rows = written(tmp_path / "o.jsonl")
+        assert [r["id"] for r in rows] == ids and [r["relation"] for r in rows] == relations.split()
+        if dataset == "fracas":
+            assert (
+                rows[0]["premise"] == "Every guest came. Kim is a guest." and rows[0]["why"] == "Kim is one."
+            )
+            assert counts["no gold label (left out)"] == 1
 
 
 def test_a_split_is_what_the_name_of_the_file_says_or_is_not_said(tmp_path):

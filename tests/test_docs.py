@@ -97,6 +97,18 @@ NOT_RUN = {
     "NAME --workers 8": ENDPOINT,  # noqa: E501
     "nli_reflect --input thoughts.jsonl --output reflections.jsonl --base_url "
     "http://localhost:8000/v1 --model NAME": ENDPOINT,  # noqa: E501
+    "nli_data prepare --pairs my.csv --thought_column explanation --contract entailment --splits 0.8,0.2 "
+    "--output data/mine/train.jsonl": "needs such a file (tests/test_own_csv.py makes one)",
+    "nli_train --config cpu_demo --train_data data/mine/train.jsonl --eval_data data/mine/dev.jsonl "
+    "--completion cot --seed 1": LONG + " (tests/test_own_csv.py does it on tiny-mistral)",
+    "nli_train --config cpu_demo --train_data data/mine/train.jsonl --eval_data data/mine/dev.jsonl "
+    "--completion cot --seed 2": LONG + " (tests/test_own_csv.py does it on tiny-mistral)",
+    "nli_train --config cpu_demo --train_data data/mine/train.jsonl --eval_data data/mine/dev.jsonl "
+    "--completion label_only --seed 1": LONG + " (tests/test_own_csv.py does it on tiny-mistral)",
+    "nli_train --config cpu_demo --train_data data/mine/train.jsonl --eval_data data/mine/dev.jsonl "
+    "--completion label_only --seed 2": LONG + " (tests/test_own_csv.py does it on tiny-mistral)",
+    "nli_train --train_data my.csv": "needs such a file (tests/test_own_csv.py reads one so)",
+    "nli_compare --all cpu_demo": "needs the four runs (tests/test_own_csv.py makes and compares them)",
     "nli_data download --dataset snli --from_file snli_1.0_dev.jsonl --output data/snli_dev.jsonl": (
         "needs SNLI's own file (tests/test_cases.py reads such files)"
     ),
@@ -123,6 +135,9 @@ NOT_RUN = {
         LONG + " (tests/test_encoder.py trains a tiny encoder)"
     ),
     "nli_evaluate --run $RUN --data data/hans.jsonl": WEIGHTS,
+    "nli_compare $RUN encoder/ answers.csv --out compare.tex": (
+        "needs an encoder's folder and a file (tests/test_compare_anything.py compares such)"
+    ),
     "nli_run --config ablation2 label_only --seeds 1,2,3": GPU,
     "nli_evaluate --run $RUN --engine vllm": (
         "needs a GPU and vLLM (tests/test_vllm.py runs it with a stand-in for the package)"
@@ -145,11 +160,13 @@ MADE = {  # files that documents name and that a clone does not have -> who make
     "models/": "a run",
     "evaluations/": "nli_evaluate",
     "evaluation.json": "nli_evaluate --model",
+    "adapter_config.json": "peft, beside an adapter",
     "MODEL_CARD.md": "train.ipynb, nli_runs --card",
     "predictions_before_forced.jsonl": "a run with eval_before",
     "manifest.json": "nli_corpus",
     "finetune/train_ft.jsonl": "nli_data prepare",
     "finetune/dev_ft.jsonl": "nli_data prepare",
+    "my.csv": "the reader",
     "thoughts.jsonl": "nli_think",
     "reflections.jsonl": "nli_reflect",
     ".venv/install.log": "run_training.sh",
