@@ -10,6 +10,7 @@ import re
 from collections import Counter
 
 from .process import DataError
+from .labels import label_set_of
 from .duplicates import jaccard, norm_text
 from .rows import spread
 from .paired import share_right
@@ -58,6 +59,12 @@ def order_features(
         (neg_p + neg_h) % 2,
     ]
 
+# %% ../nbs/09_baselines.ipynb #39c938aa
+def _label_places(y):
+    "The labels of the set that `y` is from, and the place of each of `y` among them. Classifiers learn the places."
+    labels = label_set_of(y)
+    return labels.labels, [labels.index(label) for label in y]
+
 # %% ../nbs/09_baselines.ipynb #28ab64a2
 class BoostedTree:
     """A boosted tree on surface features of the pair. `fit` and `predict` take rows. The same rows always give
@@ -87,7 +94,7 @@ class BoostedTree:
 
     def fit(
         self,
-        rows: list,  # with premise, hypothesis and label. Both labels must occur
+        rows: list,  # with premise, hypothesis and label. At least two labels must occur
     ):
         "Learn from `rows`."
         from sklearn.ensemble import HistGradientBoostingClassifier
@@ -110,25 +117,30 @@ class BoostedTree:
             early_stopping=False,
             random_state=self.seed,
         )
-        self.model.fit(self.features(rows), [r["label"] for r in rows])
+        self.labels, places = _label_places([r["label"] for r in rows])
+        self.model.fit(self.features(rows), places)
         return self
 
-    def predict(self, rows: list) -> list:  # labels, 0 or 1
+    def predict(self, rows: list) -> list:  # labels of the set that it learned
         "The label of each row."
-        return [int(x) for x in self.model.predict(self.features(rows))] if rows else []
+        return [self.labels[int(x)] for x in self.model.predict(self.features(rows))] if rows else []
 
 # %% ../nbs/09_baselines.ipynb #c8bf023d
-def _cross_validated(rows, y, groups, seed):
+def _cross_validated(rows, groups, seed):
     "name -> labels: what each shortcut answers for rows whose group it was not trained on."
     from sklearn.feature_extraction.text import HashingVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_predict
+    from sklearn.multiclass import OneVsRestClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    labels, y = _label_places([r["label"] for r in rows])
+    of_words = LogisticRegression(solver="liblinear")
+    if len(labels) > 2:  # liblinear itself tells only two classes apart
+        of_words = OneVsRestClassifier(of_words)
     words_alone = make_pipeline(
-        HashingVectorizer(n_features=2**16, ngram_range=(1, 2), binary=True),
-        LogisticRegression(solver="liblinear"),
+        HashingVectorizer(n_features=2**16, ngram_range=(1, 2), binary=True), of_words
     )
     six_numbers = make_pipeline(StandardScaler(), LogisticRegression())
     tries = dict(
@@ -136,9 +148,9 @@ def _cross_validated(rows, y, groups, seed):
         overlap=(six_numbers, [overlap_features(r) for r in rows]),
     )
     folds = GroupKFold(5, shuffle=True, random_state=seed)
-    answers = {
-        name: cross_val_predict(model, x, y, groups=groups, cv=folds) for name, (model, x) in tries.items()
-    }
+    answers = {}
+    for name, (model, x) in tries.items():
+        answers[name] = [labels[i] for i in cross_val_predict(model, x, y, groups=groups, cv=folds)]
     answers["boosted_tree"] = [None] * len(y)
     for fit, new in folds.split(rows, y, groups):
         tree = BoostedTree(seed).fit([rows[i] for i in fit])
@@ -154,13 +166,14 @@ def baselines(
     """Cross-validated accuracy of each shortcut with its 95 % Wilson interval, beside the share of the majority
     label."""
     y = [r["label"] for r in rows]
-    if len(y) < 50 or min(y.count(0), y.count(1)) < 10:
+    counts = [y.count(label) for label in label_set_of(y).labels]
+    if len(y) < 50 or min(counts) < 10:
         return {}
     groups = [str(r.get("group_id", norm_text(r["premise"]))) for r in rows]
     if len(set(groups)) < 5:
         return {}
-    out = dict(majority=dict(accuracy=max(y.count(0), y.count(1)) / len(y), n=len(y)))
-    for name, labels in _cross_validated(rows, y, groups, seed).items():
+    out = dict(majority=dict(accuracy=max(counts) / len(y), n=len(y)))
+    for name, labels in _cross_validated(rows, groups, seed).items():
         share = share_right([a == b for a, b in zip(labels, y)], groups)
         low, high = share["accuracy_ci"]
         out[name] = dict(accuracy=share["accuracy"], n=len(y), low=low, high=high)
@@ -189,7 +202,8 @@ def surface_features(premise: str, hypothesis: str) -> list:  # six numbers
 # %% ../nbs/09_baselines.ipynb #d18132c3
 def _fitted(model, x, y, x_new):
     "Fit a model, and return its labels for new rows."
-    return [int(v) for v in model.fit(x, y).predict(x_new)]
+    labels, places = _label_places(y)
+    return [labels[int(v)] for v in model.fit(x, places).predict(x_new)]
 
 # %% ../nbs/09_baselines.ipynb #6aef3fac
 def baseline_labels(

@@ -9,8 +9,10 @@ __all__ = ['eval_results', 'front_matter', 'model_card']
 import html
 import json
 
+from .labels import LABEL_SETS, THREE_WAY
 from .check import leakage_text
-from .report import _defined
+from .evaluate import accuracy, merged_rows
+from .report import _defined, _missing
 from nli_ft.records import (
     _PACKAGES,
     _part_of,
@@ -46,18 +48,35 @@ def _data_rows(
     return rows
 
 # %% ../nbs/29_card.ipynb #2d1f65fb
+def _three_way_rows(preds, scores):
+    "F1 of each of three labels, and the accuracy of the same answers as two labels. Nothing for two labels."
+    if len(scores["per_class"]) == 2:
+        return []
+    rows = [[f"F1 of {name}", _share(c["f1"])] for name, c in scores["per_class"].items()]
+    merged = accuracy(merged_rows(preds))
+    return [
+        *rows,
+        [
+            "accuracy as two labels (merged after the answer)",
+            _interval(merged["accuracy"], merged["accuracy_ci"]),
+        ],
+    ]
+
+
 def _score_rows(
     run,  # from `read_run`
     scores: dict,  # from `score`
 ) -> list:  # [measure, value]
     "The scores of the run, with what they must be compared with."
-    majority = _majority(run.predictions())
+    preds = run.predictions()
+    majority, why = _majority(preds), _missing(scores)
     of_majority = f"accuracy of the majority label ({majority['label']})"
     return [
         ["accuracy (no answer is wrong)", _interval(scores["accuracy"], scores["accuracy_ci"])],
         [of_majority, _interval(majority["accuracy"], majority["accuracy_ci"])],
-        ["macro-F1", _defined(scores["macro_f1"])],
-        ["MCC", _defined(scores["mcc"])],
+        ["macro-F1", _defined(scores["macro_f1"], why)],
+        ["MCC", _defined(scores["mcc"], why)],
+        *_three_way_rows(preds, scores),
         ["valid JSON", f"{scores['valid_rate']:.3f}"],
         ["tokens per answer", _share(scores["mean_tokens"])],
         ["before training: accuracy", before_text(run.summary)],
@@ -81,7 +100,8 @@ def _further_text(
     for name, r in reports.items():
         s = r["scores"]
         score = _interval(s["accuracy"], s["accuracy_ci"])
-        rows.append([f"{name} ({r['role']})", s["n"], score, _defined(s["macro_f1"]), _defined(s["mcc"])])
+        over_classes = [_defined(s[key], _missing(s)) for key in ("macro_f1", "mcc")]
+        rows.append([f"{name} ({r['role']})", s["n"], score, *over_classes])
         sentences += set_text(r)
     table = markdown(["set", "n", "accuracy (95 % interval)", "macro-F1", "MCC"], rows)
     return "\n".join([table, "", *(f"- {html.escape(sentence, quote=False)}" for sentence in sentences)])
@@ -169,7 +189,7 @@ _LAYOUT = """\
 
 # {{ name }}
 
-A LoRA adapter on `{{ base }}` that answers whether a premise entails a hypothesis ({{ completion }} completions). \
+A LoRA adapter on `{{ base }}` that answers {{ question }} ({{ completion }} completions). \
 Written from the run record by nli_ft.
 
 ## Scores
@@ -214,6 +234,13 @@ def _code_text(text):
     return text.replace("`", " ")
 
 
+def _question(cfg):
+    "What the model was trained to answer."
+    if LABEL_SETS[cfg.label_set] is THREE_WAY:
+        return "whether a premise entails a hypothesis, contradicts it, or neither"
+    return "whether a premise entails a hypothesis"
+
+
 def _card_values(
     run,  # from `read_run`
     scores: dict,  # from `score`
@@ -226,6 +253,7 @@ def _card_values(
     return dict(
         name=html.escape(run.name, quote=False),
         base=_code_text(run.cfg.model_id),
+        question=_question(run.cfg),
         completion=run.cfg.completion,
         scores=markdown(["measure", f"value (n={scores['n']}, 95 % interval)"], _score_rows(run, scores)),
         further=_further_text(further) if further else "",

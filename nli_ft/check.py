@@ -18,9 +18,10 @@ from collections import Counter
 from pathlib import Path
 
 from .process import DataError
-from .duplicates import NearSample, Seen, bigrams, near_duplicates, norm_text, pair_key
+from .labels import LABEL_SETS, THREE_WAY, label_set_of, two_way
+from .duplicates import NearSample, Seen, bigrams, near_duplicates, norm_text, pair_key, same_label
 from .rows import BadRows, data_hash, iter_rows
-from .reading import concludes, leaks_gold
+from .reading import agrees, leaks_gold
 from .baselines import baselines
 
 # %% ../nbs/10_check.ipynb #7a516115
@@ -56,6 +57,11 @@ LIMITS = {  # finding -> (warn above, fail above, what it means). Limits are sha
         "as near to a row of this or an earlier file that has the other label: minimal pairs, or errors",
     ),
     "minority label": (-0.35, -0.05, "share of the rarer label (a warning below 35 %, a failure below 5 %)"),
+    "rarest of three labels": (
+        -0.23,
+        -0.03,
+        "share of the rarest of three labels (a warning below 23 %, a failure below 3 %)",
+    ),
     "rows over the token limit": (0, 0.20, "would be dropped or refused in training"),
     "thoughts against their label": (
         0,
@@ -163,22 +169,27 @@ def count_verdict(row: dict, tally: Tally):  # counts what is wrong with it
     thought, label = row_thought(row)
     if not thought:
         return
-    verdict, name = concludes(thought), "thoughts against their label"
-    tally.of[name] = tally.of.get(name, 0) + (verdict is not None)
-    if verdict is not None and verdict != label:
+    agreement, name = agrees(thought, label), "thoughts against their label"
+    tally.of[name] = tally.of.get(name, 0) + (agreement is not None)
+    if agreement is False:
         tally.hit(name, f"id {row['id']}")
     if words := leaks_gold(thought):
         tally.hit("thoughts that show gold was given", f"id {row['id']} ({words!r})")
+
+
+_ALL_LABELS = [label for labels in LABEL_SETS.values() for label in labels.labels]
 
 
 def count_row(row: dict, file: int, tally: Tally, pairs: Seen, premises: Seen):
     "The findings that one row shows by itself or against the hashes of the rows before it."
     tally.n += 1
     rid = f"id {row['id']}"
-    before = pairs.add(pair_key(row), 2 * file + row["label"])
+    place = next(i for i, label in enumerate(_ALL_LABELS) if label == row["label"])
+    before = pairs.add(pair_key(row), len(_ALL_LABELS) * file + place)
     if before is not None:
-        tally.hit("pairs in an earlier file" if before // 2 < file else "repeated pairs", rid)
-        if before % 2 != row["label"]:
+        earlier, place = divmod(before, len(_ALL_LABELS))
+        tally.hit("pairs in an earlier file" if earlier < file else "repeated pairs", rid)
+        if not same_label(_ALL_LABELS[place], row["label"]):
             tally.hit("pairs with both labels", rid)
     first = premises.add(norm_text(row["premise"]), file)
     if first is not None and first < file:
@@ -268,12 +279,16 @@ def check_file(
         tally.examples.setdefault("bad rows", []).append(f"line {line}: {why}")
     tally.counts["bad rows"] += bad.total
     tally.of["bad rows"] = tally.n + tally.counts["bad rows"]
-    tally.counts["minority label"] = min(labels[0], labels[1])
+    label_set = label_set_of(labels)
+    minority, other = "minority label", "rarest of three labels"
+    if label_set is THREE_WAY:
+        minority, other = other, minority
+    tally.counts[minority], tally.of[other] = min(labels[label] for label in label_set.labels), 0
     contracts |= own
     return tally, dict(
         kind=meta.get("kind"),
         rows=tally.n,
-        labels=dict(sorted(labels.items())),
+        labels={label: labels[label] for label in label_set.labels if labels[label]},
         contracts=sorted(map(str, own)),
         tokens={f"p{int(100 * q)}": quantile(lengths, q) for q in (0.5, 0.99, 1)},
         baselines=baselines(sample, seed),
@@ -340,7 +355,7 @@ def check_files(
     "Check data files, each by itself and against the earlier ones. See `LIMITS`."
     if len(paths) > 127:
         raise DataError("at most 127 files at a time")
-    pairs, premises, near, contracts = Seen("B"), Seen("B"), NearSample(near_rows), set()
+    pairs, premises, near, contracts = Seen("H"), Seen("B"), NearSample(near_rows), set()
     count = tokens or estimated_lengths
     results = [
         check_file(
@@ -411,6 +426,11 @@ def _candidates(train, judged, threshold=0.8):
     return [r for r in train if covered(r, "hypothesis") and covered(r, "premise")]
 
 # %% ../nbs/10_check.ipynb #79ca3b4c
+def _merged_gold(rows):
+    "The rows with two-way gold labels."
+    return [dict(r, label=two_way(r["label"])) for r in rows]
+
+
 def leakage(
     train: list,  # rows that are trained on
     judged: list,  # rows that are scored
@@ -422,6 +442,9 @@ def leakage(
     Pairs and premises are equal if their keys are equal (`norm_text`). Near-copies are sought among the judged
     rows and those training rows that could be one. If these are more than `near_rows`, they are sought in a
     sample (`NearSample`)."""
+    if label_set_of(r["label"] for r in train) is not label_set_of(r["label"] for r in judged):
+        # a three-way model that is judged on two-way gold
+        train, judged = _merged_gold(train), _merged_gold(judged)
     premises = {norm_text(r["premise"]) for r in judged}
     labels = {pair_key(r): set() for r in judged}
     trained = set()
@@ -562,6 +585,9 @@ def gather_stats(
     return dict(labels=labels, sources=sources, words=words)
 
 # %% ../nbs/10_check.ipynb #47ae2aa6
+_COLOURS = ("tab:blue", "tab:grey", "tab:orange")  # of entailment, neutral, contradiction
+
+
 def plot_stats(
     rows,  # rows, or the counts of `gather_stats`
     title: str = "",
@@ -574,10 +600,12 @@ def plot_stats(
     parts = [part for part in ("premise", "hypothesis", "thought") if part in present]
     fig = Figure(figsize=(3.2 * (len(parts) + 2), 2.8), layout="constrained")
     axs = fig.subplots(1, len(parts) + 2)
-    colours = ("tab:orange", "tab:blue")
+    labels = label_set_of(st["labels"]).labels
+    # the colours that label 0 and label 1 have are those of contradiction and entailment
+    colours = dict(zip(labels, ("tab:orange", "tab:blue") if len(labels) == 2 else _COLOURS))
     for ax, part in zip(axs, parts):
         top = max(quantile(h, 0.99) for k, h in st["words"].items() if k[0] == part)
-        for label in (0, 1):
+        for label in labels:
             h = st["words"].get((part, label), {})
             ax.hist(
                 list(h),
@@ -592,11 +620,12 @@ def plot_stats(
         ax.legend(fontsize="small")
     names = sorted({s for s, _ in st["sources"]})
     titles = [s.replace("$", r"\$") for s in names]  # a dollar sign would start a formula
-    for label in (0, 1):
-        left = [st["sources"][s, 0] if label else 0 for s in names]
+    left = [0] * len(names)
+    for label in labels:
         widths = [st["sources"][s, label] for s in names]
         axs[-2].barh(titles, widths, left=left, color=colours[label])
         axs[-1].bar(str(label), st["labels"][label], color=colours[label])
+        left = [a + b for a, b in zip(left, widths)]
     axs[-2].set(title="source", xlabel="rows")
     axs[-1].set(title="label balance", xlabel="label", ylabel="rows")
     if title:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_table', 'config_table', 'remarks', 'markdown', 'plot_differences', 'plot_losses', 'newest', 'distinct',
-           'comparable', 'record_notes', 'full_comparison', 'compare_selected', 'compare_cli']
+           'comparable', 'record_notes', 'full_comparison', 'compare_selected', 'compare_frame', 'compare_cli']
 
 # %% ../nbs/28_compare.ipynb #6376216d
 import argparse
@@ -18,7 +18,7 @@ from .process import NliError, RecordError, add_options, command
 from .files import atomic_writer
 from .check import leakage_text
 from .records import _plain, text_table, list_runs, read_run
-from .differences import _entry, _same_task, compare_runs, explains
+from .differences import _entry, _matched, compare_runs, explains
 from .seeds import compare_configs, distinct_entries
 
 # %% ../nbs/28_compare.ipynb #55e428d0
@@ -122,6 +122,7 @@ def remarks(
     sentences = [
         f"run {r['run']} against run {rows[0]['run']}, on these items: {r['verdict']}" for r in rows[1:]
     ]
+    sentences += rows[0].get("matching", [])
     for r in rows[1:]:
         causes = explains(r["differs"])
         if len(causes) > 1:
@@ -206,23 +207,21 @@ def newest(
     return paths if every else paths[-1:]
 
 # %% ../nbs/28_compare.ipynb #99449fa7
-def _entries(refs):
+def _entries(refs, common=False, two_way=False):
     "Entries that may hold copies. The rows of all are in the order of the first."
-    entries = [_entry(r) for r in refs]
-    for other in entries[1:]:
-        _same_task(entries[0], other)
-    order = {p["id"]: i for i, p in enumerate(entries[0][1])} if entries else {}
-    return [(run, sorted(preds, key=lambda p: order[p["id"]]), name) for run, preds, name in entries]
+    return _matched([_entry(r) for r in refs], common, two_way)[0]
 
 # %% ../nbs/28_compare.ipynb #beba69d6
 def distinct(
-    refs,  # run folders; `<folder>:before` is the untrained model of that run
+    refs,  # run folders; `<folder>:before` is the untrained model of that run; other entries of `load_matched`
+    common: bool = False,  # as for `load_matched`
+    two_way: bool = False,  # as for `load_matched`
 ) -> tuple:  # (folders that are runs of their own, [(folder, why it is not)])
     """Choose the folders that count once, by `distinct_entries`. `nli_compare` and compare.ipynb both use this.
 
     Raises `RecordError` where runs cannot be compared."""
     refs = list(dict.fromkeys(map(str, refs)))
-    entries = _entries(refs)
+    entries = _entries(refs, common, two_way)
     why = distinct_entries(entries)[1]
     left_out = [(ref, why[id(e)]) for ref, e in zip(refs, entries) if id(e) in why]
     return [ref for ref, e in zip(refs, entries) if id(e) not in why], left_out
@@ -245,19 +244,21 @@ def comparable(
 
 # %% ../nbs/28_compare.ipynb #472be829
 def record_notes(
-    refs,  # run folders, as for `compare_runs`
+    refs,  # as for `compare_runs`
 ) -> list[str]:  # sentences
     "What the records say about the rows below the scores: leakage, and predictions that carry no hash."
     paths = list(dict.fromkeys(str(r).removesuffix(":before") for r in refs))
     names = {}  # sentence -> names of the runs that it is about
-    for run in map(read_run, paths):
+    for path in paths:
+        is_run = (Path(path) / "summary.json").is_file()
+        run, name = (read_run(path), None) if is_run else _entry(path)[::2]
         sentences = list(leakage_text(run.summary.get("leakage")))
-        if not run.summary.get("predictions"):
+        if not run.summary.get("predictions") and getattr(run, "kind", None) not in ("file", "harness"):
             sentences.append(
                 "The record has no hash of its predictions: an edit would show only in its counts and completions."
             )
         for sentence in sentences:
-            names.setdefault(sentence, []).append(run.name)
+            names.setdefault(sentence, []).append(name or run.name)
     every = len(paths)
     return [f"{'every run' if len(o) == every else ', '.join(o)}: {s}" for s, o in names.items()]
 
@@ -265,10 +266,12 @@ def record_notes(
 def full_comparison(
     run_dirs,  # as for `compare_runs`
     baseline=None,  # as for `compare_runs`
+    common: bool = False,  # as for `load_matched`
+    two_way: bool = False,  # as for `load_matched`
 ) -> tuple:  # rows per run; rows per config, none without repeated seeds; remarks
     "Everything that `nli_compare` and compare.ipynb show."
-    rows = compare_runs(run_dirs, baseline)
-    by = compare_configs(run_dirs, rows[0]["run"])
+    rows = compare_runs(run_dirs, baseline, common, two_way)
+    by = compare_configs(run_dirs, rows[0]["run"], common, two_way)
     sentences = [f"config {r['config']} against config {by[0]['config']}: {r['verdict']}" for r in by[1:]]
     repeated = len(by) > 1 and max(len(r["seeds"]) for r in by) > 1
     return rows, by if repeated else [], sentences + remarks(rows)
@@ -292,8 +295,23 @@ def _as_markdown(rows, by, sentences):
     return "\n\n".join(parts) + "\n"
 
 
+def _as_latex(rows, by, sentences):
+    "Tables with the rules of booktabs. Everything that LaTeX would take for a command is escaped."
+    import pandas as pd
+
+    wanted = ["run", "config", "seeds", "n", "accuracy [95 %]", "macro-F1", "MCC"]
+    wanted += ["difference [95 %, Holm]", "p (Holm)"]
+    parts = ["% needs \\usepackage{booktabs}"]
+    for head, cells in [config_table(by)] * bool(by) + [run_table(rows)]:
+        frame = pd.DataFrame(cells, columns=head, dtype=object)[[c for c in wanted if c in head]]
+        align = "".join("l" if c in ("run", "config") else "r" for c in frame)
+        parts.append(frame.to_latex(index=False, escape=True, column_format=align).strip())
+    parts += [f"% {' '.join(s.split())}" for s in sentences]
+    return "\n".join(parts) + "\n"
+
+
 def _save(path, rows, by, sentences):
-    "Write the comparison as Markdown, CSV or JSON, by the ending of `path`."
+    "Write the comparison as Markdown, LaTeX, CSV or JSON, by the ending of `path`."
     path = Path(path)
     if path.suffix == ".json":
         text = _as_json(rows, by, sentences) + "\n"
@@ -301,32 +319,64 @@ def _save(path, rows, by, sentences):
         text = _as_csv(rows)
     elif path.suffix == ".md":
         text = _as_markdown(rows, by, sentences)
+    elif path.suffix == ".tex":
+        text = _as_latex(rows, by, sentences)
     else:
-        raise RecordError(f"--out {path}: the ending says the format: .md, .csv or .json")
+        raise RecordError(f"--out {path}: the ending says the format: .md, .tex, .csv or .json")
     with atomic_writer(path) as f:
         f.write(text)
 
 # %% ../nbs/28_compare.ipynb #421a53d1
 def compare_selected(
-    runs: list,  # records' folders; the first is the baseline
+    runs: list,  # runs, RUN:before, RUN@EVALUATION, folders or files of predictions; the first is the baseline
     latest: list = (),  # the newest finished run of each config
     all: list = (),  # every finished run of each config: all its seeds
     baseline=None,  # compare with this one instead of the first
     runs_dir=None,  # where --latest and --all look (default: runs of this project)
+    common: bool = False,  # compare the items that all have, where some have others besides
+    two_way: bool = False,  # merge neutral and contradiction, so that three labels can meet two
 ) -> tuple:  # rows, one for each run; rows, one for each config; sentences below the tables
-    """Compare runs on the same items: scores with intervals, paired differences, and whether they can be told
-    from noise."""
+    """Compare runs, evaluations and files of predictions on the same items: scores with intervals, paired
+    differences, and whether they can be told from noise."""
     refs = list(runs)
     for config in latest:
         refs += newest(config, runs_dir)
     for config in all:
         refs += newest(config, runs_dir, every=True)
-    refs, repeats = distinct(refs)
+    refs, repeats = distinct(refs, common, two_way)
     left_out = [f"left out: {why}" for _, why in repeats]
     if left_out and len(refs) < 2:
         raise RecordError("fewer than two runs are left to compare\n" + "\n".join(f"  {o}" for o in left_out))
-    rows, configs, remarks = full_comparison(refs, baseline)
+    rows, configs, remarks = full_comparison(refs, baseline, common, two_way)
     return rows, configs, left_out + remarks + record_notes(refs)
+
+# %% ../nbs/28_compare.ipynb #bb11c2f7
+_FRAME_KEYS = "run config seed status n n_clusters accuracy macro_f1 mcc valid_rate tokens seconds".split()
+_PAIR_KEYS = "difference ci_level p p_holm p_mcnemar told detectable verdict".split()
+
+
+def compare_frame(
+    refs,  # as for `compare_runs`
+    baseline=None,  # as for `compare_runs`
+    common: bool = False,  # as for `load_matched`
+    two_way: bool = False,  # as for `load_matched`
+):  # DataFrame, one row an entry, the baseline first
+    """The table of `nli_compare` as numbers. What the baseline or an entry has no value for is missing.
+
+    `accuracy_low`, `accuracy_high`, `difference_low` and `difference_high` are the ends of the intervals."""
+    import pandas as pd
+
+    rows = []
+    for r in compare_runs(refs, baseline, common, two_way):
+        row = {k: r.get(k) for k in (*_FRAME_KEYS, *_PAIR_KEYS)}
+        for name, key in (("accuracy", "accuracy_ci"), ("difference", "ci")):
+            row[f"{name}_low"], row[f"{name}_high"] = r.get(key) or (None, None)
+        rows.append(row | dict(differs=", ".join(r.get("differs", []))))
+    frame = pd.DataFrame(rows)
+    words = {"run", "config", "status", "told", "verdict", "differs"}
+    numbers = [c for c in frame if c not in words]
+    frame[numbers] = frame[numbers].apply(pd.to_numeric)
+    return frame
 
 # %% ../nbs/28_compare.ipynb #a72dc038
 @command
@@ -336,7 +386,8 @@ def compare_cli(argv=None) -> int:
         prog="nli_compare",
         description=compare_selected.__doc__,
         epilog="example: nli_compare --all ablation1 ablation2 --out compare.md; RUN:before is the "
-        "untrained model of a run",
+        "untrained model of a run, RUN@NAME its evaluation on the file NAME, and answers.csv or samples_….jsonl "
+        "a file of predictions from elsewhere",
     )
     add_options(
         parser,
@@ -347,7 +398,9 @@ def compare_cli(argv=None) -> int:
         baseline=dict(metavar="RUN|CONFIG"),
     )
     parser.add_argument(
-        "--out", metavar="FILE", help="also write the table: .md, .csv or .json; not over an existing file"
+        "--out",
+        metavar="FILE",
+        help="also write the table: .md, .tex, .csv or .json; not over an existing file",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = vars(parser.parse_args(argv))

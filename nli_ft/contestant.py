@@ -7,6 +7,7 @@ __all__ = ['MODEL_OPTIONS', 'Contestant', 'contestant', 'adapter_folder', 'adapt
            'draw_shots', 'shot_turns', 'after_shots', 'evaluation_facts', 'evaluation_folder', 'evaluate_model']
 
 # %% ../nbs/56_contestant.ipynb #0a2ba5d5
+import itertools
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from .process import ConfigError, DataError, RecordError, project_root
 from .config_loader import Config, load_config
-from .labels import BINARY, LABEL_SETS, LabelSet, words_contract
+from .labels import BINARY, LABEL_SETS, LabelSet, contracts_agree, words_contract
 from .duplicates import norm_text, pair_key
 from nli_ft.rows import (
     PROMPTS,
@@ -275,8 +276,8 @@ def _shots_of(who: Contestant, evaluated, contract) -> tuple:
         raise DataError(
             f"{who.shots_from}: none of its {len(rows):,} rows can be an example ({why}).{remedy}"
         )
-    examples, questions = (", ".join(sorted(_contract_counts(some))) for some in (rows, evaluated))
-    if examples and questions and examples != questions:
+    meanings = itertools.product(_contract_counts(rows), _contract_counts(evaluated))
+    for examples, questions in itertools.filterfalse(lambda pair: contracts_agree(*pair), meanings):
         raise DataError(
             f"{who.shots_from}: its labels have the contract {examples}, and those of the evaluated rows "
             f"{questions}. Give examples whose labels mean the same"

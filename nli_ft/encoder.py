@@ -9,17 +9,20 @@ __all__ = ['MINILM', 'encoder_source', 'encode_pairs', 'fit_encoder', 'classify'
 import argparse
 import json
 import math
+import random
 import sys
 import time
+from collections import Counter
+from datetime import datetime, timezone
 from pathlib import Path
 
 from .process import ConfigError, DataError, add_options, command
 from .files import atomic_writer, json_line
-from .labels import CONTRACTS
-from .rows import data_hash, read_rows, seal
+from .labels import CONTRACTS, LABEL_SETS, THREE_WAY, label_set_of, two_way
+from .rows import data_hash, in_label_set, read_rows, seal
 from .check import leakage, leakage_text, refuse_equal_files, refuse_leaked
-from .predictions import CARRIED
-from .records import TrainingStopped
+from .predictions import CARRIED, answer_keys
+from .records import TrainingStopped, _versions, _write_json
 from .report import report_text, save_report
 
 # %% ../nbs/55_encoder.ipynb #21931cf3
@@ -150,6 +153,7 @@ def _training_arguments(folder, epochs, learning_rate, batch_size, seed, warmup)
         weight_decay=0.01,
         seed=seed,
         save_strategy="no",
+        train_sampling_strategy="group_by_length",  # pairs of one batch have similar lengths: little padding
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
         logging_steps=50,
@@ -189,17 +193,20 @@ def classify(
 
 # %% ../nbs/55_encoder.ipynb #0741f5a4
 def _prediction(row, probabilities, labels) -> dict:
-    best = max(range(len(labels)), key=probabilities.__getitem__)
+    own = label_set_of(labels)
+    best = labels[max(range(len(labels)), key=probabilities.__getitem__)]
+    shares = dict(zip(labels, probabilities))
     return dict(
         id=row["id"],
         premise=row["premise"],
         hypothesis=row["hypothesis"],
         label=row.get("label"),
-        predicted_label=labels[best],
         outcome="forced",  # a classifier has to choose
         thought_process=None,
-        p_entail=probabilities[labels.index(1)],
+        p_entail=shares[own.entailment],
         mode="encoder",
+        **answer_keys(row.get("label"), best, own),
+        **(dict(probabilities=shares) if own is THREE_WAY else {}),
         **{k: row[k] for k in CARRIED if row.get(k) is not None},
     )
 
@@ -207,10 +214,12 @@ def _prediction(row, probabilities, labels) -> dict:
 def encoder_baseline(
     train,  # labelled pairs to learn from
     data,  # labelled pairs to score, never trained on
-    out,  # a new folder for predictions.jsonl, report.json, plots and the model
+    out,  # a new folder for predictions.jsonl, report.json, evaluation.json, plots and the model
     encoder: str = MINILM,  # minilm-l6, a hub id, or a folder written as ./folder or /folder
+    label_set: str = "binary",  # binary: entailment or not; three_way: entailment, neutral or contradiction
     contract: str | None = None,  # what the labels mean, for rows that do not say
     max_bad: float = 0.0,  # share of unusable rows to tolerate in a file
+    max_train_samples: int | None = None,  # learn from N rows, drawn with the seed
     epochs: float = 3.0,  # passes over the training rows
     learning_rate: float = 5e-5,  # peak step size
     batch_size: int = 32,  # pairs a step
@@ -224,18 +233,23 @@ def encoder_baseline(
     how = dict(
         epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, max_length=max_length, seed=seed
     )
-    _refuse_settings(**how)
-    source = encoder_source(encoder)
+    _refuse_settings(**how, max_train_samples=max_train_samples)
+    if label_set not in LABEL_SETS:
+        raise ConfigError(f"--label_set {label_set}: expected {' or '.join(LABEL_SETS)}")
+    source, labels = encoder_source(encoder), LABEL_SETS[label_set]
     refuse_equal_files(train, data)
-    learnt, judged = (_labelled_pairs(path, contract, max_bad) for path in (train, data))
+    learnt, judged = (_labelled_pairs(path, contract, max_bad, labels) for path in (train, data))
     files = dict(train=_data_facts(train, learnt), data=_data_facts(data, judged))
-    labels = _label_set(learnt, train)
+    learnt = _sample(_in_set(learnt, labels, train), max_train_samples, seed)
+    judged = _gold(judged, labels, data)
+    _refuse_missing_label(learnt, labels, train)
     shared = leakage(learnt, judged)
     refuse_leaked(shared, train, data)
-    model, tok, facts = fit_encoder(learnt, source, labels, out / "model", **how)
-    predictions, facts["rows_cut_judged"] = classify(model, tok, judged, labels, max_length)
+    model, tok, facts = fit_encoder(learnt, source, labels.labels, out / "model", **how)
+    predictions, facts["rows_cut_judged"] = classify(model, tok, judged, labels.labels, max_length)
     with atomic_writer(out / "predictions.jsonl") as f:
         f.writelines(map(json_line, predictions))
+    _write_json(out / "evaluation.json", _evaluation_of(out, encoder, labels, how, files, learnt, judged))
     extra = dict(mode="encoder", encoder=encoder, settings=how, training=facts, files=files, leakage=shared)
     beside = [f"WARNING: {sentence}" for sentence in leakage_text(shared)]
     for key, what in dict(rows_cut="training", rows_cut_judged="evaluation").items():
@@ -246,19 +260,22 @@ def encoder_baseline(
     return save_report(out, predictions, extra, train=learnt), beside
 
 # %% ../nbs/55_encoder.ipynb #6cbd6001
-def _refuse_settings(epochs, learning_rate, batch_size, max_length, seed):
+def _refuse_settings(epochs, learning_rate, batch_size, max_length, seed, max_train_samples):
     "Refuse what would end in a crash, or in a model that has learnt nothing."
     for name, value in dict(epochs=epochs, learning_rate=learning_rate).items():
         if not 0 < value < math.inf:
             raise ConfigError(f"--{name} {value}: expected a number above 0")
-    for name, (value, least) in dict(
-        batch_size=(batch_size, 1), max_length=(max_length, 8), seed=(seed, 0)
-    ).items():
+    whole = dict(batch_size=(batch_size, 1), max_length=(max_length, 8), seed=(seed, 0))
+    if max_train_samples is not None:
+        whole["max_train_samples"] = (max_train_samples, 2)
+    for name, (value, least) in whole.items():
         if value < least:
             raise ConfigError(f"--{name} {value}: expected a whole number, at least {least}")
 
 
-def _labelled_pairs(path, contract, max_bad) -> list:
+def _labelled_pairs(path, contract, max_bad, labels) -> list:
+    # three labels are the words themselves, and their two-way merger is this contract
+    contract = contract or ("entailment" if labels is THREE_WAY else None)
     rows = read_rows(path, max_bad=max_bad, contract=contract)
     if bare := [row["id"] for row in rows if row.get("label") is None]:
         raise DataError(
@@ -267,16 +284,66 @@ def _labelled_pairs(path, contract, max_bad) -> list:
     return rows
 
 
-def _label_set(rows, path) -> tuple:
-    "Both labels, where the training rows have both: a classifier learns nothing from one class."
-    found = sorted({row["label"] for row in rows})
-    if len(found) < 2:
-        raise DataError(f"{path}: every label is {found[0]}. Give training rows of both labels")
-    return tuple(found)
+def _in_set(rows, labels, path) -> list:
+    "Training rows in the label set. Only the pair counts, not the wording of an SFT row."
+    try:
+        return [in_label_set(_pair_of(row), labels) for row in rows]
+    except DataError as e:
+        raise DataError(f"{path}: {str(e).replace('label_set=', '--label_set ')}") from None
+
+
+def _gold(rows, labels, path) -> list:
+    "Rows to score in the label set. A file that knows only *non-entailment* keeps two-way gold."
+    if labels is THREE_WAY and any(row.get("relation") == "non-entailment" for row in rows):
+        return [_pair_of(row) | dict(label=two_way(row["label"])) for row in rows]
+    return _in_set(rows, labels, path)
+
+
+def _pair_of(row) -> dict:
+    return {k: v for k, v in row.items() if k not in ("prompt", "completion")}
+
+
+def _sample(rows, n, seed) -> list:
+    "`n` rows drawn with the seed, so that a file sorted by label gives all labels. None: every row."
+    if n is None or n >= len(rows):
+        return rows
+    return random.Random(seed).sample(rows, n)
+
+
+def _refuse_missing_label(rows, labels, path):
+    "A classifier learns nothing from one class, and never answers a label that it has not seen."
+    counts = Counter(row["label"] for row in rows)
+    if len(counts) == 1:
+        raise DataError(f"{path}: every label is {next(iter(counts))}. Give training rows of all labels")
+    if missing := [label for label in labels.labels if label not in counts]:
+        raise DataError(
+            f"{path}: no training row has the label {missing[0]}. Give rows of all labels, or choose --label_set binary"
+        )
 
 
 def _data_facts(path, rows) -> dict:
     return dict(name=Path(path).name, sha256=data_hash(path), rows=len(rows))
+
+
+def _evaluation_of(out, encoder, labels, how, files, learnt, judged) -> dict:
+    "evaluation.json, by which `nli_compare` knows what the encoder is."
+    data = files["data"]
+    return dict(
+        kind="evaluation",
+        name=out.resolve().name,
+        model=encoder,
+        adapter=None,
+        shots=0,
+        seed=how["seed"],
+        mode="encoder",
+        data=dict(path=data["name"], sha256=data["sha256"], rows=data["rows"]),
+        train=files["train"] | dict(rows=len(learnt)),
+        label_set=labels.name,
+        contracts=dict(Counter(row["contract"] for row in judged if row.get("contract"))),
+        settings={k: v for k, v in how.items() if k != "seed"},
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        packages=_versions(),
+    )
 
 # %% ../nbs/55_encoder.ipynb #556ee5df
 @command
@@ -294,7 +361,9 @@ def baseline_cli(argv=None) -> int:
         data=dict(metavar="FILE"),
         out=dict(metavar="DIR"),
         encoder=dict(metavar="E"),
+        label_set=dict(choices=tuple(LABEL_SETS)),
         contract=dict(choices=CONTRACTS),
+        max_train_samples=dict(metavar="N"),
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = vars(parser.parse_args(argv))
@@ -305,7 +374,11 @@ def baseline_cli(argv=None) -> int:
         return 0
     print(
         "\n\n".join(
-            [report_text(report), *beside, f"{options['out']}: predictions.jsonl, report.json, plots, model"]
+            [
+                report_text(report),
+                *beside,
+                f"{options['out']}: predictions.jsonl, report.json, evaluation.json, plots, model",
+            ]
         )
     )
     return 0

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from .process import ConfigError, can_be_written, project_root
+from .labels import BINARY, LABEL_SETS
 from .config_loader import Config, config_names, judged_files, load_config
 from .checkpoints import find_checkpoint
 from .corpus import outdated, write_corpus
@@ -24,13 +25,16 @@ def _on_cpu():
     return [n for n in config_names() if load_config(n, check=False).model_id in EMBEDDED]
 
 # %% ../nbs/32_ready.ipynb #d8dfd4f2
-def embedded_data() -> Path:  # data/embedded
+def embedded_data(
+    label_set: str = "binary",  # a name in `LABEL_SETS`
+) -> Path:  # data/embedded, or data/embedded_three_way
     "Folder of the synthetic corpus that the CPU configs train on. The first run that needs it makes it."
-    return project_root() / "data" / "embedded"
+    name = "embedded" if label_set == BINARY.name else f"embedded_{label_set}"
+    return project_root() / "data" / name
 
 # %% ../nbs/32_ready.ipynb #d40e948a
 def _missing_data(key, file, path):
-    if os.path.isfile(path) or path.parent == embedded_data():
+    if os.path.isfile(path) or path.parent in map(embedded_data, LABEL_SETS):
         return []
     return [
         f"{key} = {file}: no such file ({path}). `nli_data prepare --thoughts T "
@@ -212,34 +216,40 @@ def set_aside(
     )
     return there
 
-# %% ../nbs/32_ready.ipynb #bd27e99e
-def make_embedded_data(cfg: Config):
-    """Generate the synthetic corpus where the config needs it and this version's is absent.
-
-    Another version's corpus is set aside, never mixed in. Two processes may call this at once."""
-    d = embedded_data()
-    files = [cfg.path("train_data"), *(judged.path for judged in judged_files(cfg))]
-    if d not in [file.parent for file in files]:
-        return
-    if d.exists() and not outdated(d, "demo"):
+# %% ../nbs/32_ready.ipynb #2e7cd362
+def _make_demo(d: Path, label_set: str):
+    "Generate the demo corpus of a label set in its folder, unless it is there."
+    if d.exists() and not outdated(d, "demo", label_set=label_set):
         return
     if not can_be_written(d.parent):
+        option = "" if label_set == BINARY.name else f" --label_set {label_set}"
         raise ConfigError(
             f"{d} is generated on first use and cannot be written. Copy the project to a folder of "
             "your own, or write the rows elsewhere by "
-            "`nli_corpus --size demo --out FOLDER` and name them with --train_data and --eval_data"
+            f"`nli_corpus --size demo{option} --out FOLDER` and name them with --train_data and --eval_data"
         )
     from filelock import FileLock
 
     d.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(d.parent / ".embedded.lock"):
-        why = outdated(d, "demo") if d.exists() else None
+        why = outdated(d, "demo", label_set=label_set) if d.exists() else None
         if why:
             set_aside(d, why)
         if not d.exists():
-            tmp = d.with_name(f".embedded-{os.getpid()}")
-            write_corpus(tmp, size="demo")
+            tmp = d.with_name(f".{d.name}-{os.getpid()}")
+            write_corpus(tmp, size="demo", label_set=label_set)
             tmp.rename(d)
+
+# %% ../nbs/32_ready.ipynb #bd27e99e
+def make_embedded_data(cfg: Config):
+    """Generate the synthetic corpora that the config needs, where this version's are absent.
+
+    Another version's corpus is set aside, never mixed in. Two processes may call this at once."""
+    files = [cfg.path("train_data"), *(judged.path for judged in judged_files(cfg))]
+    for label_set in LABEL_SETS:
+        folder = embedded_data(label_set)
+        if folder in [file.parent for file in files]:
+            _make_demo(folder, label_set)
 
 # %% ../nbs/32_ready.ipynb #ec75425c
 _gpu = None  # the GPU of this process

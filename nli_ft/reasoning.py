@@ -10,8 +10,8 @@ import numpy as np
 
 from .process import DataError
 from .paired import decide, mcnemar, other_way, paired_test, share_right, verdict
-from .reading import concludes, words
-from .predictions import NO_ANSWER
+from .reading import agrees, words
+from .predictions import _labels_of
 from .labels import LABEL_SETS
 from .predict import forced_ids, score_labels
 from .evaluate import _labelled, class_scores, groups_of
@@ -27,11 +27,13 @@ def compare_answers(
     gold, answers = _labelled(preds)
     groups, results, tests = groups_of(preds), {}, []
     run = (gold == answers).astype(int)
-    of_run = dict(accuracy=float(run.mean()), **class_scores(gold, answers))
-    for name, labels in others.items():
-        theirs = np.array([NO_ANSWER if x is None else x for x, _ in zip(labels, gold, strict=True)])
+    labels = _labels_of(preds)
+    of_run = dict(accuracy=float(run.mean()), **class_scores(gold, answers, labels))
+    for name, answered in others.items():
+        rows = [dict(p, predicted_label=x) for p, x in zip(preds, answered, strict=True)]
+        theirs = _labelled(rows)[1]
         other = (theirs == gold).astype(int)
-        by_class = class_scores(gold, theirs)
+        by_class = class_scores(gold, theirs, labels)
         scores = share_right(other, groups) | {k: v for k, v in by_class.items() if k in ("macro_f1", "mcc")}
         tests.append(paired_test(other, run, groups))
         results[name] = dict(
@@ -80,17 +82,19 @@ def reasoning(
 ) -> dict:  # n (rows with a thought), mean_words, stated, agreement, grounded, grounded_right, grounded_wrong
     "How the thoughts relate to the answers. A value is None where there is nothing to average."
     has = [p for p in preds if p.get("thought_process")]
-    agrees = []
+    agreed = []
     for p in has:
-        conclusion = concludes(p["thought_process"])
-        if conclusion is not None and p["predicted_label"] is not None:
-            agrees.append(conclusion == p["predicted_label"])
+        # a three-way answer to a row with two-way gold: the thought argues for the word
+        answer = p["predicted_label"] if p.get("answered") is None else p["answered"]
+        agreement = None if answer is None else agrees(p["thought_process"], answer)
+        if agreement is not None:
+            agreed.append(agreement)
     shares = [(grounded_share(p), p["predicted_label"] == p["label"]) for p in has]
     return dict(
         n=len(has),
         mean_words=_mean([len(words(p["thought_process"])) for p in has]),
-        stated=len(agrees) / len(has) if has else None,
-        agreement=_mean(agrees),
+        stated=len(agreed) / len(has) if has else None,
+        agreement=_mean(agreed),
         grounded=_mean([share for share, _ in shares]),
         grounded_right=_mean([share for share, right in shares if right]),
         grounded_wrong=_mean([share for share, right in shares if not right]),

@@ -18,11 +18,13 @@ from pathlib import Path
 
 from .process import RecordError
 from .files import atomic_writer
+from .labels import BINARY, THREE_WAY, label_set_of, two_way
 from .paired import minimum_detectable_difference
-from .predictions import CARRIED, NO_ANSWER, check_predictions, predictions_seal
+from .predictions import CARRIED, _labels_of, check_predictions, predictions_seal
 from .reading import words
 from .baselines import baseline_labels
 from nli_ft.evaluate import (
+    _confidence,
     _labelled,
     _with_probability,
     accuracy,
@@ -31,6 +33,7 @@ from nli_ft.evaluate import (
     consistency,
     count_bins,
     groups_of,
+    merged_rows,
     reliability_bins,
     risk_coverage,
     score,
@@ -69,9 +72,10 @@ def plot_confusion(
     from sklearn.metrics import confusion_matrix
 
     y, a = _labelled(preds)
-    counts = confusion_matrix(y, a, labels=[0, 1, NO_ANSWER])[:2]
+    names = [str(label) for label in _labels_of(preds).labels]
+    counts = confusion_matrix(y, a, labels=range(len(names) + 1))[: len(names)]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    fig, ax = new_figure(4.6, 3.2)
+    fig, ax = new_figure(4.6, 3.2) if len(names) == 2 else new_figure(5.8, 3.8)
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (i, j), n in np.ndenumerate(counts):
         ax.text(
@@ -83,13 +87,13 @@ def plot_confusion(
             color="white" if shares[i, j] > 0.6 else "black",
         )
     ax.set(
-        xticks=range(3),
-        xticklabels=["0", "1", "no answer"],
-        yticks=range(2),
-        yticklabels=["0", "1"],
+        xticks=range(len(names) + 1),
+        xticklabels=[*names, "no answer"],
+        yticks=range(len(names)),
+        yticklabels=names,
         xlabel="answered",
         ylabel="gold",
-        title=f"Confusion, n = {len(y)} (1 = entailment)",
+        title=f"Confusion, n = {len(y)}" + (" (1 = entailment)" if len(names) == 2 else ""),
     )
     ax.spines[:].set_visible(False)
     return fig
@@ -358,24 +362,28 @@ def predictions_frame(
     """Prediction rows to filter and sort.
 
     - `id`, `premise`, `hypothesis`, `label` (gold), `p_entail`, `outcome`, `n_tokens`: as in `predictions.jsonl`
-    - `predicted_label`: 0 or 1, `<NA>` without an answer
+    - `predicted_label`: 0 or 1, or one of three words. `<NA>` without an answer
     - `right`: whether the answer is the gold label. A missing answer is wrong
     - `confidence`: probability of the label that was answered, NaN where there is none
     - `reasoning`: the thought. Without one: the outcome and the raw completion
+    - `p_entailment`, `p_neutral`, `p_contradiction`: of three-way rows only
     - those of `category`, `relation`, `group_id`, `source`, `heuristic`, `subcase` that some row has"""
     import pandas as pd
 
     frame = pd.DataFrame(
         [dict(p, reasoning=_reasoning(p)) for p in preds], columns=[*FRAME_COLUMNS, *CARRIED]
     )
-    frame["predicted_label"] = frame["predicted_label"].astype("Int64")
+    labels = _labels_of(preds)
+    frame["predicted_label"] = frame["predicted_label"].astype("Int64" if labels is BINARY else "string")
     frame["p_entail"] = frame["p_entail"].astype(float)
     frame["right"] = (frame["predicted_label"] == frame["label"]).fillna(False).astype(bool)
-    frame["confidence"] = np.nan
-    sure = frame["predicted_label"].notna() & frame["p_entail"].notna()
-    frame.loc[sure, "confidence"] = confidences(preds)[0]
+    frame["confidence"] = pd.Series([_confidence(p) for p in preds], dtype=float)
+    of_labels = [f"p_{label}" for label in labels.labels] if labels is THREE_WAY else []
+    for name, label in zip(of_labels, labels.labels):
+        shares = [(p.get("probabilities") or {}).get(label) for p in preds]
+        frame[name] = pd.Series(shares, dtype=float)
     extra = [c for c in CARRIED if frame[c].notna().any()]
-    return frame[[*FRAME_COLUMNS, *extra]]
+    return frame[[*FRAME_COLUMNS, *of_labels, *extra]]
 
 # %% ../nbs/24_report.ipynb #ed9c4887
 def side_by_side(
@@ -386,6 +394,11 @@ def side_by_side(
 
     Columns: `id`, `premise`, `hypothesis`, `label`. Then `predicted_label`, `right`, `confidence` and `reasoning`,
     each with the endings `_a` and `_b`. Raises `RecordError` where the items or their labels differ."""
+    if _labels_of(a) is not _labels_of(b):
+        raise RecordError(
+            f"one run has {_labels_of(a).name} labels, the other {_labels_of(b).name} ones: "
+            "merge the three-way rows first (merged_rows)"
+        )
     item = ["id", "premise", "hypothesis", "label"]
     answer = ["predicted_label", "right", "confidence", "reasoning"]
     one, other = predictions_frame(a)[item + answer], predictions_frame(b)[item + answer]
@@ -410,21 +423,32 @@ def _answers_of(untuned, preds, name):
     return [answers[p["id"]][0] for p in preds]
 
 
+def _shortcuts(train, preds):
+    "What the shortcut baselines answer. Those of three labels are merged where gold has two."
+    others = baseline_labels(train, preds)
+    if _labels_of(preds) is BINARY and label_set_of(r["label"] for r in train) is THREE_WAY:
+        return {name: list(map(two_way, labels)) for name, labels in others.items()}
+    return others
+
+
 def report(
     preds: list,  # prediction rows with gold labels
     train: list | None = None,  # the run's training rows, for the shortcut baselines
     before: list | None = None,  # predictions of the untuned model on the same rows
     forced: list | None = None,  # forced labels of the untuned model, scored after the text of `before`
-) -> dict:  # scores, calibration, slices, consistency, reasoning, baselines, resolvable
+) -> (
+    dict
+):  # scores, two_way (three labels only), calibration, slices, consistency, reasoning, baselines, resolvable
     "Everything that this package computes about one set of predictions, as plain numbers that JSON can hold."
     scores = score(preds)
-    others = {} if not train else baseline_labels(train, preds)
+    others = _shortcuts(train, preds) if train else {}
     for name, untuned in (("untuned", before), ("untuned, label forced", forced)):
         if untuned:
             others[name] = _answers_of(untuned, preds, name)
     acc = scores["accuracy"]
     return dict(
         scores=scores,
+        **(dict(two_way=score(merged_rows(preds))) if _labels_of(preds) is THREE_WAY else {}),
         calibration=calibration(preds),
         slices=slices(preds),
         consistency=consistency(preds),
@@ -443,8 +467,17 @@ def _interval_text(ci):
     return f"[{ci[0]:.3f}, {ci[1]:.3f}]"
 
 # %% ../nbs/24_report.ipynb #4a685df6
-def _defined(x):
-    return "undefined (one class)" if x is None else f"{x:.3f}"
+def _defined(x, missing="one class"):
+    return f"undefined ({missing})" if x is None else f"{x:.3f}"
+
+
+def _missing(scores):
+    "Why a score over all classes is undefined, in a few words."
+    counts = {name: c["n"] for name, c in scores["per_class"].items()}
+    absent = [name for name, n in counts.items() if not n]
+    if len(counts) == 2 or len(absent) == 2:
+        return "one class"
+    return f"no {' or '.join(absent)} in gold"
 
 # %% ../nbs/24_report.ipynb #d2c0c7c7
 def _baseline_lines(baselines):
@@ -479,6 +512,16 @@ def _answers_line(s, mode) -> str:
     )
 
 
+def _merged_lines(s) -> list:
+    "The two-way scores of three-way answers."
+    if s is None:
+        return []
+    return [
+        f"as two labels (neutral and contradiction merged after the answer): accuracy {s['accuracy']:.3f} "
+        f"{_interval_text(s['accuracy_ci'])}, macro-F1 {_defined(s['macro_f1'])}, MCC {_defined(s['mcc'])}"
+    ]
+
+
 def _thoughts_lines(t, mode) -> list:
     if mode == "encoder":
         return []
@@ -494,6 +537,7 @@ def report_text(
 ) -> str:  # a page of plain text
     "The report for a terminal or a notebook cell."
     s, c, t = r["scores"], r["calibration"], r["reasoning"]
+    why = _missing(s)
     distance = "more than can be measured"
     if r["resolvable"]:
         distance = f"{r['resolvable']:.3f} to be told apart (80 % power)"
@@ -501,14 +545,15 @@ def report_text(
         f"accuracy {s['accuracy']:.3f} {_interval_text(s['accuracy_ci'])}, n = {s['n']} in {s['n_clusters']} clusters "
         f"(95 % Wilson at n / {s['deff']:.2f}; no answer is wrong)",
         _answers_line(s, r.get("mode")),
-        f"macro-F1 {_defined(s['macro_f1'])}, balanced accuracy {_defined(s['balanced_accuracy'])}, "
-        f"MCC {_defined(s['mcc'])}; "
+        f"macro-F1 {_defined(s['macro_f1'], why)}, balanced accuracy {_defined(s['balanced_accuracy'], why)}, "
+        f"MCC {_defined(s['mcc'], why)}; "
         f"tokens per answer {_number_text(s['mean_tokens'], 1)}, seconds per item {_number_text(s['mean_seconds'])}",
         f"calibration over {c['n']}: ECE {_number_text(c['ece'])} (of a calibrated model with these "
         f"confidences {_number_text(c['ece_calibrated'])}, "
         f"up to {_number_text(c['ece_calibrated_95'])}), Brier {_number_text(c['brier'])}, NLL "
         f"{_number_text(c['nll'])}; "
         f"AURC {_number_text(c['aurc'])} (of a random ranking {_number_text(c['aurc_random'])})",
+        *_merged_lines(r.get("two_way")),
         *_thoughts_lines(t, r.get("mode")),
         f"at this n an equally good, independent rival would have to differ by {distance}",
     ]

@@ -14,6 +14,7 @@ from nli_ft.differences import (
     _same_run,
     _baseline_first,
     _is_before,
+    _is_run,
     _majority,
     _run_id,
     _scores,
@@ -74,7 +75,8 @@ def _twins(entries):
     why, adapters = {}, {}
     for e in entries:
         sha = None if _is_before(e) else e[0].summary.get("adapter_sha256")
-        if sha and (first := adapters.setdefault(sha, e)) is not e:
+        evaluation = e[2].partition("@")[2]
+        if sha and (first := adapters.setdefault((sha, evaluation), e)) is not e:
             why[id(e)] = f"{e[2]} has the adapter of {first[2]} (the same SHA-256)"
     for group in _configs([e for e in entries if id(e) not in why]):
         first = {}
@@ -146,13 +148,19 @@ def _config_row(es):
         return None if None in values else sum(values) / len(values)
 
     return dict(
-        config=es[0][0].config["name"] + ":before" * es[0][2].endswith(":before"),
+        config=es[0][0].config["name"] + _evaluated(es[0]) + ":before" * es[0][2].endswith(":before"),
         seeds=[e[0].seed for e in es],
         n=len(es[0][1]),
         n_clusters=scores[0]["n_clusters"],
         macro_f1=mean("macro_f1"),
         mcc=mean("mcc"),
     )
+
+
+def _evaluated(entry):
+    "What a config's name gets for another evaluation than the run's own: `@` and its name."
+    _, at, evaluation = entry[2].partition("@")
+    return at + evaluation.removesuffix(":before")
 
 # %% ../nbs/27_seeds.ipynb #3ccbb088
 def _config_verdict(row, base):
@@ -185,6 +193,9 @@ def _no_config_verdict(few):
 def _more_seeds(es):
     "The command that gives a config with one seed three of them."
     run = es[0][0]
+    if not _is_run(es[0]):
+        command = "nli_baseline" if run.kind == "encoder" else "nli_evaluate"
+        return f"{command} --seed N with the same other options"
     # a record knows its config by name only, and what was typed names the file
     words = shlex.split(run.config.get("provenance") or "")
     if words[:1] not in (["nli_run"], ["nli_train"]):
@@ -194,20 +205,39 @@ def _more_seeds(es):
     new = [s for s in range(1, 6) if s not in used][: 3 - len(used)]
     return shlex.join([*words, "--seeds", ",".join(map(str, new))])
 
+# %% ../nbs/27_seeds.ipynb #32018c18
+def _has_config(entry):
+    return _is_run(entry) or entry[0].kind in ("evaluation", "encoder")
+
+
+def _is_seedless(entry):
+    "Is an entry a model that no seed changes?"
+    if _is_run(entry):
+        return _is_before(entry)
+    asked_once = not any(str(p.get("mode")).startswith("vote") for p in entry[1])
+    return entry[0].kind == "evaluation" and not entry[0].facts.get("shots") and asked_once
+
 # %% ../nbs/27_seeds.ipynb #3f9fe220
 def compare_configs(
     run_dirs,  # run folders of several seeds of several configs
     baseline=None,  # config name; None: that of the first run
+    common: bool = False,  # as for `load_matched`
+    two_way: bool = False,  # as for `load_matched`
 ) -> list[
     dict
 ]:  # a row a config: seeds, accuracy, sd, accuracy_ci, difference, ci, p, p_holm, told, verdict, differs
-    "Compare configs over their seeds. Runs belong to one config when nothing but the seed tells them apart."
+    """Compare configs over their seeds. Runs belong to one config when nothing but the seed tells them apart.
+
+    Files of predictions have no config, so they are left out. There is no row where the baseline has none."""
     from nli_ft.evaluate import groups_of
     from nli_ft.paired import other_way, seed_share
 
-    groups = _repetitions(_baseline_first(load_compared(run_dirs), baseline))
+    entries = _baseline_first(load_compared(run_dirs, common, two_way), baseline)
+    if not _has_config(entries[0]):
+        return []
+    groups = _repetitions([e for e in entries if _has_config(e)])
     first, clusters = groups[0], groups_of(groups[0][0][1])
-    untrained = [i for i, es in enumerate(groups) if _is_before(es[0])]
+    untrained = [i for i, es in enumerate(groups) if _is_seedless(es[0])]
     right, rows = [], []
     for i, es in enumerate(groups):
         right.append([hits(preds) for _, preds, _ in es])

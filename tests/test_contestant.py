@@ -16,6 +16,7 @@ from nli_ft.contestant import contestant, evaluate_model, shot_turns, usable_sho
 from nli_ft.duplicates import norm_text
 from nli_ft.files import write_jsonl
 from nli_ft.generate import shared_start
+from nli_ft.labels import THREE_WAY
 from nli_ft.predictions import prompt_hash, read_predictions
 from nli_ft.process import ConfigError, DataError, NliError, RecordError
 from nli_ft.prompt import encode_prompt, mistral_reference, mistral_v3_tokenizer
@@ -303,6 +304,20 @@ def test_a_thought_that_led_to_a_wrong_label_is_no_example():
     usable, left_out = usable_shots(rows, ROWS[:8], "cot")
     assert all(r["correct"] for r in usable) and left_out["the thought led to a wrong label"] > 5
     assert len(usable_shots(rows, ROWS[:8], "label_only")[0]) > len(usable)
+
+
+def test_three_labels_are_shown_as_words_and_rows_without_a_relation_are_refused(desk, models):
+    words = ("contradiction", "entailment", "neutral", "entailment")
+    rows = [{k: r[k] for k in ("id", "premise", "hypothesis")} | dict(label=words[r["id"] % 4]) for r in ROWS]
+    write_jsonl("words.jsonl", rows[8:])
+    who = asked_of(models["mistral"], shots=3, shots_from="words.jsonl", label_set="three_way")
+    shots, _, _ = nli_ft.contestant._shots_of(who, rows[:8], None)
+    assert {s["label"] for s in shots} == {*words}
+    turns = shot_turns(shots, "brief", "label_only", THREE_WAY)
+    assert [t["content"] for t in turns[1::2]] == [f'{{"predicted_label": "{s["label"]}"}}' for s in shots]
+    bare = asked_of(models["mistral"], shots=3, shots_from="train.jsonl", label_set="three_way")
+    with pytest.raises(DataError, match="train.jsonl: row 8 has label 0 and no relation"):
+        nli_ft.contestant._shots_of(bare, ROWS[:8], None)
 
 
 # -- the command

@@ -135,6 +135,9 @@ NOT_RUN = {
         LONG + " (tests/test_encoder.py trains a tiny encoder)"
     ),
     "nli_evaluate --run $RUN --data data/hans.jsonl": WEIGHTS,
+    "nli_compare $RUN encoder/ answers.csv --out compare.tex": (
+        "needs an encoder's folder and a file (tests/test_compare_anything.py compares such)"
+    ),
     "nli_run --config ablation2 label_only --seeds 1,2,3": GPU,
     "nli_evaluate --run $RUN --engine vllm": (
         "needs a GPU and vLLM (tests/test_vllm.py runs it with a stand-in for the package)"
@@ -157,6 +160,7 @@ MADE = {  # files that documents name and that a clone does not have -> who make
     "models/": "a run",
     "evaluations/": "nli_evaluate",
     "evaluation.json": "nli_evaluate --model",
+    "adapter_config.json": "peft, beside an adapter",
     "MODEL_CARD.md": "train.ipynb, nli_runs --card",
     "predictions_before_forced.jsonl": "a run with eval_before",
     "manifest.json": "nli_corpus",

@@ -187,3 +187,74 @@ def test_encoders_of_other_families_are_trained_too(toy, files, tmp_path, family
 def test_minilm_trains_a_step_from_its_wheel(files, tmp_path):
     report, _ = encoder_baseline(*files, tmp_path / "out", epochs=0.5)
     assert report["encoder"] == MINILM and report["training"]["steps"] == 1
+
+
+# -- three labels
+
+
+def three_way_pairs(n, first=0):
+    "The same animal entails, another one contradicts, and a fish is neutral. Sorted by label, as some files are."
+    rows = []
+    for i, r in enumerate(pairs(n, first)):
+        relation = ("entailment", "neutral", "contradiction")[3 * i // n]
+        rows.append({k: r[k] for k in ("id", "premise", "hypothesis")} | dict(label=relation))
+    return rows
+
+
+@pytest.fixture
+def three_way_files(tmp_path):
+    train = write(tmp_path / "train3.jsonl", three_way_pairs(42))
+    return train, write(tmp_path / "dev3.jsonl", three_way_pairs(21, first=100))
+
+
+def test_three_labels_have_three_probabilities_and_a_record_that_nli_compare_takes(
+    toy, three_way_files, tmp_path, capsys
+):
+    from nli_ft.compare import compare_cli
+
+    for seed in (1, 2):
+        out = tmp_path / f"out{seed}"
+        argv = ["--train", three_way_files[0], "--data", three_way_files[1], "--out", out, "--encoder", toy]
+        argv += ["--epochs", 1, "--seed", seed, "--label_set", "three_way", "--max_train_samples", 30]
+        assert baseline_cli(list(map(str, argv))) == 0
+        rows = read_predictions(out / "predictions.jsonl")
+        for p in rows:
+            assert sum(p["probabilities"].values()) == pytest.approx(1)
+            assert p["predicted_label"] == max(p["probabilities"], key=p["probabilities"].get)
+            assert p["p_entail"] == p["probabilities"]["entailment"] and p["outcome"] == "forced"
+        config = json.loads((out / "model" / "config.json").read_text())
+        assert config["id2label"] == {"0": "entailment", "1": "neutral", "2": "contradiction"}
+        facts = json.loads((out / "evaluation.json").read_text())
+        assert (facts["kind"], facts["mode"], facts["label_set"]) == ("evaluation", "encoder", "three_way")
+        assert facts["train"]["rows"] == 30 and facts["data"]["rows"] == 21
+    capsys.readouterr()
+    assert compare_cli([str(tmp_path / "out1"), str(tmp_path / "out2")]) == 0
+    assert "out2" in capsys.readouterr().out
+
+
+def test_rows_that_cannot_teach_three_labels_are_refused(toy, files, three_way_files, tmp_path):
+    train, dev = three_way_files
+    two = write(tmp_path / "two.jsonl", [r for r in three_way_pairs(30) if r["label"] != "neutral"])
+    for file, words in [
+        (two, "no training row has the label neutral"),
+        (files[0], "row 'pair-0' has label 0 and no relation: --label_set three_way needs"),
+    ]:
+        with pytest.raises(DataError, match=words):
+            encoder_baseline(file, dev, tmp_path / "out", str(toy), label_set="three_way")
+    with pytest.raises(ConfigError, match="--label_set four: expected binary or three_way"):
+        encoder_baseline(train, dev, tmp_path / "out", str(toy), label_set="four")
+    with pytest.raises(ConfigError, match="--max_train_samples 1: expected a whole number, at least 2"):
+        encoder_baseline(train, dev, tmp_path / "out", str(toy), max_train_samples=1)
+    with pytest.raises(DataError, match="name a contract"):
+        encoder_baseline(train, dev, tmp_path / "out", str(toy))
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_way_gold_is_answered_with_three_labels_and_merged(toy, three_way_files, tmp_path):
+    words = {0: "non-entailment", 1: "entailment"}
+    hans = [dict(r, label=words[r["label"]], relation=words[r["label"]]) for r in pairs(20, first=200)]
+    data = write(tmp_path / "hans.jsonl", hans)
+    out = tmp_path / "out"
+    encoder_baseline(three_way_files[0], data, out, str(toy), label_set="three_way", contract=None, **FAST)
+    for p in read_predictions(out / "predictions.jsonl"):
+        assert p["label"] in (0, 1) and p["predicted_label"] == int(p["answered"] == "entailment")

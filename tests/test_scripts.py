@@ -269,6 +269,14 @@ def test_data_outside_the_project_is_mounted_read_only_and_only_once(place):
     assert option(argv, "--workdir") == str(place.away)  # where the relative path means the same
 
 
+def test_each_of_several_named_sets_is_mounted(place):
+    for name in ("dev", "hans", "test"):
+        (place.away / f"{name}.jsonl").write_text("{}\n")
+    sets = f"dev={place.away}/dev.jsonl,hans={place.away}/hans.jsonl"
+    argv = place.docker_run("--eval_data", sets, "--test_data", "test.jsonl", cwd=place.away)
+    assert more_mounts(argv) == [bind(place.away / f"{n}.jsonl", ro=True) for n in ("dev", "hans", "test")]
+
+
 def test_data_inside_the_project_needs_no_mount_unless_it_is_a_link_to_elsewhere(place):
     (place.root / "data/finetune").mkdir(parents=True)
     (place.root / "data/mine.jsonl").write_text("{}\n")

@@ -877,7 +877,13 @@ def test_a_run_reads_every_key(tmp_path, monkeypatch):
     seen = set()
     cfg = Watched(
         tiny(
-            tmp_path, max_steps=1, max_eval_samples=2, max_new_tokens=4, use_wandb=True, wandb_run_id="abc123"
+            tmp_path,
+            max_steps=1,
+            max_eval_samples=2,
+            max_new_tokens=4,
+            eval_metric="accuracy",
+            use_wandb=True,
+            wandb_run_id="abc123",
         ),
         seen,
     )
