@@ -606,9 +606,13 @@ GRID_OF |= dict.fromkeys(("connectives", "embedding", "counting", "antonyms"), "
 # %% ../nbs/45_quadruples.ipynb #7d62fc0a
 def _links(cells: tuple, place: tuple, known) -> list:  # of (relation, known place)
     "The cells that join a place of a grid to known places."
-    premise_of = {("h", h): [(r, ("p", p)) for r, p, j in cells if j == h] for _, _, h in cells}
-    hypothesis_of = {("p", p): [(r, ("h", h)) for r, i, h in cells if i == p] for _, p, _ in cells}
-    return [(r, other) for r, other in (premise_of | hypothesis_of)[place] if other in known]
+    out = []
+    for relation, p, h in cells:
+        ends = [("p", p), ("h", h)]
+        if place in ends:
+            ends.remove(place)
+            out += [(relation, end) for end in ends if end in known]
+    return out
 
 # %% ../nbs/45_quadruples.ipynb #1deacd09
 @lru_cache(None)
