@@ -811,8 +811,10 @@ def quad_rows(
 # %% ../nbs/45_quadruples.ipynb #4ef64c9f
 def in_threes(rows: list, rng: Random) -> list:  # the same rows
     "Rows in an order in which every three neighbours have three labels: the first 3, 6, 9, … rows are balanced."
-    columns = [[r for r in rows if r["label"] == label] for label in RELATIONS]
-    threes = zip(*(rng.sample(column, len(column)) for column in columns))
+    columns = {label: [] for label in RELATIONS}
+    for r in rows:
+        columns[r["label"]].append(r)
+    threes = zip(*(rng.sample(column, len(column)) for column in columns.values()))
     return [r for three in threes for r in rng.sample(three, 3)]
 
 # %% ../nbs/45_quadruples.ipynb #00faf610
