@@ -668,13 +668,10 @@ def _filled(
             s.text for (other, _), s in out.items() if other == side and (side, cells) != ("p", GRIDS["fan"])
         ]
         twin = out.get((side, i ^ 2)) if binds else None
-        good = [
-            s
-            for s in options
-            if s.text not in same_side
-            and all(s in other for other in others)
-            and (twin is None or bag(s) == bag(twin))
-        ]
+        common = set(options).intersection(*others)
+        good = [s for s in options if s in common and s.text not in same_side]
+        if twin is not None:
+            good = [s for s in good if bag(s) == bag(twin)]
         if not good:
             return None
         out[side, i] = rng.choice(good)
@@ -687,7 +684,9 @@ def grids(category: str, variant: str, rel: dict, thought: dict, rng: Random, tr
     starts = {}  # side -> the sentences that have partners in every relation
     for i, side in enumerate("ph"):
         sentences = dict.fromkeys(pair[i] for pair in thought)
-        starts[side] = [s for s in sentences if all(partners.get((r, s, side)) for r in RELATIONS)]
+        starts[side] = list(sentences)
+        for r in RELATIONS:
+            starts[side] = [s for s in starts[side] if partners.get((r, s, side))]
     if not (starts["p"] and starts["h"]):
         return
     binds, seen = CATEGORIES[category].binds and cells == GRIDS["pair of crosses"], set()
