@@ -606,12 +606,13 @@ GRID_OF |= dict.fromkeys(("connectives", "embedding", "counting", "antonyms"), "
 # %% ../nbs/45_quadruples.ipynb #7d62fc0a
 def _links(cells: tuple, place: tuple, known) -> list:  # of (relation, known place)
     "The cells that join a place of a grid to known places."
-    side, i = place
-    if side == "h":
-        others = [(r, ("p", p)) for r, p, h in cells if h == i]
-    else:
-        others = [(r, ("h", h)) for r, p, h in cells if p == i]
-    return [(r, other) for r, other in others if other in known]
+    out = []
+    for relation, p, h in cells:
+        ends = [("p", p), ("h", h)]
+        if place in ends:
+            ends.remove(place)
+            out += [(relation, end) for end in ends if end in known]
+    return out
 
 # %% ../nbs/45_quadruples.ipynb #1deacd09
 @lru_cache(None)
@@ -667,12 +668,10 @@ def _filled(
             s.text for (other, _), s in out.items() if other == side and (side, cells) != ("p", GRIDS["fan"])
         ]
         twin = out.get((side, i ^ 2)) if binds else None
-
-        def fits(s):
-            known_to_all = all(s in other for other in others)
-            return s.text not in same_side and known_to_all and (twin is None or bag(s) == bag(twin))
-
-        good = list(filter(fits, options))
+        common = set(options).intersection(*others)
+        good = [s for s in options if s in common and s.text not in same_side]
+        if twin is not None:
+            good = [s for s in good if bag(s) == bag(twin)]
         if not good:
             return None
         out[side, i] = rng.choice(good)
@@ -682,14 +681,12 @@ def _filled(
 def grids(category: str, variant: str, rel: dict, thought: dict, rng: Random, tries: int, most: int):
     "Yield groups of pairs that fill the grid of a category: `most` different ones at most."
     cells, partners = GRIDS[GRID_OF[category]], _partners(category, variant, rel, thought)
-
-    def has_partners(s, side):
-        return all(partners.get((r, s, side)) for r in RELATIONS)
-
     starts = {}  # side -> the sentences that have partners in every relation
     for i, side in enumerate("ph"):
         sentences = dict.fromkeys(pair[i] for pair in thought)
-        starts[side] = [s for s in sentences if has_partners(s, side)]
+        starts[side] = list(sentences)
+        for r in RELATIONS:
+            starts[side] = [s for s in starts[side] if partners.get((r, s, side))]
     if not (starts["p"] and starts["h"]):
         return
     binds, seen = CATEGORIES[category].binds and cells == GRIDS["pair of crosses"], set()
@@ -813,8 +810,10 @@ def quad_rows(
 # %% ../nbs/45_quadruples.ipynb #4ef64c9f
 def in_threes(rows: list, rng: Random) -> list:  # the same rows
     "Rows in an order in which every three neighbours have three labels: the first 3, 6, 9, … rows are balanced."
-    columns = [list(filter(lambda r, label=label: r["label"] == label, rows)) for label in RELATIONS]
-    threes = zip(*(rng.sample(column, len(column)) for column in columns))
+    columns = {label: [] for label in RELATIONS}
+    for r in rows:
+        columns[r["label"]].append(r)
+    threes = zip(*(rng.sample(column, len(column)) for column in columns.values()))
     return [r for three in threes for r in rng.sample(three, 3)]
 
 # %% ../nbs/45_quadruples.ipynb #00faf610
