@@ -51,8 +51,8 @@ setup(
     long_description_content_type="text/markdown",
     packages=find_packages(include=[s["lib_name"], s["lib_name"] + ".*"]),
     package_data={
-        s["lib_name"]: ["configs/*.py", "configs/accelerate/*.yaml"]
-    },  # configs are read as files, not imported
+        s["lib_name"]: ["configs/*.py", "configs/accelerate/*.yaml", "harness/*.yaml", "harness/*.yml"]
+    },  # read as files, not imported
     python_requires=">=" + s["min_python"],
     install_requires=pins,
     extras_require=extras,

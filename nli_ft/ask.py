@@ -350,12 +350,7 @@ def set_facts(
         counts = looks(facts["data"]["sha256"], Path(run).resolve().parents[1])
         mine = counts.pop(cfg.name, 0)
         facts |= dict(config=cfg.name, looks=mine, looks_of_others=sum(counts.values()))
-    warnings = list(warnings)
-    if file.role == "selected" and cfg.test_data is None:
-        warnings.append(
-            "The rows that selected are reported, and there is no test. test_data names rows for one."
-        )
-    return facts | dict(warnings=warnings)
+    return facts | dict(warnings=list(warnings))
 
 # %% ../nbs/30_ask.ipynb #23c05e53
 def _asked_set(cfg, data):
@@ -442,7 +437,7 @@ def evaluate_run(
     file, data = _asked_set(cfg, data)
     own, name = bool(file and file.role == "selected"), file and file.name
     rows = evaluation_rows(data, cfg, template, contract, layout)
-    if not (file or mix or untuned):  # a set of the run was accepted when it began, with a warning
+    if not (file or mix or untuned):
         refuse_other_contract(run, rows, data)
     out = evaluation_dir(run, data, own, mode, untuned, max_new_tokens, engine, name)
     # other rows or another mode are named before the model is loaded
@@ -541,7 +536,7 @@ def evaluate_cli(argv=None) -> int:
     options = vars(parser.parse_args(argv))
     as_json = options.pop("json")
     of_model = {name: options.pop(name) for name in MODEL_OPTIONS if name in options}
-    left = [] if of_model or options["run"] is None else _left_to_judge(options)
+    left = [] if options["run"] is None else _left_to_judge(options)
     for data in [options["data"], *left]:
         report, folder, beside = _evaluation(options | dict(data=data), of_model)
         if as_json:

@@ -606,9 +606,12 @@ GRID_OF |= dict.fromkeys(("connectives", "embedding", "counting", "antonyms"), "
 # %% ../nbs/45_quadruples.ipynb #7d62fc0a
 def _links(cells: tuple, place: tuple, known) -> list:  # of (relation, known place)
     "The cells that join a place of a grid to known places."
-    premise_of = {("h", h): [(r, ("p", p)) for r, p, j in cells if j == h] for _, _, h in cells}
-    hypothesis_of = {("p", p): [(r, ("h", h)) for r, i, h in cells if i == p] for _, p, _ in cells}
-    return [(r, other) for r, other in (premise_of | hypothesis_of)[place] if other in known]
+    side, i = place
+    if side == "h":
+        others = [(r, ("p", p)) for r, p, h in cells if h == i]
+    else:
+        others = [(r, ("h", h)) for r, p, h in cells if p == i]
+    return [(r, other) for r, other in others if other in known]
 
 # %% ../nbs/45_quadruples.ipynb #1deacd09
 @lru_cache(None)
@@ -664,13 +667,12 @@ def _filled(
             s.text for (other, _), s in out.items() if other == side and (side, cells) != ("p", GRIDS["fan"])
         ]
         twin = out.get((side, i ^ 2)) if binds else None
-        good = [
-            s
-            for s in options
-            if s.text not in same_side
-            and all(s in other for other in others)
-            and (twin is None or bag(s) == bag(twin))
-        ]
+
+        def fits(s):
+            known_to_all = all(s in other for other in others)
+            return s.text not in same_side and known_to_all and (twin is None or bag(s) == bag(twin))
+
+        good = list(filter(fits, options))
         if not good:
             return None
         out[side, i] = rng.choice(good)
@@ -680,10 +682,14 @@ def _filled(
 def grids(category: str, variant: str, rel: dict, thought: dict, rng: Random, tries: int, most: int):
     "Yield groups of pairs that fill the grid of a category: `most` different ones at most."
     cells, partners = GRIDS[GRID_OF[category]], _partners(category, variant, rel, thought)
+
+    def has_partners(s, side):
+        return all(partners.get((r, s, side)) for r in RELATIONS)
+
     starts = {}  # side -> the sentences that have partners in every relation
     for i, side in enumerate("ph"):
         sentences = dict.fromkeys(pair[i] for pair in thought)
-        starts[side] = [s for s in sentences if all(partners.get((r, s, side)) for r in RELATIONS)]
+        starts[side] = [s for s in sentences if has_partners(s, side)]
     if not (starts["p"] and starts["h"]):
         return
     binds, seen = CATEGORIES[category].binds and cells == GRIDS["pair of crosses"], set()
@@ -807,7 +813,7 @@ def quad_rows(
 # %% ../nbs/45_quadruples.ipynb #4ef64c9f
 def in_threes(rows: list, rng: Random) -> list:  # the same rows
     "Rows in an order in which every three neighbours have three labels: the first 3, 6, 9, … rows are balanced."
-    columns = [[r for r in rows if r["label"] == label] for label in RELATIONS]
+    columns = [list(filter(lambda r, label=label: r["label"] == label, rows)) for label in RELATIONS]
     threes = zip(*(rng.sample(column, len(column)) for column in columns))
     return [r for three in threes for r in rng.sample(three, 3)]
 

