@@ -14,10 +14,11 @@ import sys
 import time
 from collections import Counter
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
 
 from .process import ConfigError, DataError, add_options, command
-from .files import atomic_writer, json_line
+from .files import atomic_writer, json_line, records
 from .labels import CONTRACTS, LABEL_SETS, THREE_WAY, label_set_of, two_way
 from .rows import data_hash, in_label_set, read_rows, seal
 from .check import leakage, leakage_text, refuse_equal_files, refuse_leaked
@@ -195,7 +196,8 @@ def classify(
 def _prediction(row, probabilities, labels) -> dict:
     own = label_set_of(labels)
     best = labels[max(range(len(labels)), key=probabilities.__getitem__)]
-    shares = dict(zip(labels, probabilities))
+    total = math.fsum(probabilities) if own is THREE_WAY else 1  # single precision is off by a little
+    shares = {label: p / total for label, p in zip(labels, probabilities)}
     return dict(
         id=row["id"],
         premise=row["premise"],
@@ -274,14 +276,19 @@ def _refuse_settings(epochs, learning_rate, batch_size, max_length, seed, max_tr
 
 
 def _labelled_pairs(path, contract, max_bad, labels) -> list:
-    # three labels are the words themselves, and their two-way merger is this contract
-    contract = contract or ("entailment" if labels is THREE_WAY else None)
+    if contract is None and labels is THREE_WAY and not _says_contract(path):
+        contract = "entailment"  # three labels are the words themselves, and this is their two-way merger
     rows = read_rows(path, max_bad=max_bad, contract=contract)
     if bare := [row["id"] for row in rows if row.get("label") is None]:
         raise DataError(
             f"{path}: row {bare[0]!r} has no label ({len(bare)} such rows). Give every row a label"
         )
     return rows
+
+
+def _says_contract(path) -> bool:
+    "Do the first rows of a file name their label contract?"
+    return any(isinstance(rec, dict) and rec.get("contract") for _, rec in islice(records(path), 50))
 
 
 def _in_set(rows, labels, path) -> list:

@@ -163,7 +163,7 @@ def test_a_file_or_folder_that_is_not_there_or_is_no_evaluation_is_named(project
     with pytest.raises(RecordError, match="nothing.csv: no such file"):
         load_matched(["nothing.csv"])
     folder = evaluation(project / "odd", said(bool), kind="training")
-    with pytest.raises(RecordError, match="is no evaluation: its kind is 'training'"):
+    with pytest.raises(RecordError, match="is no evaluation: its kind is another"):
         load_matched([folder])
 
 
