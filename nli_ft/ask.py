@@ -193,6 +193,17 @@ def gold_in_label_set(
             row.pop(key, None)
     return [reworded(r, labels, template) if "prompt" in r else r for r in asked]
 
+# %% ../nbs/30_ask.ipynb #3c763e45
+def _contract_of_words(path, cfg):
+    """`words_contract`, but for a file whose rows all say that they are two-way (HANS).
+
+    A run for three labels implies the contract *entailment*, which such rows would contradict."""
+    implied = words_contract(cfg)
+    if cfg.contract or implied is None or not Path(path).is_file():
+        return implied
+    said = {r.get("contract") for _, r in records(path) if isinstance(r, dict)}
+    return "binary" if said == {"binary"} else implied
+
 # %% ../nbs/30_ask.ipynb #9525196a
 def without_prompt(row: dict) -> dict:
     "The row without its own wording, so that it can get another."
@@ -208,7 +219,7 @@ def evaluation_rows(
     | None = None,  # dataset, columns, words, names of `source_pairs`, for a file in its own columns
 ) -> list:  # SFT rows, `max_eval_samples` of them, evenly spaced
     "Rows to be scored. Raises `DataError` for unusable ones. A wording in the config replaces the rows' own."
-    contract, labels = contract or words_contract(cfg), LABEL_SETS[cfg.label_set]
+    contract, labels = contract or _contract_of_words(path, cfg), LABEL_SETS[cfg.label_set]
     if layout:
         rows = list(source_pairs(path, contract=contract, max_bad=cfg.max_bad_rows, **layout))
     else:
@@ -327,7 +338,7 @@ def judged_set(
     return JudgedSet(file, rows, leakage(in_labels_of(train, rows), rows), set_warnings(file, rows, others))
 
 # %% ../nbs/30_ask.ipynb #6270a9bc
-def _file_facts(file, n=None):
+def _set_file(file, n=None):
     facts = dict(name=file.name, path=file.file, sha256=data_hash(file.path) if file.path.is_file() else None)
     return facts if n is None else facts | dict(rows=n)
 
@@ -343,9 +354,9 @@ def set_facts(
     and says of a test how often it was looked at, this time included (`looks`)."""
     if file is None or not names_sets(cfg):
         return {}
-    facts = dict(role=file.role, data=_file_facts(file, n))
+    facts = dict(role=file.role, data=_set_file(file, n))
     if file.role != "selected":
-        facts["selected"] = _file_facts(judged_files(cfg)[0])
+        facts["selected"] = _set_file(judged_files(cfg)[0])
     if file.role == "test":
         counts = looks(facts["data"]["sha256"], Path(run).resolve().parents[1])
         mine = counts.pop(cfg.name, 0)

@@ -200,7 +200,7 @@ def _rounded(shares: dict) -> dict:  # category -> {reader: share}
     return rounded
 
 # %% ../nbs/46_corpus.ipynb #95dbd7bc
-def _file_facts(out: Path, counts: dict, table: dict) -> dict:  # file name -> facts for the manifest
+def _manifest_facts(out: Path, counts: dict, table: dict) -> dict:  # file name -> facts for the manifest
     "Rows, hash, purpose and shortcuts of every file."
     facts = {}
     for split, n in counts.items():
@@ -240,7 +240,7 @@ def write_corpus(
         size=size,
         seed=seed,
         template=template,
-        files=_file_facts(out, counts, table),
+        files=_manifest_facts(out, counts, table),
     )
     if label_set != BINARY.name:  # a manifest without the key is that of a binary corpus
         manifest["label_set"] = label_set

@@ -161,12 +161,16 @@ def _one_label_set(rows, path):
             f"{path}: non-entailment stands beside neutral or contradiction. Write labels of one set"
         )
     numbers = {"non-entailment": 0, "entailment": 1}
-    return [r | {k: numbers.get(r[k], r[k]) for k in ("label", "predicted_label")} for r in rows]
+    for r in rows:
+        for key in ("label", "predicted_label"):
+            r[key] = numbers.get(r[key], r[key])
+    return rows
 
 # %% ../nbs/26_differences.ipynb #ad9a7f42
 def _given_rows(path, recs):
     "Prediction rows of a table or JSON Lines file."
-    names = [k for k in dict.fromkeys(chain.from_iterable(r for _, r in recs)) if isinstance(k, str)]
+    keys = chain.from_iterable(r for _, r in recs)
+    names = [k for k in dict.fromkeys(keys) if isinstance(k, str)]
     columns, rows = _file_columns(path, names), []
     for n, (line, rec) in enumerate(recs):
         row = {k: rec.get(column) for k, column in columns.items()}
@@ -361,10 +365,11 @@ def _places_by_text(preds, name) -> dict:
     return places
 
 
-def _places(one, other) -> tuple:
+def _matched_places(one, other) -> tuple:
     "`({place of an item in one: its place in the other}, were they matched by text?)`."
     (_, a, name_a), (_, b, name_b) = one, other
-    ids_a, ids_b = ({str(p["id"]): i for i, p in enumerate(preds)} for preds in (a, b))
+    ids_a = {str(p["id"]): i for i, p in enumerate(a)}
+    ids_b = {str(p["id"]): i for i, p in enumerate(b)}
     by_id = {i: ids_b[key] for key, i in ids_a.items() if key in ids_b}
     if not all(p.get("premise") and p.get("hypothesis") for p in chain(a, b)):
         return by_id, False
@@ -387,8 +392,8 @@ def _set_names(preds) -> list:
 def _merged(entry):
     "An entry with its labels and answers as entailment (1) or not (0)."
     run, preds, name = entry
-    both = ("label", "predicted_label")
-    return run, [p | {k: two_way(p[k]) for k in both} for p in preds], name
+    labels = [dict(label=two_way(p["label"]), predicted_label=two_way(p["predicted_label"])) for p in preds]
+    return run, [p | own for p, own in zip(preds, labels)], name
 
 
 def _refuse_two_sets(entries):
@@ -432,7 +437,7 @@ def _refuse_two_meanings(one, other):
 def _paired_places(first, other, common) -> tuple:
     "`(places, sentences)`. Raises `RecordError` where an item is missing, unless the common items will do."
     (_, a, name_a), (_, b, name_b) = first, other
-    places, by_text = _places(first, other)
+    places, by_text = _matched_places(first, other)
     n, sentences = len(places), []
     if not n or (not common and not n == len(a) == len(b)):
         odd = sorted({str(p["id"]) for p in a} ^ {str(p["id"]) for p in b})
@@ -459,10 +464,11 @@ def _fill(entries, key):
         lacks = [at for at, p in enumerate(entry[1]) if p.get(key) is None]
         if _is_run(entry) or not lacks:
             continue
-        giver = next(
-            (e for e in entries if e is not entry and all(e[1][at].get(key) is not None for at in lacks)),
-            None,
-        )
+
+        def has_all(other):
+            return all(other[1][at].get(key) is not None for at in lacks)
+
+        giver = next((e for e in entries if e is not entry and has_all(e)), None)
         if giver:
             for at in lacks:
                 entry[1][at][key] = giver[1][at][key]
@@ -497,7 +503,7 @@ def _runs_agree(entries) -> bool:
             _same_task(first, other)
         except RecordError as why:
             try:
-                places, by_text = _places(first, other)
+                places, by_text = _matched_places(first, other)
             except RecordError:
                 raise why from None
             n = len(places)
@@ -526,7 +532,8 @@ def _matched(entries, common=False, merge=False) -> tuple:
         places, said = _paired_places(first, other, common)
         maps.append(places)
         sentences += said
-    kept = [i for i in range(len(first[1])) if all(i in places for places in maps)]
+    in_all = set(range(len(first[1]))).intersection(*maps)
+    kept = sorted(in_all)
     if not kept:
         raise RecordError("no item is in all entries: there is nothing to compare")
     if len(kept) < min(map(len, maps), default=0):

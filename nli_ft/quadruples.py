@@ -606,9 +606,13 @@ GRID_OF |= dict.fromkeys(("connectives", "embedding", "counting", "antonyms"), "
 # %% ../nbs/45_quadruples.ipynb #7d62fc0a
 def _links(cells: tuple, place: tuple, known) -> list:  # of (relation, known place)
     "The cells that join a place of a grid to known places."
-    premise_of = {("h", h): [(r, ("p", p)) for r, p, j in cells if j == h] for _, _, h in cells}
-    hypothesis_of = {("p", p): [(r, ("h", h)) for r, i, h in cells if i == p] for _, p, _ in cells}
-    return [(r, other) for r, other in (premise_of | hypothesis_of)[place] if other in known]
+    out = []
+    for relation, p, h in cells:
+        ends = [("p", p), ("h", h)]
+        if place in ends:
+            ends.remove(place)
+            out += [(relation, end) for end in ends if end in known]
+    return out
 
 # %% ../nbs/45_quadruples.ipynb #1deacd09
 @lru_cache(None)
@@ -664,13 +668,10 @@ def _filled(
             s.text for (other, _), s in out.items() if other == side and (side, cells) != ("p", GRIDS["fan"])
         ]
         twin = out.get((side, i ^ 2)) if binds else None
-        good = [
-            s
-            for s in options
-            if s.text not in same_side
-            and all(s in other for other in others)
-            and (twin is None or bag(s) == bag(twin))
-        ]
+        common = set(options).intersection(*others)
+        good = [s for s in options if s in common and s.text not in same_side]
+        if twin is not None:
+            good = [s for s in good if bag(s) == bag(twin)]
         if not good:
             return None
         out[side, i] = rng.choice(good)
@@ -683,7 +684,9 @@ def grids(category: str, variant: str, rel: dict, thought: dict, rng: Random, tr
     starts = {}  # side -> the sentences that have partners in every relation
     for i, side in enumerate("ph"):
         sentences = dict.fromkeys(pair[i] for pair in thought)
-        starts[side] = [s for s in sentences if all(partners.get((r, s, side)) for r in RELATIONS)]
+        starts[side] = list(sentences)
+        for r in RELATIONS:
+            starts[side] = [s for s in starts[side] if partners.get((r, s, side))]
     if not (starts["p"] and starts["h"]):
         return
     binds, seen = CATEGORIES[category].binds and cells == GRIDS["pair of crosses"], set()
@@ -807,8 +810,10 @@ def quad_rows(
 # %% ../nbs/45_quadruples.ipynb #4ef64c9f
 def in_threes(rows: list, rng: Random) -> list:  # the same rows
     "Rows in an order in which every three neighbours have three labels: the first 3, 6, 9, … rows are balanced."
-    columns = [[r for r in rows if r["label"] == label] for label in RELATIONS]
-    threes = zip(*(rng.sample(column, len(column)) for column in columns))
+    columns = {label: [] for label in RELATIONS}
+    for r in rows:
+        columns[r["label"]].append(r)
+    threes = zip(*(rng.sample(column, len(column)) for column in columns.values()))
     return [r for three in threes for r in rng.sample(three, 3)]
 
 # %% ../nbs/45_quadruples.ipynb #00faf610

@@ -6,7 +6,7 @@ import json
 import pytest
 from tiny_models import box_rows, save_model
 
-from nli_ft.ask import evaluate_cli, evaluate_run
+from nli_ft.ask import evaluate_cli, evaluate_run, evaluation_rows
 from nli_ft.config_loader import config_from_json, load_config, print_config
 from nli_ft.files import write_jsonl
 from nli_ft.process import ConfigError, DataError
@@ -199,3 +199,24 @@ def test_the_training_file_is_no_test(place, tmp_path):
     with pytest.raises(DataError, match="test_data .*copy.jsonl are files of the same bytes"):
         run_training(config(place, test_data=str(tmp_path / "copy.jsonl"), runs_dir=str(tmp_path / "runs")))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_three_way_run_takes_a_two_way_set_that_says_so_and_scores_it_two_way(tmp_path):
+    pair = dict(premise="A dog runs.", contract="binary", heuristic="subsequence")
+    rows = [
+        dict(
+            pair,
+            id=i,
+            hypothesis=f"It ran {i} miles.",
+            label=i % 2,
+            relation=("non-entailment", "entailment")[i % 2],
+        )
+        for i in range(4)
+    ]
+    write_jsonl(tmp_path / "hans.jsonl", rows)
+    three = load_config("minimal_test", dict(label_set="three_way"))
+    asked = evaluation_rows(tmp_path / "hans.jsonl", three, "brief")
+    assert [r["label"] for r in asked] == [0, 1, 0, 1] and "neutral" in str(asked[0]["prompt"])
+    write_jsonl(tmp_path / "mixed.jsonl", [rows[0], rows[1] | dict(contract="entailment")])
+    with pytest.raises(DataError, match="records the label contract 'binary'"):
+        evaluation_rows(tmp_path / "mixed.jsonl", three, "brief")
