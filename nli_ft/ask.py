@@ -193,6 +193,17 @@ def gold_in_label_set(
             row.pop(key, None)
     return [reworded(r, labels, template) if "prompt" in r else r for r in asked]
 
+# %% ../nbs/30_ask.ipynb #3c763e45
+def _contract_of_words(path, cfg):
+    """`words_contract`, but for a file whose rows all say that they are two-way (HANS).
+
+    A run for three labels implies the contract *entailment*, which such rows would contradict."""
+    implied = words_contract(cfg)
+    if cfg.contract or implied is None or not Path(path).is_file():
+        return implied
+    said = {r.get("contract") for _, r in records(path) if isinstance(r, dict)}
+    return "binary" if said == {"binary"} else implied
+
 # %% ../nbs/30_ask.ipynb #9525196a
 def without_prompt(row: dict) -> dict:
     "The row without its own wording, so that it can get another."
@@ -208,7 +219,7 @@ def evaluation_rows(
     | None = None,  # dataset, columns, words, names of `source_pairs`, for a file in its own columns
 ) -> list:  # SFT rows, `max_eval_samples` of them, evenly spaced
     "Rows to be scored. Raises `DataError` for unusable ones. A wording in the config replaces the rows' own."
-    contract, labels = contract or words_contract(cfg), LABEL_SETS[cfg.label_set]
+    contract, labels = contract or _contract_of_words(path, cfg), LABEL_SETS[cfg.label_set]
     if layout:
         rows = list(source_pairs(path, contract=contract, max_bad=cfg.max_bad_rows, **layout))
     else:
