@@ -32,7 +32,8 @@ def pairs(two_way=False):
             relation = "non-entailment"
         hypothesis = ENDINGS[RELATIONS[i // len(PLACES)]].format(place)
         pair = dict(premise=f"A person is in the {place} number {i}.", hypothesis=hypothesis)
-        rows.append(dict(id=f"p{i}", **pair, label=label, relation=relation, contract="entailment"))
+        contract = "binary" if two_way else "entailment"
+        rows.append(dict(id=f"p{i}", **pair, label=label, relation=relation, contract=contract))
     return rows
 
 
@@ -50,13 +51,14 @@ def training_file(path, label_set=BINARY):
 
 
 def config(tmp_path, **kw):
-    rows = tmp_path / "pairs.jsonl"
+    rows, train = tmp_path / "pairs.jsonl", tmp_path / "train.jsonl"
     if not rows.exists():
         write_jsonl(rows, pairs())
+        training_file(train)
     tiny = dict(
         model_id="tiny-mistral", device="cpu", compute_dtype="fp32", lora_dropout=0.0, max_steps=2,
         label_set="three_way", completion="label_only", max_new_tokens=8, eval_before=False, max_eval_samples=18,
-        train_data=training_file(tmp_path / "train.jsonl"), eval_data=str(rows),
+        train_data=str(train), eval_data=str(rows),
         output_dir=str(tmp_path / "models"), runs_dir=str(tmp_path / "runs"),
     )  # fmt: skip
     return load_config("minimal_test", tiny | kw)
