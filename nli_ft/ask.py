@@ -338,7 +338,7 @@ def judged_set(
     return JudgedSet(file, rows, leakage(in_labels_of(train, rows), rows), set_warnings(file, rows, others))
 
 # %% ../nbs/30_ask.ipynb #6270a9bc
-def _file_facts(file, n=None):
+def _set_file(file, n=None):
     facts = dict(name=file.name, path=file.file, sha256=data_hash(file.path) if file.path.is_file() else None)
     return facts if n is None else facts | dict(rows=n)
 
@@ -354,9 +354,9 @@ def set_facts(
     and says of a test how often it was looked at, this time included (`looks`)."""
     if file is None or not names_sets(cfg):
         return {}
-    facts = dict(role=file.role, data=_file_facts(file, n))
+    facts = dict(role=file.role, data=_set_file(file, n))
     if file.role != "selected":
-        facts["selected"] = _file_facts(judged_files(cfg)[0])
+        facts["selected"] = _set_file(judged_files(cfg)[0])
     if file.role == "test":
         counts = looks(facts["data"]["sha256"], Path(run).resolve().parents[1])
         mine = counts.pop(cfg.name, 0)
