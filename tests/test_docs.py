@@ -403,6 +403,14 @@ def parse_files(words):
             exists(value)
 
 
+def parse_lm_eval(words):
+    "The harness is not installed everywhere. Its folder of tasks is ours, and the tasks must be in it."
+    folder, tasks = (words[words.index(option) + 1] for option in ("--include_path", "--tasks"))
+    for task in tasks.split(","):
+        if not (ROOT / folder / f"{task}.yaml").is_file():
+            raise Refused(f"lm_eval: {folder} has no task {task}")
+
+
 def parse_sbatch(words):
     "The words before the script are options of sbatch, those behind it are arguments of nli_train."
     at = words.index("scripts/slurm.sh")
@@ -453,6 +461,8 @@ def parse(words):
         parse_sbatch(rest)
     elif name == "hf":
         parse_hf(rest)
+    elif name == "lm_eval":
+        parse_lm_eval(rest)
     elif name in ("jupyter", "wandb") or name.startswith("nbdev_"):
         parse_installed(name, rest)
     elif name == "export":
@@ -566,7 +576,9 @@ def test_every_command_of_the_documents_is_accepted_by_its_own_parser(command, o
 
 @pytest.mark.parametrize("doc", DOCS)
 def test_every_command_that_is_named_exists(doc):
-    assert {s for s in spans(text_of(doc)) if re.fullmatch(r"nli_\w+", s)} <= {*CLI, "nli_ft"}
+    tasks = {path.stem for path in (ROOT / "nli_ft/harness").glob("*.yaml")}
+    named = {s for s in spans(text_of(doc)) if re.fullmatch(r"nli_\w+", s)}
+    assert named <= {*CLI, "nli_ft", *tasks}
 
 
 def test_a_wrong_option_name_file_or_program_is_noticed(own_config):
