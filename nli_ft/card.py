@@ -11,7 +11,7 @@ import json
 
 from .labels import LABEL_SETS, THREE_WAY
 from .check import leakage_text
-from .evaluate import accuracy, merged_rows
+from .evaluate import accuracy, merged_rows, score
 from .report import _defined, _missing
 from nli_ft.records import (
     _PACKAGES,
@@ -86,10 +86,18 @@ def _score_rows(
 def _further_reports(
     run,  # from `read_run`
 ) -> dict:  # name -> report; {} for a run with a single evaluation file
-    "The reports of the sets that the run judged after training."
+    """The reports of the sets that the run judged after training. Scores are computed again from the answers.
+
+    Raises `RecordError` for answers that are missing or were changed."""
     names = [name for name, d in run.environment["data"].items() if d.get("role") in ("reported", "test")]
     reports = {name: _part_of(run.path / "evaluations" / name / "report.json") for name in names}
-    return {name: r for name, r in reports.items() if r and "scores" in r}
+    reports = {name: r for name, r in reports.items() if r and "scores" in r}
+    for (
+        name,
+        r,
+    ) in reports.items():  # a card shows what the answers are worth, and not what a file says of them
+        r["scores"] = score(run.predictions(f"evaluations/{name}/predictions.jsonl"))
+    return reports
 
 
 def _further_text(

@@ -15,10 +15,11 @@ from pathlib import Path
 from .process import DataError, RecordError
 from .config_loader import ModelKeys, one_factor
 from .files import PAIR_NAMES, records
-from .labels import LABEL_SETS, THREE_WAY, class_number, relation_name, two_way
+from .labels import BINARY, LABEL_SETS, THREE_WAY, class_number, relation_name, two_way
 from .rows import find_column
 from .duplicates import pair_key
-from .predictions import CARRIED, answer_keys, check_predictions, read_predictions
+from .generate import probability_keys, softmax
+from .predictions import CARRIED, answer_keys, check_predictions, read_predictions, surest_label
 from .records import Run, _read_json, code_changed, read_evaluation, read_run
 
 # %% ../nbs/26_differences.ipynb #77fa89e4
@@ -235,12 +236,18 @@ def _choice_labels(texts, path) -> list:
     )
 
 
-def _likeliest(rec, path, line):
-    "The number of the choice with the highest log-likelihood. The first of equal ones, as in the harness."
+def _likeliest(rec, path, line, own):
+    """The number of the choice with the highest log-likelihood. None where our own task gives no answer.
+
+    Of equal ones it is the first, as in the harness. Our `own` tasks decide as mode forced does."""
     try:
         values = [float(r[0]) for r in rec["filtered_resps"]]
     except (TypeError, ValueError, IndexError, KeyError):
         raise RecordError(f"{path}:{line}: filtered_resps are no log-likelihoods of choices") from None
+    if own:
+        labels = THREE_WAY if len(values) == len(THREE_WAY.labels) else BINARY
+        probabilities = softmax(values)
+        return probabilities and labels.index(surest_label(probability_keys(probabilities, labels)))
     return max(range(len(values)), key=values.__getitem__)
 
 # %% ../nbs/26_differences.ipynb #a397e706
@@ -265,8 +272,10 @@ def _harness_row(rec, labels, path, line):
         place = _target_place(rec.get("target"), texts)
         gold = None if place is None else labels[place]
     own = next(s for s in LABEL_SETS.values() if s.holds(labels[0]))
-    answer = answer_keys(gold, labels[_likeliest(rec, path, line)], own)
-    return dict(row, label=gold, outcome="forced", mode="likeliest choice", **answer)
+    place = _likeliest(rec, path, line, '"predicted_label"' in "".join(texts))
+    answer = answer_keys(gold, None if place is None else labels[place], own)
+    outcome = "empty" if place is None else "forced"
+    return dict(row, label=gold, outcome=outcome, mode="likeliest choice", **answer)
 
 
 def _harness_entry(path, recs):
@@ -594,7 +603,12 @@ def load_compared(
 
 # %% ../nbs/26_differences.ipynb #ef7b410d
 # Settings that an untrained model depends on.
-_UNTRAINED_KEYS = {f.name for f in fields(ModelKeys)} | {"prompt_template", "completion", "max_new_tokens"}
+_UNTRAINED_KEYS = {f.name for f in fields(ModelKeys)} | {
+    "prompt_template",
+    "completion",
+    "label_set",
+    "max_new_tokens",
+}
 # These are meant to change the number of steps.
 _SCHEDULE = (
     "max_steps num_epochs batch_size grad_accumulation_steps distributed_training num_processes".split()
@@ -787,7 +801,10 @@ def _knowledge(entry) -> dict:
         known = {k: run.facts[k] for k in _KNOWN if k in run.facts} | dict(kind=run.kind)
         if "adapter" in run.facts:
             known["adapter"] = str(run.facts.get("adapter_sha256") or run.facts["adapter"] or "none")[:12]
-        known["train_data"] = (run.facts.get("train") or {}).get("sha256")
+        train, shots_from = (run.facts.get(k) or {} for k in ("train", "shots_from"))
+        known |= dict(train_data=train.get("sha256"), train_rows=train.get("rows"))
+        known["shots_from"] = shots_from.get("sha256")
+        known["base weights"] = run.facts.get("base")
         settings = run.facts.get("settings") or {}
     known |= {k: v for k, v in settings.items() if k != "seed"}
     if _is_run(entry) or any(p.get("mode") for p in preds):
@@ -800,7 +817,8 @@ def _outsider_differs(one, other) -> list:
     "What differs between two entries of which one at least is no run."
     a, b = _knowledge(one), _knowledge(other)
     changed = [k for k in dict.fromkeys(["kind", *a, *b]) if k in a and k in b and a[k] != b[k]]
-    differences = [k if k == "train_data" else f"{k} {a[k]} → {b[k]}" for k in changed]
+    hashes = ("train_data", "shots_from", "base weights")
+    differences = [k if k in hashes else f"{k} {a[k]} → {b[k]}" for k in changed]
     packages = _package_entry(one[0], other[0], f"{a.get('engine')} {b.get('engine')}")
     if packages:
         differences.append(packages)

@@ -25,6 +25,7 @@ from .check import leakage, leakage_text, refuse_equal_files, refuse_leaked
 from .predictions import CARRIED, answer_keys
 from .records import TrainingStopped, _versions, _write_json
 from .report import report_text, save_report
+from .ask import knows_two_labels
 
 # %% ../nbs/55_encoder.ipynb #21931cf3
 MINILM = "minilm-l6"  # the encoder that needs no hub
@@ -301,7 +302,7 @@ def _in_set(rows, labels, path) -> list:
 
 def _gold(rows, labels, path) -> list:
     "Rows to score in the label set. A file that knows only *non-entailment* keeps two-way gold."
-    if labels is THREE_WAY and any(row.get("relation") == "non-entailment" for row in rows):
+    if labels is THREE_WAY and knows_two_labels(rows):
         return [_pair_of(row) | dict(label=two_way(row["label"])) for row in rows]
     return _in_set(rows, labels, path)
 

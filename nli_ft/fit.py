@@ -20,7 +20,7 @@ from array import array
 from pathlib import Path
 
 from .process import ConfigError, Interrupted, RecordError, project_root, signals_go_to, stop_signals
-from .config_loader import Config, result_values
+from .config_loader import KEYS, Config, result_values
 from .rows import damage, seal
 from .records import TrainingStopped, run_command
 from .checkpoints import _info, find_checkpoint, newest_checkpoint
@@ -85,7 +85,7 @@ def _flat_facts(facts, left_out):
 
 def _fact_line(name, then, now):
     def show(value):
-        return value[:12] + "…" if name.endswith("_rows") and value else json.dumps(value)
+        return value[:12] + "…" if isinstance(value, str) and name in _FACT_NAMES else json.dumps(value)
 
     return f"{_FACT_NAMES.get(name, name)}: {show(then)} in the checkpoint, {show(now)} now"
 
@@ -99,6 +99,9 @@ def changed_facts(then: dict, now: dict) -> list:  # one line each
     if bases[0] and bases[0] == bases[1]:
         left_out.append("model_revision")  # the same commit by another name is the same base
     then, now = _flat_facts(then, left_out), _flat_facts(now, left_out)
+    # a key at the value that all runs had before it is in no facts
+    formerly = {k: f.metadata["was"] for k, f in KEYS.items() if "was" in f.metadata and k in {*then, *now}}
+    then, now = formerly | then, formerly | now
     names = {**now, "sharding": now.get("sharding")}
     lines = [
         _fact_line(name, then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)

@@ -134,7 +134,8 @@ def score_labels(
 ) -> list:  # of each row the probabilities of its labels, which sum to 1; None where they are no numbers
     "The labels of each row against each other. One forward pass for each batch, with words one for each label."
     pad, scores = tok.pad_token_id or 0, [None] * len(asked)
-    start = start or shared_start(model, [ids for ids, _ in asked])
+    longest = max((len(y) for _, ys in asked for y in ys), default=1)
+    start = start or shared_start(model, [ids for ids, _ in asked], longest)
     digits = all(len(ys) == 2 and len(ys[0]) == len(ys[1]) == 1 for _, ys in asked)
     score_batch = _digit_batch if digits else _word_batch
     for batch in _batches(model, [len(ids) for ids, _ in asked], batch_size):

@@ -535,10 +535,13 @@ def unfold_pair(
     for key in (columns["pair"], columns.get("label")):
         if key is not None and key not in rec:
             raise ValueError(f"missing {key}")
-    found = _pair_lines.search(_said(rec[columns["pair"]], "user"))
-    if not found:
-        raise ValueError(f"{columns['pair']} has no lines 'Premise: …' and 'Hypothesis: …'")
-    new = rec | dict(premise=found[1], hypothesis=found[2].strip())
+    found = list(_pair_lines.finditer(_said(rec[columns["pair"]], "user")))
+    if len(found) != 1:
+        count = f"{len(found)} pairs of" if found else "no"
+        raise ValueError(
+            f"{columns['pair']} has {count} lines 'Premise: …' and 'Hypothesis: …', not one pair"
+        )
+    new = rec | dict(premise=found[0][1], hypothesis=found[0][2].strip())
     if columns.get("label") is None:
         return new
     answer = rec[columns["label"]]

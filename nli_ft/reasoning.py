@@ -119,8 +119,9 @@ def altered_thoughts(
 # %% ../nbs/23_reasoning.ipynb #a5e7939b
 def _surest(probabilities):
     "The most probable label of each row, as its place in the set. Of two equally probable labels it is 1."
-    last = probabilities.shape[1] - 1
-    return last - probabilities[:, ::-1].argmax(1) if last == 1 else probabilities.argmax(1)
+    if probabilities.shape[1] == 2:
+        return (probabilities[:, 1] >= 0.5).astype(int)
+    return probabilities.argmax(1)
 
 # %% ../nbs/23_reasoning.ipynb #250c1c3f
 def probe_thoughts(

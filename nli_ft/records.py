@@ -841,7 +841,9 @@ def looks(
     sha256: str,  # of a file of rows
     runs_dir,  # folder of all records
 ) -> dict:  # config -> number of times that a run of it judged this file
-    "Count in all records how often a file was judged. Folders without predictions do not count."
+    """Count in all records how often a file was judged, by runs and by evaluations of other models.
+
+    Folders without predictions do not count. An encoder's folder elsewhere is no record."""
     counts = Counter()
     for run in sorted(p for p in Path(runs_dir).glob("*/*") if p.is_dir()):
         named = _part_of(run / "environment.json", "data")
@@ -852,6 +854,10 @@ def looks(
         for folder, sha in folders.items():
             if sha and sha256.startswith(sha) and (folder / "predictions.jsonl").is_file():
                 counts[run.parent.name] += 1
+    for folder in Path(runs_dir, EVALUATIONS).glob("*/*"):
+        sha = (_part_of(folder / "evaluation.json", "data") or {}).get("sha256")
+        if sha == sha256 and (folder / "predictions.jsonl").is_file():
+            counts[f"{EVALUATIONS}/{folder.parent.name}"] += 1
     return dict(counts)
 
 # %% ../nbs/25_records.ipynb #d2d2d3ed

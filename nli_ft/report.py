@@ -579,13 +579,15 @@ def save_report(
     """Write the report and its plots beside the predictions.
 
     Both follow from the predictions alone, so an older report is replaced."""
+    from nli_ft.records import redact
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     contents = report(preds, **kwargs) | (extra or {})
     if (folder / "predictions.jsonl").is_file():
         contents["predictions"] = predictions_seal(folder / "predictions.jsonl")
     with atomic_writer(folder / "report.json", overwrite=True) as f:
-        f.write(json.dumps(contents, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        f.write(redact(json.dumps(contents, indent=1, ensure_ascii=False, allow_nan=False) + "\n"))
     for name, plot in PLOTS.items():
         plot(preds).savefig(folder / f"{name}.png", dpi=110)
     return contents

@@ -28,6 +28,7 @@ from nli_ft.labels import (
     THREE_WAY,
     LabelSet,
     check_contract,
+    contracts_agree,
     label_set_of,
     map_relation,
     read_label,
@@ -698,6 +699,17 @@ def reworded(
         )
     return row | dict(prompt=prompt_messages(row["premise"], row["hypothesis"], template, labels))
 
+# %% ../nbs/05_rows.ipynb #410942fb
+def _two_way_label(row):
+    "The two-way label of a three-way row: by its contract, and without one by `two_way`."
+    contract = row.get("contract") or "entailment"
+    if contracts_agree(contract, "entailment"):
+        return two_way(row["label"])
+    try:
+        return map_relation(row["label"], contract, row.get("dataset"))
+    except ValueError as e:
+        raise DataError(f"row {row['id']!r}: {e}") from None
+
 # %% ../nbs/05_rows.ipynb #92dcd408
 def in_label_set(
     row: dict,  # a pair or SFT row
@@ -709,7 +721,7 @@ def in_label_set(
     Raises `DataError` where a two-way row does not say its relation."""
     if labels.holds(row["label"]):
         return row
-    label = row.get("relation") if labels is THREE_WAY else two_way(row["label"])
+    label = row.get("relation") if labels is THREE_WAY else _two_way_label(row)
     if not labels.holds(label):
         relation = "no relation" if label is None else f"the relation {label!r}"
         raise DataError(

@@ -14,7 +14,7 @@ runnable = [root / "nbs" / n for n in ("train.ipynb", "compare.ipynb", "tour.ipy
 WITHOUT_PARAMETERS = {"tour.ipynb"}
 # the room that generates the embedded rows on first use, and the one behind `nli_evaluate --model`. Nothing else of
 # the core needs them
-ON_FIRST_USE = {("ready", "corpus"), ("ask", "contestant")}
+ON_FIRST_USE = {("ready", "corpus"), ("ask", "contestant"), ("report", "records")}
 order = {p.stem[3:]: int(p.stem[:2]) for p in numbered}
 
 
