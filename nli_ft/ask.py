@@ -29,6 +29,7 @@ from nli_ft.labels import (
     THREE_WAY,
     LabelSet,
     contracts_agree,
+    relation_name,
     two_way,
     words_contract,
 )
@@ -211,8 +212,11 @@ def _contract_of_words(path, cfg):
     implied = words_contract(cfg)
     if cfg.contract or implied is None or not Path(path).is_file():
         return implied
-    said = {r.get("contract") for _, r in records(path) if isinstance(r, dict)}
-    return "binary" if said == {"binary"} else implied
+    rows = [r for _, r in records(path) if isinstance(r, dict)]
+    said = {r.get("contract") for r in rows}
+    words = {relation_name(r.get("label")) for r in rows}
+    two_words = "non-entailment" in words and words <= {"entailment", "non-entailment"}
+    return "binary" if said == {"binary"} or (said == {None} and two_words) else implied
 
 # %% ../nbs/30_ask.ipynb #9525196a
 def without_prompt(row: dict) -> dict:
@@ -459,7 +463,8 @@ def evaluate_run(
     file, data = _asked_set(cfg, data)
     own, name = bool(file and file.role == "selected"), file and file.name
     rows = evaluation_rows(data, cfg, template, contract, layout)
-    if not (file or mix or untuned):
+    # a set of the run was accepted when it began, with a warning, under the contract that it had then
+    if not (mix or untuned) and (contract or not file):
         refuse_other_contract(run, rows, data)
     out = evaluation_dir(run, data, own, mode, untuned, max_new_tokens, engine, name)
     # other rows or another mode are named before the model is loaded

@@ -274,6 +274,8 @@ def full_comparison(
     by = compare_configs(run_dirs, rows[0]["run"], common, two_way)
     sentences = [f"config {r['config']} against config {by[0]['config']}: {r['verdict']}" for r in by[1:]]
     repeated = len(by) > 1 and max(len(r["seeds"]) for r in by) > 1
+    if two_way:
+        sentences.append("scored two-way: entailment is 1, and neutral and contradiction are 0 in every row")
     return rows, by if repeated else [], sentences + remarks(rows)
 
 # %% ../nbs/28_compare.ipynb #2cf5b825
@@ -385,9 +387,12 @@ def compare_cli(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="nli_compare",
         description=compare_selected.__doc__,
-        epilog="example: nli_compare --all ablation1 ablation2 --out compare.md; RUN:before is the "
-        "untrained model of a run, RUN@NAME its evaluation on the file NAME, and answers.csv or samples_….jsonl "
-        "a file of predictions from elsewhere",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""RUN:before is the untrained model of a run, RUN@NAME its evaluation on the file NAME.
+examples:
+  nli_compare --all ablation1 ablation2 --out compare.md
+  nli_compare RUN RUN@hans encoder/ answers.csv samples_nli_ft_snli_….jsonl --common --out compare.tex
+  nli_compare RUN answers_of_two_labels.csv --two_way""",
     )
     add_options(
         parser,
@@ -405,6 +410,8 @@ def compare_cli(argv=None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = vars(parser.parse_args(argv))
     out, as_json = options.pop("out"), options.pop("json")
+    if out and Path(out).exists():
+        raise RecordError(f"--out {out} exists already and is not overwritten. Name another file")
     rows, configs, remarks = compare_selected(**options)
     if out:
         _save(out, rows, configs, remarks)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .process import ConfigError, DataError, RecordError, project_root
 from .config_loader import Config, load_config
-from .labels import BINARY, LABEL_SETS, LabelSet, contracts_agree, words_contract
+from .labels import BINARY, LABEL_SETS, THREE_WAY, LabelSet, contracts_agree, words_contract
 from .duplicates import norm_text, pair_key
 from nli_ft.rows import (
     PROMPTS,
@@ -432,6 +432,13 @@ def evaluate_model(
     with _held(out):
         preds = _ask_model(cfg, adapter, rows, out, mode, progress)
         report = save_report(out, preds, dict(mode=mode, engine="transformers"))
+    if bare := [
+        r for r in everything if not (r.get("contract") or r.get("relation") or THREE_WAY.holds(r["label"]))
+    ]:
+        beside.append(
+            f"WARNING: nothing says what 0 and 1 mean in {len(bare):,} rows of {data}. 1 was taken as entailment "
+            "(--contract says it)"
+        )
     return report, out, [*beside, "no shortcut baselines: this model was trained on no rows of ours"]
 
 

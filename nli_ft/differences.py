@@ -431,6 +431,18 @@ def _meaning(entry):
     return {"entailment" if n == "binary" else n for n in names}
 
 
+def _refuse_bare_numbers(entries):
+    "Raise `RecordError` where words are merged and nothing says what the 0 and 1 of another entry mean."
+    words = any(THREE_WAY.name in _set_names(e[1]) for e in entries)
+    for entry in entries if words else ():
+        own_gold = any(p.get("label") is not None for p in entry[1])
+        if not (_is_run(entry) or own_gold or _meaning(entry)) and _set_names(entry[1]) == [BINARY.name]:
+            raise RecordError(
+                f"{entry[2]}: nothing says what its 0 and 1 mean, and it has no gold labels that would show it. "
+                "Write words (entailment, non-entailment), or add a column contract"
+            )
+
+
 def _refuse_two_meanings(one, other):
     "Raise `RecordError` where a 1 of one entry means something else than a 1 of the other."
     if (_is_run(one) and _is_run(other)) or _set_names(one[1]) == [THREE_WAY.name]:
@@ -529,6 +541,7 @@ def _matched(entries, common=False, merge=False) -> tuple:
 
     Raises `RecordError` where two did not answer the same items, or not with labels of one set and meaning."""
     if merge:
+        _refuse_bare_numbers(entries)
         entries = list(map(_merged, entries))
     _refuse_two_sets(entries)
     if not entries or (all(map(_is_run, entries)) and not (common or merge) and _runs_agree(entries)):

@@ -255,6 +255,13 @@ def encoder_baseline(
     _write_json(out / "evaluation.json", _evaluation_of(out, encoder, labels, how, files, learnt, judged))
     extra = dict(mode="encoder", encoder=encoder, settings=how, training=facts, files=files, leakage=shared)
     beside = [f"WARNING: {sentence}" for sentence in leakage_text(shared)]
+    bare = sum(
+        not (r.get("contract") or r.get("relation") or THREE_WAY.holds(r["label"])) for r in learnt + judged
+    )
+    if bare:
+        beside.append(
+            f"WARNING: nothing says what 0 and 1 mean in {bare:,} pairs. 1 was taken as entailment (--contract says it)"
+        )
     for key, what in dict(rows_cut="training", rows_cut_judged="evaluation").items():
         if facts[key]:
             beside.append(
@@ -360,7 +367,10 @@ def baseline_cli(argv=None) -> int:
     parser = argparse.ArgumentParser(
         "nli_baseline",
         description=encoder_baseline.__doc__,
-        epilog="example: nli_baseline --train data/embedded/train.jsonl --data data/embedded/dev.jsonl --out encoder/",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""examples:
+  nli_baseline --train data/embedded/train.jsonl --data data/embedded/dev.jsonl --out encoder/
+  nli_baseline --train train.jsonl --data dev.jsonl --label_set three_way --out encoder/""",
     )
     add_options(
         parser,
