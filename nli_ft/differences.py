@@ -445,8 +445,8 @@ def _refuse_bare_numbers(entries):
 
 def _refuse_two_meanings(one, other):
     "Raise `RecordError` where a 1 of one entry means something else than a 1 of the other."
-    if (_is_run(one) and _is_run(other)) or _set_names(one[1]) == [THREE_WAY.name]:
-        return  # the labels of two runs are compared item by item, and a difference of contracts is listed
+    if _set_names(one[1]) == [THREE_WAY.name]:
+        return  # words mean what they say
     a, b = _meaning(one), _meaning(other)
     if a and b and a != b:
         raise RecordError(
@@ -511,7 +511,6 @@ def _complete(entries, merge) -> list:
         _fill(entries, key)
     _refuse_two_sets(entries)
     for other in entries[1:]:
-        _refuse_two_meanings(entries[0], other)
         _same_task(entries[0], other, _is_run(entries[0]) and _is_run(other) and not merge)
     return sentences
 
@@ -544,6 +543,8 @@ def _matched(entries, common=False, merge=False) -> tuple:
         _refuse_bare_numbers(entries)
         entries = list(map(_merged, entries))
     _refuse_two_sets(entries)
+    for other in entries[1:]:
+        _refuse_two_meanings(entries[0], other)
     if not entries or (all(map(_is_run, entries)) and not (common or merge) and _runs_agree(entries)):
         order = {p["id"]: i for i, p in enumerate(entries[0][1])} if entries else {}
         return [(run, sorted(preds, key=lambda p: order[p["id"]]), name) for run, preds, name in entries], []

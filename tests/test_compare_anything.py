@@ -329,3 +329,18 @@ def test_encoders_of_several_seeds_are_repetitions_and_a_file_has_no_config(proj
     _, by_config, said_beside = rows_of(*runs, one, two, given)
     assert [(r["config"], r["seeds"]) for r in by_config] == [("minimal_test", [1, 2]), ("e", [1, 2])]
     assert not any(s.startswith("config given") for s in said_beside)
+
+
+def test_two_runs_under_contracts_that_disagree_are_refused(tmp_path):
+    example = ROOT / "runs/cpu_demo/20261126-095322-s42-e8b84932"
+    for name, contract in dict(one="entailment", two="course").items():
+        run = tmp_path / name / "20261126-095322-s42-e8b84932"
+        shutil.copytree(example, run)
+        env = json.loads((run / "environment.json").read_text())
+        env["data"]["eval"]["contracts"] = {contract: 120}
+        (run / "environment.json").write_text(json.dumps(env))
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | dict(run_id=f"run-{name}")))
+    runs = [tmp_path / name / "20261126-095322-s42-e8b84932" for name in ("one", "two")]
+    with pytest.raises(RecordError, match="have the contract course, and those of"):
+        load_matched(runs)
