@@ -332,15 +332,14 @@ def test_encoders_of_several_seeds_are_repetitions_and_a_file_has_no_config(proj
 
 
 def test_two_runs_under_contracts_that_disagree_are_refused(tmp_path):
-    example = ROOT / "runs/cpu_demo/20261126-095322-s42-e8b84932"
-    for name, contract in dict(one="entailment", two="course").items():
-        run = tmp_path / name / "20261126-095322-s42-e8b84932"
-        shutil.copytree(example, run)
-        env = json.loads((run / "environment.json").read_text())
+    example, runs = ROOT / "runs/cpu_demo/20261126-095322-s42-e8b84932", []
+    for name, contract in dict(a="entailment", b="course").items():
+        runs.append(tmp_path / f"20261126-095322-s42-{name * 8}")
+        shutil.copytree(example, runs[-1])
+        env = json.loads((runs[-1] / "environment.json").read_text())
         env["data"]["eval"]["contracts"] = {contract: 120}
-        (run / "environment.json").write_text(json.dumps(env))
-        summary = json.loads((run / "summary.json").read_text())
-        (run / "summary.json").write_text(json.dumps(summary | dict(run_id=f"run-{name}")))
-    runs = [tmp_path / name / "20261126-095322-s42-e8b84932" for name in ("one", "two")]
+        (runs[-1] / "environment.json").write_text(json.dumps(env))
+        summary = json.loads((runs[-1] / "summary.json").read_text())
+        (runs[-1] / "summary.json").write_text(json.dumps(summary | dict(run_id=f"run-{name}")))
     with pytest.raises(RecordError, match="have the contract course, and those of"):
         load_matched(runs)
