@@ -12,8 +12,11 @@ from nli_ft.labels import BINARY, RELATIONS, THREE_WAY
 from nli_ft.rows import in_label_set, sft_row, template_of
 from nli_ft.prompt import LABEL
 from nli_ft.preflight import prepare, preflight, preflight_text
-from nli_ft.ask import evaluate_run
-from nli_ft.records import read_run
+from nli_ft.predictions import check_predictions
+from nli_ft.public_sets import unfold_pair
+from nli_ft.fit import changed_facts
+from nli_ft.ask import evaluate_run, evaluation_rows
+from nli_ft.records import looks, read_run
 from nli_ft.train_sft import run_training
 
 PLACES = "garden harbour kitchen library market museum".split()
@@ -159,3 +162,46 @@ def test_three_way_votes_keep_their_shares(run):
     for line in open(folder / "predictions.jsonl"):
         p = json.loads(line)
         assert len(p["votes"]) == 2 and set(p["votes"]) <= {*RELATIONS, None}
+
+
+# -- what a reader of the whole change found
+
+
+def test_votes_of_another_label_set_are_refused():
+    row = dict(id=1, label=1, predicted_label=1, outcome="strict", mode="vote:2")
+    assert check_predictions([dict(row, votes=[1, None])])
+    for votes in (["entailment"], [5], [[1]], "1"):
+        with pytest.raises(RecordError, match="has votes"):
+            check_predictions([dict(row, votes=votes)])
+
+
+def test_a_two_way_file_is_recognised_by_all_its_rows_and_not_by_a_sample(tmp_path):
+    write_jsonl(tmp_path / "hans.jsonl", pairs(two_way=True))  # the entailed rows come first
+    for n in (3, 18):
+        cfg = config(tmp_path, max_eval_samples=n)
+        rows = evaluation_rows(tmp_path / "hans.jsonl", cfg, "brief")
+        assert {type(r["label"]) for r in rows} == {int} and len(rows) == n
+
+
+def test_a_resumed_run_is_told_of_a_young_key_that_went_back_to_its_default():
+    old, young = dict(config={}), dict(config=dict(eval_metric_rows=100, contract="course"))
+    assert changed_facts(old, old) == []
+    assert "eval_metric_rows: 200 in the checkpoint, 100 now" in changed_facts(old, young)
+    assert 'contract: "course" in the checkpoint, null now' in changed_facts(young, old)
+
+
+def test_a_text_with_several_pairs_is_no_pair():
+    columns = dict(pair="input", label="output")
+    text = "Premise: A dog runs.\nHypothesis: An animal runs."
+    assert unfold_pair(dict(input=text, output="entailment"), columns)["premise"] == "A dog runs."
+    with pytest.raises(ValueError, match="2 pairs of lines"):
+        unfold_pair(dict(input=f"{text}\n{text}", output="entailment"), columns)
+
+
+def test_evaluations_of_other_models_count_as_looks_at_a_file(tmp_path):
+    folder = tmp_path / "evaluations" / "theirs" / "20261126-095322-s42-aaaaaaaa"
+    folder.mkdir(parents=True)
+    (folder / "evaluation.json").write_text(json.dumps(dict(data=dict(sha256="ab" * 32))))
+    assert looks("ab" * 32, tmp_path) == {}
+    (folder / "predictions.jsonl").write_text("")
+    assert looks("ab" * 32, tmp_path) == {"evaluations/theirs": 1}
