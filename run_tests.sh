@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks everything from a fresh clone: notebooks and modules agree, the examples of every notebook run, pytest passes.
+# Checks everything from a fresh clone: notebooks and modules agree, the examples of every notebook run, the site has
+# no broken link, pytest passes.
 #
 #   ./run_tests.sh            all of it
 #   ./run_tests.sh --fast     without the end-to-end runs (pytest marker "slow")
@@ -39,6 +40,9 @@ echo "== notebooks: every example and test in them"
 # train.ipynb is a whole training run. The tests execute it by papermill, as a person does.
 # Two notebooks at a time, with one thread each: more would only slow each other down.
 OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --skip_file_glob train.ipynb
+
+echo "== site: every page is made, and every link leads somewhere"
+NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 
 echo "== pytest"
 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --durations=15 --durations-min=1 "${only[@]}"

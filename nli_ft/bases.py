@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'device', 'bf16_in_hardware', 'compute_dtype', 'autocast', 'attention', 'cache_dir', 'packaged_file',
-           'embedded_model', 'model_source', 'cached_commit', 'pinned', 'load_tokenizer', 'base_config', 'base_class',
-           'empty_model', 'model_folder', 'base_facts', 'base_changes', 'check_base', 'linear_layers']
+           'embedded_model', 'without_loading_bars', 'model_source', 'cached_commit', 'pinned', 'load_tokenizer',
+           'base_config', 'base_class', 'empty_model', 'model_folder', 'base_facts', 'base_changes', 'check_base',
+           'linear_layers']
 
 # %% ../nbs/14_bases.ipynb #8c8aaa9a
 import contextlib
@@ -75,7 +76,7 @@ def autocast(cfg):  # Config
 
 # %% ../nbs/14_bases.ipynb #37f0ed84
 def attention(
-    cfg,  # Config with `attn_implementation` and `use_packing`
+    cfg,  # Config with `attn_implementation`
     dev=None,  # torch.device, the config's by default
     family=None,  # class of the model, where it is known (see `base_class`)
 ) -> str:  # an `attn_implementation` of transformers
@@ -87,18 +88,12 @@ def attention(
             "attn_implementation=flash_attention_2 needs a CUDA device and the flash-attn package "
             "(`pip install flash-attn --no-build-isolation`). Install it, or set attn_implementation=auto"
         )
-    if cfg.use_packing and not flash:
-        raise ConfigError(
-            "use_packing needs FlashAttention 2: with any other attention packed rows would attend to each other. "
-            "Install flash-attn on a CUDA machine, or set use_packing=false (rows are grouped by length instead)"
-        )
     has = {"eager", "sdpa", "flash_attention_2"} if family is None else _attentions(family)
-    choice = "flash_attention_2" if cfg.use_packing else cfg.attn_implementation
+    choice = cfg.attn_implementation
     if choice not in {"auto", *has}:
-        key = "use_packing" if cfg.use_packing else "attn_implementation"
         raise ConfigError(
-            f"{key}={getattr(cfg, key)}: {family.__name__} has no {choice} attention in transformers. "
-            f"It has {', '.join(sorted(has))}. Set attn_implementation=auto and use_packing=false"
+            f"attn_implementation={choice}: {family.__name__} has no {choice} attention in transformers. "
+            f"It has {', '.join(sorted(has))}. Set attn_implementation=auto"
         )
     if choice != "auto":
         return choice
@@ -253,6 +248,25 @@ def _read_only_model(d):
         f"{d.parent} cannot be written and holds no whole {d.name}. Set NLI_FT_CACHE to a folder that you can write"
     )
 
+# %% ../nbs/14_bases.ipynb #5adbbf6e
+@contextlib.contextmanager
+def without_loading_bars():
+    """transformers draws no bar while it loads weights during the block. A bar of a download stays.
+
+    The line that says what is loaded stands above it already. A second bar for seconds of work hides it."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as bars
+
+    drawn, downloads_drawn = bars.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    bars.disable_progress_bar()  # turns off the hub's, too
+    if downloads_drawn:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if drawn:
+            bars.enable_progress_bar()
+
 # %% ../nbs/14_bases.ipynb #ed6e9d01
 def model_source(cfg) -> str:  # a folder or a hub id
     "Where `from_pretrained` finds the model of a config: a folder or a hub id."
@@ -300,10 +314,13 @@ def base_config(cfg):  # a transformers config
     "The base's own configuration. Raises `ConfigError` for one that transformers cannot read by itself."
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(
-            model_source(cfg), revision=cfg.model_revision, trust_remote_code=False
+    source = model_source(cfg)
+    if cfg.model_id.startswith((".", "/", "~")) and not os.path.isdir(source):
+        raise ConfigError(
+            f"model_id = {cfg.model_id}: no such folder ({source}). Put it back, or name another"
         )
+    try:
+        return AutoConfig.from_pretrained(source, revision=cfg.model_revision, trust_remote_code=False)
     except Exception as e:  # the hub has errors of its own, and so has each family for values that do not fit
         why = str(e).strip().splitlines()
         raise ConfigError(

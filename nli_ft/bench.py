@@ -8,7 +8,6 @@ __all__ = ['ANSWERERS', 'SAME_LABELS', 'EXPECTED', 'plain_answers', 'our_answers
            'growth_text', 'measure_training', 'measure_answers', 'measure_growth', 'bench_cli']
 
 # %% ../nbs/53_bench.ipynb #36074577
-import argparse
 import inspect
 import json
 import numpy as np
@@ -19,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from .process import ConfigError, add_subcommand, command, project_root
-from .config_loader import Config, print_config
+from .process import CommandParser, ConfigError, add_subcommand, command, project_root
+from .config_loader import Config, answer_style, config_names, print_config
 from .files import write_jsonl
 from .rows import read_rows
 from .prompt import Encoded, LABEL, PROMPT, THOUGHT, encode_prompt
@@ -98,7 +97,9 @@ def plain_answers(
         new = out[:, ids.shape[1] :]
         answers = [_until_end(r, tok) for r in new.tolist()]
         texts = tok.batch_decode(answers, skip_special_tokens=True)
-        labels += [parse_completion(t, cfg.completion, LABEL_SETS[cfg.label_set]).label for t in texts]
+        labels += [
+            parse_completion(t, answer_style(cfg.completion), LABEL_SETS[cfg.label_set]).label for t in texts
+        ]
         tokens += new.numel()
     return labels, tokens
 
@@ -135,7 +136,13 @@ def _answer(name, model, tok, rows, cfg, mode):
     if name.startswith("plain"):
         return plain_answers(model, tok, rows, cfg, name == "plain-to-limit")
     if name == "label-only":
-        return our_answers(model, tok, rows, cfg.replace(completion="label_only"), "forced")
+        return our_answers(
+            model,
+            tok,
+            rows,
+            cfg.replace(completion="label_only", thought_weight=1.0, label_task_weight=0.5),
+            "forced",
+        )
     return our_answers(model, tok, rows, cfg, mode)
 
 # %% ../nbs/53_bench.ipynb #6da3958b
@@ -500,7 +507,11 @@ def growth_text(
 # %% ../nbs/53_bench.ipynb #f3436b0c
 # how the options that all three have are typed
 _SHARED = dict(
-    config=dict(metavar="NAME|PATH"),
+    config=dict(
+        metavar="NAME|PATH",
+        help="adapter, optimizer and quantisation as in this config: "
+        f"{', '.join(config_names())}; or a file of your own [default, with the embedded model]",
+    ),
     model=dict(
         metavar="M",
         help="smollm2-135m, tiny-mistral, mistral-7b-shapes (random weights), a hub name or ./folder "
@@ -518,21 +529,22 @@ _SHARED = dict(
 
 
 def _bench_parser():
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="nli_bench",
         description="Measure this package beside the plain recipe.",
         epilog="examples:\n  nli_bench train --pairs 3\n  nli_bench train --model mistral-7b-shapes --device cuda "
         "--rows_per_step 32 --micro_batch 8 --data rows.jsonl\n"
         "  nli_bench train --variants plain,plain-micro-batches,ours-head-everywhere,ours --pairs "
-        "1\n  nli_bench generate --run runs/cpu_demo/RUN_ID\n  nli_bench growth --model tiny-mistral",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "1\n  nli_bench generate --run runs/cpu_demo/RUN_ID\n  nli_bench growth --model tiny-mistral\n"
+        "  nli_bench memory --rows 16 --length 245\n  nli_bench gpu\n"
+        "  nli_bench gpu --device cpu --tiny --out tiny_bench",
     )
-    subcommands = parser.add_subparsers(required=True, metavar="train|generate|growth")
+    subcommands = parser.add_subparsers(required=True, metavar="train|generate|growth|memory|gpu")
 
     def add(name, text, function, epilog, **changes):
         parameters = inspect.signature(function).parameters
         shared = {k: v for k, v in _SHARED.items() if k in parameters}
-        sub = add_subcommand(parser, subcommands, name, text, function, function, epilog, **shared, **changes)
+        sub = add_subcommand(parser, subcommands, name, text, function, function, epilog, **shared | changes)
         sub.add_argument(
             "--json", action="store_true", help="print everything measured as JSON, and no table"
         )
@@ -561,6 +573,25 @@ def _bench_parser():
     axes = dict.fromkeys(("length", "batch", "rank"), dict(metavar="A,B"))
     add(
         "growth", "fit how time and memory grow with rows, length, batch and rank", measure_growth, "", **axes
+    )
+    from nli_ft.bench_gpu import measure_gpu
+    from nli_ft.traced import measure_memory
+
+    add(
+        "memory",
+        "count the memory of a 7B step without a GPU, beside the estimate",
+        measure_memory,
+        "",
+        rows=dict(metavar="N"),
+        length=dict(metavar="N"),
+    )
+    add(
+        "gpu",
+        "does everything work on a new card, how fast, in how much memory? Nine minutes",
+        measure_gpu,
+        "exit code 1: an item died, or plain and ours had other losses",
+        device=dict(choices=("cuda", "cpu")),
+        out=dict(metavar="DIR"),
     )
     return parser
 

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from .process import ConfigError, NliError, project_root
+from .process import ConfigError, NliError, alive, project_root
 from .config_loader import Config, config_from_json, print_config
 from .records import text_table
 from .ready import check_ready, choose_gpu
@@ -104,7 +104,7 @@ def _plain_trainer(cfg, model, tok, encs, options, out, steps):
 # %% ../nbs/52_bench_train.ipynb #afa412fd
 def _our_trainer(cfg, model, tok, encs, options, out, steps):
     "The trainer of `train_sft.fit`. It saves nothing."
-    args = training_args(cfg.replace(max_steps=steps), out, False)
+    args = training_args(cfg.replace(max_steps=steps, max_loss_tokens=None), out, False)
     args.save_strategy, args.padding_free = "no", options["padding_free"]
     trainer = make_trainer_class()(
         model=model,
@@ -316,7 +316,8 @@ def run_child(
         order = dict(job=job, config=print_config(cfg), arguments=arguments)
         orders.write_text(json.dumps(order), encoding="utf-8")
         argv = child_command(job, arguments, orders, result)
-        with open(log, "w", encoding="utf-8") as f:
+        what = f"{job.replace('_', ' ')} {arguments.get('name', '')}".rstrip()
+        with open(log, "w", encoding="utf-8") as f, alive(what, lines=False):
             rc = subprocess.run(argv, cwd=project_root(), stdout=f, stderr=f).returncode
         if rc == 0:
             return json.loads(result.read_text(encoding="utf-8"))
@@ -348,6 +349,11 @@ def cause_of_death(
 def _plan(cfg):
     """What the table must know of rows, model and device. It also names everything that is missing, before
     anything is measured."""
+    if cfg.completion == "auxiliary" or cfg.thought_weight != 1:
+        raise ConfigError(
+            "the benchmark trains beside TRL's own trainer, which weighs no tokens. Choose a config with another "
+            "completion than auxiliary, and with thought_weight 1"
+        )
     check_ready(cfg := with_weights(cfg))
     import torch
     from nli_ft.bases import compute_dtype, device

@@ -7,7 +7,6 @@ __all__ = ['LIMITS_OF_SHORTCUTS', 'MODIFIER_KINDS', 'READERS', 'MEASURES', 'word
            'shortcuts', 'check_shortcuts', 'write_corpus', 'outdated', 'corpus_cli']
 
 # %% ../nbs/46_corpus.ipynb #b3f40be1
-import argparse
 import json
 import re
 from collections import Counter, defaultdict
@@ -15,7 +14,7 @@ from functools import lru_cache
 from itertools import permutations
 from pathlib import Path
 
-from .process import DataError, add_options, command
+from .process import CommandParser, DataError, add_options, alive, command
 from .files import atomic_writer, write_jsonl
 from .labels import BINARY, LABEL_SETS, label_set_of
 from .rows import PROMPTS, data_hash
@@ -158,16 +157,17 @@ def check_shortcuts(
     corpus: dict,  # split -> rows, as from `generate`
 ) -> dict:  # split -> what `shortcuts` finds
     """Raise DataError if a reader without understanding solves a category of any file but train. The error names
-    file, category, reader and share."""
+    file, category, reader and share. A tree may solve a file whose rows all have depth 1: it reads what is stated."""
     learnt = dict(boosted_tree=BoostedTree().fit(corpus["train"]), lookup=Lookup().fit(corpus["train"]))
     judging = {split: rows for split, rows in corpus.items() if split != "train"}
     table = {split: shortcuts(corpus["train"], rows, learnt) for split, rows in judging.items()}
     solved, limit = [], LIMITS_OF_SHORTCUTS[label_set_of(r["label"] for r in corpus["train"]).name]
     for split, categories in table.items():
+        is_reading = all(r.get("depth") == 1 for r in judging[split])
         for category, shares in categories.items():
             n = shares["n"]
             for name, share in shares.items():
-                if name == "n" or share <= limit:
+                if name == "n" or share <= limit or is_reading and name == "boosted_tree":
                     continue
                 if n >= 100 or wilson(round(share * n), n)[0] > limit:
                     solved.append(f"{split}, {category}: {name} is right on {share:.3f} of {n} rows")
@@ -200,7 +200,9 @@ def _rounded(shares: dict) -> dict:  # category -> {reader: share}
     return rounded
 
 # %% ../nbs/46_corpus.ipynb #95dbd7bc
-def _manifest_facts(out: Path, counts: dict, table: dict) -> dict:  # file name -> facts for the manifest
+def _manifest_facts(
+    out: Path, counts: dict, table: dict, measures: dict
+) -> dict:  # file name -> facts for the manifest
     "Rows, hash, purpose and shortcuts of every file."
     facts = {}
     for split, n in counts.items():
@@ -208,7 +210,7 @@ def _manifest_facts(out: Path, counts: dict, table: dict) -> dict:  # file name 
         facts[name] = dict(
             rows=n,
             sha256=data_hash(out / name),
-            measures=MEASURES[split],
+            measures=measures[split],
             shortcuts=_rounded(table.get(split, {})),
         )
     return facts
@@ -221,10 +223,18 @@ def write_corpus(
     overwrite: bool = False,  # replace files that are there
     template: str = "brief",  # wording of the prompt
     label_set: str = "binary",  # binary: labels 0 and 1. three_way: the words, a third of the rows each
+    depths: str = "",  # such as 1,2,3: comparisons only, whose answers need so many of their stated facts
 ) -> dict:  # split -> rows written
     """Write every split as `<split>.jsonl`, and `manifest.json`. Raises DataError, before anything is written, if a
-    file exists and `overwrite` is not set, or if a shortcut solves a category."""
-    out, corpus = Path(out), generate(size, seed, template, label_set)
+    file exists and `overwrite` is not set, or if a shortcut solves a category. Raises ConfigError for a size, a label
+    set or depths that there are not."""
+    from nli_ft.corpus_depths import DEPTH_GENERATOR, DEPTH_MEASURES, generate_depths, read_depths
+
+    if depths:
+        corpus = generate_depths(read_depths(depths), size, seed, template, label_set)
+    else:
+        corpus = generate(size, seed, template, label_set)
+    out = Path(out)
     names = [*(f"{split}.jsonl" for split in corpus), "manifest.json"]
     there = [name for name in names if (out / name).exists()]
     if there and not overwrite:
@@ -236,12 +246,14 @@ def write_corpus(
         counts[split] = write_jsonl(out / f"{split}.jsonl", rows, overwrite=overwrite)
     manifest = dict(
         what="synthetic NLI from a small set of templates",
-        generator=GENERATOR,
+        generator=DEPTH_GENERATOR if depths else GENERATOR,
         size=size,
         seed=seed,
         template=template,
-        files=_manifest_facts(out, counts, table),
+        files=_manifest_facts(out, counts, table, DEPTH_MEASURES if depths else MEASURES),
     )
+    if depths:
+        manifest["depths"] = list(read_depths(depths))
     if label_set != BINARY.name:  # a manifest without the key is that of a binary corpus
         manifest["label_set"] = label_set
     with atomic_writer(out / "manifest.json", overwrite=overwrite) as f:
@@ -264,6 +276,8 @@ def outdated(
         return "its manifest.json is no JSON"
     manifest.setdefault("label_set", BINARY.name)
     want = dict(generator=GENERATOR, size=size, seed=seed, label_set=label_set)
+    if "depths" in manifest:
+        return "it is a corpus of depths"
     for key, value in want.items():
         if manifest.get(key) != value:
             return f"its {key} is {manifest.get(key)!r}, not {value!r}"
@@ -277,7 +291,7 @@ def outdated(
 @command
 def corpus_cli(argv=None) -> int:  # exit code
     "The command `nli_corpus`."
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "nli_corpus",
         description="Write the synthetic NLI corpus: crossed quadruples with machine-checked labels.",
         epilog="example: nli_corpus --size small --out data/corpus",
@@ -285,12 +299,15 @@ def corpus_cli(argv=None) -> int:  # exit code
     rows = (
         "rows of train/dev/test: tiny 640/120/240, small 3968/360/720, full 24064/2280/4560. demo: "
         "two easy categories, 640/128/240. With three labels: tiny 576/180/360, small 4032/360/720, full "
-        "24003/2340/4500, demo (one category) 648/120/240"
+        "24003/2340/4500, demo (one category) 648/120/240. With depths 1,2,3, and 40/120/600 rows in each test file: "
+        "tiny 432/48, small 2568/120, full 12840/600"
     )
     choices = dict(template=dict(choices=PROMPTS), label_set=dict(choices=LABEL_SETS))
     add_options(parser, write_corpus, size=dict(choices=SIZES, help=rows), **choices)
     options = vars(parser.parse_args(argv))
-    for split, n in write_corpus(**options).items():
+    with alive("making the corpus"):
+        counts = write_corpus(**options)
+    for split, n in counts.items():
         print(f"{n:6d} rows  {Path(options['out']) / split}.jsonl")
     return 0
 

@@ -6,7 +6,6 @@
 __all__ = ['MINILM', 'encoder_source', 'encode_pairs', 'fit_encoder', 'classify', 'encoder_baseline', 'baseline_cli']
 
 # %% ../nbs/55_encoder.ipynb #9bb39a0b
-import argparse
 import json
 import math
 import random
@@ -17,7 +16,7 @@ from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 
-from .process import ConfigError, DataError, add_options, command
+from .process import CommandParser, ConfigError, DataError, add_options, command
 from .files import atomic_writer, json_line, records
 from .labels import CONTRACTS, LABEL_SETS, THREE_WAY, label_set_of, two_way
 from .rows import data_hash, in_label_set, read_rows, seal
@@ -109,18 +108,20 @@ def fit_encoder(
 # %% ../nbs/55_encoder.ipynb #3c23a37a
 def _classifier(source, labels):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
+    from nli_ft.bases import without_loading_bars
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn that the layer on top is new, which is the plan
     try:
         tok = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            num_labels=len(labels),
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        with without_loading_bars():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source,
+                num_labels=len(labels),
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
     except (OSError, ValueError) as e:
         why = str(e).splitlines()[0]
         raise ConfigError(
@@ -364,10 +365,9 @@ def _evaluation_of(out, encoder, labels, how, files, learnt, judged) -> dict:
 @command
 def baseline_cli(argv=None) -> int:
     "The command `nli_baseline`."
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "nli_baseline",
         description=encoder_baseline.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples:
   nli_baseline --train data/embedded/train.jsonl --data data/embedded/dev.jsonl --out encoder/
   nli_baseline --train train.jsonl --data dev.jsonl --label_set three_way --out encoder/""",

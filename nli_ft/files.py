@@ -7,8 +7,8 @@ __all__ = ['PAIR_NAMES', 'wide_encoding', 'recode', 'readable_file', 'open_data'
            'line_records', 'jsonl_records', 'spread_json', 'whole_records', 'csv_header', 'split_line', 'table_dialect',
            'plain_rows', 'quoted_rows', 'swallows', 'table_text', 'table_start', 'table_rows', 'width_fault',
            'csv_records', 'message_line', 'parquet_file', 'parquet_records', 'xml_records', 'first_line', 'file_format',
-           'records', 'faults_named', 'atomic_writer', 'json_line', 'write_jsonl', 'whole_bytes', 'cut_torn',
-           'own_lines']
+           'records', 'faults_named', 'atomic_writer', 'json_line', 'write_jsonl', 'whole_bytes', 'append_text',
+           'cut_torn', 'own_lines']
 
 # %% ../nbs/03_files.ipynb #312138a9
 import contextlib
@@ -678,8 +678,28 @@ def whole_bytes(path) -> int:  # bytes up to and including the last newline
     return 0
 
 
+def append_text(
+    path,  # `.gz` stays compressed
+    text: str,  # whole lines
+):
+    "Let a file grow. Its folder is made where it is missing."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "at", encoding="utf-8", newline="\n") as f:
+        f.write(text)
+
+
 def cut_torn(path) -> bool:  # was there anything to cut?
-    "Cut off a last line that a crash left unfinished."
+    "Cut off a last line that a crash left unfinished. What can be read of a torn `.gz` file is written anew."
+    if Path(path).suffix == ".gz":
+        rows = [row for _, row in own_lines(path)]
+        try:
+            torn = len(rows) < len(list(own_lines(path, torn=False)))
+        except DataError:
+            torn = True
+        if torn:
+            write_jsonl(path, rows, overwrite=True)
+        return torn
     whole = whole_bytes(path)
     torn = whole < os.path.getsize(path)
     if torn:
@@ -688,20 +708,29 @@ def cut_torn(path) -> bool:  # was there anything to cut?
 
 
 def own_lines(
-    path,  # JSON Lines that this package wrote
+    path,  # JSON Lines that this package wrote; `.gz` is compressed
     torn: bool = True,  # leave out a last line without its end? Else it must be whole
     error=DataError,  # class of the exception for a line that is no JSON object
 ):  # yields (line number, row)
     """The rows of a file that grows by a line at a time. A crash may have left its last line torn.
 
     Raises `error`, which names the line, for a line that is no JSON object. A blank line is skipped."""
-    with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            if torn and not line.endswith(b"\n"):
-                return
-            if line.strip():
-                try:
-                    row = json_record(line.rstrip(b"\n"))
-                except ValueError as e:
-                    raise error(f"{path}:{n}: {e}") from None
-                yield n, row
+    for n, line in enumerate(_grown_lines(path, torn, error), 1):
+        if torn and not line.endswith(b"\n"):
+            return
+        if line.strip():
+            try:
+                row = json_record(line.rstrip(b"\n"))
+            except ValueError as e:
+                raise error(f"{path}:{n}: {e}") from None
+            yield n, row
+
+
+def _grown_lines(path, torn, error):  # yields bytes
+    "The lines of a file, as far as they can be read."
+    with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as f:
+        try:
+            yield from f
+        except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+            if not torn:
+                raise error(f"{path}: damaged gzip file: {e}") from None

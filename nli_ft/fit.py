@@ -19,13 +19,25 @@ import warnings
 from array import array
 from pathlib import Path
 
-from .process import ConfigError, Interrupted, RecordError, project_root, signals_go_to, stop_signals
+from nli_ft.process import (
+    ConfigError,
+    Interrupted,
+    ProgressBar,
+    RecordError,
+    alive,
+    notebook_in_front,
+    print_line,
+    project_root,
+    signals_go_to,
+    stop_signals,
+)
 from .config_loader import KEYS, Config, result_values
 from .rows import damage, seal
 from .records import TrainingStopped, run_command
 from .checkpoints import _info, find_checkpoint, newest_checkpoint
 from .ready import trackers
-from .preflight import Prepared, metric_rows, step_counts, world_size
+from .preflight import Prepared, metric_rows, pack_rows, rows_after, run_steps, world_size
+from .prompt import sequences
 from .predict import predict_rows
 from .trainer import NotFinite, in_any_process, make_trainer_class
 
@@ -35,7 +47,7 @@ def rows_hash(
 ) -> str:  # SHA-256
     "Equal for equal token ids and labels. Moving a file changes nothing. Another tokenizer does."
     digest = hashlib.sha256()
-    for row in rows:
+    for row in sequences(rows):
         for ids in (row.input_ids, row.labels):
             digest.update(array("i", [len(ids), *ids]).tobytes())
     return digest.hexdigest()
@@ -47,6 +59,7 @@ _STATED_OTHERWISE = (
     "eval_data",
     "test_data",
     "max_steps",
+    "max_loss_tokens",
     "num_epochs",
     "distributed_training",
     "num_processes",
@@ -61,7 +74,7 @@ def resume_facts(prep: Prepared) -> dict:  # ready for JSON
     values = result_values(prep.cfg)
     facts = dict(
         config={key: value for key, value in values.items() if key not in _STATED_OTHERWISE},
-        steps=step_counts(prep.cfg, len(prep.train))["steps"],
+        steps=run_steps(prep)["steps"],
         processes=world_size(prep.cfg),
         train_rows=rows_hash(prep.train),
         eval_rows=rows_hash(prep.eval),
@@ -173,18 +186,24 @@ def how_to_go_on(
         return "No checkpoint was saved yet: start it again."
     command = run_command(cfg.replace(resume_from_checkpoint="latest"))
     shown = os.path.relpath(checkpoint, project_root())
-    return f"The last whole checkpoint is {shown}. Go on with `{command}`."
+    kept = f"The last whole checkpoint is {shown}. Go on with `{command}`."
+    if notebook_in_front():
+        kept += (
+            " Here: add resume_from_checkpoint=latest to `overrides` in the first cell, leave the rest as it is, "
+            "and choose Kernel ▸ Restart Kernel and Run All Cells."
+        )
+    return kept
 
 # %% ../nbs/35_fit.ipynb #582e877e
-def _loop_args(cfg):
-    "Rows a step, their order, and the length of the training."
+def _loop_args(cfg, steps):
+    "Rows a step, their order, and the length of the training. `steps` may be None: then the config says it."
     grouped = cfg.group_by_length and not cfg.use_packing
     return dict(
         per_device_train_batch_size=cfg.batch_size,
         per_device_eval_batch_size=cfg.batch_size,
         gradient_accumulation_steps=cfg.grad_accumulation_steps,
         num_train_epochs=cfg.num_epochs,
-        max_steps=cfg.max_steps or -1,
+        max_steps=steps or cfg.max_steps or -1,
         seed=cfg.seed,
         data_seed=cfg.seed,
         train_sampling_strategy="group_by_length" if grouped else "random",
@@ -265,6 +284,7 @@ def training_args(
     cfg: Config,
     out,  # folder of checkpoints
     evaluates: bool,  # whether there are rows for an evaluation
+    steps: int | None = None,  # steps in all, where max_loss_tokens asks for them. None: the config says it
 ):  # SFTConfig
     "A config in the words of TRL's `SFTConfig`."
     from trl import SFTConfig
@@ -277,7 +297,7 @@ def training_args(
     )
     return SFTConfig(
         output_dir=str(out),
-        **_loop_args(cfg),
+        **_loop_args(cfg, steps),
         **_optimizer_args(cfg),
         **_saving_args(cfg, evaluates),
         **_device_args(cfg),
@@ -294,23 +314,31 @@ def training_args(
         ddp_find_unused_parameters=False,
     )
 
+# %% ../nbs/35_fit.ipynb #d4337780
+def _trainer_row(enc):
+    "An encoded row as the trainer takes it."
+    example = dict(input_ids=enc.input_ids, labels=enc.labels, kind=enc.kind)
+    if enc.weights:
+        example["weights"] = enc.weights
+    if enc.rationale:
+        example["rationale"] = _trainer_row(enc.rationale)
+    return example
+
 # %% ../nbs/35_fit.ipynb #6ed0b7b0
 def to_dataset(
     encs: list,  # list of `Encoded`
     cfg: Config,
-):  # a `datasets.Dataset` with input_ids, labels, kind
+):  # a `datasets.Dataset` with input_ids, labels, kind, and weights where the rows have them
     "Encoded rows as the trainer takes them. With `use_packing` several short rows share a sequence."
     from datasets import Dataset
 
-    columns = {}
-    for name in ("input_ids", "labels", "kind"):
-        columns[name] = [getattr(row, name) for row in encs]
+    examples, columns = [_trainer_row(row) for row in encs], {}
+    for name in examples[0] if examples else ("input_ids", "labels", "kind"):
+        columns[name] = [example[name] for example in examples]
     rows = Dataset.from_dict(columns)
     if not cfg.use_packing or not encs:
         return rows
-    from trl import pack_dataset
-
-    return pack_dataset(rows, cfg.max_seq_length, "bfd")
+    return pack_rows(rows, cfg.max_seq_length)
 
 # %% ../nbs/35_fit.ipynb #6ba2f9d7
 def print_log(logs: dict):
@@ -326,7 +354,7 @@ def print_log(logs: dict):
         parts.append(f"lr {logs['learning_rate']:.2e}")
     if logs.get("eta_s"):
         parts.append(f"{logs['eta_s'] / 60:.1f} min left")
-    print(f"step {logs['step']:>5}/{logs['steps']}   {'   '.join(parts)}", flush=True)
+    print_line(f"step {logs['step']:>5}/{logs['steps']}   {'   '.join(parts)}")
 
 
 def _loss_part(logs):
@@ -379,6 +407,35 @@ def _stream(on_log):
 
     return Stream()
 
+# %% ../nbs/35_fit.ipynb #1b528abf
+def _moving(
+    stack,  # `ExitStack`, which ends the bar when the training ends, in whatever way
+):
+    "A callback that moves a bar with every step. Where the output is a file, the logs are its lines."
+    from transformers import TrainerCallback
+
+    class Moving(TrainerCallback):
+        def __init__(self):
+            self.bar = ProgressBar("training", show=False)  # of a process that is not the main one
+
+        def on_train_begin(self, args, state, control, **kw):
+            if state.is_world_process_zero:
+                done = state.global_step
+                self.bar = ProgressBar("training", state.max_steps, done, "step", lines=False)
+                stack.enter_context(self.bar)
+
+        def on_step_end(self, args, state, control, **kw):
+            self.bar.update()
+
+        def on_prediction_step(self, args, state, control, **kw):
+            self.bar.tell("held-out rows")
+
+        def on_log(self, args, state, control, logs=None, **kw):
+            if "loss" in logs:
+                self.bar.tell(f"loss {logs['loss']:.3f}")
+
+    return Moving()
+
 # %% ../nbs/35_fit.ipynb #0be33838
 @contextlib.contextmanager
 def stop_requests(
@@ -393,7 +450,8 @@ def stop_requests(
             raise Interrupted("stopped at once, in the middle of a step", signum)
         is_first = not signals
         signals.append(signum)
-        more = b". Press ctrl-c again to stop at once" if alone else b""
+        again = b"Interrupt the kernel" if notebook_in_front() else b"Press ctrl-c"
+        more = b". %b again to stop at once" % again if alone else b""
         # not `print`: the signal may have come in the middle of one, and the terminal may be gone
         with contextlib.suppress(OSError):
             if is_first:
@@ -543,9 +601,10 @@ def _trainer(prep, model, out, log):
         callbacks.append(EarlyStoppingCallback(cfg.early_stopping_patience))
     asked = metric_rows(cfg, prep.eval_rows)
     evaluates = bool(prep.eval or asked)
+    steps = run_steps(prep)["steps"] if cfg.max_loss_tokens else None  # it depends on the rows
     trainer = make_trainer_class()(
         model=model,
-        args=training_args(cfg, out, evaluates),
+        args=training_args(cfg, out, evaluates, steps),
         train_dataset=to_dataset(prep.train, cfg),
         eval_dataset=to_dataset(prep.eval, cfg) if evaluates else None,
         processing_class=prep.tok,
@@ -567,8 +626,8 @@ def _not_finite(e, prep):
     batches = [array("i", ids).tobytes() for ids in e.rows]  # padded, or several rows packed into one
 
     def is_guilty(row):
-        ids = array("i", row.input_ids).tobytes()
-        return any(ids in batch for batch in batches)
+        ids = [array("i", part.input_ids).tobytes() for part in sequences([row])]
+        return any(part in batch for part in ids for batch in batches)
 
     ids = [str(row["id"]) for row, enc in zip(prep.train_rows, prep.train) if is_guilty(enc)]
     clip = "" if prep.cfg.max_grad_norm else " or set max_grad_norm=1.0"
@@ -596,7 +655,8 @@ def _save_whole(trainer, prep, folder, state=None):
     from nli_ft.model import save_adapter
 
     try:
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), prep.tok, prep.cfg, folder, state)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        save_adapter(model, prep.tok, prep.cfg, folder, state, prep.template)
         seal(folder)
     except RecordError as e:
         raise TrainingStopped(f"{e}. {how_to_go_on(prep.cfg, folder.parent)}") from e
@@ -627,13 +687,16 @@ def _mean_loss(history):
 
 # %% ../nbs/35_fit.ipynb #32b2380a
 def _rows_trained(prep, steps, epochs):
-    """Rows that went through so many steps, each counted as often as it was trained on. The last step of an
-    epoch may hold fewer rows."""
-    n, count = len(prep.train), step_counts(prep.cfg, len(prep.train))
+    "Rows that went through so many steps, each counted as often as it was trained on."
     if prep.cfg.use_packing:
-        return round(epochs * n)  # a row of a batch is several of ours
-    epochs_done, more = divmod(steps, count["steps_per_epoch"])
-    return epochs_done * n + min(more * count["rows_per_step"], n)
+        return round(epochs * len(prep.train))  # a row of a batch is several of ours
+    return rows_after(run_steps(prep), len(prep.train), steps)
+
+
+def _loss_tokens_trained(history):
+    "Tokens with loss in all steps. None for a run that goes on from a checkpoint of before they were counted."
+    logs = [row for row in history if "tokens" in row]
+    return sum(row["loss_tokens"] for row in logs) if all("loss_tokens" in row for row in logs) else None
 
 # %% ../nbs/35_fit.ipynb #3923a93a
 def _say():
@@ -653,6 +716,7 @@ def _fit_result(prep, trainer, result, tokens, start):
         train_s=seconds,
         rows_trained=_rows_trained(prep, result.global_step, trainer.state.epoch or 0),
         tokens_trained=sum(row.get("tokens", 0) for row in history),
+        loss_tokens_trained=_loss_tokens_trained(history),
         train_tokens=tokens,
         tokens_per_s=tokens / seconds,
     )
@@ -674,7 +738,10 @@ def fit(
     start=None,  # checkpoint to go on from, of `resume_point`. None: look for one if the config asks for it
 ) -> dict:  # processes, steps, rows and tokens trained, train_loss, train_s, tokens_per_s, resumed_from
     """Train, and save the adapter in `out/adapter`. Returns what was done in all (steps, rows_trained,
-    tokens_trained) and what it cost. The cost of a resumed run counts from its start.
+    tokens_trained, loss_tokens_trained) and what it cost. The cost of a resumed run counts from its start.
+
+    `train_loss` is the mean negative log-likelihood, in nats a token with loss. `train_s` is in seconds. The method is
+    QLoRA (Dettmers et al. 2023, NeurIPS): a frozen base in NF4 and LoRA matrices (Hu et al. 2022, ICLR) beside it.
 
     Raises `Interrupted` after SIGINT, SIGTERM or SIGHUP, with a checkpoint saved. Raises `TrainingStopped` for
     a step that is not finite or a checkpoint that cannot be written. Both say how to go on."""
@@ -689,12 +756,16 @@ def fit(
             tokens.append(logs.get("tokens", 0))
         on_log(logs)
 
-    trainer = _trainer(prep, model, out, log)
+    main = not int(os.environ.get("RANK", 0))
+    with alive("preparing the training", show=main):
+        trainer = _trainer(prep, model, out, log)
     with stop_requests(trainer.accelerator.num_processes == 1) as signals:
         trainer.add_callback(_flow(signals, trainer.accelerator))
-        with _explained_end(prep, out), while_training(trainer.model, cfg):
+        with _explained_end(prep, out), while_training(trainer.model, cfg), contextlib.ExitStack() as stack:
+            trainer.add_callback(_moving(stack))
             result = trainer.train(resume_from_checkpoint=start and str(start))
-        _save_in_main_process(trainer, prep, out / "adapter")
+        with alive("saving the adapter", show=main):
+            _save_in_main_process(trainer, prep, out / "adapter")
     if signals:
         raise Interrupted(f"stopped after the last step. {how_to_go_on(cfg, out)}", signals[0])
     return _fit_result(prep, trainer, result, sum(tokens), start)

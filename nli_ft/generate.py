@@ -4,24 +4,21 @@
 
 # %% auto #0
 __all__ = ['label_tokens', 'label_step', 'label_recorder', 'softmax', 'label_probabilities', 'stop_rule', 'json_stopper',
-           'for_inference', 'length_batches', 'recurrent', 'takes', 'left_pad', 'SharedStart', 'shared_start',
-           'probability_keys', 'generate_batch', 'row_progress', 'generate_completions']
+           'for_inference', 'length_batches', 'recurrent', 'takes', 'cache_name', 'left_pad', 'SharedStart',
+           'shared_start', 'probability_keys', 'text_streamer', 'generate_batch', 'generate_completions']
 
 # %% ../nbs/18_generate.ipynb #9ab84b38
 import bisect
-import builtins
 import copy
 import inspect
 import math
 import os
 import re
-import sys
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .process import DataError
+from .process import DataError, ProgressBar
 from .prompt import end_of_turn
 from .labels import BINARY, THREE_WAY, LabelSet
 from .answers import json_closed, marks_thinking, parse_completion
@@ -268,6 +265,11 @@ def takes(
     "Whether `forward` has an argument. We read the signature, as `generate` does."
     return name in inspect.signature(_inner(model).forward).parameters
 
+
+def cache_name(model) -> str:
+    "What `forward` and its result call the cache. transformers renamed it in 5.24, and the old name ends with 5.40."
+    return "cache" if takes(model, "cache") else "past_key_values"
+
 # %% ../nbs/18_generate.ipynb #76e17f99
 def left_pad(
     prompts: list,  # lists of token ids
@@ -345,7 +347,7 @@ def shared_start(
     with for_inference(model) as inner:
         ids = torch.tensor([prompts[0][:n]], device=inner.get_input_embeddings().weight.device)
         how = dict(logits_to_keep=1) if takes(model, "logits_to_keep") else {}
-        keys = getattr(inner(input_ids=ids, use_cache=True, **how), "past_key_values", None)
+        keys = getattr(inner(input_ids=ids, use_cache=True, **how), cache_name(model), None)
         return None if keys is None else SharedStart(n, keys)  # the first GPT has no cache
 
 # %% ../nbs/18_generate.ipynb #1d1bb06a
@@ -384,6 +386,31 @@ def _completion(tok, groups, ids, logits, cut, style, labels):
         **probability_keys(probabilities, labels),
     )
 
+# %% ../nbs/18_generate.ipynb #d296c106
+def text_streamer(
+    tok,  # tokenizer
+    say,  # function of the text so far, called whenever there is more of it
+):  # a transformers streamer for one prompt
+    "Tells the completion of one prompt while it is generated. Half a character waits for its other half."
+    from transformers.generation.streamers import BaseStreamer
+
+    class Telling(BaseStreamer):
+        ids = None  # of the completion. None: `generate` has not yet shown the prompt
+
+        def put(self, value):
+            if self.ids is None:
+                self.ids = []
+                return
+            self.ids += value.flatten().tolist()
+            text = _text_of_ids(tok, self.ids)
+            if not text.endswith("\ufffd"):
+                say(text)
+
+        def end(self):
+            say(_text_of_ids(tok, self.ids or []))  # also where it ends in half a character
+
+    return Telling()
+
 # %% ../nbs/18_generate.ipynb #9729270c
 def _settings(model, tok, max_new_tokens, eos, seed, temperature):
     "How one batch is decoded: greedily, or by sampling where there is a seed."
@@ -406,7 +433,9 @@ def _pad_id(tok):
     return tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id
 
 
-def _generate_together(model, tok, prompts, max_new_tokens, completion, seed, temperature, labels, start):
+def _generate_together(
+    model, tok, prompts, max_new_tokens, completion, seed, temperature, labels, start, say=None
+):
     "`generate_batch` of prompts that may share a batch."
     import torch
     from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -423,9 +452,10 @@ def _generate_together(model, tok, prompts, max_new_tokens, completion, seed, te
             input_ids=ids,
             attention_mask=mask,
             generation_config=settings,
-            **(dict(past_key_values=start.cache(len(prompts))) if start else {}),
+            **({cache_name(model): start.cache(len(prompts))} if start else {}),
             stopping_criteria=StoppingCriteriaList([stop]),
             logits_processor=LogitsProcessorList([record]),
+            streamer=text_streamer(tok, say) if say else None,
         )
         new, logits = out[:, ids.shape[1] :].tolist(), torch.stack(record.steps, 1).cpu().numpy()
     completions = []
@@ -444,6 +474,7 @@ def generate_batch(
     temperature: float = 0.7,  # of sampling
     start=None,  # from `shared_start`, where all prompts have one
     labels: LabelSet = BINARY,  # what is asked for
+    say=None,  # function of the text so far, for a batch of one prompt
 ) -> list:  # dicts of text, n_tokens, finish, p_entail, in the order of `prompts`
     """Complete one batch. Only completion tokens are decoded.
 
@@ -451,45 +482,16 @@ def generate_batch(
     as well."""
     groups = _unpadded(model, [len(p) for p in prompts])
     how = max_new_tokens, completion, seed, temperature, labels
+    if say and len(prompts) > 1:
+        raise ValueError(f"say tells one completion, and there are {len(prompts)} prompts")
     if len(groups) < 2:
-        return _generate_together(model, tok, prompts, *how, start)
+        return _generate_together(model, tok, prompts, *how, start, say)
     completions = [None] * len(prompts)
     for group in groups:
         outputs = _generate_together(model, tok, [prompts[i] for i in group], *how, None)
         for i, output in zip(group, outputs):
             completions[i] = output
     return completions
-
-# %% ../nbs/18_generate.ipynb #2a4580e9
-@contextmanager
-def row_progress(
-    total: int,  # rows in all
-    done: int = 0,  # of these, rows that exist before the start
-    show: bool = True,
-):
-    """Yields `update(n)`. Call it whenever `n` more rows exist.
-
-    In a terminal it draws a bar. Anywhere else (notebook, papermill, log file) it prints a line every ten seconds."""
-    from tqdm import tqdm
-
-    if not show or sys.stderr.isatty():
-        with tqdm(total=total, initial=done, disable=not show, unit="row") as bar:
-            yield bar.update
-        return
-    first, start, last_line = done, time.time(), time.time()
-    # a notebook shows stderr as a fault, and a command's stdout is its result
-    to = sys.stdout if hasattr(builtins, "get_ipython") else sys.stderr
-
-    def update(n):
-        nonlocal done, last_line
-        done, now = done + n, time.time()
-        if done < total and now - last_line < 10:
-            return
-        last_line, rate = now, (done - first) / max(now - start, 1e-9)
-        left = f"   {(total - done) / rate / 60:.1f} min left" if done < total else ""
-        print(f"row {done:>6}/{total}   {rate:.2g} rows/s{left}", file=to, flush=True)
-
-    yield update
 
 # %% ../nbs/18_generate.ipynb #3f80fd99
 def generate_completions(
@@ -505,7 +507,7 @@ def generate_completions(
     "Greedy completions in batches of similar length. Model, tokenizer and random state stay as they were."
     _check_prompts(model, prompts, max_new_tokens)
     done, start = [None] * len(prompts), shared_start(model, prompts, max_new_tokens)
-    with row_progress(len(prompts), show=progress) as update:
+    with ProgressBar("answers", len(prompts), show=progress) as bar:
         for batch in length_batches([len(p) for p in prompts], batch_size):
             asked = [prompts[i] for i in batch]
             outputs = generate_batch(
@@ -513,5 +515,5 @@ def generate_completions(
             )
             for i, output in zip(batch, outputs):
                 done[i] = output
-            update(len(batch))
+            bar.update(len(batch))
     return done

@@ -227,6 +227,10 @@ class Says:
     pole: str = ""  # "more" or "less": which word of a pair such as taller/shorter it uses
     halves: tuple | None = None  # its colours as premise and as hypothesis, see `half`. None: by hash
 
+    def __hash__(self):
+        "That of the text, which Python keeps. Making a corpus asks for it some forty million times."
+        return hash(self.text)
+
 # %% ../nbs/40_meanings.ipynb #ca232dde
 def filled_sentence(text: str, slots: dict) -> str:  # one or more sentences
     "Put in the content words, choose a or an, capitalise each sentence, and end with a full stop."

@@ -8,6 +8,7 @@ __all__ = ['sharded', 'load_sharded_adapter', 'find_sharded_adapter', 'keep_unpa
            'save_adapter', 'merge_adapter', 'in_fp32']
 
 # %% ../nbs/16_model.ipynb #2022adef
+import contextlib
 import functools
 import json
 import logging
@@ -19,7 +20,9 @@ import warnings
 from pathlib import Path
 
 from .process import ConfigError, RecordError
+from .config_loader import _nearest, answer_style, hub_name
 from .rows import MANIFEST, damage
+from .prompt import prompt_form, save_tokenizer
 from nli_ft.bases import (
     attention,
     base_class,
@@ -32,6 +35,7 @@ from nli_ft.bases import (
     linear_layers,
     model_source,
     pinned,
+    without_loading_bars,
 )
 from .cpu_speed import _is_4bit, _linear_layers, _plain_weight, at_loading
 
@@ -153,16 +157,17 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_storage=dtype if flat else torch.uint8,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        model_source(cfg),
-        revision=pinned(cfg),
-        quantization_config=quant,
-        dtype=dtype,
-        device_map={"": dev},
-        attn_implementation=kernel,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    with without_loading_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            model_source(cfg),
+            revision=pinned(cfg),
+            quantization_config=quant,
+            dtype=dtype,
+            device_map={"": dev},
+            attn_implementation=kernel,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
     model.config.use_cache = not train
     keep_unpacked(model)
     if not train:
@@ -221,8 +226,9 @@ def lora_targets(
                 f"target_modules={targets} puts an adapter on the output head, which stays frozen here. "
                 "Name layers of the blocks"
             )
+        near = "".join(_nearest(word, names) for word in missing)
         raise ConfigError(
-            f"target_modules {missing} match no linear layer of {cfg.model_id}. It has "
+            f"target_modules {missing} match no linear layer of {cfg.model_id}.{near} It has "
             f"{sorted(names)}. Name some of these, or say all-linear"
         )
     if experts and (stuck := [t for t in targets if t in _EXPERT_LAYERS]):
@@ -288,16 +294,21 @@ def add_lora(
     return model
 
 # %% ../nbs/16_model.ipynb #966b7741
+@contextlib.contextmanager
+def _old_name_is_read():
+    "peft 0.21 reads a name that transformers gives up in version 6. A person in a notebook can do nothing about it."
+    with warnings.catch_warnings():
+        old = ".*is_gradient_checkpointing.*deprecated"
+        warnings.filterwarnings("ignore", message=old, category=FutureWarning)
+        yield
+
+
 def seeded_lora(model, cfg):
     "`add_lora`, with the adapter's random start fixed by the config's seed."
     from transformers import set_seed
 
     set_seed(cfg.seed)
-    with warnings.catch_warnings():
-        # peft 0.21 reads the old name
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing.*deprecated", category=FutureWarning
-        )
+    with _old_name_is_read():
         return add_lora(model, cfg)
 
 # %% ../nbs/16_model.ipynb #501da259
@@ -325,7 +336,8 @@ def check_adapter(
             f"the adapter in {d} does not say what it was trained on ({type(e).__name__}: {e}). "
             "Restore its adapter_config.json"
         ) from e
-    if base_name != cfg.model_id and not renamed:
+    # one without a note may call an alias by its name on the hub
+    if base_name not in (cfg.model_id, hub_name(cfg.model_id)) and not renamed:
         raise RecordError(
             f"the adapter in {d} was trained on {base_name!r} and the config names {cfg.model_id!r}. "
             "Load it with the config of its own run"
@@ -394,7 +406,8 @@ def load_for_inference(
     check_adapter(cfg, d, renamed)
     base = load_base(cfg, train=False)
     try:
-        model = PeftModel.from_pretrained(base, d, use_safetensors=True)
+        with _old_name_is_read():
+            model = PeftModel.from_pretrained(base, d, use_safetensors=True)
     except Exception as e:
         raise RecordError(
             f"the adapter in {d} does not load on {cfg.model_id}: {str(e).splitlines()[0]}"
@@ -408,9 +421,10 @@ def save_adapter(
     cfg,  # Config of the run
     out,  # folder (made when missing)
     state: dict | None = None,  # the weights where FSDP has sharded them, gathered
+    template: str | None = None,  # name of the prompt wording, where the config does not say
 ) -> Path:  # the folder
-    """Save the adapter (safetensors), its tokenizer, and a note of the base it belongs to. Raises
-    `RecordError` if weights are missing in the file."""
+    """Save the adapter (safetensors), its tokenizer with a chat template, and a note of the base it belongs to
+    and of how it is asked. Raises `RecordError` if weights are missing in the file."""
     from safetensors import safe_open
 
     out = Path(out)
@@ -425,16 +439,25 @@ def save_adapter(
         raise RecordError(
             f"{out / 'adapter_model.safetensors'} was saved without {len(lost)} of its matrices, among them {min(lost)}"
         )
-    tok.save_pretrained(out)
-    # peft records the folder it was loaded from, which for an embedded model is a path of this machine
+    save_tokenizer(tok, out)
+    # peft records the folder it was loaded from, which is a path of this machine
+    facts = base_facts(cfg)
     conf = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
-    conf["base_model_name_or_path"] = cfg.model_id
+    conf["base_model_name_or_path"] = hub_name(cfg.model_id) or Path(cfg.model_id).name
+    conf["revision"] = facts.get("commit")  # peft loads this commit of the base
     (out / "adapter_config.json").write_text(json.dumps(conf, indent=2), encoding="utf-8")
     note = dict(
         model_id=cfg.model_id,
         model_revision=cfg.model_revision,
         quantization=cfg.quantization,
-        base=base_facts(cfg),
+        base=facts,
+        asked=dict(
+            label_set=cfg.label_set,
+            completion=answer_style(cfg.completion),
+            prompt_template=template or cfg.prompt_template,
+            max_new_tokens=cfg.max_new_tokens,
+            prompt_form=prompt_form(tok),
+        ),
     )
     (out / "nli_ft.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
     if (out / "README.md").exists():
@@ -457,9 +480,14 @@ def merge_adapter(
             "a DoRA adapter is not merged here. `PeftModel.merge_and_unload` on an unquantised base does it"
         )
     tuned = load_for_inference(cfg, adapter_dir)
-    plain = AutoModelForCausalLM.from_pretrained(
-        model_source(cfg), revision=pinned(cfg), dtype=dtype, use_safetensors=True, trust_remote_code=False
-    )
+    with without_loading_bars():
+        plain = AutoModelForCausalLM.from_pretrained(
+            model_source(cfg),
+            revision=pinned(cfg),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
     base = tuned.get_base_model()
     layers = dict(plain.named_modules())
     linear = dict(_linear_layers(base))

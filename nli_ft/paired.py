@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MIN_CLUSTERS', 'wilson', 'cluster_codes', 'design_effect', 'share_right', 'mcnemar', 'PairedTest', 'paired_test',
-           'holm', 'decide', 'verdict', 'unseen', 'other_way', 'minimum_detectable_difference', 'SeedTest', 'seed_test',
-           'seed_share']
+           'holm', 'decide', 'verdict', 'unseen', 'other_way', 'minimum_detectable_difference', 'SeedTest',
+           'contrast_test', 'seed_test', 'seed_share']
 
 # %% ../nbs/07_paired.ipynb #32f77646
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastcore.basics import patch
 
@@ -389,12 +389,15 @@ def minimum_detectable_difference(
 # %% ../nbs/07_paired.ipynb #280ab305
 @dataclass
 class SeedTest:
-    "A difference of two configs over their seeds. `seed_test` makes it."
+    "A difference of configs over their seeds. `seed_test` and `contrast_test` make it."
 
     difference: float  # of the means over seeds and items
     se: float  # standard error, over seeds and clusters of items
     df: float  # degrees of freedom
     n_clusters: int
+    reach: tuple = field(default=(-1.0, 1.0), repr=False)  # smallest and largest difference that can be
+    seed_parts: tuple = field(default=(), repr=False)  # of each arm: (its part of the variance, df)
+    items_part: tuple = field(default=(0.0, 1.0), repr=False)  # the same of the clusters of items
 
     @property
     def p(self) -> float:  # two-sided
@@ -412,7 +415,8 @@ class SeedTest:
         else:
             half = 1 - alpha ** (1 / self.n_clusters)
             half *= abs(self.difference) or 1
-        return [max(-1.0, self.difference - half), min(1.0, self.difference + half)]
+        low, high = self.reach
+        return [max(low, self.difference - half), min(high, self.difference + half)]
 
     def detectable(
         self, alpha: float = 0.05, power: float = 0.8
@@ -422,9 +426,56 @@ class SeedTest:
         if not self.se:
             return None
         smallest = float(t.ppf(1 - alpha / 2, self.df) + t.ppf(power, self.df)) * self.se
-        return smallest if smallest < 1 else None
+        return smallest if smallest < max(map(abs, self.reach)) else None
 
 # %% ../nbs/07_paired.ipynb #6dc54c60
+def contrast_test(
+    parts: list,  # of each arm: (weight, (seeds, items) array of 1 and 0), and True third where no seed changes it
+    groups=None,  # the cluster of each item; None takes each item by itself
+) -> SeedTest | None:  # of the weighted sum of accuracies; None where an arm has one seed
+    """A t test of a linear contrast over seeds, with the variance over clusters of items as a part of its own
+    (Satterthwaite 1946, Biometrics Bulletin 2:110-114).
+
+    Satterthwaite's degrees of freedom are themselves an estimate, and too many where an arm is small. So the
+    seeds of all arms together count for no more than those of the smallest arm, times the number of arms. With
+    two seeds in an arm, the whole test has no more than two: two seeds do not show that seeds vary little."""
+    import numpy as np
+
+    weights = [float(weight) for weight, *_ in parts]
+    arms = [np.atleast_2d(np.asarray(right, float)) for _, right, *_ in parts]
+    if len({arm.shape[1] for arm in arms}) != 1:
+        counts = " and ".join(str(arm.shape[1]) for arm in arms)
+        raise RecordError(
+            f"the arms have {counts} items: not the same items. Compare runs on the same evaluation file"
+        )
+    varying = [(w, arm) for w, arm, (_, _, *fixed) in zip(weights, arms, parts) if not any(fixed)]
+    if any(len(arm) < 2 for _, arm in varying):
+        return None
+    difference = sum(w * arm.mean(0) for w, arm in zip(weights, arms))
+    codes = np.arange(len(difference)) if groups is None else cluster_codes(groups)
+    seeds = [_weighted(w, _seed_variance(arm)) for w, arm in varying]
+    items = _cluster_variance(difference, codes)
+    reach = sum(min(w, 0.0) for w in weights), sum(max(w, 0.0) for w in weights)
+    return _seed_test_of(float(difference.mean()), seeds, items, int(codes.max()) + 1, reach)
+
+# %% ../nbs/07_paired.ipynb #f3d6c37b
+def _weighted(weight, part):
+    variance, df = part
+    return weight**2 * variance, df
+
+
+def _seed_test_of(difference, seeds, items, n_clusters, reach):
+    "The test whose variance is the sum of these parts: one for each arm with seeds, and one for the items."
+    total = sum(v for v, _ in seeds)
+    smallest = min((f for _, f in seeds), default=math.inf)
+    seeds_df = min(_satterthwaite(seeds), max(2, len(seeds)) * smallest)
+    df = _satterthwaite([(total, seeds_df), items])
+    if smallest == 1:
+        df = min(df, 2.0)
+    se = math.sqrt(total + items[0])
+    return SeedTest(difference, se, df, n_clusters, reach, tuple(seeds), items)
+
+# %% ../nbs/07_paired.ipynb #68d22957
 def seed_test(
     base,  # (seeds, items) array of right (1) and wrong (0)
     runs,  # the same for the other config, on the same items
@@ -434,33 +485,8 @@ def seed_test(
         False,
     ),  # for base and runs: a model that no seed changes, such as an untrained one?
 ) -> SeedTest | None:  # runs - base; None where an arm has one seed
-    """Welch's t test over seeds, with the variance over clusters of items as a third part (Satterthwaite 1946,
-    Biometrics Bulletin 2:110-114).
-
-    Satterthwaite's degrees of freedom are themselves an estimate, and too many where an arm is small. So the
-    seeds of both arms together count for no more than twice those of the smaller arm. With two seeds in an arm,
-    the whole test has no more than two: two seeds do not show that seeds vary little."""
-    import numpy as np
-
-    base, runs = (np.atleast_2d(np.asarray(x, float)) for x in (base, runs))
-    if base.shape[1] != runs.shape[1]:
-        raise RecordError(
-            f"runs have {runs.shape[1]} items and the baseline {base.shape[1]}: not the same items. "
-            "Compare runs on the same file"
-        )
-    arms = [_seed_variance(m) for m, fixed in zip((base, runs), seedless) if not fixed]
-    if None in arms:
-        return None
-    difference = runs.mean(0) - base.mean(0)
-    codes = np.arange(len(difference)) if groups is None else cluster_codes(groups)
-    seeds = sum(v for v, _ in arms)
-    smallest = min((f for _, f in arms), default=math.inf)
-    seeds_df = min(_satterthwaite(arms), 2 * smallest)
-    items = _cluster_variance(difference, codes)
-    df = _satterthwaite([(seeds, seeds_df), items])
-    if smallest == 1:
-        df = min(df, 2.0)
-    return SeedTest(float(difference.mean()), math.sqrt(seeds + items[0]), df, int(codes.max()) + 1)
+    "Welch's t test over seeds and clusters of items: the contrast of two configs."
+    return contrast_test([(-1, base, seedless[0]), (1, runs, seedless[1])], groups)
 
 # %% ../nbs/07_paired.ipynb #ec38d2b2
 def _seed_variance(arm):
@@ -517,3 +543,15 @@ def seed_share(
     few = (norm.ppf(alpha / 2) / t.ppf(alpha / 2, _satterthwaite(parts))) ** 2
     worth = binomial / sum(v for v, _ in parts) * few
     return dict(accuracy=share, sd=sd, accuracy_ci=wilson(share * worth, worth, alpha))
+
+# %% ../nbs/07_paired.ipynb #512ddaf4
+@patch
+def with_seeds(
+    self: SeedTest,
+    count: int,  # seeds in each arm, at least 2
+) -> SeedTest:  # with the same difference
+    """What a test would be with another number of seeds, if they varied as those that were seen.
+
+    The part of the items stays, which is careful: more seeds make each item's mean less noisy too."""
+    seeds = [(v * (f + 1) / count, count - 1) for v, f in self.seed_parts]
+    return _seed_test_of(self.difference, seeds, self.items_part, self.n_clusters, self.reach)

@@ -14,8 +14,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from .process import DataError
-from .files import atomic_writer
+from .process import DataError, ProgressBar
+from .config_loader import answer_style
+from .files import append_text, atomic_writer
 from .labels import BINARY, LABEL_SETS, THREE_WAY, LabelSet
 from .rows import render_completion
 from .prompt import LABEL, encode_prompt, encode_row
@@ -24,12 +25,12 @@ from nli_ft.generate import (
     _check_prompts,
     _inner,
     _unpadded,
+    cache_name,
     for_inference,
     generate_batch,
     left_pad,
     length_batches,
     probability_keys,
-    row_progress,
     shared_start,
     softmax,
     takes,
@@ -93,7 +94,7 @@ def _last_logits(model, prompts, pad, start, keep):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # padding must not shift positions
         how = dict(position_ids=positions[:, shared:], logits_to_keep=keep)
         how = {k: v for k, v in how.items() if takes(model, k)}
-        how |= dict(past_key_values=start.cache(len(prompts))) if start else dict(use_cache=False)
+        how |= {cache_name(model): start.cache(len(prompts))} if start else dict(use_cache=False)
         return inner(input_ids=ids[:, shared:], attention_mask=mask, **how).logits[:, -keep:].float()
 
 
@@ -173,11 +174,14 @@ def prediction_row(
     )
 
 # %% ../nbs/20_predict.ipynb #91ef2b57
-def _answer_cot(model, tok, rows, prompts, cfg, mode, start):
+def _answer_cot(model, tok, rows, prompts, cfg, mode, start, say=None):
     labels = LABEL_SETS[cfg.label_set]
-    how = dict(start=start, labels=labels)
-    outputs = generate_batch(model, tok, prompts, cfg.max_new_tokens, cfg.completion, **how)
-    return [prediction_row(row, output, cfg.completion, mode, labels) for row, output in zip(rows, outputs)]
+    how = dict(start=start, labels=labels, say=say)
+    outputs = generate_batch(model, tok, prompts, cfg.max_new_tokens, answer_style(cfg.completion), **how)
+    return [
+        prediction_row(row, output, answer_style(cfg.completion), mode, labels)
+        for row, output in zip(rows, outputs)
+    ]
 
 # %% ../nbs/20_predict.ipynb #185aeef3
 def partial_thought(
@@ -195,12 +199,16 @@ def partial_thought(
         return ""
 
 # %% ../nbs/20_predict.ipynb #2942dfda
-def _answer_forced(model, tok, rows, prompts, cfg, mode, start):
+def _answer_forced(model, tok, rows, prompts, cfg, mode, start, say=None):
     outputs = [dict(text="", n_tokens=0, finish="stop", p_entail=None)] * len(rows)
     labels = LABEL_SETS[cfg.label_set]
-    if cfg.completion == "cot":
-        outputs = generate_batch(model, tok, prompts, cfg.max_new_tokens, start=start, labels=labels)
-    preds = [prediction_row(row, output, cfg.completion, mode, labels) for row, output in zip(rows, outputs)]
+    if answer_style(cfg.completion) == "cot":
+        how = dict(start=start, labels=labels, say=say)
+        outputs = generate_batch(model, tok, prompts, cfg.max_new_tokens, **how)
+    preds = [
+        prediction_row(row, output, answer_style(cfg.completion), mode, labels)
+        for row, output in zip(rows, outputs)
+    ]
     return _forced(model, tok, rows, preds, cfg, start)
 
 # %% ../nbs/20_predict.ipynb #ed4d8a59
@@ -210,7 +218,7 @@ def _forced(model, tok, rows, preds, cfg, start):
     for i, p in enumerate(preds):
         thought = p["thought_process"] or partial_thought(p["completion"], labels)
         try:
-            asked.append(forced_ids(tok, rows[i]["prompt"], thought, cfg.completion, labels))
+            asked.append(forced_ids(tok, rows[i]["prompt"], thought, answer_style(cfg.completion), labels))
         except DataError:
             # the thought spells a control token: training refuses such a completion, so the failure stands
             continue
@@ -225,18 +233,28 @@ def _forced(model, tok, rows, preds, cfg, start):
     return preds
 
 # %% ../nbs/20_predict.ipynb #80bb5208
-def _answer_vote(model, tok, rows, prompts, cfg, mode, start):
+def _answer_vote(
+    model, tok, rows, prompts, cfg, mode, start, say=None
+):  # several texts at once: nothing is said
     labels = LABEL_SETS[cfg.label_set]
     k, ids = parse_mode(mode)[1], json.dumps([r["id"] for r in rows])
     seeds = [int(hashlib.sha256(f"{cfg.seed} {n} {ids}".encode()).hexdigest()[:8], 16) for n in range(k)]
     samples = [
         generate_batch(
-            model, tok, prompts, cfg.max_new_tokens, cfg.completion, seed=s, start=start, labels=labels
+            model,
+            tok,
+            prompts,
+            cfg.max_new_tokens,
+            answer_style(cfg.completion),
+            seed=s,
+            start=start,
+            labels=labels,
         )
         for s in seeds
     ]
     return [
-        _vote_row(row, outputs, cfg.completion, mode, labels) for row, outputs in zip(rows, zip(*samples))
+        _vote_row(row, outputs, answer_style(cfg.completion), mode, labels)
+        for row, outputs in zip(rows, zip(*samples))
     ]
 
 
@@ -264,11 +282,15 @@ def _check_rows(tok, rows):
     return prompts
 
 
+def _lines(preds) -> str:
+    "Prediction rows as lines. Unlike `json_line` it refuses a NaN, which other programs do not read."
+    return "".join(json.dumps(p, ensure_ascii=False, allow_nan=False) + "\n" for p in preds)
+
+
 def _write_in_order(path, rows):
     "Replace the file that grew batch by batch with all rows in the order of the data. All of it changes, or nothing."
     with atomic_writer(path, overwrite=True) as f:
-        for row in rows:
-            f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        f.write(_lines(rows))
 
 # %% ../nbs/20_predict.ipynb #5bbf0777
 _ANSWER = dict(cot=_answer_cot, forced=_answer_forced, vote=_answer_vote)
@@ -280,8 +302,9 @@ def predict_rows(
     rows: list,  # SFT rows
     cfg,  # Config: completion, max_new_tokens, eval_batch_size and seed are read
     progress: bool = True,  # show a bar
-    out=None,  # predictions.jsonl to append to after each batch. An existing file is resumed
+    out=None,  # predictions.jsonl(.gz) to append to after each batch. An existing file is resumed
     mode: str = "cot",  # "cot", "forced" or "vote:k"
+    say=None,  # function of the text so far, where there is one row and no vote
 ) -> list:  # prediction rows, in the order of `rows`
     """Predict every row.
 
@@ -298,7 +321,7 @@ def predict_rows(
         start = shared_start(model, left, cfg.max_new_tokens)
 
         def answer_batch(rows, prompts):
-            return answer(model, tok, rows, prompts, cfg, mode, start)
+            return answer(model, tok, rows, prompts, cfg, mode, start, say)
 
         return _answer_in_batches(answer_batch, rows, prompts, done, cfg.eval_batch_size, progress, out)
 
@@ -334,7 +357,7 @@ def _answer_in_batches(answer, rows, prompts, done, batch_size, progress, out):
 
     `answer` (rows, prompts -> prediction rows) makes the others, and each batch is appended to `out`."""
     left = [i for i, r in enumerate(rows) if r["id"] not in done]
-    with row_progress(len(rows), len(done), progress) as update:
+    with ProgressBar("answers", len(rows), len(done), show=progress) as bar:
         for batch in length_batches([len(prompts[i]) for i in left], batch_size):
             at, began = [left[n] for n in batch], time.perf_counter()
             preds = answer([rows[i] for i in at], [prompts[i] for i in at])
@@ -342,15 +365,9 @@ def _answer_in_batches(answer, rows, prompts, done, batch_size, progress, out):
                 p["seconds"] = round((time.perf_counter() - began) / len(at), 4)
             done.update({p["id"]: p for p in preds})
             if out is not None:
-                _append(out, preds)
-            update(len(at))
+                append_text(out, _lines(preds))
+            bar.update(len(at))
     preds = [done[r["id"]] for r in rows]
     if out is not None:
         _write_in_order(out, preds)
     return preds
-
-# %% ../nbs/20_predict.ipynb #f6fdd36c
-def _append(path, rows):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as f:
-        f.write("".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows))

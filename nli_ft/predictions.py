@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .process import RecordError
+from .config_loader import answer_style
 from .files import cut_torn, own_lines
 from .labels import BINARY, LABEL_SETS, THREE_WAY, LabelSet, label_set_of, two_way
 from .answers import parse_completion
@@ -169,7 +170,7 @@ def recorded(
     run = folder if (folder / "summary.json").is_file() else folder.parent.parent
     asked = _part(_object_in(run / "config.json"), "config") or _object_in(folder / "evaluation.json")
     style = asked.get("completion")
-    style = style if isinstance(style, str) else None
+    style = answer_style(style) if isinstance(style, str) else None
     labels = LABEL_SETS.get(str(asked.get("label_set")), BINARY)
     summary, report = _object_in(folder / "summary.json"), {}
     seal = _part(_part(summary, "predictions"), path.name)

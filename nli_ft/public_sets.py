@@ -19,7 +19,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from .process import DataError
+from .process import DataError, show_count
 from nli_ft.labels import (
     BINARY,
     CONTRACTS,
@@ -49,7 +49,7 @@ from nli_ft.rows import (
     refuse,
     sft_row,
 )
-from .sft_rows import CARRY, one_contract, write_splits
+from .sft_rows import CARRY, check_strategy, one_contract, permute_thoughts, write_splits
 from .reading import concludes
 
 # %% ../nbs/11_public_sets.ipynb #f590b501
@@ -665,7 +665,7 @@ def download(
                 source_of(dataset, contract, names, columns, words), dataset, split, None, config
             )
             rows = source_rows(pairs, src, dataset, split, bad, counts, max_bad)
-        for row in rows:
+        for row in show_count(rows, f"{Path(output).name}"):
             f.write(json_line(row))
             counts["rows"] += 1
             counts[f"label {row['label']}"] += 1
@@ -778,7 +778,7 @@ def first_columns(path) -> list:
     return list(dict.fromkeys(k for rec in recs if isinstance(rec, dict) for k in rec))
 
 # %% ../nbs/11_public_sets.ipynb #718da8cd
-PAIR_STRATEGIES = ("reflected", "label_only", "label_first", "shuffled")
+PAIR_STRATEGIES = ("reflected", "label_only", "label_first", "shuffled", "shuffled_any", "permuted")
 
 
 def write_pairs(
@@ -798,12 +798,17 @@ def write_pairs(
 ) -> dict:  # counts by what was counted, and `written`: rows by file
     "Write labelled pairs as training rows, streaming. After a `DataError` no file is left behind."
     labels, counts = LABEL_SETS[label_set], Counter()
+    acts = dict(shuffled="exchanges", shuffled_any="exchanges", permuted="permutes")  # of thoughts
+    if strategy is not None:
+        check_strategy(strategy)
     if strategy not in (None, *PAIR_STRATEGIES):
         raise DataError(
             f"strategy {strategy!r} needs thoughts. With --pairs there are: {', '.join(PAIR_STRATEGIES)}"
         )
-    if strategy == "shuffled" and not thought_column:
-        raise DataError("strategy 'shuffled' exchanges thoughts: name their column with --thought_column")
+    if strategy in acts and not thought_column:
+        raise DataError(
+            f"strategy {strategy!r} {acts[strategy]} thoughts: name their column with --thought_column"
+        )
     prompt_messages("", "", template, labels)  # refuses an unknown template before anything is written
     contract = contract or ("entailment" if labels is THREE_WAY and not layout.get("dataset") else None)
     header = first_columns(pairs)
@@ -811,11 +816,13 @@ def write_pairs(
         header.append("thought_process")
     columns = thought_columns(header, thought_column, pairs) if thought_column else []
     unused = [] if columns or strategy == "label_only" else thought_columns(header, path=pairs)
-    style = strategy if strategy in STYLES else ("cot" if strategy == "shuffled" else None)
+    style = strategy if strategy in STYLES else ("cot" if strategy in acts else None)
     rows = own_pairs(pairs, contract, **layout, keep=tuple(columns), max_bad=max_bad, counts=counts)
     rows = one_contract(rows, set(), pairs, mix)
     rows = pair_training_rows(rows, columns, counts, labels, template, style, pairs)
-    written = write_splits(rows, output, splits, overwrite, seed, strategy == "shuffled")
+    if strategy == "permuted":
+        rows = permute_thoughts(rows, seed, counts)
+    written = write_splits(rows, output, splits, overwrite, seed, strategy)
     if unused:
         counts[
             f"(the column {unused[0]} was not used: --thought_column {unused[0]} takes thoughts from it)"

@@ -382,21 +382,26 @@ def reversal(category: str, pair: tuple, rel: dict) -> str:  # "down", "up" or "
 # %% ../nbs/45_quadruples.ipynb #0ddfde8a
 def octuples(category: str, variant: str, rel: dict, thought: dict, rng: Random, tries: int = 60_000):
     "Yield octuples as two lists: four premises and four hypotheses in a ring."
-    says = set(chain.from_iterable(thought))
+    says = dict.fromkeys(chain.from_iterable(thought))
     usable = {s: variant != "pairs" or is_held(s, category) for s in says}
 
     def allowed(pair):
         return pair in thought and any(usable[s] for s in pair)
 
-    turns = dict(down=[], up=[])
-    for pair in filter(allowed, thought):
-        if way := reversal(category, pair, rel):
-            turns[way].append(pair)
+    # Sentences are numbered, because this loop compares them millions of times
+    sentences = list(says)
+    number = {s: i for i, s in enumerate(sentences)}
+    turns, others = dict(down=[], up=[]), set()  # pairs that are steps, and pairs that are not entailed
     targets, sources = defaultdict(list), defaultdict(list)  # premise -> hypotheses, hypothesis -> premises
-    for p, h in thought:
-        if rel[p, h] == "entailment" and allowed((p, h)):
+    for pair in filter(allowed, thought):
+        p, h = (number[s] for s in pair)
+        if way := reversal(category, pair, rel):
+            turns[way].append((p, h))
+        if rel[pair] == "entailment":
             targets[p].append(h)
             sources[h].append(p)
+        else:
+            others.add((p, h))
     if not (turns["down"] and turns["up"]):
         return
     for _ in range(tries):
@@ -407,10 +412,14 @@ def octuples(category: str, variant: str, rel: dict, thought: dict, rng: Random,
         h2, h4 = rng.choice(targets[p2]), rng.choice(targets[p4])
         if len({p1, p2, p3, p4}) < 4 or len({h1, h2, h3, h4}) < 4:
             continue
-        if not (allowed((p3, h2)) and allowed((p1, h4))) or "entailment" in (rel[p3, h2], rel[p1, h4]):
+        if (p3, h2) not in others or (p1, h4) not in others:
             continue
-        if about(category, p1, h1) and about(category, p3, h3):
-            yield [p1, p2, p3, p4], [h1, h2, h3, h4]
+        premises, hypotheses = (
+            [sentences[i] for i in (p1, p2, p3, p4)],
+            [sentences[i] for i in (h1, h2, h3, h4)],
+        )
+        if about(category, premises[0], hypotheses[0]) and about(category, premises[2], hypotheses[2]):
+            yield premises, hypotheses
 
 # %% ../nbs/45_quadruples.ipynb #a02abb52
 def lead(s: Says) -> str:  # "it is true that", "it is false that" or nothing
@@ -486,13 +495,16 @@ def _rings(category: str, variant: str, rel: dict, thought: dict, rng: Random):
 # %% ../nbs/45_quadruples.ipynb #02abc9a9
 def _crosses(category: str, variant: str, rel: dict, thought: dict, rng: Random, most: int):
     "Yield the pairs of crossed quadruples: some that are even by themselves, and others."
-    shape = {(p, h): features(p.text, h.text)["shape"] for p, h in thought}
+    shape = defaultdict(dict)  # premise -> hypothesis -> shape of their pair
+    for p, h in thought:
+        shape[p][h] = features(p.text, h.text)["shape"]
 
-    def is_even(p1, p2, h1, h2):
-        return sorted((shape[p1, h1], shape[p2, h2])) == sorted((shape[p1, h2], shape[p2, h1]))
+    def is_even(first, second, h1, h2):  # the shapes of each premise
+        a, b, c, d = first[h1], second[h2], first[h2], second[h1]
+        return a == c and b == d or a == d and b == c
 
     for p1, p2, choices in crossed(category, variant, rel, thought, rng):
-        even = [hs for hs in choices if is_even(p1, p2, *hs)]
+        even = [hs for hs in choices if is_even(shape[p1], shape[p2], *hs)]
         some = rng.sample(choices, min(most, len(choices))) + rng.sample(even, min(most, len(even)))
         for h1, h2 in some:
             yield _with_thoughts(product((p1, p2), (h1, h2)), rel, thought)

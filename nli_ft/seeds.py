@@ -18,6 +18,7 @@ from nli_ft.differences import (
     _majority,
     _run_id,
     _scores,
+    arm_names,
     differing,
     explains,
     hits,
@@ -238,10 +239,11 @@ def compare_configs(
     groups = _repetitions([e for e in entries if _has_config(e)])
     first, clusters = groups[0], groups_of(groups[0][0][1])
     untrained = [i for i, es in enumerate(groups) if _is_seedless(es[0])]
-    right, rows = [], []
+    right, rows, names = [], [], arm_names([es[0] for es in groups])
     for i, es in enumerate(groups):
         right.append([hits(preds) for _, preds, _ in es])
-        rows.append(_config_row(es) | seed_share(right[i], clusters, i in untrained))
+        row = _config_row(es) | dict(config=names[i])
+        rows.append(row | seed_share(right[i], clusters, i in untrained))
     rows[0]["majority"] = _majority(first[0][1])
     arms = zip(rows[1:], groups[1:], over_seeds(right, clusters, untrained))
     for i, (row, es, decision) in enumerate(arms, 1):

@@ -8,7 +8,6 @@ __all__ = ['GUESSED_COMPLETION', 'REJECTED', 'PATIENCE', 'Augmentation', 'calls_
            'sampling_params', 'add_arguments', 'add_run_arguments', 'stage_cli', 'think_cli', 'reflect_cli']
 
 # %% ../nbs/50_teacher.ipynb #28a5160b
-import argparse
 import asyncio
 import json
 import re
@@ -24,7 +23,15 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .process import ConfigError, DataError, command, stop_signals
+from nli_ft.process import (
+    CommandParser,
+    ConfigError,
+    DataError,
+    ProgressBar,
+    command,
+    needs_extra,
+    stop_signals,
+)
 from .labels import CONTRACTS
 from .files import cut_torn, write_jsonl
 from .rows import BadRows
@@ -232,8 +239,8 @@ async def worker(self: Augmentation, rows, bar):
         finally:
             self.in_flight -= 1
         bar.update()
-        cost = dict(cost=f"{s.tally.cost:.4f}") if s.prices else {}
-        bar.set_postfix(failed=s.tally.failed, **cost, refresh=False)
+        cost = f", cost {s.tally.cost:.4f}" if s.prices else ""
+        bar.tell(f"{s.tally.failed} failed{cost}")
 
 
 @patch
@@ -286,8 +293,6 @@ def close_files(self: Augmentation):
 @patch
 async def main(self: Augmentation):
     "Run the workers to the end, whatever the end is. The files are closed on every way out."
-    from tqdm import tqdm
-
     s, self.loop = self.session, asyncio.get_running_loop()
     for sig in stop_signals():
         with suppress(NotImplementedError, RuntimeError, ValueError):
@@ -296,17 +301,12 @@ async def main(self: Augmentation):
     if own:
         s.client = make_client(s.endpoint, s.key)
     self.open_files()
-    bar = tqdm(
-        total=self.total,
-        desc=s.stage.name,
-        unit="row",
-        disable=not self.progress,
-        mininterval=0.3 if sys.stderr.isatty() else 10,
-    )
+    bar = ProgressBar(s.stage.name, self.total, show=self.progress)
     rows = self.rows_todo()
-    self.tasks = [asyncio.create_task(self.worker(rows, bar)) for _ in range(self.workers)]
     try:
-        await asyncio.gather(*self.tasks)
+        with bar:
+            self.tasks = [asyncio.create_task(self.worker(rows, bar)) for _ in range(self.workers)]
+            await asyncio.gather(*self.tasks)
     except asyncio.CancelledError:
         if s.signal is None:
             raise
@@ -314,7 +314,6 @@ async def main(self: Augmentation):
         for t in self.tasks:
             t.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        bar.close()
         self.close_files()
         if own:
             await s.client.close()
@@ -323,6 +322,7 @@ async def main(self: Augmentation):
 @patch
 def start(self: Augmentation):
     "Run `main`. A notebook has an event loop of its own, so there it runs in another thread."
+    needs_extra("A teacher", "teacher", "openai", "tenacity")
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -654,10 +654,9 @@ def stage_cli(stage, argv, description) -> int:
         reflect="nli_reflect --input thoughts.jsonl --output reflections.jsonl",
     )[stage.name]
     rest = "--base_url http://localhost:8000/v1 --model MODEL"
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog=f"nli_{stage.name}",
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"examples:\n  {example} {rest} --dry_run\n  {example} {rest} --workers 16",
     )
     add_arguments(p, stage)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['step_loss', 'split_sums', 'split_losses', 'fused_log_probs', 'own_log_probs', 'is_exact', 'choose_head',
-           'token_losses', 'trained_weights', 'put_back', 'KindCollator', 'EpochOrder', 'epoch_order', 'NotFinite',
-           'in_any_process', 'refuse_not_finite', 'task_scores', 'answer_together', 'seal_checkpoint',
-           'explained_checkpoint', 'SplitLoss', 'FiniteSteps', 'TaskMetric', 'is_stopped_early', 'ExactResume',
-           'make_trainer_class']
+           'token_losses', 'trained_weights', 'put_back', 'KindCollator', 'packed_losses', 'keeps_rows_apart',
+           'refuse_mixed_rows', 'EpochOrder', 'epoch_order', 'NotFinite', 'in_any_process', 'refuse_not_finite',
+           'task_scores', 'answer_together', 'seal_checkpoint', 'explained_checkpoint', 'SplitLoss', 'FiniteSteps',
+           'TaskMetric', 'is_stopped_early', 'ExactResume', 'make_trainer_class']
 
 # %% ../nbs/34_trainer.ipynb #d5c99487
 import contextlib
@@ -17,6 +17,7 @@ import math
 import time
 from pathlib import Path
 
+from .process import ConfigError
 from .rows import MANIFEST, seal
 from .prompt import LABEL, PROMPT, THOUGHT
 from .generate import for_inference
@@ -27,12 +28,15 @@ from .checkpoints import _INFO, rotate_checkpoints
 # %% ../nbs/34_trainer.ipynb #cae14f1d
 def step_loss(
     nll,  # tensor: the losses of the trained tokens of one micro-batch
-    n_step=None,  # trained tokens of the whole optimizer step, in all processes. None: those of `nll`
+    n_step=None,  # trained tokens, or their weights, of the whole optimizer step, in all processes. None: those here
     processes: int = 1,  # over whose gradients the mean will be taken
+    weights=None,  # tensor (N,): weights of the trained tokens. None: each has 1
 ):  # scalar tensor
     "What one micro-batch adds to the loss of its optimizer step."
+    if weights is not None:
+        nll = nll * weights
     if n_step is None:
-        return nll.sum() / len(nll)
+        return nll.sum() / (len(nll) if weights is None else weights.sum())
     return nll.sum() / n_step * processes
 
 # %% ../nbs/34_trainer.ipynb #402c8e31
@@ -40,7 +44,8 @@ def split_sums(
     nll,  # tensor (N,): the losses of the trained tokens
     kind,  # tensor (rows, places): PROMPT, THOUGHT or LABEL
     batch: dict,  # `labels`, `input_ids`, and `attention_mask` where there is padding
-):  # tensor of 7: loss and number of thought, label and prompt tokens, and how many tokens are no padding
+    weights=None,  # tensor (N,), where the tokens have weights
+):  # tensor of 7: loss and number of thought, label and prompt tokens, tokens without padding. 2 more for weights
     "The sums from which `split_losses` makes means."
     import torch
 
@@ -53,22 +58,27 @@ def split_sums(
     parts = []
     for which in (thought, label, prompt):
         parts += [nll[which].sum(), which.sum()]
-    return torch.stack([*parts, real.to(nll.device)]).double()
+    weighted = [] if weights is None else [(nll * weights).sum(), weights.sum()]
+    return torch.stack([*parts, real.to(nll.device), *weighted]).double()
 
 # %% ../nbs/34_trainer.ipynb #172b7596
 def split_losses(
-    sums: list,  # seven numbers, as of `split_sums`
+    sums: list,  # seven or nine numbers, as of `split_sums`
     mode: str,  # "train" or "eval"
 ) -> dict:  # what is added to the log
-    """Mean loss of a thought token, of a label token, and of a prompt token where the prompt is trained. An
-    evaluation also gets its mean over all trained tokens."""
-    thought, n_thought, label, n_label, prompt, n_prompt, real = sums
+    """Mean loss of a thought token, of a label token, and of a prompt token where the prompt is trained.
+
+    A training also gets its tokens, and those with loss. An evaluation gets its mean over all trained tokens,
+    weighted where they have weights, because early stopping should look at the loss that is trained."""
+    thought, n_thought, label, n_label, prompt, n_prompt, real, *weighted = sums
     means = dict(loss_thought=thought / max(n_thought, 1), loss_label=label / max(n_label, 1))
     if n_prompt:
         means["loss_prompt"] = prompt / n_prompt
+    n_trained = n_thought + n_label + n_prompt
     if mode == "train":
-        return means | dict(tokens=int(real))
-    means["loss"] = (thought + label + prompt) / max(n_thought + n_label + n_prompt, 1)
+        return means | dict(tokens=int(real), loss_tokens=int(n_trained))
+    loss, divisor = weighted or (thought + label + prompt, n_trained)
+    means["loss"] = loss / (divisor or 1)
     return {f"eval_{name}": value for name, value in means.items()}
 
 # %% ../nbs/34_trainer.ipynb #4b408f7b
@@ -184,7 +194,8 @@ def put_back(
 
 # %% ../nbs/34_trainer.ipynb #3f0199a2
 class KindCollator:
-    "TRL's collator, and `kind` padded like the labels (0 where there is no loss)."
+    """TRL's collator, and `kind` padded like the labels (0 where there is no loss). `weights` too, where rows have
+    them. A row with a rationale becomes two sequences of the batch."""
 
     def __init__(self, collator):
         self.collator = collator
@@ -193,13 +204,85 @@ class KindCollator:
         import torch
 
         examples = [dict(example) for example in examples]
-        kinds = [example.pop("kind") for example in examples]
+        examples += [dict(example.pop("rationale")) for example in examples if "rationale" in example]
+        more = {}
+        for name in ("kind", "weights"):
+            if name in examples[0]:
+                more[name] = [example.pop(name) for example in examples]
         batch = self.collator(examples)
-        if self.collator.padding_free:
-            kinds = [sum(kinds, [])]  # all rows stand in one, each behind the other
         width = batch["labels"].shape[1]
-        batch["kind"] = torch.tensor([kind + [PROMPT] * (width - len(kind)) for kind in kinds])
+        for name, lists in more.items():
+            if self.collator.padding_free:
+                lists = [sum(lists, [])]  # all rows stand in one, each behind the other
+            batch[name] = torch.tensor([values + [0] * (width - len(values)) for values in lists])
+        if "weights" in batch:
+            # the collator takes the loss from the first token of each packed row
+            batch["weights"] = batch["weights"].float().masked_fill(batch["labels"] == -100, 0.0)
         return batch
+
+# %% ../nbs/34_trainer.ipynb #b7c10002
+def packed_losses(
+    model,  # base with adapter
+    collate,  # `KindCollator` around a collator with `padding_free`
+    rows: list,  # of lists of token ids, which share one sequence
+    head: str,  # of `choose_head`
+) -> tuple:  # of tensors, one a row: the loss of each token but the first
+    "The losses of rows that stand behind each other in one sequence, as a training computes them."
+    import torch
+
+    ids, lengths = sum(rows, []), [len(row) for row in rows]
+    batch = collate([dict(input_ids=ids, labels=ids, kind=[THOUGHT] * len(ids), seq_lengths=lengths)])
+    del batch["kind"]
+    device = model.get_input_embeddings().weight.device
+    batch = {name: x.to(device) if torch.is_tensor(x) else x for name, x in batch.items()}
+    losses = token_losses(model, _for_scoring(model.config, batch), head)
+    return losses.split([n - 1 for n in lengths])
+
+# %% ../nbs/34_trainer.ipynb #b7c10005
+_MIXED = (
+    0.3  # of the change in a row's loss that looking back at another row makes. Rounding stays far below it
+)
+
+
+def keeps_rows_apart(
+    model,  # base with adapter
+    collate,  # as for `packed_losses`, and so is `head`
+    head: str,
+) -> bool:
+    "Whether a row costs behind another row what it costs alone, found out by trial."
+    import torch
+
+    before, row = list(range(20, 28)), list(range(3, 15))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            (alone,) = packed_losses(model, collate, [row], head)
+            _, behind = packed_losses(model, collate, [before, row], head)
+            (mixed,) = packed_losses(model, collate, [before + row], head)
+    finally:
+        model.train(training)
+    change, most = ((x[-len(alone) :] - alone).abs().max().item() for x in (behind, mixed))
+    return change < _MIXED * most
+
+# %% ../nbs/34_trainer.ipynb #b7c10006
+def refuse_mixed_rows(
+    model,  # as for `keeps_rows_apart`, and so are the others
+    collate,
+    head: str,
+):
+    "Raise `ConfigError` where packed rows would see each other."
+    try:
+        if keeps_rows_apart(model, collate, head):
+            return
+        why = "a row behind another row has another loss than alone"
+    except ValueError as e:  # transformers itself refuses packed rows for some layers
+        why = str(e)
+    raise ConfigError(
+        f"use_packing=true: packed rows of this model ({model.config.model_type}, attention "
+        f"{model.config._attn_implementation}) see each other: {why}. Set use_packing=false (rows are grouped by "
+        "length instead)"
+    )
 
 # %% ../nbs/34_trainer.ipynb #f4864a8c
 class EpochOrder:
@@ -232,14 +315,17 @@ class EpochOrder:
 
 # %% ../nbs/34_trainer.ipynb #00c35712
 def epoch_order(
-    rows,  # a `datasets.Dataset` with `input_ids`
+    rows,  # a `datasets.Dataset` with `input_ids`, and `rationale` where a row is two sequences
     args,  # `SFTConfig`
 ) -> EpochOrder:
     "The order that the config asks for: rows of a step of similar length, or a plain shuffle."
     group = None
     if args.train_sampling_strategy == "group_by_length":
         group = args.train_batch_size * args.gradient_accumulation_steps
-    return EpochOrder([len(ids) for ids in rows["input_ids"]], args.data_seed, group)
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    if "rationale" in rows.column_names:
+        lengths = [max(n, len(second["input_ids"])) for n, second in zip(lengths, rows["rationale"])]
+    return EpochOrder(lengths, args.data_seed, group)
 
 # %% ../nbs/34_trainer.ipynb #510b00cc
 class NotFinite(Exception):
@@ -352,16 +438,29 @@ class SplitLoss:
     "Part of the trainer: one loss for the optimizer, two for the log."
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        "The sum over the trained tokens of a micro-batch, divided by their number in the whole optimizer step."
-        kind = inputs.pop("kind")
+        """The sum over the trained tokens of a micro-batch, divided by their number in the whole optimizer step. Where
+        tokens have weights, both are weighted."""
+        kind, weights = inputs.pop("kind"), inputs.pop("weights", None)
+        if weights is not None:
+            weights = weights[:, 1:][inputs["labels"][:, 1:] != -100]
         nll = token_losses(model, _for_scoring(self.model.config, inputs), self.head)
         mode = "train" if model.training else "eval"
-        self._sums[mode] = split_sums(nll.detach(), kind, inputs) + self._sums.get(mode, 0)
+        self._sums[mode] = split_sums(nll.detach(), kind, inputs, weights) + self._sums.get(mode, 0)
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        loss = step_loss(nll, num_items_in_batch, processes)
+        loss = step_loss(nll, num_items_in_batch, processes, weights)
         if mode == "train":
             self._micro.append((loss.detach(), inputs["input_ids"]))
         return (loss, {}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        "What transformers divides a step by: its trained tokens. Where tokens have weights, all their weights."
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        if count is None or "weights" not in batch_samples[0]:
+            return count
+        total = sum(batch["weights"][:, 1:].sum() for batch in batch_samples).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return total
 
     def log(self, logs, start_time=None):
         "Add the two means of all processes to what transformers logs."
@@ -463,6 +562,8 @@ def make_trainer_class():
             put_back(self.model, weights)
             self.head = choose_head(self.model, cpu_speed)
             self.data_collator = KindCollator(self.data_collator)
+            if self.args.packing:
+                refuse_mixed_rows(self.model, self.data_collator, self.head)
             self._sums, self._micro = {}, []
 
         def create_model_card(self, *a, **k):

@@ -7,13 +7,13 @@ __all__ = ['LORA_RANKS', 'NOT_APPLIED', 'VLLM_ROWS', 'vllm_completion', 'vllm_ra
            'predict_rows_vllm']
 
 # %% ../nbs/21_vllm.ipynb #1768ba37
-import importlib.util
 import math
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from .process import ConfigError
+from .process import ConfigError, needs_extra
+from .config_loader import answer_style
 from .labels import BINARY, LABEL_SETS, LabelSet
 from .generate import _check_prompts, _completion, _end_ids, label_tokens, stop_rule
 from .predictions import resume_predictions
@@ -97,12 +97,8 @@ def vllm_engine(
     from transformers import AutoConfig, GenerationConfig
     from nli_ft.bases import compute_dtype, device, model_source, pinned
 
-    for name in ("vllm", *["vllm_bnb_plugin"] * (cfg.quantization == "nf4")):
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"--engine vllm needs the package {name}: `pip install -e .[vllm]` in the project's "
-                "folder, or use --engine transformers"
-            )
+    packages = ("vllm", *["vllm_bnb_plugin"] * (cfg.quantization == "nf4"))
+    needs_extra("--engine vllm", "vllm", *packages, instead="use --engine transformers")
     if (dev := device(cfg)).type != "cuda":
         why = "torch sees none: check `nvidia-smi`"
         if cfg.device == "cpu":
@@ -165,7 +161,7 @@ def predict_rows_vllm(
     )
     llm = LLM(**engine.settings, max_model_len=max(map(len, prompts)) + cfg.max_new_tokens)
     lora = LoRARequest("adapter", 1, str(engine.adapter)) if engine.adapter else None
-    closed, style = stop_rule(tok, set(eos), labels), cfg.completion
+    closed, style = stop_rule(tok, set(eos), labels), answer_style(cfg.completion)
 
     def answer(rows, prompts):
         asked = [dict(prompt_token_ids=p) for p in prompts]

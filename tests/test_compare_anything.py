@@ -20,15 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 N = 40
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    "An empty project."
-    shutil.copy(ROOT / "settings.ini", tmp_path)
-    (tmp_path / "nbs").mkdir()
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def row(i, gold, said, **other):
     own = dict(
         id=i, premise=f"Premise {i // 2}.", hypothesis=f"Hypothesis {i}.", label=gold, predicted_label=said
@@ -301,9 +292,10 @@ def test_the_latex_table_is_balanced_and_escaped_and_the_frame_holds_numbers(pro
     text = (project / "table.tex").read_text()
     lines = [s for s in text.splitlines() if s.endswith(r"\\")]
     assert len(lines) == 4  # head, two entries, majority label
-    assert {len(re.findall(r"(?<!\\)&", s)) for s in lines} == {6}
+    assert {len(re.findall(r"(?<!\\)&", s)) for s in lines} == {5}
+    assert r"\caption{Single runs on " in text and text.count("{table*}") == 2
     assert r"50\%\_of\_all\&more.jsonl" in text and r"\toprule" in text and r"\end{tabular}" in text
-    assert all(s.startswith("%") for s in text.split(r"\end{tabular}")[1].strip().splitlines())
+    assert all(s.startswith("%") for s in text.split(r"\end{table*}")[1].strip().splitlines())
     frame = compare_frame([str(run), str(given)])
     numbers = "n accuracy accuracy_low accuracy_high macro_f1 difference difference_low p p_holm".split()
     assert all(pd.api.types.is_numeric_dtype(frame[c]) for c in numbers)

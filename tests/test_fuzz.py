@@ -33,7 +33,7 @@ from nli_ft.config_loader import (
     load_config,
     print_config,
 )
-from nli_ft.process import ConfigError, DataError, NliError, RecordError
+from nli_ft.process import CommandParser, ConfigError, DataError, NliError, RecordError
 from nli_ft.labels import CONTRACTS
 from nli_ft.rows import PROMPTS, STYLES, prompt_messages, read_rows, render_completion, sft_row
 from nli_ft.public_sets import download
@@ -833,9 +833,7 @@ def meaning(key, text):
 
 def typed(argv):
     "(Config or None, the message)."
-    import argparse
-
-    p, said = argparse.ArgumentParser(prog="x"), io.StringIO()
+    p, said = CommandParser(prog="x"), io.StringIO()
     add_config_args(p)
     try:
         with redirect_stderr(said):

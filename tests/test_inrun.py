@@ -12,7 +12,7 @@ from nli_ft.config_loader import load_config
 from nli_ft.rows import PROMPTS, STYLES
 from nli_ft.files import write_jsonl
 from nli_ft.generate import generate_batch, shared_start
-from nli_ft.predict import predict_rows
+from nli_ft.predict import _digit_batch, predict_rows
 from nli_ft.model import load_for_inference
 from nli_ft.bases import load_tokenizer
 from nli_ft.prompt import encode_prompt
@@ -124,6 +124,26 @@ def test_the_rows_of_one_wording_have_a_common_start_and_those_of_all_have_none_
     brief = [p for p, r in zip(prompts, run.rows) if len(r["prompt"]) == 2]
     assert shared_start(run.session.model, brief).length >= 8 and len(set(map(len, brief))) > 2
     assert shared_start(run.session.model, prompts) is None
+
+
+def test_a_model_whose_cache_is_called_cache_is_not_given_the_old_name(run, monkeypatch):
+    "transformers renamed the argument in 5.24. The old name only warns, until 5.40."
+    model = run.session.model
+    inner, brief = model.get_base_model(), [r["prompt"] for r in run.rows if len(r["prompt"]) == 2]
+    asked = [(encode_prompt(run.tok, prompt), [[5], [6]]) for prompt in brief]
+    prompts, old = [ids for ids, _ in asked], inner.forward
+    want = _digit_batch(model, asked, 0, shared_start(model, prompts))
+
+    def forward(
+        input_ids=None, attention_mask=None, position_ids=None, cache=None, use_cache=None, logits_to_keep=0
+    ):
+        how = dict(position_ids=position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep)
+        out = old(input_ids, attention_mask, past_key_values=cache, **how)
+        return SimpleNamespace(logits=out.logits, cache=out.past_key_values)
+
+    monkeypatch.setattr(inner, "forward", forward)
+    start = shared_start(model, prompts)
+    assert start.length >= 8 and _digit_batch(model, asked, 0, start) == want
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["whole prompts", "common start"])

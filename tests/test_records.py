@@ -30,16 +30,11 @@ CLOSE = (
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    "An empty project: settings.ini and nbs/. Commands run in it use this checkout's package."
-    for name in ("settings.ini", "requirements.txt"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "nbs").mkdir()
-    monkeypatch.chdir(tmp_path)
+def project(project, monkeypatch):
+    "The empty project. Commands that run in it use this checkout's package, with one thread."
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return tmp_path
+    return project
 
 
 def notebook(project, *cells, tag="parameters"):
@@ -56,7 +51,7 @@ def notebook(project, *cells, tag="parameters"):
 
 def nli_run(*args, cwd=None, **env):
     return subprocess.run(
-        [sys.executable, "-m", "nli_ft.launch", *args],
+        [sys.executable, "-m", "nli_ft.launch", "--no_check", *args],  # the notebooks here train nothing
         cwd=cwd,
         env=os.environ | env,
         capture_output=True,
@@ -288,7 +283,7 @@ def _started(project, cells):
     "A running `nli_run` that has reached its training cell."
     notebook(project, *cells)
     p = subprocess.Popen(
-        [sys.executable, "-m", "nli_ft.launch", "--config", "minimal_test"],
+        [sys.executable, "-m", "nli_ft.launch", "--no_check", "--config", "minimal_test"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -557,7 +552,7 @@ def test_row_order_in_the_predictions_file_does_not_matter(project):
         finished(right=lambda i: i * i % 7 > 1),
         finished(right=lambda i: i * i % 7 > 1, order=lambda rows: rows[1::2] + rows[::2]),
     )
-    apart = ("run", "seconds")
+    apart = ("run", "name", "path", "seconds")
     one, other = (
         {k: v for k, v in nli_ft.differences.compare_runs([a, x])[1].items() if k not in apart}
         for x in (b, c)
@@ -619,7 +614,7 @@ def test_all_seeds_of_configs_are_compared_config_by_config_and_written_once(pro
         )
         in out.stdout
     )
-    assert (project / "table.md").read_text().count("| cpu_demo") == 4
+    assert (project / "table.md").read_text().count("| cpu_demo s") == 3
     again = nli_compare("--latest", "minimal_test", "cpu_demo", "--out", "table.md")
     assert again.returncode == 2 and "exists already" in again.stderr
     assert (
@@ -680,7 +675,8 @@ def test_the_front_matter_of_a_card_is_read_back_without_a_network(project, monk
     data = ModelCard.load(run / "MODEL_CARD.md").data
     record = nli_ft.records.read_run(run)
     scores = nli_ft.evaluate.score(record.predictions())
-    assert (data.base_model, data.library_name, data.model_name) == (record.cfg.model_id, "peft", record.name)
+    assert record.cfg.model_id == "smollm2-135m" and data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert (data.library_name, data.model_name) == ("peft", record.name)
     assert {r.metric_name: r.metric_value for r in data.eval_results} == {
         "accuracy (no answer is wrong)": round(scores["accuracy"], 3),
         "macro-F1": round(scores["macro_f1"], 3),
@@ -856,6 +852,21 @@ def test_a_schedule_that_was_asked_for_and_its_steps_are_one_entry(project):
     assert nli_ft.differences.explains(apart(a, b)) == ["max_steps (steps 40 → 400)"]
 
 
+def test_a_twin_matched_in_loss_tokens_is_one_entry(project):
+    a = finished("ablation2", facts=dict(steps=4, loss_tokens_trained=100))
+    facts = dict(steps=40, loss_tokens_trained=1000)
+    b = finished("ablation2", overrides="max_loss_tokens=1000", facts=facts)
+    said = "max_loss_tokens (steps 4 → 40 (loss tokens 100 → 1,000))"
+    assert nli_ft.differences.explains(apart(a, b)) == [said]
+
+
+def test_another_mask_is_one_entry_with_its_loss_tokens(project):
+    a = finished(facts=dict(steps=4, loss_tokens_trained=100))
+    b = finished(overrides="train_on_prompt=true", facts=dict(steps=4, loss_tokens_trained=1000))
+    said = "train_on_prompt (loss tokens 100 → 1,000)"
+    assert nli_ft.differences.explains(apart(a, b)) == [said]
+
+
 def test_correct_only_is_said_to_have_trained_less(project):
     a, b = (
         finished("ablation2", facts=dict(steps=45, rows_trained=720)),
@@ -863,6 +874,24 @@ def test_correct_only_is_said_to_have_trained_less(project):
     )
     assert nli_ft.differences.explains(apart(a, b)) == ["data_strategy", "steps 45 → 30 (rows 720 → 480)"]
     assert "warning" in nli_compare(a, b).stdout
+
+
+@pytest.mark.parametrize(
+    "base, control",
+    [
+        ("ablation2", "reflected_shuffled"),
+        ("ablation2", "shuffled_any"),
+        ("ablation2", "permuted"),
+        ("ablation2", "filler"),
+        ("label_first", "label_first_permuted"),
+        ("cpu_demo", "wrong_rule"),
+    ],
+)
+def test_a_control_differs_from_its_base_in_the_thoughts_alone(project, base, control):
+    steps = dict(steps=45, rows_trained=720)  # permuted words may be more tokens
+    a = finished(base, facts=steps | dict(tokens_trained=56320))
+    b = finished(control, facts=steps | dict(tokens_trained=57000))
+    assert nli_ft.differences.explains(apart(a, b)) == ["data_strategy (tokens 56,320 → 57,000)"]
 
 
 def test_steps_of_older_records_are_read_from_their_metrics(project):

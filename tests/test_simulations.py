@@ -8,19 +8,12 @@ python -m pytest tests/test_simulations.py -m simulation -n 2 -s"""
 import numpy as np
 import pytest
 
+import nli_ft.claims
 import nli_ft.differences
 import nli_ft.paired
 import nli_ft.seeds
-from studies import (
-    DIFFERENCES,
-    DIFFICULTY,
-    INDEPENDENT,
-    STRONG,
-    clusters,
-    of_clusters,
-    right_answers,
-    rows_of,
-)
+from nli_ft.power import cluster_ids, right_answers
+from studies import DIFFERENCES, DIFFICULTY, INDEPENDENT, STRONG, of_clusters, rows_of
 
 LIMIT = 0.06
 
@@ -71,11 +64,11 @@ def check_configs(name, seeds, sd, groups, kind, n):
 
 
 RUNS = {
-    "independent items": (clusters(240, 1), INDEPENDENT),
-    "clustered difficulty": (clusters(240, 4), DIFFICULTY),
-    "clustered differences": (clusters(240, 4), DIFFERENCES),
-    "strongly clustered differences": (clusters(240, 4), STRONG),
-    "unequal clusters": (clusters(240, [1, 1, 2, 4, 12]), DIFFERENCES),
+    "independent items": (cluster_ids(240, 1), INDEPENDENT),
+    "clustered difficulty": (cluster_ids(240, 4), DIFFICULTY),
+    "clustered differences": (cluster_ids(240, 4), DIFFERENCES),
+    "strongly clustered differences": (cluster_ids(240, 4), STRONG),
+    "unequal clusters": (cluster_ids(240, [1, 1, 2, 4, 12]), DIFFERENCES),
     "2 clusters": (of_clusters(240, 2), DIFFERENCES),
     "5 clusters": (of_clusters(240, 5), DIFFERENCES),
     "10 clusters": (of_clusters(240, 10), DIFFERENCES),
@@ -95,33 +88,33 @@ def test_nor_are_fourteen_runs_of_one_family(name):
 @pytest.mark.parametrize("seeds", [(3, 3), (2, 5), (3, 3, 3, 3, 3)])
 @pytest.mark.parametrize("sd", [0.01, 0.05])
 def test_equal_configs_are_rarely_told_apart(seeds, sd):
-    check_configs("400 items", seeds, sd, clusters(400, 4), DIFFERENCES, n=200)
+    check_configs("400 items", seeds, sd, cluster_ids(400, 4), DIFFERENCES, n=200)
 
 
 @pytest.mark.parametrize("seeds", [(3, 1), (1, 3), (1, 1)])
 def test_one_seed_never_gives_a_verdict_on_a_config(seeds):
     rng = np.random.default_rng(0)
     assert not any(
-        told_configs(rng, seeds, [0.5, 0.9], 0.02, clusters(400, 4), DIFFERENCES)[0] for _ in range(20)
+        told_configs(rng, seeds, [0.5, 0.9], 0.02, cluster_ids(400, 4), DIFFERENCES)[0] for _ in range(20)
     )
 
 
 @pytest.mark.parametrize("kind, least", [(INDEPENDENT, 0.65), (DIFFERENCES, 0.4)])
 def test_runs_ten_points_apart_are_mostly_told(kind, least):
-    rng, groups = np.random.default_rng(12), clusters(240, 4)
+    rng, groups = np.random.default_rng(12), cluster_ids(240, 4)
     seen = np.mean([told_runs(rng, [0.75, 0.85], groups, kind)[0] for _ in range(150)])
     assert report("10 points on 240 items, seen", seen, 150) > least
 
 
 def test_configs_six_points_apart_are_mostly_told():
-    rng, groups = np.random.default_rng(13), clusters(2000, 4)
+    rng, groups = np.random.default_rng(13), cluster_ids(2000, 4)
     seen = np.mean([told_configs(rng, (3, 3), [0.8, 0.86], 0.02, groups, DIFFERENCES)[0] for _ in range(100)])
     assert report("6 points over 3 and 3 seeds, seen", seen, 100) > 0.55
 
 
 @pytest.mark.parametrize("kind", [INDEPENDENT, DIFFERENCES, STRONG])
 def test_intervals_of_shares_hold_the_truth(kind):
-    rng, groups = np.random.default_rng(14), clusters(240, 4)
+    rng, groups = np.random.default_rng(14), cluster_ids(240, 4)
     held = []
     for _ in range(400):
         low, high = nli_ft.paired.share_right(right_answers(rng, [0.8], groups, **kind)[0], groups)[
@@ -134,8 +127,8 @@ def test_intervals_of_shares_hold_the_truth(kind):
 # --- the long table
 
 LONG_RUNS = RUNS | {
-    "1000 items, clustered differences": (clusters(1000, 4), DIFFERENCES),
-    "1000 items, independent": (clusters(1000, 1), INDEPENDENT),
+    "1000 items, clustered differences": (cluster_ids(1000, 4), DIFFERENCES),
+    "1000 items, independent": (cluster_ids(1000, 1), INDEPENDENT),
     "30 clusters": (of_clusters(120, 30), DIFFERENCES),
 }
 
@@ -172,7 +165,7 @@ def test_size_of_the_verdict_on_runs(name, comparisons):
 )
 def test_size_of_the_verdict_on_configs(seeds, sd):
     n = 800 if len(seeds) < 10 else 300
-    check_configs("2000 items", seeds, sd, clusters(2000, 4), DIFFERENCES, n)
+    check_configs("2000 items", seeds, sd, cluster_ids(2000, 4), DIFFERENCES, n)
 
 
 @pytest.mark.simulation
@@ -214,7 +207,7 @@ def test_power_of_the_verdict_on_runs(name, least, comparisons):
     ],
 )
 def test_power_of_the_verdict_on_configs(seeds, sd, least):
-    rng, groups = np.random.default_rng(16), clusters(2000, 4)
+    rng, groups = np.random.default_rng(16), cluster_ids(2000, 4)
     seen = np.mean([told_configs(rng, seeds, [0.8, 0.86], sd, groups, DIFFERENCES)[0] for _ in range(400)])
     assert report(f"6 points, seeds {seeds}, sd {100 * sd:.0f}, seen", seen, 400) > least
 
@@ -244,3 +237,23 @@ def test_coverage_of_the_intervals_of_differences(name):
         low, high = nli_ft.paired.paired_test(a, b, groups).interval()
         held.append(low <= 0.1 <= high)
     assert report(f"{name}, 10 points, coverage", np.mean(held), 1000) > 0.92
+
+
+@pytest.mark.parametrize("check", ["a > b", "abs(a - b) < 0.2", "a@x - b@x > a@y - b@y"])
+def test_the_chance_of_a_claim_is_how_often_its_verdict_holds(check):
+    "The same simulated studies, judged by `judge_claim` as a report judges them."
+    cells = [(arm, condition) for arm in "ab" for condition in ("xy" if "@" in check else [""])]
+    (claim,) = nli_ft.claims.claims_of(check, cells)
+    groups, counts, level, n = cluster_ids(240, 4), [3 + i % 2 for i in range(len(claim.terms))], 0.02, 60
+    true = list(nli_ft.claims.true_accuracies(claim, 0.2, 0.6).values())
+    rng, arm_of = np.random.default_rng(0), np.repeat(range(len(counts)), counts)
+    held = 0
+    for _ in range(n):
+        means = np.clip(np.repeat(true, counts) + 0.02 * rng.standard_normal(len(arm_of)), 0.02, 0.98)
+        right = right_answers(rng, means, groups, run=0.2, arm=0.1, arm_of=arm_of)
+        parts = [(w, right[arm_of == i]) for i, w in enumerate(claim.terms.values())]
+        test = nli_ft.paired.contrast_test(parts, groups)
+        held += nli_ft.claims.judge_claim(claim, test, level)["outcome"] == nli_ft.claims.HELD
+    how = dict(level=level, smallest_effect=0.2, accuracy=0.6, seed_sd=0.02, shares=dict(run=0.2, arm=0.1))
+    found = nli_ft.claims.simulated_claim(claim, groups, dict(zip(claim.terms, counts)), n_sim=n, **how)
+    assert found["chance"] == held / n and 0 < held < n

@@ -382,6 +382,27 @@ def test_degrees_of_freedom_are_those_of_satterthwaite_and_no_more_than_the_smal
     assert nli_ft.paired.seed_test(few[:2], many).df == nli_ft.paired.seed_test(arm(2), arm(2)).df == 2.0
 
 
+def test_a_contrast_of_four_arms_adds_the_variance_of_each_by_the_square_of_its_weight():
+    rng = np.random.default_rng(9)
+    arms = [(rng.random((3, 200)) < p).astype(int) for p in (0.6, 0.7, 0.65, 0.9)]
+    weights, groups = (1, -1, -0.5, 0.5), [i // 4 for i in range(200)]
+    t = nli_ft.paired.contrast_test(list(zip(weights, arms)), groups)
+    of_items = sum(w * a.mean(0) for w, a in zip(weights, arms))
+    assert t.difference == pytest.approx(of_items.mean())
+    parts = [w**2 * a.mean(1).var(ddof=1) / 3 for w, a in zip(weights, arms)]
+    left = [
+        of_items[[g != k for g in groups]].mean() for k in range(50)
+    ]  # without one cluster: the jackknife
+    items = 49 / 50 * sum((x - of_items.mean()) ** 2 for x in left)
+    assert t.se**2 == pytest.approx(sum(parts) + items)
+    seeds_df = sum(parts) ** 2 / sum(v**2 / 2 for v in parts)
+    assert t.df == pytest.approx((sum(parts) + items) ** 2 / (sum(parts) ** 2 / seeds_df + items**2 / 49))
+    same = nli_ft.paired.contrast_test([(-1, arms[0]), (1, arms[1])], groups)
+    assert same == nli_ft.paired.seed_test(arms[0], arms[1], groups)
+    with pytest.raises(RecordError, match="not the same items"):
+        nli_ft.paired.contrast_test([(1, arms[0]), (-1, arms[1][:, :9])])
+
+
 def test_one_seed_in_either_arm_gives_no_test_and_an_untrained_model_needs_none():
     rng = np.random.default_rng(6)
     three, one = (rng.random((3, 90)) < 0.8), (rng.random((1, 90)) < 0.5)

@@ -10,7 +10,7 @@ from nli_ft.process import project_root
 
 root = project_root()
 bin = Path(sys.executable).parent
-COMMANDS = "train run runs compare bench data corpus think reflect evaluate predict merge".split()
+COMMANDS = "train run runs compare bench data corpus think reflect evaluate predict merge push".split()
 SET_HERE = ("LC_", "LANG", "PYTHONUTF8", "PYTHONIOENCODING", "NLI_FT_CACHE", "HF_HOME")
 ALONE = {k: v for k, v in os.environ.items() if not k.startswith(SET_HERE)}
 ALONE |= dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
@@ -82,7 +82,7 @@ def test_every_command_shows_its_help_in_every_locale(locale):
         assert b"example" in out, command
 
 
-SUBCOMMANDS = [("data", s) for s in "prepare check stats download".split()] + [
+SUBCOMMANDS = [("data", s) for s in "prepare check stats download push".split()] + [
     ("bench", s) for s in "train generate growth".split()
 ]
 
@@ -345,8 +345,10 @@ def project(tmp_path):
 def test_a_read_only_project_is_one_message_and_exit_code_2(project, command, said):
     record = str(next((root / "runs" / "cpu_demo").glob("*/summary.json")).parent)
     r = on(read_only(project), [c.replace("RECORD", record) for c in command], project)
-    errors = [l for l in r.stderr.splitlines() if not l.startswith("note: ")]
-    assert r.returncode == 2 and len(errors) == 1 and said in errors[0], r.stderr
+    errors = [l for l in r.stderr.splitlines() if l.startswith("error: ")]
+    assert r.returncode == 2 and len(errors) == 1 and said in r.stderr and "Traceback" not in r.stderr, (
+        r.stderr
+    )
 
 
 @mounts

@@ -1,6 +1,7 @@
 """Three labels from the file to the record: rows, mask, training, answers, probabilities, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from nli_ft.files import write_jsonl
 from nli_ft.labels import BINARY, RELATIONS, THREE_WAY
 from nli_ft.rows import in_label_set, sft_row, template_of
 from nli_ft.prompt import LABEL
-from nli_ft.preflight import prepare, preflight, preflight_text
-from nli_ft.predictions import check_predictions
+from nli_ft.preflight import prepare, preflight, preflight_text, proofs
+from nli_ft.predictions import check_predictions, read_predictions
 from nli_ft.public_sets import unfold_pair
 from nli_ft.fit import changed_facts
 from nli_ft.ask import evaluate_run, evaluation_rows
@@ -205,3 +206,49 @@ def test_evaluations_of_other_models_count_as_looks_at_a_file(tmp_path):
     assert looks("ab" * 32, tmp_path) == {}
     (folder / "predictions.jsonl").write_text("")
     assert looks("ab" * 32, tmp_path) == {"evaluations/theirs": 1}
+
+
+# -- two tasks in a row
+
+
+@pytest.mark.parametrize("label_set", ["binary", "three_way"])
+def test_an_auxiliary_run_is_proved_for_both_tasks_and_judged_as_label_only(tmp_path, label_set):
+    cfg = config(tmp_path, label_set=label_set, completion="auxiliary", eval_before=True, max_eval_samples=4)
+    prep, twin = prepare(cfg), prepare(cfg.replace(completion="label_only"))
+    assert prep.eval == twin.eval and prep.eval_rows == twin.eval_rows
+    flight = preflight(prep)
+    assert flight["ok"] and all("both tasks" in p["detail"] for p in flight["proofs"].values())
+    assert "the label task has 0.5 of the loss" in preflight_text(flight)
+
+    run = Path(run_training(cfg))
+    record, names = read_run(run), ("predictions", "predictions_before", "predictions_before_forced")
+    assert record.status == "done" and "label_only completions" in (run / "MODEL_CARD.md").read_text()
+    for name in names:
+        preds = read_predictions(run / f"{name}.jsonl")  # reads each completion again
+        assert len(preds) == 4 and not any(p["thought_process"] for p in preds)
+    assert {p["outcome"] for p in preds} == {"forced"}
+
+
+def test_a_mistake_in_the_rationale_task_fails_its_proofs(tmp_path):
+    prep = prepare(config(tmp_path, completion="auxiliary"))
+    rationale = prep.train[1].rationale
+    prep.train[1] = replace(
+        prep.train[1], rationale=replace(rationale, labels=[*rationale.labels[:-1], -100])
+    )
+    other = prep.train[3].rationale  # of another row, and a token is missing
+    other = replace(other, input_ids=other.input_ids[:-2] + other.input_ids[-1:])
+    prep.train[2] = replace(prep.train[2], rationale=other)
+    told = {name: detail for name, (holds, detail) in proofs(prep).items() if not holds}
+    ends, spells, asks = "the end of turn is learned", "trained tokens spell", "training prompt ids"
+    assert [any(name.startswith(start) for name in told) for start in (ends, spells, asks)] == [True] * 3
+    assert told[ends] == "1 of 18 rows, first: row 'p1'"
+
+
+def test_a_row_without_a_thought_has_no_rationale_task(tmp_path):
+    cfg = config(tmp_path, completion="auxiliary", too_long="refuse")
+    rows = [json.loads(line) for line in cfg.path("train_data").read_text().splitlines()]
+    del rows[4]["thought_process"]
+    rows[4]["completion"][0]["content"] = json.dumps(dict(predicted_label=rows[4]["label"]))
+    write_jsonl(cfg.path("train_data"), rows, overwrite=True)
+    with pytest.raises(DataError, match="row 'p4': the row has no thought_process"):
+        prepare(cfg)

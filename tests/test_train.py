@@ -16,8 +16,9 @@ from nli_ft.cpu_speed import dequantised_once
 from nli_ft.model import load_base, seeded_lora
 from nli_ft.trainer import _for_scoring, fused_log_probs, is_exact, make_trainer_class
 from nli_ft.ready import check_ready
-from nli_ft.fit import fit, to_dataset, training_args
-from nli_ft.preflight import prepare, preflight, proofs, refuse_failed_proofs, step_counts
+from nli_ft.fit import fit, resume_facts, to_dataset, training_args
+from nli_ft.prompt import loss_tokens, sequences
+from nli_ft.preflight import preflight, preflight_text, prepare, proofs, refuse_failed_proofs, step_counts
 
 root = project_root()
 # fp32 and no dropout: what is compared here is arithmetic
@@ -581,6 +582,104 @@ def test_rows_trained_are_those_that_went_through_the_model(tmp_path, monkeypatc
     assert sum(n for n, _ in seen) == rows and sum(t for _, t in seen) == result["tokens_trained"]
 
 
+def test_a_label_only_twin_stops_at_the_loss_tokens_that_it_is_given(tmp_path):
+    rows = rows_of(tmp_path / "a.jsonl", [f"w{i}" for i in range(10)])
+    cfg = tiny(
+        tmp_path,
+        train_data=rows,
+        completion="label_only",
+        max_steps=None,
+        num_epochs=1,
+        max_loss_tokens=330,
+        batch_size=4,
+        grad_accumulation_steps=1,
+    )
+    prep = prepare(cfg)
+    assert loss_tokens(prep.train) == 100  # ten a row
+    flight = preflight(prep)
+    assert flight["steps"]["steps"] == resume_facts(prep)["steps"] == 10
+    assert flight["tokens"]["trained_in_all"] == 340  # nine steps would be 300
+    assert "10 of 4 rows, 3 an epoch; with loss about 340 tokens in all, 34 a step" in preflight_text(flight)
+    result = trained(cfg, tmp_path / "out")[2]
+    assert (result["steps"], result["rows_trained"], result["loss_tokens_trained"]) == (10, 34, 340)
+
+
+def one_step(tmp_path, **kw):
+    "A config whose only step holds six rows. The optimizer is such that the step is the gradient."
+    from nli_ft.rows import sft_row
+
+    thoughts = ["red", "It is green and blue.", "b " * 9, 'It says "no".', "x y", "z"]
+    rows = [sft_row(i, f"p{i}", f"h{i}", t, i % 2, "test", "brief") for i, t in enumerate(thoughts)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    how = dict(train_data=str(tmp_path / "a.jsonl"), batch_size=6, grad_accumulation_steps=1, max_steps=1)
+    how |= dict(optim="sgd", learning_rate=1, lr_scheduler="constant", warmup_ratio=0)
+    return tiny(tmp_path, **how | dict(weight_decay=0, max_grad_norm=None) | kw)
+
+
+def with_an_effect(cfg):
+    "A model whose adapter does something, so that all its matrices have a gradient."
+    model = seeded_lora(load_base(cfg), cfg)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_B" in n:
+                p.normal_(std=0.05)
+    return model
+
+
+def token_losses_by_hand(model, e):
+    logits = model(input_ids=torch.tensor([e.input_ids])).logits[0, :-1]
+    return -logits.log_softmax(-1)[range(len(e) - 1), e.input_ids[1:]]
+
+
+def gradients(loss, prep, model, out):
+    "The gradient of a loss by hand, that of the trainer's step, the first log, and what `fit` returns."
+    loss.backward()
+    wanted = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    model.zero_grad()
+    before, logs = adapter(model), []
+    result = fit(prep, model, out, on_log=logs.append)
+    return wanted, before - adapter(model), logs[0], result
+
+
+@pytest.mark.parametrize("weight, accumulation", [(0.25, 1), (0.25, 2), (0, 1)])
+def test_a_step_with_a_thought_weight_has_the_gradient_of_a_weighted_loss_by_hand(
+    tmp_path, weight, accumulation
+):
+    sizes = dict(batch_size=6 // accumulation, grad_accumulation_steps=accumulation)
+    cfg = one_step(tmp_path, thought_weight=weight, **sizes)
+    prep, model = prepare(cfg), with_an_effect(cfg)
+    total = weights = 0
+    for row, e in zip(prep.train_rows, prep.train):
+        is_text = [w == weight and y != -100 for w, y in zip(e.weights, e.labels)]
+        text = json.dumps(row["thought_process"])
+        assert prep.tok.decode([i for i, t in zip(e.input_ids, is_text) if t]).strip() in text and any(
+            is_text
+        )
+        w = torch.tensor([weight if t else float(y != -100) for t, y in zip(is_text, e.labels)])[1:]
+        total, weights = total + (w * token_losses_by_hand(model, e)).sum(), weights + w.sum()
+    loss = total / weights
+    wanted, gradient, log, _ = gradients(loss, prep, model, tmp_path / "out")
+    assert torch.allclose(gradient, wanted, atol=1e-6) and wanted.abs().max() > 1e-3
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.3, 1])
+def test_a_step_of_two_tasks_has_the_gradient_of_the_weighted_sum_of_their_means(tmp_path, share):
+    cfg = one_step(tmp_path, completion="auxiliary", label_task_weight=share)
+    prep, model = prepare(cfg), with_an_effect(cfg)
+    means = []
+    for encs in (prep.train, [e.rationale for e in prep.train]):
+        losses = [token_losses_by_hand(model, e)[e.n_prompt - 1 :] for e in encs]
+        means.append(torch.cat(losses).mean())
+    loss = share * means[0] + (1 - share) * means[1]  # the step holds all rows, so the weights are exact
+    wanted, gradient, log, result = gradients(loss, prep, model, tmp_path / "out")
+    assert torch.allclose(gradient, wanted, atol=1e-6) and wanted.abs().max() > 1e-3
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert log["loss_tokens"] == result["loss_tokens_trained"] == loss_tokens(prep.train)
+    assert result["rows_trained"] == 6 and log["tokens"] == sum(map(len, sequences(prep.train)))
+
+
 def test_pairs_without_thoughts_can_be_judged_but_not_trained_on(tmp_path):
     write_jsonl(
         tmp_path / "p.jsonl", [dict(id=i, premise=f"p{i}", hypothesis="h", label=i % 2) for i in range(4)]
@@ -816,6 +915,7 @@ def test_the_notebook_is_the_door_for_several_processes_too(tmp_path):
             sys.executable,
             "-m",
             "nli_ft.launch",
+            "--no_check",
             *door_args(
                 tmp_path, "--distributed_training", "true", "--num_processes", "2", "--batch_size", "2"
             ),
@@ -891,8 +991,13 @@ def test_a_run_reads_every_key(tmp_path, monkeypatch):
     run = run_training(cfg)
     assert json.loads((run / "summary.json").read_text())["status"] == "done"
     # only a run with several processes reads them
-    from nli_ft.preflight import world_size
+    from nli_ft.preflight import sets_summary, world_size
 
     world_size(Watched(tiny(tmp_path, distributed_training=True, num_processes=2), seen))
+    # and only a run with two tasks reads how they weigh
+    prepare(Watched(tiny(tmp_path, completion="auxiliary", max_train_samples=4), seen))
+    # and only a run with a test reads when it is judged
+    tested = tiny(tmp_path, max_train_samples=4, test_data=str(tiny(tmp_path).path("eval_data")))
+    sets_summary(prepare(Watched(tested, seen)))
     assert set(KEYS) - seen == set()
     assert any((run / "wandb").glob("offline-run-*"))

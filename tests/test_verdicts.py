@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import nli_ft.card
@@ -17,16 +18,6 @@ import nli_ft.seeds
 from nli_ft.config_loader import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    "An empty project."
-    for name in ("settings.ini", "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "nbs").mkdir()
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def row(i, label, said, group):
@@ -146,7 +137,12 @@ def test_the_majority_line_stands_in_every_comparison_and_format(project, capsys
     assert compare(capsys, *runs, "--out", "t.md").count("majority label (0)") == 2  # by config and by run
     assert (project / "t.md").read_text().count("| majority label (0) |") == 2
     compare(capsys, *runs, "--out", "t.csv")
-    assert 'majority label (0),,60,30,"0.500 [' in (project / "t.csv").read_text()
+    numbers = pd.read_csv(project / "t.csv").set_index(["table", "name"])
+    for table in ("configs", "runs"):
+        assert numbers.loc[(table, "majority label (0)"), "accuracy"] == 0.5
+    arms = ["minimal_test [lora_r=2]", "minimal_test [lora_r=4]"]  # and not the config's name twice
+    assert list(numbers.loc["configs"].index[:2]) == arms
+    assert sorted(numbers.loc["runs"].index[:4]) == [f"{arm} s{seed}" for arm in arms for seed in (1, 2)]
     said = json.loads(compare(capsys, *runs, "--json"))
     assert said["runs"][0]["majority"]["accuracy"] == 0.5 == said["configs"][0]["majority"]["accuracy"]
 

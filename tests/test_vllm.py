@@ -314,7 +314,7 @@ def test_without_the_package_the_extra_is_named(run, vllm, capsys, monkeypatch, 
         importlib.util, "find_spec", lambda name, *a: None if name == package else real(name, *a)
     )
     says = refused(capsys, run)
-    assert f"package {package}:" in says and "pip install -e .[vllm]" in says and not vllm.loaded
+    assert f"package {package}:" in says and 'pip install -e ".[vllm]"' in says and not vllm.loaded
 
 
 def test_without_a_cuda_device_it_says_so(run, vllm, capsys, monkeypatch):

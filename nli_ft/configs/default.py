@@ -15,6 +15,8 @@ data_strategy = "all"                         # right first thoughts, and reflec
 completion = "cot"                            # thought before label: the label can use the reasoning
 prompt_template = "auto"                      # the rows' own wording: another one would be a second factor
 train_on_prompt = False                       # loss on the completion only: the premise is given, not to be learnt
+thought_weight = 1.0                          # every token of a completion counts alike
+label_task_weight = 0.5                       # only for completion auxiliary: label and thought are worth the same
 max_seq_length = 512                          # tokens: a premise, a hypothesis and a paragraph of thought fit easily
 too_long = "drop"                             # counted and reported: cutting would lose the label, which comes last
 max_bad_rows = 0.0                            # one unreadable row stops the run until somebody has looked at it
@@ -41,6 +43,7 @@ use_dora = False
 seed = 42
 num_epochs = 2                                # whether a third pass helps is a question for ablation2
 max_steps = None                              # num_epochs decides
+max_loss_tokens = None                        # rows count: tokens are for arms whose rows differ in length
 batch_size = 16
 grad_accumulation_steps = 2
 learning_rate = 2e-4                          # QLoRA's rate for models of 7B and 13B
@@ -60,6 +63,7 @@ eval_metric = "loss"                          # one forward pass a row. Accuracy
 eval_metric_rows = 200                        # near 80 % the interval is 11 points wide: enough to see which epoch was best
 eval_batch_size = 16
 max_new_tokens = 256                          # real completions stay under 1000 characters. What does not end in time is truncated
+judge_test = True                             # a study says false: it looks at its test once, after its last run
 
 # -- records and devices
 output_dir = "models"                         # ignored by git
