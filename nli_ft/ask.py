@@ -648,7 +648,8 @@ def evaluate_cli(argv=None) -> int:
     left = [] if of_model or options["run"] is None else _left_to_judge(options)
     for data in [options["data"], *left]:
         report, folder, beside = _evaluation(options | dict(data=data), of_model)
-        shown.append((report, folder, _about(options["run"], data, report, folder)))
+        if out:  # only a caption says what was asked, and it needs a whole record
+            shown.append((report, folder, _about(options["run"], data, report, folder)))
         if as_json:
             print(json.dumps(report, ensure_ascii=False))
             continue

@@ -338,6 +338,7 @@ def test_every_line_of_a_file_is_a_row_or_named_as_bad_and_rows_say_what_was_wri
         assert (
             not good
             or raw.lstrip().removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+            or raw.lstrip().removeprefix(b"\xef\xbb\xbf").lstrip()[:5] == b"<?xml"
             or raw[:2] in (b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b")
         ), "a file with a good row was refused"
         return
