@@ -84,26 +84,39 @@ def assert_reads_well(path):
     assert path.stat().st_size < 500_000
 
 
-@pytest.mark.parametrize(
-    "cwd, notebook",
-    [(root, "nbs/train.ipynb"), (root / "nbs", "train.ipynb")],
+SECRET = "hf_plantedSecretValue123456"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(root, "nbs/train.ipynb"), (root / "nbs", "train.ipynb")],
     ids=["from the root", "from nbs"],
 )
-def test_plain_papermill_trains_and_leaves_a_whole_record(tmp_path, cwd, notebook):
+def trained(request, tmp_path_factory):
+    "The folder of a training by plain papermill, and what was printed. Its environment holds a secret."
+    cwd, notebook = request.param
+    folder = tmp_path_factory.mktemp("trained")
     r = run(
         papermill,
         notebook,
-        tmp_path / "mine.ipynb",
+        folder / "mine.ipynb",
         "-p",
         "config",
         "minimal_test",
         "-p",
         "overrides",
-        f"{TINY} learning_rate=1e-4 runs_dir={tmp_path}/runs output_dir={tmp_path}/models",
+        f"{TINY} learning_rate=1e-4 runs_dir={folder}/runs output_dir={folder}/models",
         cwd=cwd,
+        HF_TOKEN=SECRET,
+        MY_PASSWORD=SECRET,
     )
     assert r.returncode == 0, r.all[-3000:]
-    record, s = only_record(tmp_path / "runs")
+    return folder, r.all
+
+
+def test_plain_papermill_trains_and_leaves_a_whole_record(trained):
+    folder, said = trained
+    record, s = only_record(folder / "runs")
     assert s["status"] == "done" and s["steps"] == 2 and s["before"]["n"] == s["after"]["n"] == 4
     for name in (
         "config.json",
@@ -124,10 +137,18 @@ def test_plain_papermill_trains_and_leaves_a_whole_record(tmp_path, cwd, noteboo
     assert [m["step"] for m in metrics if "loss" in m] == [1, 2] and all(
         "loss_thought" in m and "loss_label" in m for m in metrics if "loss" in m
     )
-    assert "Unable to parse" not in r.all and "unknown parameter" not in r.all, (
+    assert "Unable to parse" not in said and "unknown parameter" not in said, (
         "papermill could not read the parameters cell"
     )
-    assert_reads_well(tmp_path / "mine.ipynb")
+    assert_reads_well(folder / "mine.ipynb")
+
+
+def test_no_environment_value_is_in_any_file_of_a_run(trained):
+    folder, _ = trained
+    files = [f for f in folder.rglob("*") if f.is_file()]
+    assert len(files) > 10
+    for f in files:
+        assert SECRET.encode() not in f.read_bytes(), f
 
 
 def test_a_cell_that_fails_under_plain_papermill_marks_the_record_as_failed(tmp_path):
@@ -149,27 +170,6 @@ def test_a_cell_that_fails_under_plain_papermill_marks_the_record_as_failed(tmp_
     assert r.returncode != 0
     _, s = only_record(tmp_path / "runs")
     assert s["status"] == "failed" and "the disk is on fire" in s["error"]
-
-
-def test_no_environment_value_is_in_any_file_of_a_run(tmp_path):
-    secret = "hf_plantedSecretValue123456"
-    r = run(
-        papermill,
-        "nbs/train.ipynb",
-        tmp_path / "mine.ipynb",
-        "-p",
-        "config",
-        "minimal_test",
-        "-p",
-        "overrides",
-        f"{TINY} eval_before=false runs_dir={tmp_path}/runs output_dir={tmp_path}/models",
-        HF_TOKEN=secret,
-        MY_PASSWORD=secret,
-    )
-    assert r.returncode == 0, r.all[-3000:]
-    for f in tmp_path.rglob("*"):
-        if f.is_file():
-            assert secret.encode() not in f.read_bytes(), f
 
 
 def test_run_training_with_no_arguments_says_what_default_needs(tmp_path):

@@ -92,6 +92,8 @@ LONG = dict(
     qwen35=("Qwen3_5TextConfig", SMALL | LINEAR | MIXED | dict(head_dim=16), "frozen"),
     mamba=("MambaConfig", dict(hidden_size=64, num_hidden_layers=2, state_size=8), "frozen"),
 )
+# of the others, each of these does something of its own. The rest are tried by `pytest -m every`
+OFTEN = ("opt", "gptoss", "deepseek3", "qwen35", "mamba")
 UNQUANTISED = ("falcon",)  # bitsandbytes finds nothing to quantise in it
 
 
@@ -244,7 +246,13 @@ def asked(model, tok, rows, cfg):
     return [(p["completion"], p["p_entail"]) for p in made]
 
 
-@pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in LONG)])
+def families(often):
+    "The parameters of a test: those of `often` are tried in CI."
+    marks = {n: pytest.mark.slow if n in often else pytest.mark.every for n in LONG}
+    return [*FAST, *(pytest.param(n, marks=mark) for n, mark in marks.items())]
+
+
+@pytest.mark.parametrize("name", families(OFTEN))
 def test_a_family_scores_the_same_in_the_run_saved_alone_and_merged(tmp_path, name):
     from transformers import AutoModelForCausalLM
 
@@ -276,7 +284,7 @@ def test_a_family_scores_the_same_in_the_run_saved_alone_and_merged(tmp_path, na
 MIXING = ("recurrent_gemma", "mamba", "lfm2", "qwen35", "opt", "bloom", "falcon", "gptoss")
 
 
-@pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in LONG)])
+@pytest.mark.parametrize("name", families(MIXING))
 def test_packed_rows_of_a_family_cost_what_they_cost_alone_or_are_refused(tmp_path, name):
     quantization = "none" if name in UNQUANTISED else "nf4"
     cfg = config(
