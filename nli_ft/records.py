@@ -6,7 +6,7 @@
 __all__ = ['LATEST', 'NOTES', 'EVALUATIONS', 'DELETED', 'redact', 'new_run_dir', 'is_code', 'code_changed', 'environment',
            'overrides_text', 'run_command', 'start_run', 'append_metrics', 'read_metrics', 'note', 'finish_run',
            'TrainingStopped', 'close_failed', 'keep_notebook', 'NotebookFollower', 'watch_cells', 'newest', 'find_run',
-           'Run', 'read_run', 'before_text', 'read_notes', 'list_runs', 'record_paths', 'read_evaluation',
+           'Run', 'read_run', 'before_text', 'read_notes', 'list_runs', 'typed_names', 'read_evaluation',
            'list_evaluations', 'judged_shas', 'looks', 'set_text', 'text_table', 'show_runs', 'show_evaluations']
 
 # %% ../nbs/25_records.ipynb #b0307105
@@ -936,11 +936,14 @@ def list_runs(
 
 # %% ../nbs/25_records.ipynb #0765a6ab
 @completes("run", "runs", "baseline")
-def record_paths() -> list:  # paths from the working directory, newest first
-    "The records' folders, for a shell that completes them. None of them is read."
+def typed_names() -> list:  # latest, configs that have a record, CONFIG/RUN_ID, and paths from the working directory
+    "What a person may type for a run, newest first, for a shell that completes it. No record is read."
     root = load_config(check=False).path("runs_dir")
     folders = [p for p in _folders(root) if (p / "summary.json").is_file()]
-    return [os.path.relpath(p) for p in sorted(folders, key=lambda p: p.name, reverse=True)]
+    folders.sort(key=lambda p: p.name, reverse=True)
+    configs = dict.fromkeys(p.parent.name for p in folders)
+    short = [f"{p.parent.name}/{p.name}" for p in folders]
+    return [LATEST, *configs, *short, *map(os.path.relpath, folders)]
 
 # %% ../nbs/25_records.ipynb #12556508
 def read_evaluation(

@@ -350,6 +350,9 @@ def completed(line, folder):
         ("nli_train --config minim", ["minimal_test"]),
         ("nli study plan rationales_", ["rationales_natural"]),
         ("nli compare runs/cpu_demo/2026", ["runs/cpu_demo/20261126-095322-s42-e8b84932"]),
+        ("nli_runs cpu_demo/", ["cpu_demo/20261126-095322-s42-e8b84932"]),
+        ("nli predict --run lat", ["latest"]),
+        ("nli_evaluate --run cpu", ["cpu_demo", "cpu_demo/20261126-095322-s42-e8b84932"]),
     ],
 )
 def test_a_shell_completes_commands_flags_configs_studies_and_runs(line, offered, tmp_path):
