@@ -137,7 +137,8 @@ else problem=; fi
 image=nli_ft:$(cat "$root"/{Dockerfile,requirements.txt,requirements-model.txt,setup.py} | sha256sum | cut -c1-12)
 build=(docker build --tag "$image" "$root")
 
-docker_args=(run --rm --init --shm-size 8g --user "$(id -u):$(id -g)" --workdir "$here")
+# A run that is stopped still saves its checkpoint and closes its record, which takes longer than Docker's 10 seconds.
+docker_args=(run --rm --init --stop-timeout 120 --shm-size 8g --user "$(id -u):$(id -g)" --workdir "$here")
 [[ -t 0 && -t 1 ]] && docker_args+=(--interactive --tty)
 
 declare -A mounted=() # Docker refuses the same target twice, and training and evaluation data may be one file
@@ -174,18 +175,26 @@ for item in "config=$config" "${paths[@]}"; do
     real=$(realpath "$path")
     if outside "$path"; then bind "$real" "$path" readonly
     elif outside "$real"; then bind "$real" "$real" readonly; fi # a link inside the project
+  elif [[ -z $dry_run && ( $key == *_data || ( $key == config && ${item#*=} == */* ) ) ]]; then # said now, and not after the build
+    die "$key = ${item#*=}: there is no such file (looked in $here). Paths are relative to your current folder"
   fi
 done
 
+gpu_args=()
 case $gpus in
-  "") if [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then docker_args+=(--gpus all); fi ;; # without a GPU the CPU configs still run
-  all) docker_args+=(--gpus all) ;;
-  *,*) docker_args+=(--gpus "\"device=$gpus\"") ;; # Docker splits this at commas unless it is quoted
-  *) docker_args+=(--gpus "device=$gpus") ;;
+  "") if [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then gpu_args=(--gpus all); fi ;; # without a GPU the CPU configs still run
+  all) gpu_args=(--gpus all) ;;
+  *,*) gpu_args=(--gpus "\"device=$gpus\"") ;; # Docker splits this at commas unless it is quoted
+  *) gpu_args=(--gpus "device=$gpus") ;;
 esac
+docker_args+=("${gpu_args[@]}")
 
 docker_args+=(--env PYTHONPATH="$root") # the image holds the commands, and the mounted project holds their code
-for name in HF_TOKEN WANDB_API_KEY HF_HUB_OFFLINE HF_ENDPOINT WANDB_MODE; do docker_args+=(--env "$name"); done # names only
+passed=(HF_TOKEN HF_HUB_OFFLINE HF_ENDPOINT OMP_NUM_THREADS MLFLOW_TRACKING_URI
+  WANDB_API_KEY WANDB_MODE WANDB_BASE_URL WANDB_ENTITY WANDB_PROJECT
+  HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy)
+for name in "${passed[@]}"; do docker_args+=(--env "$name"); done # names only: Docker leaves out what is not set
+[[ ! -f ${HOME-}/.netrc ]] || bind "$HOME/.netrc" /home/nli/.netrc readonly # `wandb login` writes its key there
 
 built=1
 docker image inspect "$image" >/dev/null 2>&1 || built=''
@@ -198,5 +207,10 @@ fi
 if [[ -z $built ]]; then
   echo "Building the image $image (once for these pins; some minutes) ..." >&2
   "${build[@]}" >&2 || { echo "error: docker build failed" >&2; exit 1; }
+fi
+if [[ -n ${gpu_args[*]-} ]] && ! docker run --rm "${gpu_args[@]}" "$image" true; then
+  die "Docker cannot give a container ${gpu_args[*]}. Is the NVIDIA Container Toolkit installed, and do these GPUs exist (nvidia-smi -L)?" \
+    "  - https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/latest/install-guide.html" \
+    "  - or run without Docker, in a .venv of this project:  $(say "$0" --local "${given[@]}")"
 fi
 exec docker "${docker_args[@]}" "$image" "${command[@]}"

@@ -31,7 +31,8 @@ case $1 in
   info) [[ -z ${NO_ENGINE-} ]] ;;
   image) [[ -e $RECORD.image-$3 ]] ;;
   build) echo "build chatter"; [[ -z ${BUILD_FAILS-} ]] && : >"$RECORD.image-$3" ;;
-  run) echo "token seen: ${HF_TOKEN:+yes}"; exit "${RUN_STATUS:-0}" ;;
+  run) [[ ${*: -1} != true ]] || exit "${GPU_STATUS:-0}"
+    echo "token seen: ${HF_TOKEN:+yes}"; exit "${RUN_STATUS:-0}" ;;
 esac
 """
 # A Python that is new enough. Its pip only writes down its arguments.
@@ -170,7 +171,7 @@ def test_dry_run_prints_exactly_what_would_be_started_and_starts_nothing(place):
     wet = place.run(*args)
     assert wet.returncode == 0, wet.stderr
     printed = [shlex.split(line) for line in dry.stdout.splitlines()]
-    assert printed == [["docker", *place.calls("build")[0]], ["docker", *place.calls("run")[0]]]
+    assert printed == [["docker", *place.calls("build")[0]], ["docker", *place.calls("run")[-1]]]
 
 
 def test_dry_run_leaves_nothing_behind(place):
@@ -360,6 +361,38 @@ def test_the_containers_exit_code_is_ours(place):
     assert place.run(RUN_STATUS="2").returncode == 2
 
 
+def test_a_gpu_that_docker_cannot_give_is_told_before_the_run(place):
+    p = place.run("--config", "ablation2", "--gpu", "0", GPU_STATUS="125")
+    assert p.returncode == 2 and "NVIDIA Container Toolkit" in p.stderr
+    assert "--local --config ablation2 --gpu 0" in p.stderr
+    assert [call[-1] for call in place.calls("run")] == ["true"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--train_data", "rows.jsonl"),
+        ("--eval_data=rows.jsonl",),
+        ("--test_data", "hans=rows.jsonl"),
+        ("--config", "mine/rows.jsonl"),
+    ],
+)
+def test_a_file_that_is_not_there_is_told_before_anything_is_built(place, args):
+    p = place.run(*args, cwd=place.away)
+    assert p.returncode == 2 and "rows.jsonl: there is no such file" in p.stderr and str(place.away) in p.stderr
+    assert not place.calls("build") and not place.calls("run")
+
+
+def test_what_reaches_a_container_beside_the_tokens(place):
+    argv = place.docker_run()
+    named = {argv[i + 1] for i, word in enumerate(argv) if word == "--env"}
+    assert {"OMP_NUM_THREADS", "WANDB_BASE_URL", "WANDB_ENTITY", "MLFLOW_TRACKING_URI", "https_proxy"} <= named
+    assert int(option(argv, "--stop-timeout")) > 60, "closing a record took 25 s"
+    assert not [m for m in mounts(argv) if ".netrc" in m]
+    (place.home / ".netrc").write_text("machine api.wandb.ai login user password key\n")
+    assert bind(place.home / ".netrc", "/home/nli/.netrc", ro=True) in mounts(place.docker_run())
+
+
 # ---------------------------------------------------------------- arguments
 
 PASSED_ON = [
@@ -374,7 +407,7 @@ PASSED_ON = [
     "-1",
     "--target_modules",
     "[q_proj,*]",
-    "--train_data",
+    "--output_dir",
     "no/such file",
     "--seeds",
     "1,2,3",
