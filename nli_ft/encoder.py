@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from .process import CommandParser, ConfigError, DataError, add_options, command
-from .files import atomic_writer, json_line, records
+from .files import atomic_writer, json_line, records, share_weights
 from .labels import CONTRACTS, LABEL_SETS, THREE_WAY, label_set_of, two_way
 from .rows import data_hash, in_label_set, read_rows, seal
 from .check import leakage, leakage_text, refuse_equal_files, refuse_leaked
@@ -101,6 +101,7 @@ def fit_encoder(
     result = trainer.train()
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
+    share_weights(folder)
     seal(folder)
     facts = dict(rows=len(train), rows_cut=n_cut, steps=result.global_step, loss=result.training_loss)
     return model, tok, facts | dict(seconds=time.perf_counter() - began)

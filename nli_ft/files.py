@@ -7,8 +7,8 @@ __all__ = ['PAIR_NAMES', 'wide_encoding', 'recode', 'readable_file', 'open_data'
            'line_records', 'jsonl_records', 'spread_json', 'whole_records', 'csv_header', 'split_line', 'table_dialect',
            'plain_rows', 'quoted_rows', 'swallows', 'table_text', 'table_start', 'table_rows', 'width_fault',
            'csv_records', 'message_line', 'parquet_file', 'parquet_records', 'xml_records', 'first_line', 'file_format',
-           'records', 'faults_named', 'atomic_writer', 'json_line', 'write_jsonl', 'whole_bytes', 'append_text',
-           'cut_torn', 'own_lines']
+           'records', 'faults_named', 'atomic_writer', 'json_line', 'write_jsonl', 'share_weights', 'whole_bytes',
+           'append_text', 'cut_torn', 'own_lines']
 
 # %% ../nbs/03_files.ipynb #312138a9
 import contextlib
@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -662,6 +663,16 @@ def write_jsonl(
             f.write(json_line(row))
             n += 1
     return n
+
+# %% ../nbs/03_files.ipynb #b8e04c11
+def share_weights(
+    folder,  # of a model or an adapter, with its config
+):
+    "Let whoever may read a model's config read its weights, too. A folder without a config stays as it is."
+    configs = [Path(folder) / name for name in ("adapter_config.json", "config.json")]
+    if config := next(filter(Path.is_file, configs), None):
+        for weights in Path(folder).glob("*.safetensors"):
+            shutil.copymode(config, weights)
 
 # %% ../nbs/03_files.ipynb #6cc7a3b1
 def whole_bytes(path) -> int:  # bytes up to and including the last newline

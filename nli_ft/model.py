@@ -20,6 +20,7 @@ import warnings
 from pathlib import Path
 
 from .process import ConfigError, RecordError
+from .files import share_weights
 from .config_loader import _nearest, answer_style, hub_name
 from .rows import MANIFEST, damage
 from .prompt import prompt_form, save_tokenizer
@@ -446,6 +447,7 @@ def save_adapter(
     conf["base_model_name_or_path"] = hub_name(cfg.model_id) or Path(cfg.model_id).name
     conf["revision"] = facts.get("commit")  # peft loads this commit of the base
     (out / "adapter_config.json").write_text(json.dumps(conf, indent=2), encoding="utf-8")
+    share_weights(out)
     note = dict(
         model_id=cfg.model_id,
         model_revision=cfg.model_revision,

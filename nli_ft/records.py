@@ -936,7 +936,9 @@ def list_runs(
 
 # %% ../nbs/25_records.ipynb #0765a6ab
 @completes("run", "runs", "baseline")
-def typed_names() -> list:  # latest, configs that have a record, CONFIG/RUN_ID, and paths from the working directory
+def typed_names() -> (
+    list
+):  # latest, configs that have a record, CONFIG/RUN_ID, and paths from the working directory
     "What a person may type for a run, newest first, for a shell that completes it. No record is read."
     root = load_config(check=False).path("runs_dir")
     folders = [p for p in _folders(root) if (p / "summary.json").is_file()]

@@ -58,6 +58,7 @@ from nli_ft.config_loader import (
     print_config,
 )
 from .labels import LABEL_SETS
+from .files import share_weights
 from .rows import MANIFEST
 from .check import refuse_equal_files, refuse_leaked
 from .prompt import encode_prompt, mask_text, save_tokenizer, sequences
@@ -987,6 +988,7 @@ def merge_run(
     formats = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
     with alive("merging"):
         merge_adapter(cfg, adapter, formats[dtype]).save_pretrained(out)
+        share_weights(out)
     save_tokenizer(load_tokenizer(cfg), out)
     _describe_merged(run, out)
     print(f"merged model: {out}")

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from .process import ConfigError
+from .files import share_weights
 from .rows import MANIFEST, seal
 from .prompt import LABEL, PROMPT, THOUGHT
 from .generate import for_inference
@@ -417,6 +418,7 @@ def seal_checkpoint(
     "Write what a checkpoint was trained on, and after that the hashes of all its files."
     info = dict(step=step, saved=time.time(), facts=facts)
     (folder / _INFO).write_text(json.dumps(info, indent=1), encoding="utf-8")
+    share_weights(folder)
     seal(folder)
 
 

@@ -151,6 +151,13 @@ def test_no_environment_value_is_in_any_file_of_a_run(trained):
         assert SECRET.encode() not in f.read_bytes(), f
 
 
+def test_whoever_may_read_a_record_may_read_its_weights(trained):
+    folder, _ = trained
+    files = [f for f in (folder / "models").rglob("*") if f.is_file()]
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= {f.name for f in files}
+    assert len({f.stat().st_mode for f in files}) == 1, [(f.name, oct(f.stat().st_mode)) for f in files]
+
+
 def test_a_cell_that_fails_under_plain_papermill_marks_the_record_as_failed(tmp_path):
     nb = nbformat.read(root / "nbs" / "train.ipynb", 4)
     at = next(i for i, c in enumerate(nb.cells) if "session.train(" in c.source)

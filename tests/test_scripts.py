@@ -379,14 +379,22 @@ def test_a_gpu_that_docker_cannot_give_is_told_before_the_run(place):
 )
 def test_a_file_that_is_not_there_is_told_before_anything_is_built(place, args):
     p = place.run(*args, cwd=place.away)
-    assert p.returncode == 2 and "rows.jsonl: there is no such file" in p.stderr and str(place.away) in p.stderr
+    assert (
+        p.returncode == 2 and "rows.jsonl: there is no such file" in p.stderr and str(place.away) in p.stderr
+    )
     assert not place.calls("build") and not place.calls("run")
 
 
 def test_what_reaches_a_container_beside_the_tokens(place):
     argv = place.docker_run()
     named = {argv[i + 1] for i, word in enumerate(argv) if word == "--env"}
-    assert {"OMP_NUM_THREADS", "WANDB_BASE_URL", "WANDB_ENTITY", "MLFLOW_TRACKING_URI", "https_proxy"} <= named
+    assert {
+        "OMP_NUM_THREADS",
+        "WANDB_BASE_URL",
+        "WANDB_ENTITY",
+        "MLFLOW_TRACKING_URI",
+        "https_proxy",
+    } <= named
     assert int(option(argv, "--stop-timeout")) > 60, "closing a record took 25 s"
     assert not [m for m in mounts(argv) if ".netrc" in m]
     (place.home / ".netrc").write_text("machine api.wandb.ai login user password key\n")
