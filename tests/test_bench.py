@@ -413,7 +413,7 @@ def test_help_needs_no_torch():
         }
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_the_whole_command_with_real_contestants():
     small = ["--model", "tiny-mistral", "--device", "cpu", "--dtype", "fp32", "--pairs", "1", "--json"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -173,6 +173,7 @@ NOT_RUN = {
     'nli_ft/harness --tasks nli_ft_snli_three_way --metadata \'{"snli": "snli_1.0_test.jsonl"}\' --apply_chat_template '
     "--log_samples --output_path harness/": "needs lm-evaluation-harness (tests/test_harness.py runs it where it is)",
     "python -m pytest tests/test_harness.py": ITSELF,
+    'python -m pytest -m "every or simulation" -n 2': LONG + " (a weekly workflow runs it)",
     "nli_run --config ablation2 label_only --seeds 1,2,3": GPU,
     "nli_evaluate --run $RUN --engine vllm": (
         "needs a GPU and vLLM (tests/test_vllm.py runs it with a stand-in for the package)"

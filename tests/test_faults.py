@@ -218,26 +218,27 @@ def harness(what, *args):
 # -- kill and resume
 
 
+SHUFFLED = dict(group_by_length=False, save_steps=2, logging_steps=3, save_total_limit=1)
+STOPS_EARLY = dict(
+    eval_steps=2,
+    save_steps=2,
+    early_stopping_patience=2,
+    learning_rate=0.3,
+    lr_scheduler="constant",
+    warmup_ratio=0.0,
+    max_grad_norm=None,
+)
+
+
 @pytest.mark.parametrize(
     "kills, seed, kw",
     [
-        (5, 1, {}),
-        (3, 2, dict(group_by_length=False, save_steps=2, logging_steps=3, save_total_limit=1)),
-        (
-            3,
-            3,
-            dict(
-                eval_steps=2,
-                save_steps=2,
-                early_stopping_patience=2,
-                learning_rate=0.3,
-                lr_scheduler="constant",
-                warmup_ratio=0.0,
-                max_grad_norm=None,
-            ),
+        pytest.param(5, 1, {}, id="five kills"),
+        pytest.param(
+            3, 2, SHUFFLED, id="shuffled, logged between checkpoints, one kept", marks=pytest.mark.every
         ),
+        pytest.param(3, 3, STOPS_EARLY, id="early stopping", marks=pytest.mark.every),
     ],
-    ids=["five kills", "shuffled, logged between checkpoints, one kept", "early stopping"],
 )
 def test_a_run_killed_again_and_again_ends_as_if_it_had_never_been(tmp_path, kills, seed, kw):
     r = harness("kill_often", tmp_path, kills, seed, json.dumps(TINY | kw))
@@ -656,7 +657,10 @@ def started(tmp_path, *args, until=2, module="nli_ft.train_sft", ignores_hangup=
     raise AssertionError("never started: " + "".join(p.communicate()))
 
 
-@pytest.mark.parametrize("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    "sig, code",
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.every)],
+)
 def test_a_signal_ends_the_step_saves_closes_the_record_and_says_how_to_go_on(tmp_path, sig, code):
     p = started(tmp_path)
     p.send_signal(sig)
@@ -759,7 +763,9 @@ def test_a_signal_while_the_record_of_a_failed_run_is_closed_does_not_leave_it_o
     assert summary(only_run(tmp_path))["status"] == "failed"
 
 
-@pytest.mark.parametrize("module", ["nli_ft.train_sft", "nli_ft.launch"])
+@pytest.mark.parametrize(
+    "module", [pytest.param("nli_ft.train_sft", marks=pytest.mark.every), "nli_ft.launch"]
+)
 def test_a_reader_that_left_and_a_hangup_that_comes_with_sigterm_leave_one_whole_checkpoint(tmp_path, module):
     """This happens when a window with `nli_run … | tee log` is closed, or a session ends: both signals come, and
     nobody reads any more."""
@@ -925,8 +931,10 @@ train_cli(sys.argv[2:])
 
 @pytest.mark.parametrize(
     "room, status",
-    [(100_000, "failed"), (0, "died")],
-    ids=["no room for a checkpoint", "no room for anything"],
+    [
+        pytest.param(100_000, "failed", id="no room for a checkpoint"),
+        pytest.param(0, "died", id="no room for anything", marks=pytest.mark.every),
+    ],
 )
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_says_so(tmp_path, room, status):
     r = subprocess.run(
@@ -1175,7 +1183,7 @@ def ranks_left(tmp_path):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_a_killed_rank_ends_a_run_that_has_no_launching_notebook_and_its_record(tmp_path):
     launch = [
         str(Path(sys.executable).with_name("accelerate")),
@@ -1230,7 +1238,7 @@ def test_ctrl_c_stops_all_processes_at_one_step_with_one_whole_checkpoint(tmp_pa
     assert not ranks_left(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_two_processes_go_on_from_the_middle_of_an_epoch_to_the_same_end(tmp_path):
     def go(*more):
         over = [

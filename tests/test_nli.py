@@ -235,7 +235,7 @@ def test_a_clock_moves_on_a_terminal_while_a_heavy_package_is_loaded(tmp_path):
 WAITING = {
     "corpus": ("--out {} --size small", b"making the corpus"),
     "bench": ("train --model tiny-mistral --pairs 1", b"plan"),
-    "think": ("--input {} --output t.jsonl --model m --base_url http://localhost:1/v1", b"loading openai"),
+    "think": ("--input {} --output {}.made --model m --base_url http://localhost:1/v1", b"loading openai"),
     "data": ("check {}", b"checking"),
 }
 
@@ -245,7 +245,7 @@ def test_a_terminal_shows_what_a_command_waits_for_before_it_has_a_result(name, 
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"id": "1", "premise": "A dog runs.", "hypothesis": "An animal runs.", "label": 1}\n')
     words, sign = WAITING[name]
-    words = words.format(tmp_path / "new" if name == "corpus" else rows).split()
+    words = words.replace("{}", str(tmp_path / "new" if name == "corpus" else rows)).split()
     master, slave = pty.openpty()
     p = subprocess.Popen([BIN / "nli", name, *words], stdout=slave, stderr=slave, env=HERE, cwd=ROOT)
     os.close(slave)

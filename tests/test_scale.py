@@ -338,7 +338,9 @@ def test_two_processes_with_or_without_shards_are_one_and_go_on_from_shards_to_t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, quantization", [("fp32", "none"), ("bf16", "nf4")])
+@pytest.mark.parametrize(
+    "dtype, quantization", [pytest.param("fp32", "none", marks=pytest.mark.every), ("bf16", "nf4")]
+)
 def test_shards_of_other_weights_are_one_process_too(tmp_path, dtype, quantization):
     "Without shards the kind of the weights makes no difference to two processes: each holds them whole."
     _, fsdp = in_three_ways(tmp_path, dtype, quantization, ("one", "fsdp"))
@@ -638,7 +640,7 @@ def test_partition_time_and_gpus_reach_sbatch(project, tmp_path):
     assert "module load cuda" in job
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_a_real_run_as_a_job_leaves_the_record_that_it_leaves_here(tmp_path):
     pytest.importorskip("submitit")
 

@@ -150,7 +150,7 @@ def test_a_model_is_trained_evaluated_and_asked_in_a_latin_and_an_ascii_locale(t
     assert answer.returncode == 0 and json.loads(answer.stdout)["predicted_label"] in (0, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_a_notebook_runs_and_shows_its_output_in_a_latin_locale(tmp_path, latin):
     code, out, err = nli(
         "run", *TINY, "--runs_dir", tmp_path / "狗 r", "--output_dir", tmp_path / "m", **latin
@@ -203,7 +203,7 @@ def test_no_file_of_the_package_is_read_or_written_in_the_locales_encoding():
 # -- homes and users
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_a_run_without_a_home_keeps_its_caches_in_a_folder_of_its_own(tmp_path):
     (tmp_path / "t").mkdir()
     env = dict(HOME="/dev/null/home", TMPDIR=str(tmp_path / "t"))

@@ -183,7 +183,7 @@ def test_the_memory_estimate_counts_what_a_block_keeps_for_its_backward_pass(tmp
     assert _activations(cfg, linear, conf, hit, compute_dtype(cfg), True) == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize("computing", ["fp32", "bf16"])
+@pytest.mark.parametrize("computing", [pytest.param("fp32", marks=pytest.mark.every), "bf16"])
 def test_a_merged_run_is_checked_against_its_adapter_and_what_differs_ends_with_1(
     tmp_path, monkeypatch, capsys, computing
 ):
