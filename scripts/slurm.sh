@@ -7,10 +7,12 @@
 #SBATCH --time=08:00:00
 #SBATCH --signal=TERM@180        # three minutes before the end: finish the step, save a checkpoint, close the record
 #
-# One training run over the GPUs of one or more nodes, through accelerate. Submit it from the project's folder.
-# All nodes must share the disk of that folder, and .venv must be in it (./run_training.sh --local makes one).
+# One training run over the GPUs of one or more nodes, through accelerate. On one GPU it needs no accelerate.
+# All nodes must share the project's disk, and .venv must be in it (./run_training.sh --local makes one). Submit it from
+# anywhere: relative paths are relative to the folder that you submit from, as everywhere.
 #
 #   sbatch scripts/slurm.sh --config distributed                                         4 GPUs of one node
+#   sbatch --gpus-per-node 1 scripts/slurm.sh --config ablation2                         one GPU
 #   sbatch --nodes 2 --partition gpu scripts/slurm.sh --config distributed --seed 2      8 GPUs of two
 #   NLI_ACCELERATE=fsdp_qlora sbatch scripts/slurm.sh --config distributed               the base sharded over the GPUs
 #
@@ -21,19 +23,28 @@ set -euo pipefail
 
 die() { echo "error: $1" >&2; exit 2; }
 [[ -n ${SLURM_JOB_ID-} ]] || die "this is a job script: sbatch scripts/slurm.sh --config NAME"
-cd "${SLURM_SUBMIT_DIR:?}" # sbatch runs a copy of this file
-grep -qs '^lib_name *= *nli_ft' settings.ini || die "$PWD is not the project's folder: submit from there"
+cd "${SLURM_SUBMIT_DIR:?}"
+# sbatch runs a copy of this file. The project is the folder that it was submitted from, or that of the submitted file.
+is_project() { grep -qs '^lib_name *= *nli_ft' "$1/settings.ini"; }
+root=$PWD
+if ! is_project "$root"; then
+  submitted=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*slurm\.sh\).*/\1/p')
+  root=$(dirname "$(dirname "${submitted:-/none/none}")")
+fi
+is_project "$root" || die "neither $PWD nor $root is the project's folder: submit its own scripts/slurm.sh, or submit from there"
 
 kind=${NLI_ACCELERATE:-ddp} nodes=$SLURM_NNODES gpus=${SLURM_GPUS_ON_NODE:-0}
 [[ $kind == ddp || $kind == fsdp_qlora ]] || die "NLI_ACCELERATE=$kind: expected ddp or fsdp_qlora"
 ((gpus > 0)) || die "the job has no GPU: add --gpus-per-node"
-((nodes * gpus > 1)) || die "one GPU needs no launcher: nli_run --config NAME --engine submitit, or ./run_training.sh in a job of your own"
 ((nodes == 1)) || kind+=_two_nodes # for any number of nodes, in spite of its name
 unset PYTHONHOME PYTHONPATH # a module system's Python would shadow the packages of .venv
-export PATH="$PWD/.venv/bin:$PATH" PYTHONUTF8=1 # files are UTF-8 in every locale
-command -v accelerate >/dev/null || die "no accelerate in $PWD/.venv: ./run_training.sh --local --config minimal_test makes it"
+export PATH="$root/.venv/bin:$PATH" PYTHONUTF8=1 # files are UTF-8 in every locale
+[[ -x $root/.venv/bin/accelerate ]] || die "no accelerate in $root/.venv: ./run_training.sh --local --config minimal_test makes it"
+if ((nodes * gpus == 1)); then # nothing has to be launched
+  exec srun --nodes 1 --ntasks 1 --kill-on-bad-exit=1 python -m nli_ft.train_sft "$@"
+fi
 
-launch=(accelerate launch --config_file "nli_ft/configs/accelerate/$kind.yaml" --num_machines "$nodes" --num_processes "$((nodes * gpus))")
+launch=(accelerate launch --config_file "$root/nli_ft/configs/accelerate/$kind.yaml" --num_machines "$nodes" --num_processes "$((nodes * gpus))")
 if ((nodes > 1)); then
   hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
   MASTER_ADDR=${hosts%%$'\n'*} # not by `head`: it closes the pipe, which may end scontrol and with it this job

@@ -374,14 +374,18 @@ def cluster(tmp_path):
         path.write_text(text), path.chmod(0o755)
 
     script(bin / "srun", SRUN)
+    # as many names as a pipe does not hold: a reader that stops early breaks the pipe
+    shows = f"echo '   Command={project}/scripts/slurm.sh --config x'"
     script(
-        bin / "scontrol", "#!/usr/bin/env bash\nseq -f node%g 7 20000\n"
-    )  # more than a pipe holds: a reader that stops early breaks the pipe
-    script(
-        project / ".venv/bin/accelerate",
-        f'#!/usr/bin/env bash\nprintf \'%s\\0\' "$PWD" "$@" >>{shlex.quote(str(tmp_path))}/calls; '
-        f"echo >>{shlex.quote(str(tmp_path))}/calls\n",
+        bin / "scontrol",
+        f"#!/usr/bin/env bash\ncase $2 in job) {shows} ;; *) seq -f node%g 7 20000 ;; esac\n",
     )
+    for command in ("accelerate", "python"):
+        script(
+            project / ".venv/bin" / command,
+            f'#!/usr/bin/env bash\nprintf \'%s\\0\' "$PWD" "$@" >>{shlex.quote(str(tmp_path))}/calls; '
+            f"echo >>{shlex.quote(str(tmp_path))}/calls\n",
+        )
 
     def submit(nodes, gpus, *args, **env):
         r = subprocess.run(
@@ -430,11 +434,11 @@ def test_a_job_starts_one_launcher_a_node_which_accelerate_understands(cluster, 
             "--wandb_run_name",
             "two words",
         ]
-        assert argv[1:3] == ["--config_file", f"nli_ft/configs/accelerate/{file}.yaml"]
+        assert argv[1:3] == ["--config_file", f"{project}/nli_ft/configs/accelerate/{file}.yaml"]
         from accelerate.commands.launch import launch_command_parser
 
         ns = launch_command_parser().parse_args(
-            [a if not a.endswith(".yaml") else str(root / a) for a in argv[1:]]
+            [a.replace(str(project), str(root)) if a.endswith(".yaml") else a for a in argv[1:]]
         )
         assert (ns.num_machines, ns.num_processes, ns.machine_rank, ns.main_process_ip) == (
             nodes,
@@ -456,14 +460,28 @@ def test_two_jobs_on_one_node_meet_at_different_ports(cluster):
     [
         (1, 4, dict(SLURM_JOB_ID=""), "sbatch scripts/slurm.sh"),
         (1, 0, {}, "--gpus-per-node"),
-        (1, 1, {}, "one GPU needs no launcher"),
         (1, 4, dict(NLI_ACCELERATE="ddpp"), "expected ddp or fsdp_qlora"),
-        (1, 4, dict(SLURM_SUBMIT_DIR="/"), "submit from there"),
     ],
 )
 def test_a_job_that_cannot_be_meant_is_refused(cluster, nodes, gpus, env, said):
     r, calls = cluster[1](nodes, gpus, "--config", "distributed", **env)
     assert r.returncode == 2 and said in r.stderr and not calls
+
+
+def test_one_gpu_of_one_node_is_trained_on_without_a_launcher(cluster):
+    r, calls = cluster[1](1, 1, "--config", "ablation2", "--seed", "2")
+    assert r.returncode == 0, r.stderr
+    assert calls == [[str(cluster[0]), "-m", "nli_ft.train_sft", "--config", "ablation2", "--seed", "2"]]
+
+
+def test_a_job_may_be_submitted_from_any_folder_and_its_paths_mean_what_they_meant_there(cluster, tmp_path):
+    project, submit = cluster
+    r, [(cwd, *argv)] = submit(1, 4, "--train_data", "rows.jsonl", SLURM_SUBMIT_DIR=str(tmp_path))
+    assert r.returncode == 0 and cwd == str(tmp_path) and argv[-1] == "rows.jsonl", r.stderr
+    assert argv[2] == f"{project}/nli_ft/configs/accelerate/ddp.yaml"
+    (project / "settings.ini").unlink()
+    r, calls = submit(1, 4, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert r.returncode == 2 and "is the project's folder" in r.stderr and len(calls) == 1
 
 
 def test_a_node_without_the_environment_says_so(cluster):
