@@ -9,6 +9,7 @@ __all__ = ['check_parameters', 'papermill_extras', 'papermill_overrides', 'RunFa
 # %% ../nbs/37_launch.ipynb #c71e3c0b
 import argparse
 import ast
+import atexit
 import json
 import os
 import shlex
@@ -488,14 +489,31 @@ def _executor(args: dict, folder):
 def run_as_job(spec, overrides, root):
     """Do one run as a job. Returns `(record or None, exit code, message)`.
 
-    Our exceptions do not come back from a job as themselves, so they become values."""
+    Our exceptions do not come back from a job as themselves, so they become values. The job itself ends with the
+    run's exit code, which `sacct` shows and other jobs may wait for."""
     os.chdir(root)  # the submitting process wrote paths relative to the project
+    codes = []
+    if {
+        "SUBMITIT_EXECUTOR",
+        "SUBMITIT_LOCAL_JOB_ID",
+    } & os.environ.keys():  # the process has nothing else to do
+        atexit.register(_exit_with, codes)
     try:
-        return str(run_notebook(spec, overrides)), 0, ""
+        run, code, why = run_notebook(spec, overrides), 0, ""
     except RunFailed as e:
-        return str(e.run_dir), e.exit_code, str(e)
+        run, code, why = e.run_dir, e.exit_code, str(e)
     except NliError as e:
-        return None, e.exit_code, str(e)
+        run, code, why = None, e.exit_code, str(e)
+    codes.append(code)
+    return run and str(run), code, why
+
+
+def _exit_with(codes):
+    "End this process with the code that a run left, if one did. submitit has written the result by now."
+    if codes:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(codes[0])
 
 # %% ../nbs/37_launch.ipynb #37ead17f
 def _job_outcome(job):

@@ -576,6 +576,21 @@ def test_each_run_is_a_job_and_a_failed_one_is_told_beside_the_others(project):
     assert len(list_runs(there / "runs")) == 3, "submitit's own files are no records"
 
 
+JOB = """
+import nli_ft.launch as launch
+def stopped(spec, overrides):
+    raise launch.RunFailed("stopped by SIGTERM", launch.Path("runs/x/1"), 143)
+launch.run_notebook = stopped
+print(launch.run_as_job("minimal_test", "", "."))
+"""
+
+
+@pytest.mark.parametrize("where, code", [(dict(SUBMITIT_EXECUTOR="slurm"), 143), ({}, 0)])
+def test_the_process_of_a_job_ends_with_the_code_of_its_run(where, code):
+    r = subprocess.run([sys.executable, "-c", JOB], capture_output=True, text=True, env=os.environ | where)
+    assert r.returncode == code and r.stdout == "('runs/x/1', 143, 'stopped by SIGTERM')\n", r.stderr
+
+
 def test_a_job_that_is_told_to_end_interrupts_its_run_which_closes_its_record(project):
     "Before the time is up, SLURM sends SIGUSR2 to the job and perhaps to its children."
     there = project(
