@@ -194,7 +194,7 @@ passed=(HF_TOKEN HF_HUB_OFFLINE HF_ENDPOINT OMP_NUM_THREADS MLFLOW_TRACKING_URI
   WANDB_API_KEY WANDB_MODE WANDB_BASE_URL WANDB_ENTITY WANDB_PROJECT
   HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy)
 for name in "${passed[@]}"; do docker_args+=(--env "$name"); done # names only: Docker leaves out what is not set
-[[ ! -f ${HOME-}/.netrc ]] || bind "$HOME/.netrc" /home/nli/.netrc readonly # `wandb login` writes its key there
+[[ -z ${HOME-} || ! -f $HOME/.netrc ]] || bind "$HOME/.netrc" /home/nli/.netrc readonly # `wandb login` writes its key there
 
 built=1
 docker image inspect "$image" >/dev/null 2>&1 || built=''

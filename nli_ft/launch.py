@@ -492,11 +492,8 @@ def run_as_job(spec, overrides, root):
     Our exceptions do not come back from a job as themselves, so they become values. The job itself ends with the
     run's exit code, which `sacct` shows and other jobs may wait for."""
     os.chdir(root)  # the submitting process wrote paths relative to the project
-    codes = []
-    if {
-        "SUBMITIT_EXECUTOR",
-        "SUBMITIT_LOCAL_JOB_ID",
-    } & os.environ.keys():  # the process has nothing else to do
+    codes, marks = [], {"SUBMITIT_EXECUTOR", "SUBMITIT_LOCAL_JOB_ID"}
+    if marks & os.environ.keys():  # this process is the job, and has nothing else to do
         atexit.register(_exit_with, codes)
     try:
         run, code, why = run_notebook(spec, overrides), 0, ""

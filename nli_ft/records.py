@@ -936,10 +936,10 @@ def list_runs(
 
 # %% ../nbs/25_records.ipynb #0765a6ab
 @completes("run", "runs", "baseline")
-def typed_names() -> (
-    list
-):  # latest, configs that have a record, CONFIG/RUN_ID, and paths from the working directory
-    "What a person may type for a run, newest first, for a shell that completes it. No record is read."
+def typed_names() -> list:
+    """What a person may type for a run, newest first, for a shell that completes it. No record is read.
+
+    First come latest and the configs that have a record, then CONFIG/RUN_ID, then paths from the working directory."""
     root = load_config(check=False).path("runs_dir")
     folders = [p for p in _folders(root) if (p / "summary.json").is_file()]
     folders.sort(key=lambda p: p.name, reverse=True)

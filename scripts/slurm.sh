@@ -28,7 +28,7 @@ cd "${SLURM_SUBMIT_DIR:?}"
 is_project() { grep -qs '^lib_name *= *nli_ft' "$1/settings.ini"; }
 root=$PWD
 if ! is_project "$root"; then
-  submitted=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*slurm\.sh\).*/\1/p')
+  submitted=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*slurm\.sh\).*/\1/p') || submitted=''
   root=$(dirname "$(dirname "${submitted:-/none/none}")")
 fi
 is_project "$root" || die "neither $PWD nor $root is the project's folder: submit its own scripts/slurm.sh, or submit from there"

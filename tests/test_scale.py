@@ -482,6 +482,9 @@ def test_a_job_may_be_submitted_from_any_folder_and_its_paths_mean_what_they_mea
     (project / "settings.ini").unlink()
     r, calls = submit(1, 4, SLURM_SUBMIT_DIR=str(tmp_path))
     assert r.returncode == 2 and "is the project's folder" in r.stderr and len(calls) == 1
+    (tmp_path / "bin/scontrol").write_text("#!/bin/sh\nexit 1\n")  # a cluster that does not say
+    r, _ = submit(1, 4, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert r.returncode == 2 and "is the project's folder" in r.stderr
 
 
 def test_a_node_without_the_environment_says_so(cluster):

@@ -21,7 +21,15 @@ from nli_ft.process import ConfigError, RecordError, project_root
 from nli_ft.records import append_metrics, finish_run, new_run_dir, read_run, start_run
 from nli_ft.rows import data_hash, render_completion, seal, sft_row
 from nli_ft.study import PlannedRun, Study, read_study_file
-from nli_ft.study_plan import TRIAL_STEPS, plan_sha256, plan_study, plan_text, read_plan
+from nli_ft.study_plan import (
+    TRIAL_STEPS,
+    cell_work,
+    plan_sha256,
+    plan_study,
+    plan_text,
+    plan_warnings,
+    read_plan,
+)
 from nli_ft.study_report import deviations
 from nli_ft.study_run import Progress, read_lines, read_results, results_frame, run_study
 
@@ -380,6 +388,14 @@ def test_a_plan_counts_rows_steps_and_runs_and_measures_nothing_where_the_speed_
     assert "sealed" in text and plan["hash"][:16] in text
 
 
+def test_a_plan_warns_where_the_length_of_a_thought_decides_which_rows_make_a_step(planned):
+    study, plan = planned()
+    work = {cell: w | dict(one_label=0.6 * (cell[0] == "cot")) for cell, w in cell_work(study, str).items()}
+    [told] = [s for s in plan_warnings(study, work, plan["power"]) if "of one label only" in s]
+    assert told.startswith("cot has rows of one label only in 60% of its steps, and label_only in 0%")
+    assert "group_by_length=False" in told
+
+
 def test_a_plan_warns_as_a_reviewer_would(planned):
     arms = "cot=dict(), other=dict(lora_r=4, lora_alpha=9, lora_dropout=0.5)"
     _, plan = planned(replace=("cot=dict()", arms))
@@ -387,7 +403,7 @@ def test_a_plan_warns_as_a_reviewer_would(planned):
     assert "other differs from every other arm in several settings, least from cot: lora_r" in said
     assert re.search(r"cot has [\d.]+ times the loss tokens of label_only", said)
     assert "set test has 3 clusters of items. A verdict needs at least" in said
-    assert "one seed" not in said
+    assert "one seed" not in said and "of one label only" not in said
     assert "the power of the primary contrast" in said
 
 
@@ -680,7 +696,14 @@ def fake(monkeypatch):
         size = dict(rows=6, clusters=3)
         groups = {name: [0, 0, 1, 1, 2, 2] for name in ("dev", "test")}
         one = dict(
-            steps=4, rows=8, tokens=6000, loss_tokens=100, answer_tokens=5.0, memory_gib=None, warnings=[]
+            steps=4,
+            rows=8,
+            tokens=6000,
+            loss_tokens=100,
+            answer_tokens=5.0,
+            memory_gib=None,
+            warnings=[],
+            one_label=0.0,
         )
         one |= dict(sets=dict(dev=size, test=size), groups=groups, meanings=dict(dev=False, test=False))
         return {cell: nli_ft.study_plan.with_pools(one, study.pools) for cell in study.cells()}
