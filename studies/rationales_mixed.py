@@ -5,7 +5,7 @@ the arms with a thought have rows of one label only in 48 of 80 steps, and `labe
 of its 28 runs had answered, and before any test row was looked at. Here both arms draw the same rows in the same steps.
 
 Data: those of `rationales`, which says how to make them.
-Shrunk before anything ran, for two CPU cores: two arms, one budget and two seeds.
+Shrunk before anything ran, for two CPU cores: two arms, one budget and four seeds.
 Run:
     nli_study plan rationales_mixed
     nli_study run rationales_mixed --budget 170min
@@ -32,7 +32,7 @@ settings = dict(
     group_by_length=False,               # the one thing that differs from `rationales`
 )
 arms = dict(label_only=dict(completion="label_only"), cot=dict())
-seeds = [1, 2]
+seeds = [1, 2, 3, 4]
 pools = dict(deep=["depth2", "depth3"])
 
 contrast = ["label_only", "cot"]
