@@ -1,9 +1,9 @@
 # The environment for training on NVIDIA GPUs: CUDA PyTorch, the pinned packages, JupyterLab, papermill, the nli_* commands.
 # It holds no project code, data, weights or secrets. run_training.sh builds it, mounts the project and runs as you.
 #
-# Nobody has built it yet: there was no Docker engine where it was written. It relies on a base with Python >= 3.11 and
-# the PyTorch version of requirements.txt.
-# For another CUDA: docker build --build-arg BASE=pytorch/pytorch:2.13.0-cuda...-runtime .
+# It relies on a base with Python >= 3.11 and the PyTorch version of requirements.txt. tests/doors/test_docker.py builds it
+# on a small Debian with the CPU build of PyTorch. Nobody has built it on the CUDA base yet.
+# For another CUDA: NLI_DOCKER_BASE=pytorch/pytorch:2.13.0-cuda...-runtime ./run_training.sh ...
 ARG BASE=pytorch/pytorch:2.13.0-cuda12.6-cudnn9-runtime
 FROM ${BASE}
 
@@ -24,7 +24,8 @@ RUN python3 -m pip --python /opt/nli_ft/bin/python install -r requirements.txt \
 # Without the package folder this installs only the commands. Their code comes from the mounted project (PYTHONPATH).
 COPY setup.py pyproject.toml settings.ini ./
 RUN python3 -m pip --python /opt/nli_ft/bin/python install --no-deps --no-build-isolation . \
- && python -c "import torch; assert torch.version.cuda, 'this PyTorch has no CUDA: ' + torch.__version__"
+ && python -c "import torch; assert not torch.__file__.startswith('/opt/nli_ft'), \
+ 'the base has another PyTorch than requirements.txt pins, and pip installed ' + torch.__version__"
 
 # Not root. run_training.sh passes the caller's uid, which has no passwd entry here. So the home is open to any uid, and
 # the user's name comes from the environment (torch and getpass ask for it).

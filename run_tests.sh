@@ -14,7 +14,7 @@ source scripts/env.sh
 only=()
 case ${1-} in
   "") ;;
-  --fast) only=(-m "not slow and not simulation and not every") ;;
+  --fast) only=(-m "not slow and not simulation and not every and not doors") ;;
   -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;;
   *) echo "error: unknown argument '$1' (known: --fast, --help)" >&2; exit 2 ;;
 esac

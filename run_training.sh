@@ -17,6 +17,7 @@
 #
 # Relative paths are relative to your current folder. Docker mounts the project, your model caches, and the files and
 # folders named in KEY VALUE at their own paths. So name data outside the project there, not in a config file.
+# NLI_DOCKER_BASE=IMAGE builds on another image than the Dockerfile's. It needs Python and the PyTorch of requirements.txt.
 # HF_TOKEN and WANDB_API_KEY reach the container by name only. Their values are in no command line and no output.
 # Exit codes: 0 done, 1 failed while running, 2 bad arguments, config or data (nothing started).
 set -euo pipefail
@@ -35,11 +36,12 @@ say() { # the command as one could type it: quoted only where needed
 }
 
 given=("$@")
-config=default local_run='' dry_run='' gpu_flag='' gpus='' overrides=() paths=()
+config=default local_run='' dry_run='' gpu_flag='' gpus='' gpu_words=() overrides=() paths=()
 
 choose_gpus() { # choose_gpus FLAG VALUE
   [[ -z $gpu_flag ]] || die "$gpu_flag and $1 both say which GPUs to use: give one"
-  gpu_flag=$1 gpus=$2
+  gpu_flag=$1 gpus=$2 gpu_words=("$1")
+  [[ $1 == --all-gpus ]] || gpu_words+=("$2")
 }
 
 while (($#)); do
@@ -134,8 +136,9 @@ else problem=; fi
   "  - or get the engine: https://docs.docker.com/engine/install/ (for GPUs also the NVIDIA Container Toolkit), start it," \
   "    and let your user reach it: sudo systemctl start docker; sudo usermod -aG docker \$USER"
 
-image=nli_ft:$(cat "$root"/{Dockerfile,requirements.txt,requirements-model.txt,setup.py} | sha256sum | cut -c1-12)
-build=(docker build --tag "$image" "$root")
+base=${NLI_DOCKER_BASE-}
+image=nli_ft:$({ cat "$root"/{Dockerfile,requirements.txt,requirements-model.txt,setup.py}; printf %s "$base"; } | sha256sum | cut -c1-12)
+build=(docker build --tag "$image" ${base:+--build-arg "BASE=$base"} "$root")
 
 # A run that is stopped still saves its checkpoint and closes its record, which takes longer than Docker's 10 seconds.
 docker_args=(run --rm --init --stop-timeout 120 --shm-size 8g --user "$(id -u):$(id -g)" --workdir "$here")
@@ -189,6 +192,7 @@ case $gpus in
 esac
 docker_args+=("${gpu_args[@]}")
 
+docker_args+=(--env "NLI_COMMAND=$(say "$0" "${gpu_words[@]}")") # what messages tell the user to type
 docker_args+=(--env PYTHONPATH="$root") # the image holds the commands, and the mounted project holds their code
 passed=(HF_TOKEN HF_HUB_OFFLINE HF_ENDPOINT OMP_NUM_THREADS MLFLOW_TRACKING_URI
   WANDB_API_KEY WANDB_MODE WANDB_BASE_URL WANDB_ENTITY WANDB_PROJECT

@@ -25,6 +25,7 @@ from nli_ft.process import (
     ProgressBar,
     RecordError,
     alive,
+    cluster_job,
     notebook_in_front,
     print_line,
     project_root,
@@ -33,8 +34,8 @@ from nli_ft.process import (
 )
 from .config_loader import KEYS, Config, result_values
 from .rows import damage, seal
-from .records import TrainingStopped, run_command
-from .checkpoints import _info, find_checkpoint, newest_checkpoint
+from .records import TrainingStopped, typed_command
+from .checkpoints import _info, checkpoints_of_job, find_checkpoint, newest_checkpoint
 from .ready import trackers
 from .preflight import Prepared, metric_rows, pack_rows, rows_after, run_steps, world_size
 from .prompt import sequences
@@ -122,10 +123,22 @@ def changed_facts(then: dict, now: dict) -> list:  # one line each
     return lines + [f"base, {change}" for change in base_changes(*bases)]
 
 # %% ../nbs/35_fit.ipynb #f3c8baaf
+def _checkpoint_of_job(prep, say):
+    "The newest whole checkpoint of this run from before its job was started again, or None."
+    facts = resume_facts(prep)
+    mine = [f for f in checkpoints_of_job(prep.cfg) if not changed_facts(_info(f)["facts"], facts)]
+    checkpoint = newest_checkpoint(mine, say)
+    if checkpoint:
+        say(f"job {cluster_job()} was started again")
+    return checkpoint
+
+
 def resume_point(prep: Prepared, say=lambda line: None):  # Path, or None
-    "The checkpoint to go on from. Raises `ConfigError` if it was trained on something else, unless `allow_changed`."
+    """The checkpoint to go on from. Raises `ConfigError` if it was trained on something else, unless `allow_changed`.
+
+    A job that its cluster has started again goes on from its own last checkpoint, without being told."""
     cfg = prep.cfg
-    checkpoint, allowed = find_checkpoint(cfg, say), cfg.allow_changed
+    checkpoint, allowed = _checkpoint_of_job(prep, say) or find_checkpoint(cfg, say), cfg.allow_changed
     if checkpoint is None:
         return None
     shown = os.path.relpath(checkpoint, project_root())
@@ -184,7 +197,7 @@ def how_to_go_on(
     checkpoint = newest_checkpoint(Path(weights).glob("checkpoint-*"), say=lambda line: None)
     if checkpoint is None:
         return "No checkpoint was saved yet: start it again."
-    command = run_command(cfg.replace(resume_from_checkpoint="latest"))
+    command = typed_command(cfg.replace(resume_from_checkpoint="latest"))
     shown = os.path.relpath(checkpoint, project_root())
     kept = f"The last whole checkpoint is {shown}. Go on with `{command}`."
     if notebook_in_front():

@@ -25,7 +25,7 @@ from nli_ft.records import (
     NOTES,
     _duration,
     _has_died,
-    _process_mark,
+    _is_here,
     _now,
     _part_of,
     _read_json,
@@ -373,8 +373,8 @@ def delete_run(
     Raises `RecordError` for a run that is going, and where nobody agreed."""
     run = Path(run)
     summary = _read_json(run / "summary.json")
-    going = summary.get("status") == "running" and not _has_died(summary)
-    if going and (_process_mark() or [None, None])[1] == summary.get("boot"):
+    going = summary.get("status") == "running" and not _has_died(summary, run)
+    if going and _is_here(summary):
         raise RecordError(f"{run} is still going. Stop it first")
     weights = weights_folder(run)
     left = left_over([run.parents[1], *([weights.parents[1]] if weights else [])])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_parameters', 'papermill_extras', 'papermill_overrides', 'RunFailed', 'scratch_text', 'run_notebook',
-           'engine_args', 'run_as_job', 'run_cli']
+           'engine_args', 'starts_again', 'run_as_job', 'run_cli']
 
 # %% ../nbs/37_launch.ipynb #c71e3c0b
 import argparse
@@ -27,6 +27,7 @@ from nli_ft.process import (
     RecordError,
     TERMINAL,
     alive,
+    cluster_job,
     command,
     needs_extra,
     outlives_its_reader,
@@ -34,6 +35,7 @@ from nli_ft.process import (
     signals_go_to,
     stop_signals,
 )
+from .checkpoints import newest_checkpoint
 from nli_ft.config_loader import (
     KEYS,
     Config,
@@ -386,7 +388,10 @@ def _asked_to_stop(status, why, signum):
     """`(status, why, exit_code)` of a run that did not finish after a signal.
 
     A scheduler sends the signal to the kernel too, which may die of it."""
-    if status != "interrupted":
+    if job := signum != signal.SIGINT and cluster_job():
+        by = "its time was up" if signum == signal.SIGUSR2 else "by the cluster or by scancel"
+        why = f"job {job} was told to end: {by} ({signal.Signals(signum).name}). {why}"
+    elif status != "interrupted":
         why = f"stopped by {signal.Signals(signum).name} ({why})"
     return "interrupted", why, 128 + signum
 
@@ -452,6 +457,35 @@ def engine_args(
         )
     return {k: value(v) for k, _, v in pairs}
 
+# %% ../nbs/37_launch.ipynb #24f8820f
+def _scontrol(*words):
+    "What `scontrol` prints, or None where it cannot be asked or refuses."
+    try:
+        how = dict(capture_output=True, text=True, timeout=60, check=True)
+        return subprocess.run(["scontrol", *words], **how).stdout
+    except (OSError, subprocess.SubprocessError) as e:
+        why = (getattr(e, "stderr", "") or str(e)).strip()
+        print(f"warning: scontrol {' '.join(words)}: {why}", file=sys.stderr, flush=True)
+
+
+def starts_again(
+    cfg: Config,
+    run: Path,  # the record of a run that was interrupted
+    signum: int,  # the signal that interrupted it
+) -> bool:
+    "Whether the job of this process will be started again. Where its time was up, ask for it."
+    job = os.environ.get("SLURM_JOB_ID")
+    if signum == signal.SIGUSR2:
+        weights = cfg.path("output_dir") / cfg.name / Path(run).name
+        if newest_checkpoint(weights.glob("checkpoint-*"), say=lambda line: None) is None:
+            print("not started again: this attempt saved no checkpoint", file=sys.stderr, flush=True)
+            return False
+        return _scontrol("requeue", job) is not None
+    if signum == signal.SIGTERM:
+        state = _scontrol("show", "job", job) or ""
+        return "PreemptTime=20" in state and "Requeue=1" in state and "JobState=CANCELLED" not in state
+    return False
+
 # %% ../nbs/37_launch.ipynb #88ea6b0b
 def _executor(args: dict, folder):
     "A submitit executor that writes its own files to `folder`. Raises `ConfigError` for arguments that it refuses."
@@ -490,7 +524,10 @@ def run_as_job(spec, overrides, root):
     """Do one run as a job. Returns `(record or None, exit code, message)`.
 
     Our exceptions do not come back from a job as themselves, so they become values. The job itself ends with the
-    run's exit code, which `sacct` shows and other jobs may wait for."""
+    run's exit code, which `sacct` shows and other jobs may wait for.
+
+    A job whose time is up starts again and goes on, if it has saved a checkpoint since it started. One that the
+    cluster will start again by itself leaves no result, so that whoever waits for it goes on waiting."""
     os.chdir(root)  # the submitting process wrote paths relative to the project
     codes, marks = [], {"SUBMITIT_EXECUTOR", "SUBMITIT_LOCAL_JOB_ID"}
     if marks & os.environ.keys():  # this process is the job, and has nothing else to do
@@ -499,6 +536,8 @@ def run_as_job(spec, overrides, root):
         run, code, why = run_notebook(spec, overrides), 0, ""
     except RunFailed as e:
         run, code, why = e.run_dir, e.exit_code, str(e)
+        if cluster_job() and starts_again(load_config(spec, overrides), run, code - 128):
+            _exit_with([code])
     except NliError as e:
         run, code, why = None, e.exit_code, str(e)
     codes.append(code)
@@ -506,7 +545,7 @@ def run_as_job(spec, overrides, root):
 
 
 def _exit_with(codes):
-    "End this process with the code that a run left, if one did. submitit has written the result by now."
+    "End this process with the code that a run left, if one did."
     if codes:
         sys.stdout.flush()
         sys.stderr.flush()

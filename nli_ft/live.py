@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .process import Interrupted, RecordError, notebook_in_front, notebook_shell, print_line
 from .report import Shown, metric_series, new_figure, over_steps, plot_loss
-from .records import _duration, _part_of, _process_mark, _share, list_runs, read_metrics, text_table
+from .records import _duration, _machine, _part_of, _process_mark, _share, list_runs, read_metrics, text_table
 from .fit import print_log
 
 # %% ../nbs/69_live.ipynb #db901c38
@@ -131,6 +131,8 @@ def _where(run, status) -> str:
     here = _process_mark()
     if here and _part_of(run / "summary.json", "boot") == here[1]:
         return f"here, process {_part_of(run / 'summary.json', 'pid')}"
+    if here and _part_of(run / "summary.json", "machine") == _machine():
+        return "here, in another container"
     return "another machine, or before a restart"
 
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TERMINAL', 'EXIT_CODES', 'SaysItAll', 'NliError', 'ConfigError', 'DataError', 'RecordError', 'Interrupted',
-           'stop_signals', 'signals_go_to', 'signals_interrupt', 'ReaderLeft', 'LenientStream', 'escape_as_json',
-           'outlives_its_reader', 'typed_text', 'still_bars', 'notebook_shell', 'notebook_in_front', 'short_interrupts',
-           'bar_places', 'ProgressBar', 'alive', 'show_count', 'print_line', 'fitted', 'LoadingNote', 'wants_colour',
-           'coloured', 'can_be_written', 'settle', 'command', 'nearest_word', 'CommandHelp', 'names_as_typed',
-           'CommandParser', 'completes', 'add_options', 'add_subcommand', 'project_root', 'needs_extra']
+           'stop_signals', 'signals_go_to', 'signals_interrupt', 'cluster_job', 'ReaderLeft', 'LenientStream',
+           'escape_as_json', 'outlives_its_reader', 'typed_text', 'still_bars', 'notebook_shell', 'notebook_in_front',
+           'short_interrupts', 'bar_places', 'ProgressBar', 'alive', 'show_count', 'print_line', 'fitted',
+           'LoadingNote', 'wants_colour', 'coloured', 'can_be_written', 'settle', 'command', 'nearest_word',
+           'CommandHelp', 'names_as_typed', 'CommandParser', 'completes', 'add_options', 'add_subcommand',
+           'project_root', 'needs_extra']
 
 # %% ../nbs/00_process.ipynb #4076fe4b
 import argparse
@@ -115,6 +116,12 @@ def signals_interrupt(
         signals = [s for s in signals if signal.getsignal(s) == signal.SIG_DFL]
     with signals_go_to(on_signal, signals):
         yield came
+
+# %% ../nbs/00_process.ipynb #08b6e557
+def cluster_job() -> str | None:  # such as "812" or "813_2"
+    "The SLURM job of this process, one of an array as `sacct` names it. None outside a job."
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 # %% ../nbs/00_process.ipynb #f122677f
 class ReaderLeft(BrokenPipeError):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LATEST', 'NOTES', 'EVALUATIONS', 'DELETED', 'redact', 'new_run_dir', 'is_code', 'code_changed', 'environment',
-           'overrides_text', 'run_command', 'start_run', 'append_metrics', 'read_metrics', 'note', 'finish_run',
-           'TrainingStopped', 'close_failed', 'keep_notebook', 'NotebookFollower', 'watch_cells', 'newest', 'find_run',
-           'Run', 'read_run', 'before_text', 'read_notes', 'list_runs', 'typed_names', 'read_evaluation',
-           'list_evaluations', 'judged_shas', 'looks', 'set_text', 'text_table', 'show_runs', 'show_evaluations']
+           'overrides_text', 'run_command', 'typed_command', 'start_run', 'append_metrics', 'read_metrics', 'note',
+           'finish_run', 'TrainingStopped', 'close_failed', 'keep_notebook', 'NotebookFollower', 'watch_cells',
+           'newest', 'find_run', 'Run', 'read_run', 'before_text', 'read_notes', 'list_runs', 'typed_names',
+           'read_evaluation', 'list_evaluations', 'judged_shas', 'looks', 'set_text', 'text_table', 'show_runs',
+           'show_evaluations']
 
 # %% ../nbs/25_records.ipynb #b0307105
 import hashlib
@@ -26,7 +27,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -37,6 +38,7 @@ from nli_ft.process import (
     RecordError,
     SaysItAll,
     alive,
+    cluster_job,
     completes,
     notebook_in_front,
     project_root,
@@ -140,13 +142,66 @@ def _process_mark(pid=None):
         return None
 
 # %% ../nbs/25_records.ipynb #ae3f4d9f
-def _has_died(summary):
-    """Does `summary` say running although its process is gone?
+_HELD = {}  # the folder of the record that this process writes -> the descriptor that holds it
 
-    Only the same boot and namespace can tell. Elsewhere the answer is False."""
-    here = _process_mark()
-    if summary.get("status") != "running" or not here or summary.get("boot") != here[1]:
+
+def _machine():
+    "This start of this machine, the same for the host and its containers. None where nothing says it."
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    except OSError:
+        return None
+    return hashlib.sha256(boot.encode()).hexdigest()[:16]
+
+
+def _hold(run):
+    "Hold the folder of a record until this process ends, so that other processes of this machine see it alive."
+    with suppress(ImportError, OSError):  # no such locks here
+        import fcntl
+
+        held = os.open(run, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _let_go()  # a process writes one record at a time
+        _HELD[os.path.realpath(run)] = held
+
+
+def _let_go():
+    while _HELD:
+        os.close(_HELD.popitem()[1])
+
+
+def _is_held(run):
+    "Does a process hold the folder? None where it cannot be told."
+    try:
+        import fcntl
+
+        with ExitStack() as stack:
+            seen = os.open(run, os.O_RDONLY)
+            stack.callback(os.close, seen)
+            try:
+                fcntl.flock(seen, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+    except (ImportError, OSError):
+        return None
+
+
+def _is_here(summary):
+    "Is the process of this record one of this machine, in this container or in another?"
+    mark = _process_mark()
+    return bool(mark) and (summary.get("boot") == mark[1] or summary.get("machine") == _machine())
+
+
+def _has_died(summary, run):
+    """Does the `summary` of the record `run` say running although its process is gone?
+
+    Only the same machine can tell. Elsewhere the answer is False. A process of another container is none of ours, but
+    it holds the folder of its record."""
+    if summary.get("status") != "running" or not _is_here(summary):
         return False
+    if summary["boot"] != _process_mark()[1]:
+        return _is_held(run) is False
     now = _process_mark(summary.get("pid"))
     return now is None or now[0] != summary.get("pid_start")
 
@@ -161,7 +216,8 @@ def _now():
 def _running(cfg):
     "What `summary.json` says while a run is going."
     start, boot = _process_mark() or (None, None)
-    return dict(
+    job = dict(job=cluster_job()) if cluster_job() else {}
+    return job | dict(
         config=cfg.name,
         seed=cfg.seed,
         status="running",
@@ -169,6 +225,7 @@ def _running(cfg):
         pid=os.getpid(),
         pid_start=start,
         boot=boot,
+        machine=_machine(),
     )
 
 # %% ../nbs/25_records.ipynb #5e02f92f
@@ -187,6 +244,7 @@ def new_run_dir(
         try:
             parent.mkdir(parents=True, exist_ok=True)
             os.mkdir(run)
+            _hold(run)
         except FileExistsError as e:
             if not parent.is_dir():
                 raise RecordError(f"{parent} is not a folder. Move it, or choose another runs_dir.") from e
@@ -425,6 +483,7 @@ def _claim(cfg, run_dir):
         raise RecordError(
             f"{run} holds {other[0]} and is no run folder. Leave run_dir out, and a new one is made."
         )
+    _hold(run)
     _write_json(run / "summary.json", _running(cfg) | {"run_id": run.name})
     return run
 
@@ -443,6 +502,11 @@ def run_command(cfg: Config) -> str:  # e.g. "nli_run --config cpu_demo --max_st
     return shlex.join(
         ["nli_run", "--config", _spec(cfg)] + [f"--{w}" for w in shlex.split(overrides_text(cfg))]
     )
+
+
+def typed_command(cfg: Config) -> str:  # e.g. "./run_training.sh --config cpu_demo --max_steps=4"
+    "The same, as a person types it here. Whoever starts a container has no `nli_run`, and says so in `NLI_COMMAND`."
+    return os.environ.get("NLI_COMMAND", "nli_run") + run_command(cfg).removeprefix("nli_run")
 
 
 def _spec(cfg):
@@ -550,6 +614,8 @@ def finish_run(
     if seals := _seals(Path(run_dir), summary):
         new["predictions"] = old.get("predictions", {}) | seals
     _write_json(path, new)
+    if os.path.realpath(run_dir) in _HELD:
+        _let_go()
     return new
 
 # %% ../nbs/25_records.ipynb #59ed36d4
@@ -761,7 +827,7 @@ class Run:
 
     @property
     def status(self):
-        return "died" if _has_died(self.summary) else self.summary["status"]
+        return "died" if _has_died(self.summary, self.path) else self.summary["status"]
 
     def predictions(self, which="predictions.jsonl"):
         "Checked rows of a predictions file. Raises `RecordError` where it is missing or damaged."
@@ -894,7 +960,7 @@ def _run_row(path):
         _check_summary(s)
         scores = {name: s.get(name) or {} for name in ("after", "before", "before_forced")}
         _check_counts(file, scores)
-        status = "died" if _has_died(s) else s["status"]
+        status = "died" if _has_died(s, path) else s["status"]
         facts = dict(seed=s.get("seed"), status=status, started=s["started"], wall_s=s.get("wall_s"))
         facts |= dict(before=scores["before"].get("accuracy"), before_text=before_text(s), why=s.get("error"))
         return row | facts | {key: scores["after"].get(key) for key in ("accuracy", "valid_rate", "n")}

@@ -17,7 +17,7 @@ import math
 import time
 from pathlib import Path
 
-from .process import ConfigError
+from .process import ConfigError, cluster_job
 from .files import share_weights
 from .rows import MANIFEST, seal
 from .prompt import LABEL, PROMPT, THOUGHT
@@ -416,7 +416,7 @@ def seal_checkpoint(
     facts: dict,  # what it was trained on
 ):
     "Write what a checkpoint was trained on, and after that the hashes of all its files."
-    info = dict(step=step, saved=time.time(), facts=facts)
+    info = dict(step=step, saved=time.time(), facts=facts, job=cluster_job())
     (folder / _INFO).write_text(json.dumps(info, indent=1), encoding="utf-8")
     share_weights(folder)
     seal(folder)

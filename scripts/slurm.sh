@@ -5,7 +5,9 @@
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=16
 #SBATCH --time=08:00:00
-#SBATCH --signal=TERM@180        # three minutes before the end: finish the step, save a checkpoint, close the record
+#SBATCH --signal=B:USR2@180      # three minutes before the end: finish the step, save a checkpoint, start again
+#SBATCH --requeue
+#SBATCH --open-mode=append       # a job that starts again keeps what it has printed
 #
 # One training run over the GPUs of one or more nodes, through accelerate. On one GPU it needs no accelerate.
 # All nodes must share the project's disk, and .venv must be in it (./run_training.sh --local makes one). Submit it from
@@ -18,6 +20,7 @@
 #
 # Arguments after the script's name go to nli_train. Options of sbatch stand before it.
 # NLI_ACCELERATE: ddp (the default) or fsdp_qlora, a file of nli_ft/configs/accelerate/.
+# NLI_RESTARTS: how often the job starts again when its time is up (20; 0: never). It goes on from its last checkpoint.
 # Many runs on one GPU each are `nli_run --engine submitit`.
 set -euo pipefail
 
@@ -40,8 +43,25 @@ kind=${NLI_ACCELERATE:-ddp} nodes=$SLURM_NNODES gpus=${SLURM_GPUS_ON_NODE:-0}
 unset PYTHONHOME PYTHONPATH # a module system's Python would shadow the packages of .venv
 export PATH="$root/.venv/bin:$PATH" PYTHONUTF8=1 # files are UTF-8 in every locale
 [[ -x $root/.venv/bin/accelerate ]] || die "no accelerate in $root/.venv: ./run_training.sh --local --config minimal_test makes it"
+
+# train COMMAND...: do it in the background, because bash answers a signal only when it does not wait for a program.
+time_is_up=''
+train() {
+  local step='' status
+  trap 'time_is_up=1; [[ -z $step ]] || kill -TERM "$step"' USR2
+  trap '[[ -n $step ]] && kill -TERM "$step" || exit 143' TERM INT
+  "$@" &
+  step=$!
+  [[ -z $time_is_up ]] || kill -TERM "$step" # the signal came before there was a step
+  while wait "$step" && status=0 || status=$?; kill -0 "$step" 2>/dev/null; do :; done # a signal ends `wait`, not the step
+  if [[ -n $time_is_up && $status != 0 ]] && ((${SLURM_RESTART_COUNT:-0} < ${NLI_RESTARTS:-20})); then
+    echo "the time of job $SLURM_JOB_ID is up: it starts again and goes on from its last checkpoint" >&2
+    scontrol requeue "$SLURM_JOB_ID" || echo "error: it cannot be started again: sbatch it with --resume_from_checkpoint latest" >&2
+  fi
+  exit "$status"
+}
 if ((nodes * gpus == 1)); then # nothing has to be launched
-  exec srun --nodes 1 --ntasks 1 --kill-on-bad-exit=1 python -m nli_ft.train_sft "$@"
+  train srun --nodes 1 --ntasks 1 --kill-on-bad-exit=1 python -m nli_ft.train_sft "$@"
 fi
 
 launch=(accelerate launch --config_file "$root/nli_ft/configs/accelerate/$kind.yaml" --num_machines "$nodes" --num_processes "$((nodes * gpus))")
@@ -53,5 +73,5 @@ if ((nodes > 1)); then
 fi
 
 # the rank of a machine is known only where the task runs, so it is read there
-exec srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit=1 \
+train srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit=1 \
   bash -c 'exec "${@:2:$1}" --machine_rank "$SLURM_PROCID" "${@:2+$1}"' task "${#launch[@]}" "${launch[@]}" -m nli_ft.train_sft "$@"

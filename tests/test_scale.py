@@ -496,9 +496,37 @@ def test_a_node_without_the_environment_says_so(cluster):
 def test_the_job_script_is_sound_and_asks_for_a_warning_before_its_time_is_up():
     assert subprocess.run(["bash", "-n", str(root / "scripts/slurm.sh")]).returncode == 0
     text = (root / "scripts/slurm.sh").read_text()
-    assert re.search(r"^#SBATCH --signal=TERM@\d+", text, re.M) and text.index("#SBATCH") < text.index(
-        "set -euo"
-    )
+    for line in (r"--signal=B:USR2@\d+", "--requeue", "--open-mode=append"):
+        assert re.search(f"^#SBATCH {line}", text, re.M) and text.index("#SBATCH") < text.index("set -euo")
+
+
+# A step that ends half a second after it is told to, and says how: a launcher that saves a checkpoint.
+TOLD = """#!/usr/bin/env bash
+trap 'sleep .5; echo told >>"$LOG"; exit 143' TERM
+kill -"$SEND" $PPID; while :; do sleep .1; done
+"""
+
+
+@pytest.mark.parametrize(
+    "sent, env, again",
+    [
+        ("USR2", {}, True),
+        ("USR2", dict(SLURM_RESTART_COUNT="19"), True),
+        ("USR2", dict(SLURM_RESTART_COUNT="20"), False),
+        ("USR2", dict(NLI_RESTARTS="0"), False),
+        ("TERM", {}, False),
+    ],
+)
+def test_a_job_whose_time_is_up_ends_its_step_first_and_then_starts_again(
+    cluster, tmp_path, sent, env, again
+):
+    log = tmp_path / "log"
+    for name, text in dict(srun=TOLD, scontrol='#!/usr/bin/env bash\necho "$@" >>"$LOG"\n').items():
+        (tmp_path / "bin" / name).write_text(text)
+    r, _ = cluster[1](1, 1, "--config", "ablation2", LOG=str(log), SEND=sent, **env)
+    assert r.returncode == 143, r.stderr
+    assert log.read_text().splitlines() == ["told", *["requeue 4711"] * again]
+    assert ("starts again" in r.stderr) == again
 
 
 # -- nli_run --engine
@@ -592,6 +620,47 @@ print(launch.run_as_job("minimal_test", "", "."))
 def test_the_process_of_a_job_ends_with_the_code_of_its_run(where, code):
     r = subprocess.run([sys.executable, "-c", JOB], capture_output=True, text=True, env=os.environ | where)
     assert r.returncode == code and r.stdout == "('runs/x/1', 143, 'stopped by SIGTERM')\n", r.stderr
+
+
+AGAIN = """
+import sys, nli_ft.launch as launch
+from nli_ft.process import Path
+from nli_ft.rows import seal
+saved = Path(sys.argv[2]) / "minimal_test/1/checkpoint-7"
+if sys.argv[3] == "saved":
+    saved.mkdir(parents=True)
+    seal(saved)
+def stopped(spec, overrides):
+    raise launch.RunFailed("it was stopped", launch.Path("runs/x/1"), 128 + int(sys.argv[1]))
+launch.run_notebook = stopped
+print(launch.run_as_job("minimal_test", f"output_dir={sys.argv[2]}", "."))
+"""
+PREEMPTED = "JobState=RUNNING Requeue=1 PreemptTime=2026-11-28T00:00:00"
+
+
+@pytest.mark.parametrize(
+    "signum, saved, state, again",
+    [
+        (signal.SIGUSR2, "saved", "", True),
+        (signal.SIGUSR2, "nothing", "", False),
+        (signal.SIGTERM, "saved", PREEMPTED, True),
+        (signal.SIGTERM, "saved", PREEMPTED.replace("Requeue=1", "Requeue=0"), False),
+        (signal.SIGTERM, "saved", "JobState=CANCELLED Requeue=1 PreemptTime=None", False),
+        (signal.SIGINT, "saved", PREEMPTED, False),
+    ],
+)
+def test_a_job_that_the_cluster_starts_again_leaves_no_result(tmp_path, signum, saved, state, again):
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    (bin / "scontrol").write_text(f'#!/bin/sh\necho "$@" >>{bin}/asked\necho "{state}"\n')
+    (bin / "scontrol").chmod(0o755)
+    where = dict(SUBMITIT_EXECUTOR="slurm", SLURM_JOB_ID="12", PATH=f"{bin}:{os.environ['PATH']}")
+    words = [sys.executable, "-c", AGAIN, str(int(signum)), str(tmp_path / "models"), saved]
+    r = subprocess.run(words, capture_output=True, text=True, env=os.environ | where)
+    assert r.returncode == 128 + signum, r.stderr
+    assert (r.stdout == "") == again, "who waits for a result goes on waiting"
+    asked = (bin / "asked").read_text() if (bin / "asked").exists() else ""
+    assert asked == {signal.SIGTERM: "show job 12\n", signal.SIGUSR2: "requeue 12\n" * again}.get(signum, "")
 
 
 def test_a_job_that_is_told_to_end_interrupts_its_run_which_closes_its_record(project):
