@@ -21,6 +21,7 @@ TEXTS = {  # in the order of the menu
     "Data": "DATA.md",
     "Evaluation": "EVALUATION.md",
     "Studies": "studies/README.md",
+    "Study: rationales": "studies/rationales/README.md",
 }
 PROJECT = {
     "Contributing": "CONTRIBUTING.md",
