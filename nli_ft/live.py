@@ -15,7 +15,16 @@ from pathlib import Path
 
 from .process import Interrupted, RecordError, notebook_in_front, notebook_shell, print_line
 from .report import Shown, metric_series, new_figure, over_steps, plot_loss
-from .records import _duration, _machine, _part_of, _process_mark, _share, list_runs, read_metrics, text_table
+from nli_ft.records import (
+    _duration,
+    _machine,
+    _part_of,
+    _process_mark,
+    _share,
+    list_runs,
+    read_metrics,
+    text_table,
+)
 from .fit import print_log
 
 # %% ../nbs/69_live.ipynb #db901c38
