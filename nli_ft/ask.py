@@ -33,6 +33,7 @@ from nli_ft.process import (
     RecordError,
     add_options,
     alive,
+    busy_note,
     command,
     project_root,
     typed_text,
@@ -684,6 +685,8 @@ def _predict_and_probe(
         return [answered[r["id"]] for r in rows], {}
     if len(answered) < len(rows):
         (out / "report.json").unlink(missing_ok=True)  # it is about fewer rows
+    if busy_note():
+        print(busy_note(), file=sys.stderr, flush=True)
     with alive(f"loading {cfg.model_id}"):
         from nli_ft.model import load_for_inference
         from nli_ft.bases import load_tokenizer

@@ -7,9 +7,9 @@ __all__ = ['TERMINAL', 'EXIT_CODES', 'SaysItAll', 'NliError', 'ConfigError', 'Da
            'stop_signals', 'signals_go_to', 'signals_interrupt', 'cluster_job', 'ReaderLeft', 'LenientStream',
            'escape_as_json', 'outlives_its_reader', 'typed_text', 'still_bars', 'notebook_shell', 'notebook_in_front',
            'short_interrupts', 'bar_places', 'ProgressBar', 'alive', 'show_count', 'print_line', 'fitted',
-           'LoadingNote', 'wants_colour', 'coloured', 'can_be_written', 'settle', 'command', 'nearest_word',
-           'CommandHelp', 'names_as_typed', 'CommandParser', 'completes', 'add_options', 'add_subcommand',
-           'project_root', 'needs_extra']
+           'LoadingNote', 'wants_colour', 'coloured', 'can_be_written', 'settle', 'wait_without_spinning', 'busy_note',
+           'command', 'nearest_word', 'CommandHelp', 'names_as_typed', 'CommandParser', 'completes', 'add_options',
+           'add_subcommand', 'project_root', 'needs_extra']
 
 # %% ../nbs/00_process.ipynb #4076fe4b
 import argparse
@@ -698,6 +698,26 @@ def settle():
     note = f"note: {why}, so caches go to {folder} (HOME or NLI_FT_CACHE names another place)"
     print(note, file=sys.stderr)
 
+# %% ../nbs/00_process.ipynb #6a0860ae
+def wait_without_spinning():
+    """Where other work has more than half of the cores, let the threads of OpenMP sleep while they wait.
+
+    It changes no number, only the time. A user who has set OMP_WAIT_POLICY has decided."""
+    decided = "OMP_WAIT_POLICY" in os.environ or os.environ.get("OMP_NUM_THREADS") == "1"
+    if decided or "torch" in sys.modules or not hasattr(os, "sched_getaffinity"):
+        return
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > cores / 2:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ["NLI_FT_BUSY"] = f"load {load:.1f} on {cores} cores"
+
+
+def busy_note() -> str:  # "" where it was not busy
+    "What whoever waits should know of a machine that was busy when the command started."
+    if not (load := os.environ.get("NLI_FT_BUSY")):
+        return ""
+    return f"note: this machine has other work ({load}), so this takes longer. Threads wait without spinning"
+
 # %% ../nbs/00_process.ipynb #36b2e58f
 @contextlib.contextmanager
 def _nothing_for_authors():
@@ -732,6 +752,7 @@ def command(
         with _lenient_streams(), _says_what_it_loads(), _nothing_for_authors():
             settle()
             still_bars()
+            wait_without_spinning()
             return _finish(fn, argv)
 
     return run

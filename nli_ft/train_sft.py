@@ -43,6 +43,7 @@ from nli_ft.process import (
     add_options,
     alive,
     bar_places,
+    busy_note,
     command,
     outlives_its_reader,
     print_line,
@@ -163,6 +164,8 @@ class Session:
         if self.model is None:
             if "widget" not in bar_places():  # the widget says the same
                 _say()(f"loading {self.cfg.model_id}")
+            if busy_note():
+                _say()(busy_note())
             with alive(f"loading {self.cfg.model_id}", show=_is_main()):
                 self.model = seeded_lora(load_base(self.cfg), self.cfg)
         return self.model

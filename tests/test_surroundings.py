@@ -394,3 +394,31 @@ def test_help_that_cannot_be_written_is_said_too():
             [bin / "nli_runs", "--help"], cwd=root, env=env, stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert r.returncode == 1 and r.stderr.startswith("error: what it writes: No space left on device")
+
+
+BUSY = """
+import os
+from nli_ft.process import busy_note, command
+os.getloadavg = lambda: (LOAD, 0, 0)
+os.sched_getaffinity = lambda pid: {0, 1}
+@command
+def main(argv=None):
+    print(os.environ.get("OMP_WAIT_POLICY"), busy_note())
+main([])
+"""
+
+
+@pytest.mark.parametrize(
+    "load, set_here, said",
+    [
+        (1.1, {}, "passive note: this machine has other work (load 1.1 on 2 cores)"),
+        (0.9, {}, "None \n"),
+        (9.0, dict(OMP_NUM_THREADS="1"), "None \n"),  # nobody waits for anybody
+        (9.0, dict(OMP_WAIT_POLICY="active"), "active \n"),  # the user has decided
+    ],
+)
+def test_on_a_busy_machine_threads_wait_without_spinning_unless_the_user_says_otherwise(load, set_here, said):
+    env = {k: v for k, v in ALONE.items() if not k.startswith("OMP_")} | set_here
+    code = BUSY.replace("LOAD", str(load))
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=root)
+    assert r.returncode == 0 and r.stdout.startswith(said), r.stdout + r.stderr

@@ -153,7 +153,7 @@ def test_a_run_ends_in_a_record_whose_files_belong_to_the_caller(project, base):
     code, said = run(project, "--config", "minimal_test", base=base)
     assert code == 0, said[-3000:]
     folder, summary = record(project, "minimal_test")
-    assert summary["status"] == "completed" and (folder / "train.ipynb").is_file()
+    assert summary["status"] == "done" and (folder / "train.ipynb").is_file()
     made = [f for f in project.rglob("*") if f.lstat().st_uid != CALLER]
     assert not made, made[:5]
     assert (folder / "summary.json").stat().st_mode & 0o777 == 0o644
