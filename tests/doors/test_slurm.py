@@ -86,8 +86,10 @@ def cluster(tmp_path_factory):
     (home / "munge/key").chmod(0o400)
     conf = CONF.format(home=home, host=host, port=ports[0], first=ports[1], last=ports[2])
     (home / "slurm.conf").write_text(conf)
-    (home / "gres.conf").write_text("NodeName=n[1-2] Name=gpu Count=1\n")
+    (home / "gres.conf").write_text("NodeName=n[1-2] Name=gpu File=/dev/null\n")  # a GPU is a file
     os.environ["SLURM_CONF"] = str(home / "slurm.conf")
+    hosts = Path("/etc/hosts").read_text()
+    Path("/etc/hosts").write_text(f"{hosts}\n127.0.0.1 n1 n2\n")  # launchers meet by the name of a node
     munge = [f"--{k}={home}/munge/{v}" for k, v in MUNGE.items()]
     daemons = [subprocess.Popen(["munged", "--foreground", "--force", *munge])]
     wait_for(lambda: (home / "munge/socket").exists(), 20, "munge has no socket")
@@ -105,6 +107,9 @@ def cluster(tmp_path_factory):
         yield home
     finally:
         subprocess.run(["scancel", "--user", "root"], capture_output=True)
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: not subprocess.check_output(["squeue", "-h"]), 90, "jobs do not end")
+        Path("/etc/hosts").write_text(hosts)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
