@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCORE_KEYS', 'AT_THE_FLOOR', 'LATE', 'cell_scores', 'one_label_share', 'arm_rows', 'rival_rows', 'level_text',
-           'arm_table', 'thought_table', 'arm_frame', 'arm_tables', 'table_files', 'judge_checks', 'plot_forest',
-           'condition_values', 'plot_curves', 'rows_over_sets', 'changes_of', 'amended_after', 'changed_late',
-           'claim_is_late', 'primary_is_late', 'keep_rival', 'primary_finding', 'primary_text', 'Findings',
-           'study_findings', 'claims_table', 'change_text', 'deviations', 'cost_lines', 'choices_table',
+           'arm_table', 'thought_table', 'arm_frame', 'arm_tables', 'table_files', 'judge_checks', 'beats_majority',
+           'plot_forest', 'condition_values', 'plot_curves', 'rows_over_sets', 'changes_of', 'amended_after',
+           'changed_late', 'claim_is_late', 'primary_is_late', 'keep_rival', 'primary_finding', 'primary_text',
+           'Findings', 'study_findings', 'claims_table', 'change_text', 'deviations', 'cost_lines', 'choices_table',
            'environments_table', 'study_commands', 'study_tables', 'study_figures', 'report_study']
 
 # %% ../nbs/63_study_report.ipynb #d5758810
@@ -356,19 +356,39 @@ def judge_checks(
         verdict = judge_claim(claim, test, level, smallest_effect)
         if why:
             verdict["reason"] = why
-        text = claim_text(verdict, smallest_effect) + ("" if why else _floor_text(claim, sets[claim.on][0]))
+        text = claim_text(verdict, smallest_effect) + ("" if why else _floor_text(claim, *sets[claim.on]))
         verdicts.append(verdict | dict(claim=claim, text=text))
     return verdicts
 
 
-def _floor_text(claim, cells) -> str:
+def beats_majority(
+    cell: dict,  # of `Results.cells`
+    groups: list,  # the cluster of each item
+) -> bool:
+    "Whether the whole 95 % interval of the accuracy lies above the share of the majority label."
+    import numpy as np
+
+    from nli_ft.paired import seed_share
+
+    majority = np.bincount(cell["gold"]).max() / len(cell["gold"])
+    interval = seed_share(cell_scores(cell, "accuracy"), groups)["accuracy_ci"]
+    return interval is None or bool(interval[0] > majority)
+
+
+def _floor_text(claim, cells, groups) -> str:
     "A clause that says that the arms of a claim have learnt nothing that could differ."
-    if any(one_label_share(cells[cell]) < AT_THE_FLOOR for cell in claim.terms):
-        return ""
-    return (
-        "; but each of these arms gives nearly every item the same label, or no label, so nothing was learnt that "
-        "could differ"
-    )
+    terms = [cells[cell] for cell in claim.terms]
+    if all(one_label_share(cell) >= AT_THE_FLOOR for cell in terms):
+        return (
+            "; but each of these arms gives nearly every item the same label, or no label, so nothing was learnt that "
+            "could differ"
+        )
+    if not any(beats_majority(cell, groups) for cell in terms):
+        return (
+            "; but none of these arms is shown to beat the majority label, so perhaps nothing was learnt that could "
+            "differ"
+        )
+    return ""
 
 # %% ../nbs/63_study_report.ipynb #42a270fd
 def _as_label(text) -> str:

@@ -277,7 +277,13 @@ def test_arms_that_give_every_item_one_label_are_equal_only_at_the_floor():
     silent = dict(cell, answers=np.full((3, 120), 2), right=0 * constant)
     (row, _) = nli_ft.study_report.arm_rows(dict.fromkeys(cells, silent), groups, "label_only")
     assert row["verdict"].endswith("At the floor: it gives nearly every item the same label, or no label")
-    learnt = dict(cell, answers=np.resize([0, 1], (3, 120)))
-    cells[("cot", "")] = learnt
+    rng = np.random.default_rng(1)
+    guessed = rng.integers(0, 2, (3, 120))
+    cells[("cot", "")] = dict(cell, answers=guessed, right=(guessed == gold).astype(int))
     (verdict,) = nli_ft.study_report.judge_checks([claim], {"eval": (cells, groups)})
-    assert "nothing was learnt" not in verdict["text"]
+    assert "none of these arms is shown to beat the majority label" in verdict["text"]
+    right = np.resize(gold, (3, 120))
+    right[:, :4] = 1 - right[:, :4]
+    cells[("cot", "")] = dict(cell, answers=right, right=(right == gold).astype(int))
+    (verdict,) = nli_ft.study_report.judge_checks([claim], {"eval": (cells, groups)})
+    assert "learnt" not in verdict["text"]
