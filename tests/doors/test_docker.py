@@ -207,3 +207,17 @@ def test_a_run_that_is_stopped_leaves_a_checkpoint_and_says_interrupted(project,
     assert summary["status"] == "interrupted", said[-2000:]
     assert p.returncode in (130, 143), said[-2000:]
     assert list(project.glob(f"models/**/{folder.name}/checkpoint-*")), said[-2000:]
+
+
+def test_a_run_whose_container_was_killed_is_seen_to_be_dead_from_outside(project, base):
+    from nli_ft.records import read_run
+
+    before = set((project / "runs/cpu_demo").iterdir())
+    p = started(project, "--config", "cpu_demo", "--eval_before", "false", "--seed", "5", base=base)
+    folder = begins_to_train(project, "cpu_demo", p, before)
+    assert read_run(folder).status == "running"
+    (container,) = say("docker", "ps", "-q").split()
+    say("docker", "kill", container)
+    said = p.communicate(timeout=60)[0]
+    assert p.returncode == 137, said[-2000:]
+    assert read_run(folder).status == "died"
