@@ -4,6 +4,7 @@
 # It relies on a base with Python >= 3.11 and the PyTorch version of requirements.txt. tests/doors/test_docker.py builds it
 # on a small Debian with the CPU build of PyTorch. Nobody has built it on the CUDA base yet.
 # For another CUDA: NLI_DOCKER_BASE=pytorch/pytorch:2.13.0-cuda...-runtime ./run_training.sh ...
+# A Blackwell card needs a tag of CUDA 12.8 or newer.
 ARG BASE=pytorch/pytorch:2.13.0-cuda12.6-cudnn9-runtime
 FROM ${BASE}
 
