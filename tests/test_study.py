@@ -903,7 +903,7 @@ def test_a_run_that_another_process_is_doing_is_not_done_here(tmp_path, fake):
     with pytest.raises(RecordError, match=rf"{record.name} is still going \(process {os.getpid()}\)"):
         finish(study)
     path = record / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(boot="elsewhere")))
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(boot="elsewhere", machine="elsewhere")))
     code, said = finish(study)
     assert code == 0 and f"{record.name} says running, on another machine" in said
 

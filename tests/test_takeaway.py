@@ -431,7 +431,7 @@ def test_an_interrupted_deletion_leaves_no_half_and_the_next_one_ends_it(project
 def test_a_run_that_goes_on_elsewhere_is_deleted_only_by_its_name(project, capsys):
     run = nli_ft.records.start_run(load_config("minimal_test"))
     summary = json.loads((run / "summary.json").read_text())
-    (run / "summary.json").write_text(json.dumps(summary | dict(boot="another")))
+    (run / "summary.json").write_text(json.dumps(summary | dict(boot="another", machine="another")))
     assert "and still going" in nli_runs(capsys, run)
     assert "STILL GOING" in nli_runs(capsys, run, "--delete", "all", "--yes", code=2)
     assert "deleted all" in nli_runs(capsys, run, "--delete", "all", "--yes", "--last_copy")
