@@ -461,7 +461,7 @@ def engine_args(
 def _scontrol(*words):
     "What `scontrol` prints, or None where it cannot be asked or refuses."
     try:
-        how = dict(capture_output=True, text=True, timeout=60, check=True)
+        how = dict(capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=True)
         return subprocess.run(["scontrol", *words], **how).stdout
     except (OSError, subprocess.SubprocessError) as e:
         why = (getattr(e, "stderr", "") or str(e)).strip()
