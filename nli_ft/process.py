@@ -699,15 +699,26 @@ def settle():
     print(note, file=sys.stderr)
 
 # %% ../nbs/00_process.ipynb #6a0860ae
-def wait_without_spinning():
-    """Where other work has more than half of the cores, let the threads of OpenMP sleep while they wait.
+def _others_at_work() -> (
+    tuple
+):  # mean load of the last minute, and how many other threads run now. (0, 0) without /proc
+    try:
+        load, _, _, running, _ = Path("/proc/loadavg").read_text(encoding="ascii").split()
+    except OSError:
+        return 0.0, 0
+    return float(load), int(running.partition("/")[0]) - 1
 
-    It changes no number, only the time. A user who has set OMP_WAIT_POLICY has decided."""
+
+def wait_without_spinning():
+    """Where other work has half of the cores, let the threads of OpenMP sleep while they wait.
+
+    It changes no number, only the time. A user who has set OMP_WAIT_POLICY has decided. The load of the last minute
+    alone may be that of the command before this one, so something must also be running now."""
     decided = "OMP_WAIT_POLICY" in os.environ or os.environ.get("OMP_NUM_THREADS") == "1"
     if decided or "torch" in sys.modules or not hasattr(os, "sched_getaffinity"):
         return
-    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
-    if load > cores / 2:
+    (load, running), cores = _others_at_work(), len(os.sched_getaffinity(0))
+    if load > cores / 4 and running >= cores / 2:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.environ["NLI_FT_BUSY"] = f"load {load:.1f} on {cores} cores"
 

@@ -37,7 +37,7 @@ from .ready import make_embedded_data
 from nli_ft.records import (
     TrainingStopped,
     _now,
-    _process_mark,
+    _is_here,
     _read_json,
     _write_json,
     code_changed,
@@ -430,10 +430,9 @@ def refuse_running(study: Study, runs: list, say=print):  # `PlannedRun`s that a
     records = records_of(study)
     hashes = {config_hash(study.config(run)) for run in runs}
     going = [r for h in sorted(hashes) for r in records.get(h, []) if r.status == "running"]
-    boot = (_process_mark() or (None, None))[1]
     for record in going:
         shown = os.path.relpath(record.path)
-        if boot and record.summary.get("boot") == boot:
+        if _is_here(record.summary):
             raise RecordError(
                 f"{shown} is still going (process {record.summary.get('pid')}). Wait for it, or stop it first"
             )

@@ -398,8 +398,9 @@ def test_help_that_cannot_be_written_is_said_too():
 
 BUSY = """
 import os
+import nli_ft.process
 from nli_ft.process import busy_note, command
-os.getloadavg = lambda: (LOAD, 0, 0)
+nli_ft.process._others_at_work = lambda: LOAD
 os.sched_getaffinity = lambda pid: {0, 1}
 @command
 def main(argv=None):
@@ -411,10 +412,11 @@ main([])
 @pytest.mark.parametrize(
     "load, set_here, said",
     [
-        (1.1, {}, "passive note: this machine has other work (load 1.1 on 2 cores)"),
-        (0.9, {}, "None \n"),
-        (9.0, dict(OMP_NUM_THREADS="1"), "None \n"),  # nobody waits for anybody
-        (9.0, dict(OMP_WAIT_POLICY="active"), "active \n"),  # the user has decided
+        ((1.1, 1), {}, "passive note: this machine has other work (load 1.1 on 2 cores)"),
+        ((0.4, 1), {}, "None \n"),
+        ((2.0, 0), {}, "None \n"),  # of the command before this one
+        ((9.0, 9), dict(OMP_NUM_THREADS="1"), "None \n"),  # nobody waits for anybody
+        ((9.0, 9), dict(OMP_WAIT_POLICY="active"), "active \n"),  # the user has decided
     ],
 )
 def test_on_a_busy_machine_threads_wait_without_spinning_unless_the_user_says_otherwise(load, set_here, said):
