@@ -663,6 +663,62 @@ def test_a_job_that_the_cluster_starts_again_leaves_no_result(tmp_path, signum, 
     assert asked == {signal.SIGTERM: "show job 12\n", signal.SIGUSR2: "requeue 12\n" * again}.get(signum, "")
 
 
+def test_a_job_that_was_started_again_goes_on_from_its_own_checkpoint_only(tmp_path, monkeypatch):
+    from nli_ft.fit import resume_facts, resume_point
+    from nli_ft.preflight import prepare
+    from nli_ft.trainer import seal_checkpoint
+
+    cfg = tiny(tmp_path)
+    prep, told = prepare(cfg), []
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    saved = cfg.path("output_dir") / cfg.name / "first" / "checkpoint-3"
+    saved.mkdir(parents=True)
+    (saved / "trainer_state.json").write_text("{}")
+    seal_checkpoint(saved, 3, resume_facts(prep))
+    assert resume_point(prep) is None, "it was not started again"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert resume_point(prep, told.append) == saved and told[0] == "job 12 was started again"
+    other = cfg.replace(learning_rate=0.5)
+    assert resume_point(prepare(other)) is None, "another run of the same job"
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    assert resume_point(prep) is None
+
+
+def test_a_message_in_a_container_names_the_command_of_its_host(tmp_path, monkeypatch):
+    from nli_ft.fit import how_to_go_on
+    from nli_ft.rows import seal
+
+    (tmp_path / "checkpoint-3").mkdir()
+    seal(tmp_path / "checkpoint-3")
+    monkeypatch.setenv("NLI_COMMAND", "./run_training.sh --gpu 1")
+    said = how_to_go_on(load_config("minimal_test"), tmp_path)
+    assert "`./run_training.sh --gpu 1 --config minimal_test --resume_from_checkpoint=latest`" in said
+
+
+NAMESPACE = """
+import time
+from nli_ft.config_loader import load_config
+from nli_ft.records import start_run
+print(start_run(load_config("minimal_test", "runs_dir=FOLDER")), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_run_in_another_container_is_seen_to_live_and_to_have_died(tmp_path):
+    from nli_ft.records import read_run
+
+    apart = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+    code = NAMESPACE.replace("FOLDER", str(tmp_path))
+    p = subprocess.Popen([*apart, sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root)
+    run = p.stdout.readline().strip()
+    assert read_run(run).status == "running"
+    p.kill()
+    p.communicate(timeout=30)
+    assert read_run(run).status == "died"
+
+
 def test_a_job_that_is_told_to_end_interrupts_its_run_which_closes_its_record(project):
     "Before the time is up, SLURM sends SIGUSR2 to the job and perhaps to its children."
     there = project(

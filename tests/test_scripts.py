@@ -342,6 +342,14 @@ def test_the_image_is_built_only_when_missing_and_again_when_a_pin_changes(place
     assert place.calls("build")[0][-1] == str(place.root)
 
 
+def test_another_base_makes_another_image_and_messages_name_the_command_that_was_typed(place):
+    first, second = place.docker_run(), place.docker_run("--gpu", "1", NLI_DOCKER_BASE="some/image:cpu")
+    assert place.calls("build")[1][-3:] == ["--build-arg", "BASE=some/image:cpu", str(place.root)]
+    assert second[second.index("nli_run") - 1] != first[first.index("nli_run") - 1]
+    (typed,) = [word for word in second if word.startswith("NLI_COMMAND=")]
+    assert typed.endswith("run_training.sh' --gpu 1")  # the folder has a space
+
+
 def test_a_failed_build_is_said_and_nothing_is_run(place):
     p = place.run(BUILD_FAILS="1")
     assert p.returncode == 1 and "docker build failed" in p.stderr and not place.calls("run")
