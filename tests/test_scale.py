@@ -699,18 +699,20 @@ NAMESPACE = """
 import time
 from nli_ft.config_loader import load_config
 from nli_ft.records import start_run
-print(start_run(load_config("minimal_test", "runs_dir=FOLDER")), flush=True)
+print(start_run(load_config("minimal_test", "runs_dir=FOLDER"), RUN_DIR), flush=True)
 time.sleep(60)
 """
 
 
-def test_a_run_in_another_container_is_seen_to_live_and_to_have_died(tmp_path):
+@pytest.mark.parametrize("given", [False, True])  # the folder: that of a launcher, or a new one
+def test_a_run_in_another_container_is_seen_to_live_and_to_have_died(tmp_path, given):
     from nli_ft.records import read_run
 
     apart = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child"]
     if not shutil.which("unshare") or subprocess.run([*apart, "true"], capture_output=True).returncode:
         pytest.skip("no namespaces here")
     code = NAMESPACE.replace("FOLDER", str(tmp_path))
+    code = code.replace("RUN_DIR", repr(str(tmp_path / "minimal_test/mine")) if given else "None")
     p = subprocess.Popen([*apart, sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root)
     run = p.stdout.readline().strip()
     assert read_run(run).status == "running"
