@@ -11,11 +11,15 @@ import argparse
 import ast
 import atexit
 import json
+import logging
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -486,6 +490,59 @@ def starts_again(
         return "PreemptTime=20" in state and "Requeue=1" in state and "JobState=CANCELLED" not in state
     return False
 
+# %% ../nbs/37_launch.ipynb #56ba8a3f
+class _NoAccounts(logging.Filter):
+    "Let submitit say once that the cluster keeps no accounts."
+
+    said = False
+
+    def filter(self, record):
+        if "sacct error" not in record.getMessage():
+            return True
+        first, self.said = not self.said, True
+        record.msg, record.args = (
+            "sacct fails: this cluster keeps no accounts. Its controller is asked instead",
+            (),
+        )
+        return first
+
+# %% ../nbs/37_launch.ipynb #cc9714b9
+_ENDED = frozenset("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY TIMEOUT".split())
+
+
+def _ended_as(job_id):
+    "The state in which a job ended, as SLURM's controller tells it. None while it has not, or cannot be asked."
+    how = dict(capture_output=True, encoding="utf-8", errors="replace", timeout=60)
+    try:
+        asked = subprocess.run(["scontrol", "--oneliner", "show", "job", job_id], **how)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if "Invalid job id" in asked.stderr:
+        return "forgotten"  # a controller forgets a job minutes after its end
+    state = re.search(r"\bJobState=(\w+)", asked.stdout)
+    return state[1] if state and state[1] in _ENDED else None
+
+# %% ../nbs/37_launch.ipynb #6a4027b8
+_LOOKS = 30  # seconds between two questions to the controller
+_LATE = 15  # seconds after which the shared disk shows what a job has left
+
+
+def _wait(job):
+    """Wait until a job has left a result, or the accounts know its end. Without accounts the controller is asked, and
+    the state in which the job ended is returned."""
+    from submitit import SlurmJob
+
+    ask = isinstance(job, SlurmJob) and shutil.which("scontrol")
+    asked = time.monotonic()
+    while not job.done():
+        time.sleep(1)
+        if not ask or job.state != "UNKNOWN" or time.monotonic() - asked < _LOOKS:
+            continue
+        asked = time.monotonic()
+        if state := _ended_as(job.job_id):
+            time.sleep(_LATE)
+            return None if job.done() else state
+
 # %% ../nbs/37_launch.ipynb #88ea6b0b
 def _executor(args: dict, folder):
     "A submitit executor that writes its own files to `folder`. Raises `ConfigError` for arguments that it refuses."
@@ -554,19 +611,23 @@ def _exit_with(codes):
 # %% ../nbs/37_launch.ipynb #37ead17f
 def _job_outcome(job):
     "`(record or None, exit code, message)` of a job, which may have been ended from outside."
+    state = _wait(job)
     try:
-        return job.result()
+        if not state:
+            return job.result()
+        why = "its controller says so"
     except Exception as e:  # several classes of submitit, and whatever unpickling raises
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        why = lines[-1] if lines else type(e).__name__
-        log = os.path.relpath(job.paths.stderr)
-        return None, 1, f"job {job.job_id} ended without a result ({job.state}; {why}). Its log: {log}"
+        why, state = lines[-1] if lines else type(e).__name__, job.state
+    log = os.path.relpath(job.paths.stderr)
+    return None, 1, f"job {job.job_id} ended without a result ({state}; {why}). Its log: {log}"
 
 # %% ../nbs/37_launch.ipynb #a39b646a
 def _submit_all(cfgs, executor):
     "Submit a job for each run, all at once, and wait. Returns `(records or messages, exit code)` as `_run_all`."
     from nli_ft.launch import run_as_job
 
+    logging.getLogger("submitit").addFilter(_NoAccounts())
     try:
         with executor.batch():
             jobs = [executor.submit(run_as_job, _spec(c), overrides_text(c), str(c.root)) for c in cfgs]

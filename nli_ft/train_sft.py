@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_facts', 'Session', 'judge_model', 'predict_set', 'set_folder', 'report_set', 'answer_set', 'smaller_configs',
-           'memory_advice', 'explained_memory', 'tracker', 'launch_command', 'launch', 'join_cpu_processes',
-           'closed_record', 'run_training', 'train_cli', 'merge_agreement', 'merge_run', 'merge_cli']
+           'memory_advice', 'explained_memory', 'tracker', 'closed_record', 'run_training', 'train_cli',
+           'merge_agreement', 'merge_run', 'merge_cli']
 
 # %% ../nbs/36_train_sft.ipynb #8b8d5252
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -24,9 +24,6 @@ import contextlib
 import json
 import os
 import platform
-import re
-import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +43,6 @@ from nli_ft.process import (
     busy_note,
     command,
     outlives_its_reader,
-    print_line,
     project_root,
     signals_interrupt,
 )
@@ -350,6 +346,7 @@ def _train_here(self: Session, on_log):
 
 @patch
 def _train_in_children(self: Session, on_log):
+    from nli_ft.hosts import launch
     from nli_ft.model import load_for_inference
 
     self.model = None  # the children need the memory of the device
@@ -574,144 +571,14 @@ def _netrc_has_wandb():
     except (OSError, netrc.NetrcParseError):
         return False
 
-# %% ../nbs/36_train_sft.ipynb #a187a2bd
-def launch_command(cfg: Config, run) -> list:  # argv
-    "The command that trains a config in several processes, into a record that is already open."
-    from nli_ft.bases import device
-
-    n, cpu = world_size(cfg), device(cfg).type == "cpu"
-    own = (
-        f"--num_processes {n} --num_machines 1 --dynamo_backend no --mixed_precision no --main_process_port 0"
-    )
-    argv = [sys.executable, "-m", "accelerate.commands.launch", *own.split()]
-    if cpu:
-        argv.append("--cpu")
-    elif n > 1:
-        argv.append("--multi_gpu")
-    return [*argv, "-m", "nli_ft.train_sft", *cfg.to_args(), "--run_dir", str(run), "--only_train"]
-
-# %% ../nbs/36_train_sft.ipynb #ab89acfe
-def _relay(child, on_log, result, last):
-    "Read what the children print until they end: logs to `on_log`, the result into `result`, the rest into `last`."
-    for line in child.stdout:
-        if line.startswith("NLI_LOG "):
-            on_log(json.loads(line[8:]))
-        elif line.startswith("NLI_RESULT "):
-            result.update(json.loads(line[11:]))
-        else:
-            last.append(line)
-            if line.strip():
-                print_line(line.rstrip("\n"))
-    child.wait()
-
-
-def launch(cfg: Config, run, on_log=print_log) -> dict:  # what `fit` returned in the children
-    """Run `launch_command`, stream its output, and end all children if one fails. Raises `TrainingStopped`
-    with the last lines. After ctrl-c or another signal it raises `Interrupted`, when the children have
-    finished their step and saved."""
-    child = subprocess.Popen(
-        launch_command(cfg, run),
-        cwd=project_root(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
-    )
-    last, result = [], {}
-    try:
-        _relay(child, on_log, result, last)
-    except KeyboardInterrupt as e:
-        for worker in _workers(child.pid):
-            worker.send_signal(signal.SIGTERM)
-        _relay(child, on_log, result, last)
-        raise Interrupted(
-            f"stopped by the user. {how_to_go_on(cfg, weights_of(cfg, run))}",
-            getattr(e, "signum", signal.SIGINT),
-        ) from e
-    finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-    if child.returncode or not result:
-        raise TrainingStopped(_why_failed(cfg, run, child.returncode, last))
-    return result
-
-# %% ../nbs/36_train_sft.ipynb #f8fbebdc
-def _workers(pid):
-    "The training processes below a launcher. The launcher itself would give them 30 s, and a step may take longer."
-    import psutil
-
-    def ranked(p):
-        try:
-            return "RANK" in p.environ()
-        except psutil.Error:
-            return False
-
-    return [p for p in psutil.Process(pid).children(recursive=True) if ranked(p) and not ranked(p.parent())]
-
-# %% ../nbs/36_train_sft.ipynb #e8436ebe
-def _why_failed(cfg, run, code, lines):
-    "The message for children that failed: the reason in front, their last lines behind it."
-    # torchrun lists the processes that it had to end, too. The one that ended first is under this heading.
-    cause = "".join(lines).rpartition("Root Cause")[2]
-    killed = re.search(r"Signal \d+ \((SIG\w+)\) received by PID", cause)
-    errors = [line for line in lines if line.startswith("error: ")]
-    remedy = how_to_go_on(cfg, weights_of(cfg, run))
-    if killed:
-        why = (
-            f"one of them was ended by {killed[1]}, and the run with it (SIGKILL often means that memory "
-            f"ran out: see `dmesg`). {remedy}"
-        )
-    elif errors:
-        why = errors[0].strip()
-    else:
-        why = f"exit code {code}. {remedy}"
-    tail = "".join(lines[-30:])
-    return f"training in {world_size(cfg)} processes failed: {why}\nTheir last lines:\n{tail}"
-
-# %% ../nbs/36_train_sft.ipynb #5d4a8177
-def _asked_processes():
-    "`--num_processes` of the `accelerate launch` that started this process, or None."
-    import psutil
-
-    argv = psutil.Process().parent().cmdline()
-    for i, word in enumerate(argv):
-        name, _, value = word.replace("-", "_").partition("=")
-        if name == "__num_processes":
-            return int(value or argv[i + 1])
-
-# %% ../nbs/36_train_sft.ipynb #4a22d9fb
-def join_cpu_processes(argv):
-    """Become the launcher (`torchrun`) of several processes on a CPU. `accelerate launch --cpu --num_processes 2`
-    (1.15) starts *one* process and only sets the master address. Without this it would train alone and say nothing."""
-    env = os.environ
-    if env.get("ACCELERATE_USE_CPU") != "True" or "MASTER_PORT" not in env or "WORLD_SIZE" in env:
-        return
-    n = _asked_processes()
-    if n is None:
-        raise ConfigError(
-            "accelerate was asked for several processes on the CPU and started one. Use `torchrun "
-            "--nproc_per_node N -m nli_ft.train_sft …`"
-        )
-    import socket
-
-    with socket.socket() as s:  # accelerate's default port is the same for all runs of a machine
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    sys.stdout.flush()
-    torchrun = f"-m torch.distributed.run --nproc_per_node {n} --master_addr 127.0.0.1 --master_port {port}"
-    os.execv(sys.executable, [sys.executable, *torchrun.split(), "-m", "nli_ft.train_sft", *argv])
-
 # %% ../nbs/36_train_sft.ipynb #5063e35f
 def _shared_run(cfg, folder):  # the caller's record, or None
     "State of this process, and the record's folder. The main process opens it and tells the others."
-    from accelerate.state import PartialState
     from accelerate.utils import broadcast_object_list
-    from datetime import timedelta
     from nli_ft.bases import device
+    from nli_ft.hosts import meet
 
-    state = PartialState(cpu=device(cfg).type == "cpu", timeout=timedelta(days=1))
+    state = meet(cpu=device(cfg).type == "cpu")
     box = [None]
     if state.is_main_process:
         if not folder:
@@ -719,15 +586,6 @@ def _shared_run(cfg, folder):  # the caller's record, or None
         box = [str(Path(folder))]
     broadcast_object_list(box)
     return state, Path(box[0])
-
-# %% ../nbs/36_train_sft.ipynb #122107f0
-def _named(e, processes):
-    "The error. If a connection broke because another process of the run ended, an error that says so."
-    broken = re.search(r"[Cc]onnection (closed|reset)|Broken pipe|NCCL|gloo", str(e))
-    if processes > 1 and isinstance(e, RuntimeError) and broken:
-        first = str(e).splitlines()[0][:200]
-        return TrainingStopped(f"another process of this run ended, and the run with it ({first})")
-    return e
 
 # %% ../nbs/36_train_sft.ipynb #1fc72df2
 @contextlib.contextmanager
@@ -743,7 +601,9 @@ def closed_record(
             yield summary
         except BaseException as e:
             endings.append(e)
-            e = _named(e, processes)
+            from nli_ft.hosts import named_error
+
+            e = named_error(e, processes)
             if owns:
                 close_failed(run, e, **summary)
             raise e
@@ -851,6 +711,8 @@ def train_cli(argv=None) -> int:
         return 0
     if ns.preflight:
         return _preflight_only(cfg)
+    from nli_ft.hosts import join_cpu_processes
+
     join_cpu_processes(sys.argv[1:] if argv is None else argv)
     if world_size(cfg) > 1 and "WORLD_SIZE" not in os.environ:
         raise ConfigError(

@@ -16,8 +16,9 @@ runnable = [
 WITHOUT_PARAMETERS = {"tour.ipynb"}
 # the room that generates the embedded rows on first use, the one behind `nli_evaluate --model`, the one in which
 # `nli_predict` asks for sentences, the one behind `nli_corpus --depths`, those behind `nli_data push` and `nli_merge
-# --gguf`, and the one that checks thoughts about corpus rows and writes false ones. Nothing else of the core needs
-# them. `nli_runs --watch` shows what the room of the live plot knows. A study's methods stand in later rooms
+# --gguf`, the one that checks thoughts about corpus rows and writes false ones, and the one that starts several
+# processes. Nothing else of the core needs them. `nli_runs --watch` shows what the room of the live plot knows. A
+# study's methods stand in later rooms
 ON_FIRST_USE = {
     ("ready", "corpus"),
     ("ask", "contestant"),
@@ -26,6 +27,7 @@ ON_FIRST_USE = {
     ("corpus", "corpus_depths"),
     ("commands", "share"),
     ("train_sft", "gguf_file"),
+    ("train_sft", "hosts"),
     ("commands", "live"),
     ("bench", "bench_gpu"),
     ("bench", "traced"),

@@ -803,6 +803,69 @@ def test_partition_time_and_gpus_reach_sbatch(project, tmp_path):
     assert "module load cuda" in job
 
 
+@pytest.fixture
+def waiting(tmp_path, monkeypatch):
+    "What `_wait` says of a job that leaves no result, where `scontrol` prints a text."
+    SlurmJob = pytest.importorskip("submitit").SlurmJob
+    from nli_ft import launch
+
+    class Job(SlurmJob):
+        job_id, state = "7_0", "UNKNOWN"
+
+        def __init__(self):
+            "There is no cluster."
+
+        def __del__(self):
+            "Nothing was submitted."
+
+        def done(self):
+            return False
+
+    def ask(text, code=0):
+        script = tmp_path / "scontrol"
+        script.write_text(f"#!/usr/bin/env bash\necho {shlex.quote(text)} >&{1 + bool(code)}; exit {code}\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        monkeypatch.setattr(launch, "_LOOKS", 0)
+        monkeypatch.setattr(launch, "_LATE", 0)
+        return launch._wait(Job())
+
+    return ask
+
+
+def test_without_accounts_a_killed_job_is_not_waited_for_for_ever(waiting):
+    assert waiting("JobId=7 ArrayTaskId=0 JobState=CANCELLED Reason=None Requeue=1") == "CANCELLED"
+    assert waiting("slurm_load_jobs error: Invalid job id specified", code=1) == "forgotten"
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED"])
+def test_without_accounts_a_job_that_may_go_on_is_waited_for(waiting, monkeypatch, state):
+    from nli_ft import launch
+
+    looks = iter([None, None])
+
+    def ended(job_id, real=launch._ended_as):
+        assert next(looks, "enough") is None, "it went on waiting, as it should"
+        return real(job_id)
+
+    monkeypatch.setattr(launch, "_ended_as", ended)
+    with pytest.raises(AssertionError, match="it went on waiting"):
+        waiting(f"JobId=7 JobState={state} Reason=None")
+
+
+def test_that_a_cluster_keeps_no_accounts_is_said_once():
+    import logging
+    from nli_ft.launch import _NoAccounts
+
+    once, said = _NoAccounts(), []
+    for call in (1, 2, 3):
+        text = f"Call #{call} - Bypassing sacct error [Errno 2], status may be inaccurate."
+        record = logging.LogRecord("submitit", logging.WARNING, "core.py", 1, text, (), None)
+        if once.filter(record):
+            said.append(record.getMessage())
+    assert said == ["sacct fails: this cluster keeps no accounts. Its controller is asked instead"]
+
+
 @pytest.mark.every
 def test_a_real_run_as_a_job_leaves_the_record_that_it_leaves_here(tmp_path):
     pytest.importorskip("submitit")
