@@ -175,7 +175,8 @@ def latex_table(
     rows = list(map(written, cells))
     align = "".join("l" if i in words else "r" for i in range(len(head)))
     frame = pd.DataFrame(rows, columns=list(map(_latex_head, heads, align)), dtype=object)
-    tabular = frame.to_latex(index=False, escape=False, column_format=align).strip()
+    # no room beside the outer columns: a table is as wide as its text
+    tabular = frame.to_latex(index=False, escape=False, column_format=f"@{{}}{align}@{{}}").strip()
     lines = [rf"\begin{{{environment}}}[t]", r"\centering", rf"\{letters}", r"\setlength{\tabcolsep}{4pt}"]
     lines += [r"\setlength{\belowcaptionskip}{4pt}", rf"\caption{{{latex_text(table['caption'])}}}"]
     lines.append(rf"\label{{tab:{_label(file + '-' * bool(file) + table['name'])}}}")

@@ -453,3 +453,25 @@ def test_nbdev_changes_nothing_but_the_version(tmp_path):
     (tmp_path / "__init__.py").write_text(text.replace('__version__ = "', '__version__ = "9.'))
     update_version(tmp_path)
     assert (tmp_path / "__init__.py").read_text() == text
+
+
+@pytest.mark.slow
+def test_a_real_bash_completes_commands_configs_keys_and_runs():
+    pexpect = pytest.importorskip("pexpect")
+    pytest.importorskip("argcomplete")
+    env = HERE | dict(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", PS1="$ ", HISTFILE="")
+    shell = pexpect.spawn("bash", ["--norc", "-i"], cwd=str(ROOT), env=env, timeout=60, encoding="utf-8")
+    try:
+        shell.sendline('eval "$(nli completion)"; echo now it is re""ady')
+        shell.expect_exact("now it is ready")
+        for typed, offered in (
+            ("nli ev", "nli evaluate"),
+            ("nli_run --config ablation0_d", "ablation0_dist"),
+            ("nli train --learning", "--learning_rate"),
+            ("nli_evaluate --run lat", "latest"),
+        ):
+            shell.send(f"{typed}\t")
+            shell.expect_exact(offered)
+            shell.sendcontrol("c")
+    finally:
+        shell.close(force=True)
