@@ -228,7 +228,7 @@ def test_what_fsdp_lacks_is_said_before_anything_starts(tmp_path, monkeypatch, e
 def test_all_gpus_means_a_process_for_each_that_torch_sees_and_one_trains_here(tmp_path, monkeypatch, gpus):
     "What run_training.sh --all-gpus passes on, --distributed_training true, on machines with one GPU and more."
     import torch
-    from nli_ft.train_sft import launch_command
+    from nli_ft.hosts import launch_command
     from nli_ft.preflight import step_counts, world_size
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
