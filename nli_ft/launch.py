@@ -477,7 +477,7 @@ def starts_again(
     run: Path,  # the record of a run that was interrupted
     signum: int,  # the signal that interrupted it
 ) -> bool:
-    "Whether the job of this process will be started again. Where its time was up, ask for it."
+    "Ask that the job of this process is started again, where its time was up or it made room for another."
     job = os.environ.get("SLURM_JOB_ID")
     if signum == signal.SIGUSR2:
         weights = cfg.path("output_dir") / cfg.name / Path(run).name
@@ -487,7 +487,9 @@ def starts_again(
         return _scontrol("requeue", job) is not None
     if signum == signal.SIGTERM:
         state = _scontrol("show", "job", job) or ""
-        return "PreemptTime=20" in state and "Requeue=1" in state and "JobState=CANCELLED" not in state
+        preempted = "PreemptTime=20" in state and "Requeue=1" in state and "JobState=CANCELLED" not in state
+        # SLURM starts a job again that it had to kill. One that ends by itself in its time of grace has to ask.
+        return preempted and _scontrol("requeue", job) is not None
     return False
 
 # %% ../nbs/37_launch.ipynb #56ba8a3f

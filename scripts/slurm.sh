@@ -44,15 +44,17 @@ unset PYTHONHOME PYTHONPATH # a module system's Python would shadow the packages
 export PATH="$root/.venv/bin:$PATH" PYTHONUTF8=1 # files are UTF-8 in every locale
 [[ -x $root/.venv/bin/accelerate ]] || die "no accelerate in $root/.venv: ./run_training.sh --local --config minimal_test makes it"
 
+# finish PID: tell the processes of the step to save and end. srun itself, told so, would kill them.
+finish() { scancel --signal=TERM "$SLURM_JOB_ID.0" 2>/dev/null || kill -TERM "$1"; }
 # train COMMAND...: do it in the background, because bash answers a signal only when it does not wait for a program.
 time_is_up=''
 train() {
   local step='' status
-  trap 'time_is_up=1; [[ -z $step ]] || kill -TERM "$step"' USR2
+  trap 'time_is_up=1; [[ -z $step ]] || finish "$step"' USR2
   trap '[[ -n $step ]] && kill -TERM "$step" || exit 143' TERM INT
   "$@" &
   step=$!
-  [[ -z $time_is_up ]] || kill -TERM "$step" # the signal came before there was a step
+  [[ -z $time_is_up ]] || finish "$step" # the signal came before there was a step
   while wait "$step" && status=0 || status=$?; kill -0 "$step" 2>/dev/null; do :; done # a signal ends `wait`, not the step
   if [[ -n $time_is_up && $status != 0 ]] && ((${SLURM_RESTART_COUNT:-0} < ${NLI_RESTARTS:-20})); then
     echo "the time of job $SLURM_JOB_ID is up: it starts again and goes on from its last checkpoint" >&2

@@ -209,7 +209,7 @@ def ended(project, seed, attempts):
 
 
 def test_a_job_whose_time_is_up_starts_again_and_goes_on_while_its_command_waits(cluster, project):
-    p = submitit(project, "1", timeout_min=2, signal_delay_s=70)
+    p = submitit(project, "1", timeout_min=3, signal_delay_s=60)
     said = p.communicate(timeout=900)[0]
     assert p.returncode == 0, said[-3000:]
     ended(project, "1", attempts=2)
@@ -273,7 +273,8 @@ def sbatch(project, where, *options, seed):
 def test_the_job_script_trains_on_one_gpu_from_any_folder_and_starts_again_when_its_time_is_up(
     cluster, project, tmp_path
 ):
-    options = ["--gpus-per-node=1", "--time=2", "--signal=B:USR2@70", f"--output={tmp_path}/out"]
+    # SLURM may send the signal up to a minute early
+    options = ["--gpus-per-node=1", "--time=3", "--signal=B:USR2@60", f"--output={tmp_path}/out"]
     job = sbatch(project, tmp_path, *options, seed="6")
     wait_for(lambda: state_of(job)[0] in ("COMPLETED", "FAILED", "TIMEOUT"), 900, "the job does not end")
     printed = (tmp_path / "out").read_text()
