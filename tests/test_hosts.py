@@ -90,6 +90,18 @@ def test_a_process_whose_others_do_not_come_gives_up_and_says_where_it_waited():
     assert f"at 127.0.0.1:{port}" in r.stderr
 
 
+def test_an_error_of_a_process_that_is_alone_is_not_taken_for_others_that_do_not_come(monkeypatch):
+    import accelerate.state
+
+    def broken(**options):
+        raise RuntimeError("CUDA driver initialization failed")
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(accelerate.state, "PartialState", broken)
+    with pytest.raises(RuntimeError, match="^CUDA driver"):
+        hosts.meet(cpu=False)
+
+
 def test_processes_that_have_met_may_wait_for_each_other_for_a_day(tmp_path):
     script = tmp_path / "meet.py"
     script.write_text(

@@ -59,7 +59,7 @@ def start(rank, tmp_path, *, at=ADDRESS[0], more="", **variables):
     own = f"hostname host{rank} && mount --bind {names} /etc/hosts && exec {train}"
     env = {k: v for k, v in os.environ.items() if k not in ("GLOO_SOCKET_IFNAME", "WORLD_SIZE")}
     with open(tmp_path / f"host{rank}.log", "w") as log:
-        return subprocess.Popen(
+        host = subprocess.Popen(
             ["ip", "netns", "exec", f"host{rank}", "unshare", "--mount", "--uts", "bash", "-c", own],
             cwd=ROOT,
             env=env | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1") | variables,
@@ -67,6 +67,8 @@ def start(rank, tmp_path, *, at=ADDRESS[0], more="", **variables):
             stderr=log,
             start_new_session=True,
         )
+    host.netns = f"host{rank}"
+    return host
 
 
 @contextlib.contextmanager
@@ -84,12 +86,10 @@ def kill(host):
     "The power of a host fails: all its processes end at once."
     with contextlib.suppress(ProcessLookupError):
         os.killpg(host.pid, signal.SIGKILL)
-    namespace = subprocess.run(["ip", "netns", "identify", str(host.pid)], capture_output=True, text=True)
-    if name := namespace.stdout.strip():
-        pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+    pids = subprocess.run(["ip", "netns", "pids", host.netns], capture_output=True, text=True).stdout.split()
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
     host.wait(60)
 
 
