@@ -61,7 +61,7 @@ ALLOWED = {
         "train_sft.py",
         "runpy.run_module",
     ): "the module starts itself again by its name, where it was started by its path",
-    ("train_sft.py", "os.execv"): "becomes its own launcher (a list of arguments, no shell)",
+    ("hosts.py", "os.execv"): "becomes its own launcher (a list of arguments, no shell)",
     ("umbrella.py", "argcomplete.shellcode"): "the name of a shell, for the text of a script",
     ("umbrella.py", "add_options"): "the name of an option",
     ("process.py", "os.execv"): "starts itself again in UTF-8 mode (its own arguments, no shell)",
