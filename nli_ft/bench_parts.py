@@ -34,6 +34,7 @@ _PLAIN = dict(
     blocked_attention=False,
     bf16_between=False,
     frozen_head=False,
+    shared_start=False,
     by_onednn=False,
     keep_freed_memory=False,
     dequantised_once=False,
@@ -47,6 +48,7 @@ _OURS = _PLAIN | dict(
     blocked_attention=True,
     bf16_between=True,
     frozen_head=True,
+    shared_start=True,
     by_onednn=True,
     keep_freed_memory=True,
     dequantised_once=True,
@@ -72,7 +74,8 @@ VARIANTS = {  # name -> options. Each variant changes one option of `plain` or o
     # the variants below differ from `ours` on a CPU only
     "ours-sdpa": _OURS | dict(blocked_attention=False),
     "ours-mkl": _OURS | dict(by_onednn=False),  # fp32 products as torch chooses, on an AMD CPU with AVX-512
-    "ours-trl-head": _OURS | dict(frozen_head=False),  # TRL's kernel for the head
+    "ours-whole-rows": _OURS | dict(shared_start=False),  # each row reads the instruction itself
+    "ours-trl-head": _OURS | dict(frozen_head=False),  # TRL's kernel for the head, which reads whole rows
     "ours-returning-memory": _OURS | dict(keep_freed_memory=False),
     "ours-dequantising-each-time": _OURS | dict(dequantised_once=False),
 }
@@ -342,7 +345,7 @@ def needed_flops(
     tokens: int,  # real tokens
     trained: int,  # those with loss
 ) -> int:
-    "What the loss and its gradients cost at the least, by the convention above."
+    "What the loss and its gradients cost by the convention above, with every row read whole."
     return 4 * facts["linear"] * tokens + 4 * facts["head"] * trained
 
 

@@ -134,7 +134,8 @@ def is_exact(
     base, stretch = model.base_model, [1.0]
     if model.get_output_embeddings() is None or base is model:
         return False
-    ids = torch.arange(8, device=model.get_input_embeddings().weight.device)[None]
+    ids = torch.arange(24, device=model.get_input_embeddings().weight.device).repeat(2, 1)
+    ids[1, 20:] = ids[0, :4]  # two rows that share a start
     batch = _for_scoring(model.config, dict(input_ids=ids, labels=ids))
 
     def stretched(module, args, out):

@@ -336,6 +336,86 @@ def test_the_head_is_applied_to_trained_positions_only(tmp_path, monkeypatch):
     assert seen == [sum(y != -100 for y in e.labels)]
 
 
+def read_positions(model, batch):
+    "Positions that the blocks compute for a batch, its loss and the gradients of the adapter."
+    seen = []
+    layers = model.get_base_model().base_model.layers
+    hook = layers[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[:2].numel()))
+    model.zero_grad()
+    loss = -fused_log_probs(model, batch).mean()
+    loss.backward()
+    hook.remove()
+    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return sum(seen), loss.item(), torch.cat(grads)
+
+
+def sharing_batch(cfg):
+    "A model that is trained, and four rows that begin with the same instruction."
+    cfg = cfg.replace(lora_dropout=0.0)
+    prep, model = prepare(cfg), seeded_lora(load_base(cfg), cfg).train()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    with_frozen_head(model)
+    rows = prep.train[:4]
+    width = max(map(len, rows))
+    ids = torch.tensor([row.input_ids + [0] * (width - len(row)) for row in rows])
+    labels = torch.tensor([row.labels + [-100] * (width - len(row)) for row in rows])
+    return model, dict(input_ids=ids, labels=labels)
+
+
+@pytest.mark.parametrize("is_prompt_trained", [False, True])
+def test_a_start_that_all_rows_share_is_read_once_with_the_same_gradients(tmp_path, is_prompt_trained):
+    from nli_ft.cpu_speed import PARTS, only, shared_tokens
+
+    model, batch = sharing_batch(tiny(tmp_path, compute_dtype="fp32"))
+    if is_prompt_trained:
+        batch["labels"] = batch["input_ids"]
+    rows, width = batch["input_ids"].shape
+    n = shared_tokens(batch["input_ids"])
+    assert n >= 10, "the rows have no instruction: nothing is tested"
+    positions, loss, grads = read_positions(model, batch)
+    with only(PARTS - {"shared_start"}):
+        all_positions, want, want_grads = read_positions(model, batch)
+    assert (positions, all_positions) == (n + rows * (width - n), rows * width)
+    assert loss == pytest.approx(want, rel=1e-5)
+    assert (grads - want_grads).norm() < 1e-4 * want_grads.norm()
+
+
+def with_dropout(model, batch):
+    for m in model.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.05  # no row loses so much that its loss is far off, but each has its own mask
+    next(m for m in model.modules() if hasattr(m, "lora_dropout")).lora_dropout["default"] = torch.nn.Dropout(
+        0.05
+    )
+
+
+def with_checkpointing(model, batch):
+    model.get_base_model().activation_checkpointing_enable(dict(use_reentrant=False))
+
+
+def with_left_padding(model, batch):
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, 0] = 0
+
+
+def with_positions(model, batch):
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None].repeat(4, 1)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [with_dropout, with_checkpointing, with_left_padding, with_positions],
+    ids=lambda f: f.__name__,
+)
+def test_rows_are_read_whole_where_their_starts_are_not_the_same(tmp_path, condition):
+    model, batch = sharing_batch(tiny(tmp_path, compute_dtype="fp32"))
+    condition(model, batch)
+    assert read_positions(model, batch)[0] >= batch["input_ids"].numel()
+
+
 def test_padding_on_either_side_leaves_log_probabilities_as_they_are(tmp_path):
     "Padding needs no mask behind the real tokens, but needs one before them."
     cfg = tiny(tmp_path)
