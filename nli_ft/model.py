@@ -469,7 +469,7 @@ def save_adapter(
 # %% ../nbs/16_model.ipynb #2f392b8d
 def merge_adapter(
     cfg,  # Config of the run
-    adapter_dir,  # its adapter
+    adapter_dir,  # its adapter. None: the base alone, dequantised
     dtype=torch.bfloat16,  # of the saved weights
 ):  # a plain transformers model on the CPU
     """Base and adapter as one model without quantisation or peft. Raises `ConfigError` for DoRA, whose merge is
@@ -490,7 +490,7 @@ def merge_adapter(
             use_safetensors=True,
             trust_remote_code=False,
         )
-    base = tuned.get_base_model()
+    base = tuned.get_base_model() if adapter_dir else tuned
     layers = dict(plain.named_modules())
     linear = dict(_linear_layers(base))
     beside = dict(base.named_parameters())

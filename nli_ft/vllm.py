@@ -7,15 +7,18 @@ __all__ = ['LORA_RANKS', 'NOT_APPLIED', 'VLLM_ROWS', 'vllm_completion', 'vllm_ra
            'predict_rows_vllm']
 
 # %% ../nbs/21_vllm.ipynb #1768ba37
+import contextlib
 import math
+import tempfile
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from .process import ConfigError, needs_extra
+from .process import ConfigError, alive, needs_extra
 from .config_loader import answer_style
 from .labels import BINARY, LABEL_SETS, LabelSet
 from .generate import _check_prompts, _completion, _end_ids, label_tokens, stop_rule
+from .prompt import save_tokenizer
 from .predictions import resume_predictions
 from .predict import _answer_in_batches, _check_rows, prediction_row
 
@@ -84,26 +87,42 @@ class VllmEngine:
     generation_config: object  # as it came with the weights. Only its end ids are used
     settings: dict  # for `vllm.LLM`
     adapter: Path | None  # None: the untuned base
+    merges: object | None = (
+        None  # Config whose base and adapter become plain weights first. None: they are not merged
+    )
+
+# %% ../nbs/21_vllm.ipynb #06d36c28
+def _refuse_gpu_build(cfg):
+    "Raise `ConfigError` where the config computes on a CPU and the installed vLLM does not."
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return
+    why = "torch sees no CUDA device: check `nvidia-smi`"
+    if cfg.device == "cpu":
+        why = "the config says device=cpu: add --device cuda"
+    raise ConfigError(
+        f"--engine vllm: the installed vLLM is not built for a CPU, and {why}, or use --engine transformers"
+    )
 
 # %% ../nbs/21_vllm.ipynb #449b10cd
 def vllm_engine(
     cfg,  # Config of the run
     adapter_dir=None,  # folder with adapter_model.safetensors, None for the untuned base
 ) -> VllmEngine:  # not loaded yet
-    """What vLLM will be asked for.
+    """What vLLM will be asked for. A vLLM for CPUs has no 4-bit weights, so there base and adapter are merged.
 
-    Raises `ConfigError` where the package, a CUDA device or support for the adapter is missing, and `RecordError` for
-    an adapter that is damaged or belongs to another base."""
+    Raises `ConfigError` where the package, its device or support for the adapter is missing, and `RecordError` for an
+    adapter that is damaged or belongs to another base."""
     from transformers import AutoConfig, GenerationConfig
     from nli_ft.bases import compute_dtype, device, model_source, pinned
 
-    packages = ("vllm", *["vllm_bnb_plugin"] * (cfg.quantization == "nf4"))
+    dev = device(cfg)
+    on_cpu = dev.type == "cpu"
+    packages = ("vllm", *["vllm_bnb_plugin"] * (cfg.quantization == "nf4" and not on_cpu))
     needs_extra("--engine vllm", "vllm", *packages, instead="use --engine transformers")
-    if (dev := device(cfg)).type != "cuda":
-        why = "torch sees none: check `nvidia-smi`"
-        if cfg.device == "cpu":
-            why = "the config says device=cpu: add --device cuda"
-        raise ConfigError(f"--engine vllm needs a CUDA device, and {why}, or use --engine transformers")
+    if on_cpu:
+        _refuse_gpu_build(cfg)
     source, revision = model_source(cfg), pinned(cfg)
     d = adapter_dir and Path(adapter_dir)
     config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
@@ -112,13 +131,13 @@ def vllm_engine(
     except OSError:
         # no settings came with the weights: transformers does the same in this case
         generation = GenerationConfig.from_model_config(config)
-    # vLLM quantises while it loads, as training does: NF4, double-quantised. For generation it uses its own
-    # defaults and not those that came with the weights
+    # On a GPU vLLM quantises while it loads, as training does: NF4, double-quantised. For generation it uses its
+    # own defaults and not those that came with the weights
     settings = dict(
         model=source,
         revision=revision,
         dtype=str(compute_dtype(cfg, dev)).removeprefix("torch."),
-        quantization="bitsandbytes" if cfg.quantization == "nf4" else None,
+        quantization="bitsandbytes" if cfg.quantization == "nf4" and not on_cpu else None,
         seed=cfg.seed,
         trust_remote_code=False,
         tokenizer_mode="hf",
@@ -127,8 +146,33 @@ def vllm_engine(
         enable_prefix_caching=True,
     )
     if d:
-        settings |= dict(enable_lora=True, max_loras=1, max_lora_rank=_adapter_rank(cfg, d, config))
+        rank = _adapter_rank(cfg, d, config)
+    if on_cpu:
+        settings["enforce_eager"] = True  # compiling takes longer than the rows
+        return VllmEngine(config, generation, settings, d, merges=cfg)
+    if d:
+        settings |= dict(enable_lora=True, max_loras=1, max_lora_rank=rank)
     return VllmEngine(config, generation, settings, d)
+
+# %% ../nbs/21_vllm.ipynb #0da32e98
+@contextlib.contextmanager
+def _loadable(
+    engine: VllmEngine,
+    tok,  # its tokenizer
+):  # the settings for `vllm.LLM`
+    "A context in which the weights that vLLM loads are there. Merged ones are deleted at its end."
+    cfg = engine.merges
+    if cfg is None:
+        yield engine.settings
+        return
+    from nli_ft.bases import compute_dtype
+    from nli_ft.model import merge_adapter
+
+    with tempfile.TemporaryDirectory(prefix="nli_ft-merged-") as folder:
+        with alive("merging base and adapter for vLLM"):
+            merge_adapter(cfg, engine.adapter, compute_dtype(cfg)).save_pretrained(folder)
+        save_tokenizer(tok, folder)
+        yield engine.settings | dict(model=folder, revision=None)
 
 # %% ../nbs/21_vllm.ipynb #7e748078
 VLLM_ROWS = 512  # rows between two writes
@@ -159,8 +203,11 @@ def predict_rows_vllm(
         logprob_token_ids=firsts,
         detokenize=False,
     )
-    llm = LLM(**engine.settings, max_model_len=max(map(len, prompts)) + cfg.max_new_tokens)
-    lora = LoRARequest("adapter", 1, str(engine.adapter)) if engine.adapter else None
+    longest = max(map(len, prompts)) + cfg.max_new_tokens
+    with _loadable(engine, tok) as settings:
+        llm = LLM(**settings, max_model_len=longest)
+    applied = engine.adapter and not engine.merges
+    lora = LoRARequest("adapter", 1, str(engine.adapter)) if applied else None
     closed, style = stop_rule(tok, set(eos), labels), answer_style(cfg.completion)
 
     def answer(rows, prompts):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from swap import swap
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import nli_ft.ask
 import nli_ft.generate
@@ -110,11 +111,15 @@ def vllm(monkeypatch, made):
         say=lambda n: ANSWER % (n % 2),
         p=lambda n: {"0": 0.3, "1": 0.6},
         stops_at_call=None,
+        for_cpu=False,
+        weights=[],
     )
 
     class LLM:
         def __init__(self, model, **settings):
             fake.loaded.append(dict(settings, model=model))
+            if (Path(model) / "model.safetensors").is_file():
+                fake.weights.append(load_file(Path(model) / "model.safetensors"))
 
         def generate(self, prompts, sampling_params, *, lora_request, use_tqdm):
             fake.asked.append(([p["prompt_token_ids"] for p in prompts], sampling_params, lora_request))
@@ -149,6 +154,7 @@ def vllm(monkeypatch, made):
     )
     for m in (
         module("vllm", LLM=LLM, SamplingParams=SimpleNamespace),
+        module("vllm.platforms", current_platform=SimpleNamespace(is_cpu=lambda: fake.for_cpu)),
         module("vllm.lora", request=request),
         request,
         module("vllm_bnb_plugin"),
@@ -156,6 +162,15 @@ def vllm(monkeypatch, made):
         monkeypatch.setitem(sys.modules, m.__name__, m)
     swap(monkeypatch, "nli_ft.bases.device", lambda cfg=None: torch.device("cuda"))
     return fake
+
+
+def change_adapter(run):
+    "An adapter that does something: a fresh one adds nothing to the base."
+    weights = load_file(run / "adapter/adapter_model.safetensors")
+    torch.manual_seed(0)
+    weights = {name: torch.randn_like(w) * 0.1 for name, w in weights.items()}
+    save_file(weights, run / "adapter/adapter_model.safetensors")
+    seal(run / "adapter")
 
 
 def evaluated(run, *more):
@@ -317,13 +332,44 @@ def test_without_the_package_the_extra_is_named(run, vllm, capsys, monkeypatch, 
     assert f"package {package}:" in says and 'pip install -e ".[vllm]"' in says and not vllm.loaded
 
 
+def test_a_vllm_for_cpus_gets_base_and_adapter_merged(run, vllm, made, monkeypatch):
+    from nli_ft.model import merge_adapter
+
+    swap(monkeypatch, "nli_ft.bases.device", lambda cfg=None: torch.device("cpu"))
+    vllm.for_cpu = True
+    monkeypatch.setitem(sys.modules, "vllm_bnb_plugin", None)  # 4-bit weights are for GPUs
+    change_adapter(run)
+    _, preds = evaluated(run)
+    (settings,), ((_, _, lora),), (got,) = vllm.loaded, vllm.asked, vllm.weights
+    assert settings["quantization"] is None and settings["enforce_eager"] and lora is None
+    assert "enable_lora" not in settings and not Path(settings["model"]).exists()
+    want = merge_adapter(made.cfg, run / "adapter", torch.bfloat16).state_dict()
+    assert all(torch.equal(got[name], want[name]) for name in got) and len(got) > 10
+    assert [p["predicted_label"] for p in preds] == [n % 2 for n in range(len(made.rows))]
+
+
+def test_the_untuned_base_is_asked_dequantised_by_a_vllm_for_cpus(run, vllm, monkeypatch):
+    from nli_ft.model import merge_adapter
+
+    swap(monkeypatch, "nli_ft.bases.device", lambda cfg=None: torch.device("cpu"))
+    vllm.for_cpu = True
+    change_adapter(run)
+    evaluated(run, "--untuned")
+    _, cfg, _, _ = nli_ft.ask.open_run(run)
+    base = merge_adapter(cfg, None, torch.bfloat16).state_dict()
+    tuned = merge_adapter(cfg, run / "adapter", torch.bfloat16).state_dict()
+    (got,) = vllm.weights
+    assert all(torch.equal(got[name], base[name]) for name in got)
+    assert not all(torch.equal(got[name], tuned[name]) for name in got)
+
+
 def test_without_a_cuda_device_it_says_so(run, vllm, capsys, monkeypatch):
     swap(monkeypatch, "nli_ft.bases.device", lambda cfg=None: torch.device("cpu"))
     assert "add --device cuda" in refused(capsys, run) and not vllm.loaded
     (run / "config.json").write_text(
         (run / "config.json").read_text().replace('"device": "cpu"', '"device": "auto"')
     )
-    assert "torch sees none" in refused(capsys, run) and not vllm.loaded
+    assert "torch sees no CUDA device" in refused(capsys, run) and not vllm.loaded
 
 
 def sealed(run, change):
@@ -338,8 +384,6 @@ def in_json(file, **changes):
 
 def in_weights(change):
     def weights(d):
-        from safetensors.torch import load_file, save_file
-
         save_file(
             {
                 k: v
