@@ -38,6 +38,7 @@ _PLAIN = dict(
     by_onednn=False,
     keep_freed_memory=False,
     dequantised_once=False,
+    fused_lora=False,
     merged=False,
 )
 _OURS = _PLAIN | dict(
@@ -52,6 +53,7 @@ _OURS = _PLAIN | dict(
     by_onednn=True,
     keep_freed_memory=True,
     dequantised_once=True,
+    fused_lora=True,
     merged=True,
 )
 
@@ -77,6 +79,7 @@ VARIANTS = {  # name -> options. Each variant changes one option of `plain` or o
     "ours-whole-rows": _OURS | dict(shared_start=False),  # each row reads the instruction itself
     "ours-trl-head": _OURS | dict(frozen_head=False),  # TRL's kernel for the head, which reads whole rows
     "ours-returning-memory": _OURS | dict(keep_freed_memory=False),
+    "ours-peft-lora": _OURS | dict(fused_lora=False),  # LoRA's products beside the base's, as peft adds them
     "ours-dequantising-each-time": _OURS | dict(dequantised_once=False),
 }
 

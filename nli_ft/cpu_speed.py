@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'FEWEST', 'only', 'at_work', 'blocked_attention', 'register_blocked_attention', 'held_back', 'product',
            'scored_here', 'target_log_probs', 'saved_positions', 'shared_tokens', 'needs_whole_rows', 'hidden_states',
            'give_frozen_head', 'keep_freed_memory', 'at_loading', 'merged', 'as_loaded', 'fast_weights',
-           'dequantised_once', 'bf16_between_products', 'while_training']
+           'is_plain_lora', 'dequantised_once', 'bf16_between_products', 'while_training']
 
 # %% ../nbs/15_cpu_speed.ipynb #653294a4
 import contextlib
@@ -29,6 +29,7 @@ PARTS = frozenset(
         "frozen_head",
         "shared_start",
         "dequantised_once",
+        "fused_lora",
         "bf16_between",
         "merged",
     }
@@ -487,6 +488,60 @@ def fast_weights(model, cfg):
     with as_loaded(model), plain:
         yield model
 
+# %% ../nbs/15_cpu_speed.ipynb #41550278
+class _LoraProduct(torch.autograd.Function):
+    """`x @ w.T + b + scale * (x @ A.T) @ B.T` with frozen w and b.
+
+    Shapes: x (..., K), w (M, K), b (M,) or None, A (r, K), B (M, r). The result is (..., M)."""
+
+    @staticmethod
+    def forward(ctx, x, w, b, A, B, scale):
+        rows = x.reshape(-1, x.shape[-1])
+        down = rows @ A.T
+        out = product(rows, w, b).addmm_(down, B.T, alpha=scale)
+        ctx.save_for_backward(rows, w, A, B, down)
+        ctx.scale = scale
+        return out.reshape(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, w, A, B, down = ctx.saved_tensors
+        g = grad.reshape(-1, grad.shape[-1])
+        up = (g @ B).mul_(ctx.scale)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = product(g, w.T).addmm_(up, A).reshape(*grad.shape[:-1], -1)
+        return dx, None, None, up.T @ rows, (g.T @ down).mul_(ctx.scale), None
+
+# %% ../nbs/15_cpu_speed.ipynb #17713fe0
+def is_plain_lora(
+    layer,  # of peft
+) -> bool:
+    "Is it one LoRA adapter and nothing else: no DoRA, no bias, no variant of its own?"
+    names = [name for name in getattr(layer, "active_adapters", []) if name in layer.lora_A]
+    if len(names) != 1 or getattr(layer, "lora_variant", {}) or any(layer.use_dora.values()):
+        return False
+    return layer.lora_A[names[0]].bias is None and layer.lora_B[names[0]].bias is None
+
+
+def _with_lora(layer, w, b):
+    "The forward of a LoRA layer whose base applies these weights. What is not plain fp32 goes peft's way."
+    by_peft = layer.forward
+    [name] = [name for name in layer.active_adapters if name in layer.lora_A]
+
+    def forward(x, *args, **kw):
+        A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+        drops = layer.training and getattr(layer.lora_dropout[name], "p", 0)
+        fp32 = {x.dtype, w.dtype, A.dtype, B.dtype} == {torch.float32} and not torch.is_autocast_enabled(
+            "cpu"
+        )
+        if args or kw or drops or not fp32 or layer.disable_adapters or layer.merged:
+            return by_peft(x, *args, **kw)
+        return _LoraProduct.apply(x, w, b, A, B, layer.scaling[name])
+
+    return forward
+
 # %% ../nbs/15_cpu_speed.ipynb #3e43e307
 def _is_4bit(m):
     "Is it a 4-bit layer itself? peft's wrapper around one has the same name."
@@ -500,11 +555,17 @@ def dequantised_once(model):  # a base or PeftModel
     import psutil
 
     layers = [m for m in model.modules() if _is_4bit(m) and m.weight.device.type == "cpu"]
+    around = {m.base_layer: m for m in model.modules() if hasattr(m, "base_layer")}
     size = sum(math.prod(m.weight.quant_state.shape) * m.weight.quant_state.dtype.itemsize for m in layers)
     if size > psutil.virtual_memory().available / 4:
         layers = []
-    dtypes = [m.weight.quant_state.dtype for m in layers]
-    with _forwards([(m, _linear(_plain_weight(m)[0].to(d), m.bias)) for m, d in zip(layers, dtypes)]):
+    forwards = []
+    for m in layers:
+        w = _plain_weight(m)[0].to(m.weight.quant_state.dtype)
+        forwards.append((m, _linear(w, m.bias)))
+        if m in around and "fused_lora" in _parts and is_plain_lora(around[m]):
+            forwards.append((around[m], _with_lora(around[m], w, m.bias)))
+    with _forwards(forwards):
         yield model
 
 # %% ../nbs/15_cpu_speed.ipynb #d1dc00a0
