@@ -45,4 +45,4 @@ echo "== site: every page is made, and every link leads somewhere"
 NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 
 echo "== pytest"
-OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --durations=15 --durations-min=1 "${only[@]}"
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --durations=120 --durations-min=3 "${only[@]}"
