@@ -8,10 +8,9 @@ __all__ = ['WIDE', 'FEWEST', 'GOLD_SHOWN', 'ENDPOINT_ONLY', 'Sampling', 'PlainMo
            'sample_block', 'samples_path', 'counts_path', 'followers', 'catch_up', 'read_journal', 'asked_rows',
            'teach', 'summed', 'taught_by_options']
 
-# %% ../nbs/79_self_taught.ipynb #38f07c64
+# %% ../nbs/79_self_taught.ipynb #1fa9cfd6
 import json
 import sys
-import threading
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -43,7 +42,7 @@ from nli_ft.teacher_files import (
 )
 from .contestant import check_contestant, contestant
 
-# %% ../nbs/79_self_taught.ipynb #8dd17347
+# %% ../nbs/79_self_taught.ipynb #acab7156
 @dataclass(frozen=True)
 class Sampling:
     "How a model is asked to be its own teacher."
@@ -66,16 +65,25 @@ class Sampling:
                 f"--temperature must be above 0, not {self.temperature}: samples have to differ"
             )
 
-# %% ../nbs/79_self_taught.ipynb #af5f79c8
+# %% ../nbs/79_self_taught.ipynb #7e935c2e
 class PlainModel(RunModel):
     "A base without an adapter, asked as a run's model."
 
     def __init__(
         self,
-        cfg,  # Config: which base, how it is loaded and decoded
-        template: str,  # wording of the question
+        model: str,  # as for `contestant`
+        template: str = "standard",  # wording of the question
+        label_set: str = "binary",
+        quantization: str = "nf4",
+        **changes,  # config values to replace, such as device="cpu"
     ):
-        self.cfg, self.template, self.name = cfg, template, cfg.model_id
+        import threading
+
+        how = dict(prompt_template=template, label_set=label_set, quantization=quantization)
+        who = contestant(model, **how)
+        who = type(who)(**vars(who) | dict(cfg=who.cfg.replace(**changes)))
+        check_contestant(who)
+        self.cfg, self.template, self.name = who.cfg, template, who.cfg.model_id
         self.run = self.adapter = self.loaded = None
         self._lock = threading.Lock()
 
@@ -85,7 +93,7 @@ class PlainModel(RunModel):
 
         return load_for_inference(self.cfg, None), load_tokenizer(self.cfg)
 
-# %% ../nbs/79_self_taught.ipynb #29af2539
+# %% ../nbs/79_self_taught.ipynb #a020fc14
 class LocalTeacher:
     "A model of this machine that is asked for samples."
 
@@ -143,7 +151,7 @@ class LocalTeacher:
 
             yield answer
 
-# %% ../nbs/79_self_taught.ipynb #377d72b8
+# %% ../nbs/79_self_taught.ipynb #74f388a9
 def local_teacher(
     run=None,  # a run, as for `find_run`; with `:before` its base without the adapter
     model: str | None = None,  # instead: a base, as for `contestant`
@@ -156,15 +164,12 @@ def local_teacher(
             "say who is asked: --run RUN for a run of this machine, or --model NAME for a base without an adapter"
         )
     if run is None:
-        who = contestant(model, quantization=quantization or "nf4")
-        who = type(who)(**vars(who) | dict(cfg=who.cfg.replace(**changes)))
-        check_contestant(who)
-        return LocalTeacher(PlainModel(who.cfg, who.cfg.prompt_template))
+        return LocalTeacher(PlainModel(model, quantization=quantization or "nf4", **changes))
     if quantization:
         raise ConfigError("--quantization is for a base (--model). A run keeps the one of its training")
     return LocalTeacher(RunModel(run, **changes))
 
-# %% ../nbs/79_self_taught.ipynb #f7d6df73
+# %% ../nbs/79_self_taught.ipynb #9bdfef6e
 def thought_fault(
     thought: str,
     label,  # that the thought came with, which is gold
@@ -206,7 +211,7 @@ def read_sample(
         sample["refused"] = why
     return sample
 
-# %% ../nbs/79_self_taught.ipynb #d5a2e8fd
+# %% ../nbs/79_self_taught.ipynb #f481c8dd
 WIDE = 0.75  # share of all samples that agree on a label, for a suspicion
 FEWEST = 4  # samples, for a suspicion
 
@@ -263,7 +268,7 @@ def suspected(
         )
     return None
 
-# %% ../nbs/79_self_taught.ipynb #26482347
+# %% ../nbs/79_self_taught.ipynb #4487e55b
 def taught_rows(
     row: dict,  # with prompt, samples and provenance
 ) -> list:  # SFT rows that are thought rows as well
@@ -281,7 +286,7 @@ def taught_rows(
             rows.append(new | dict(predicted_label=gold, true_label=gold, correct=True))
     return rows
 
-# %% ../nbs/79_self_taught.ipynb #b6e9413e
+# %% ../nbs/79_self_taught.ipynb #f88c2f2e
 GOLD_SHOWN = (
     "The right label is {label}. Write the reasoning that leads from the premise and the hypothesis to this label, "
     "as if nobody had told you."
@@ -296,7 +301,7 @@ def with_gold(
     *before, last = prompt
     return [*before, dict(last, content=f"{last['content']}\n\n{GOLD_SHOWN.format(label=gold)}")]
 
-# %% ../nbs/79_self_taught.ipynb #a1d7abe0
+# %% ../nbs/79_self_taught.ipynb #bb300757
 def sample_block(
     rows: list,  # rows with prompt and key
     answer,  # from `LocalTeacher.session`
@@ -328,7 +333,7 @@ def _ask_often(rows, answer, teacher, how, mark):
         outputs += answer(prompts, seeds, how.temperature, shared=not mark)
     return [outputs[i : i + how.samples] for i in range(0, len(outputs), how.samples)]
 
-# %% ../nbs/79_self_taught.ipynb #854753d8
+# %% ../nbs/79_self_taught.ipynb #b9ba6928
 def samples_path(output) -> Path:
     "The journal: every pair with all its samples."
     return Path(f"{output}.samples.jsonl")
@@ -372,7 +377,7 @@ def catch_up(
     if len(there) < len(lines):
         append_text(path, b"".join(lines[len(there) :]).decode())
 
-# %% ../nbs/79_self_taught.ipynb #1a5d51e3
+# %% ../nbs/79_self_taught.ipynb #b15bf329
 def read_journal(
     output,
     rows: list,  # of the input, in order
@@ -398,7 +403,7 @@ def read_journal(
 
 _MIXED = ", or say --allow_mixed to keep its rows and make only the missing ones with these settings"
 
-# %% ../nbs/79_self_taught.ipynb #82a46278
+# %% ../nbs/79_self_taught.ipynb #3e29cf35
 def asked_rows(
     teacher: LocalTeacher,
     source: Source,
@@ -463,7 +468,7 @@ def teach(
         raise DataError(f"{output}: another run is writing this file") from None
     return summed(done, output, how)
 
-# %% ../nbs/79_self_taught.ipynb #d307e88c
+# %% ../nbs/79_self_taught.ipynb #a0a6e282
 def _sample_all(teacher, output, rows, now, how, progress):
     "All rows with their samples, and all files up to date."
     done = read_journal(output, rows, now)
@@ -524,7 +529,7 @@ def summed(
         )
     return total | dict(exit_code=0)
 
-# %% ../nbs/79_self_taught.ipynb #e6b81679
+# %% ../nbs/79_self_taught.ipynb #7bee3b7a
 ENDPOINT_ONLY = (
     "base_url prompt top_p prices max_cost allow_mixed api_key_env response_format extra_body workers timeout "
     "max_attempts max_reprompts max_retry_after"
