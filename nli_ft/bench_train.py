@@ -203,12 +203,12 @@ def saved_by_sharing(
     from nli_ft.cpu_speed import saved_positions, shared_tokens
 
     options, saved = VARIANTS[name], 0
-    whole = options["padding_free"] or options["head_everywhere"] or options["checkpointing"]
+    whole = options["padding_free"] or options["checkpointing"]
     if not (options["shared_start"] and options["frozen_head"]) or whole or device(cfg).type != "cpu":
         return 0
     for first in range(0, len(encs), cfg.batch_size):
         rows = [e.input_ids for e in encs[first : first + cfg.batch_size]]
-        saved += saved_positions([len(ids) for ids in rows], shared_tokens(rows))
+        saved += saved_positions(len(rows), shared_tokens(rows))
     return saved
 
 # %% ../nbs/52_bench_train.ipynb #fb6b30bd

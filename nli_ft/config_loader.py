@@ -317,7 +317,7 @@ class RecordKeys:
         choices=("auto", "cuda", "cpu"),
     )
     cpu_speed: bool = key(
-        "on a CPU: the faster attention, products, head and memory of this package (about four times "
+        "on a CPU: the faster attention, products, head and memory of this package (two to four times "
         "as fast); false: those of PyTorch and TRL",
         result=False,
     )

@@ -252,26 +252,25 @@ def target_log_probs(
     return _FrozenHead.apply(hidden, weight, head.bias, target)
 
 # %% ../nbs/15_cpu_speed.ipynb #1b3c9c98
-FEWEST = (
-    16  # positions that must be saved. A second pass through the blocks costs about as much as six positions
-)
+FEWEST = 128  # positions that must be saved, for a second pass through the blocks to be worth it
 
 
 def saved_positions(
-    lengths: list,  # tokens of the rows of a micro-batch
-    n: int,  # tokens with which all of them begin
+    rows: int,  # of a micro-batch
+    n: int,  # tokens with which all of them begin, of `shared_tokens`
+    fewest: int | None = None,  # instead of `FEWEST`
 ) -> int:  # positions that need not be computed
     "What a start that is read once saves. 0 where it is not worth a second pass."
-    saved = (len(lengths) - 1) * n
-    return saved if saved >= FEWEST and n < max(lengths) else 0
+    saved = (rows - 1) * n
+    return saved if saved >= (FEWEST if fewest is None else fewest) else 0
 
 # %% ../nbs/15_cpu_speed.ipynb #50a8fa45
 def shared_tokens(
     rows,  # token ids: a tensor (rows, tokens), or a list of lists
 ) -> int:
-    "The number of tokens with which all rows begin."
+    "The number of tokens with which all rows begin. Equal rows leave their last token, for the second pass."
     rows = rows.tolist() if torch.is_tensor(rows) else rows
-    return len(os.path.commonprefix(rows))
+    return min(len(os.path.commonprefix(rows)), max(map(len, rows)) - 1)
 
 # %% ../nbs/15_cpu_speed.ipynb #72ae6c1b
 def needs_whole_rows(model) -> bool:
@@ -291,16 +290,15 @@ def _each_row(base, input_ids, **kw):
 def hidden_states(
     base,  # a causal language model without its head
     input_ids,  # (rows, tokens)
-    **kw,  # what else it takes
+    fewest: int | None = None,  # as in `saved_positions`
+    **kw,  # what else the model takes
 ):  # (rows, tokens, H)
     "The last hidden states. A start that all rows share is read once, where that gives the same numbers."
-    rows, width = input_ids.shape
-    n = min(shared_tokens(input_ids), width - 1)  # the second pass needs a token
+    n, rows = shared_tokens(input_ids), len(input_ids)
     needless = ("use_cache", "output_router_logits")
     plain = all(value is None for key, value in kw.items() if key not in needless)
-    saved = saved_positions([width] * rows, n)
     whole = base.training and needs_whole_rows(base)
-    if "shared_start" not in _parts or not plain or not saved or whole:
+    if "shared_start" not in _parts or not plain or not saved_positions(rows, n, fewest) or whole:
         return _each_row(base, input_ids, **kw)
     start = base(input_ids[:1, :n], **kw | dict(use_cache=True))
     start.past_key_values.batch_repeat_interleave(rows)
@@ -333,9 +331,13 @@ def give_frozen_head(
         return FusedCausalLMOutput(log_probs=spread, label_mask=mask)
 
     model.forward = types.MethodType(forward, model)
-    for read in (hidden_states, _each_row):
-        if exact(model):
-            return True
+    read = functools.partial(hidden_states, fewest=1)  # the rows of the trial are few
+    if exact(model):
+        read = hidden_states
+        return True
+    read = _each_row
+    if exact(model):
+        return True
     model.forward = by_trl
     return False
 
@@ -518,9 +520,9 @@ class _LoraProduct(torch.autograd.Function):
 def is_plain_lora(
     layer,  # of peft
 ) -> bool:
-    "Is it one LoRA adapter and nothing else: no DoRA, no bias, no variant of its own?"
-    names = [name for name in getattr(layer, "active_adapters", []) if name in layer.lora_A]
-    if len(names) != 1 or getattr(layer, "lora_variant", {}) or any(layer.use_dora.values()):
+    "Is it one LoRA adapter and nothing else: no variant such as DoRA, no bias?"
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1 or layer.lora_variant:
         return False
     return layer.lora_A[names[0]].bias is None and layer.lora_B[names[0]].bias is None
 
@@ -555,7 +557,7 @@ def dequantised_once(model):  # a base or PeftModel
     import psutil
 
     layers = [m for m in model.modules() if _is_4bit(m) and m.weight.device.type == "cpu"]
-    around = {m.base_layer: m for m in model.modules() if hasattr(m, "base_layer")}
+    around = {m.base_layer: m for m in model.modules() if hasattr(m, "lora_A")}
     size = sum(math.prod(m.weight.quant_state.shape) * m.weight.quant_state.dtype.itemsize for m in layers)
     if size > psutil.virtual_memory().available / 4:
         layers = []

@@ -84,18 +84,29 @@ def test_every_variant_of_the_same_mathematics_has_the_same_losses_and_runs_what
     swap(
         monkeypatch, "nli_ft.trainer.is_exact", lambda model: True
     )  # its trial scores seven tokens that belong to no row
-    plain = None
+    swap(monkeypatch, "nli_ft.cpu_speed.FEWEST", 1)  # the rows are few
+    read, embed = [], torch.nn.Embedding.forward
+    monkeypatch.setattr(
+        torch.nn.Embedding, "forward", lambda self, ids: (read.append(ids.numel()), embed(self, ids))[1]
+    )
+    plain, computed = None, {}
     for name in filter(same_mathematics, VARIANTS):
         seen.clear()
+        read.clear()
         made = train_once(cfg, name, steps=3, rows_per_step=6, micro_batch=2, started=time.time())
         plain = plain or made["losses"]
         assert made["losses"] == pytest.approx(plain, rel=1e-5), name
         assert sum(seen) == sum(s["scored"] for s in made["steps"]), (
             f"{name}: the head was not computed where the table says"
         )
+        assert sum(read) == sum(s["padded"] for s in made["steps"]), (
+            f"{name}: the blocks did not compute as many positions as the table says"
+        )
+        computed[name] = sum(read)
         assert len(seen) == 3 * (3 if VARIANTS[name]["micro_batches"] else 1), (
             f"{name}: not the micro-batches it should have"
         )
+    assert computed["ours"] < computed["ours-whole-rows"], "no start was shared"
     assert len(plain) == 3 and abs(plain[2] / plain[0] - 1) > 1e-3, (
         "too little was learnt for the comparison to mean anything"
     )

