@@ -528,19 +528,21 @@ def is_plain_lora(
 
 
 def _with_lora(layer, w, b):
-    "The forward of a LoRA layer whose base applies these weights. What is not plain fp32 goes peft's way."
+    """The forward of a LoRA layer whose base applies these weights. What is not plain fp32 goes peft's way, and a
+    matrix that something wraps, as FSDP does: only its own call gathers its shards."""
     by_peft = layer.forward
     [name] = [name for name in layer.active_adapters if name in layer.lora_A]
 
     def forward(x, *args, **kw):
-        A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+        down, up = layer.lora_A[name], layer.lora_B[name]
+        wrapped = {type(down), type(up)} != {torch.nn.Linear}
         drops = layer.training and getattr(layer.lora_dropout[name], "p", 0)
-        fp32 = {x.dtype, w.dtype, A.dtype, B.dtype} == {torch.float32} and not torch.is_autocast_enabled(
-            "cpu"
-        )
-        if args or kw or drops or not fp32 or layer.disable_adapters or layer.merged:
+        if args or kw or wrapped or drops or layer.disable_adapters or layer.merged:
             return by_peft(x, *args, **kw)
-        return _LoraProduct.apply(x, w, b, A, B, layer.scaling[name])
+        dtypes = {x.dtype, w.dtype, down.weight.dtype, up.weight.dtype}
+        if dtypes != {torch.float32} or torch.is_autocast_enabled("cpu"):
+            return by_peft(x, *args, **kw)
+        return _LoraProduct.apply(x, w, b, down.weight, up.weight, layer.scaling[name])
 
     return forward
 
