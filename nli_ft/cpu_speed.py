@@ -528,8 +528,9 @@ def is_plain_lora(
 
 
 def _with_lora(layer, w, b):
-    """The forward of a LoRA layer whose base applies these weights. What is not plain fp32 goes peft's way, and a
-    matrix that something wraps, as FSDP does: only its own call gathers its shards."""
+    """The forward of a LoRA layer whose base applies these weights. What is not plain fp32 goes peft's way. So do
+    another adapter that was made active meanwhile, and a matrix that something wraps. (Only the wrapper of FSDP gathers
+    its shards.)"""
     by_peft = layer.forward
     [name] = [name for name in layer.active_adapters if name in layer.lora_A]
 
@@ -537,7 +538,8 @@ def _with_lora(layer, w, b):
         down, up = layer.lora_A[name], layer.lora_B[name]
         wrapped = {type(down), type(up)} != {torch.nn.Linear}
         drops = layer.training and getattr(layer.lora_dropout[name], "p", 0)
-        if args or kw or wrapped or drops or layer.disable_adapters or layer.merged:
+        other = layer.disable_adapters or layer.merged or list(layer.active_adapters) != [name]
+        if args or kw or wrapped or drops or other:
             return by_peft(x, *args, **kw)
         dtypes = {x.dtype, w.dtype, down.weight.dtype, up.weight.dtype}
         if dtypes != {torch.float32} or torch.is_autocast_enabled("cpu"):
