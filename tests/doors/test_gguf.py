@@ -13,11 +13,11 @@ import pytest
 
 from nli_ft.answers import parse_completion
 from nli_ft.ask import open_run
-from nli_ft.config_loader import answer_style, judged_files
+from nli_ft.config_loader import answer_style
 from nli_ft.labels import LABEL_SETS
 from nli_ft.prompt import encode_prompt
 
-from trained import DOORS, say, trained_run
+from trained import DOORS, ROOT, say, trained_run
 
 ROWS = 60
 ASK = """
@@ -78,10 +78,10 @@ def asked(run, tmp_path_factory):
 
     there = tmp_path_factory.mktemp("asked")
     _, cfg, adapter, _ = open_run(run, compute_dtype="fp32", device="cpu")
-    lines = judged_files(cfg)[0].path.read_text().splitlines()
+    lines = (ROOT / "data/embedded/dev.jsonl").read_text(encoding="utf-8").splitlines()
     rows, tok = [json.loads(line) for line in lines[:ROWS]], load_tokenizer(cfg)
     prompts = [dict(ids=list(encode_prompt(tok, row["prompt"])), n=cfg.max_new_tokens) for row in rows]
-    (there / "prompts.json").write_text(json.dumps(prompts))
+    (there / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
     model = load_for_inference(cfg, adapter)
     with fast_weights(model, cfg):
         return there, cfg, predict_rows(model, tok, rows, cfg, progress=False)
@@ -93,23 +93,11 @@ def test_a_gguf_file_answers_as_transformers_does(llama, run, asked, dtype, text
     there, cfg, ours = asked
     out, answers = there / dtype, there / f"{dtype}.json"
     env = os.environ | dict(LLAMA_CPP=str(converter))
-    say(
-        Path(sys.executable).with_name("nli_merge"),
-        "--run",
-        run,
-        "--out",
-        out,
-        "--dtype",
-        dtype,
-        "--gguf",
-        env=env,
-    )
+    merge = Path(sys.executable).with_name("nli_merge")
+    say(merge, "--run", run, "--out", out, "--dtype", dtype, "--gguf", env=env)
     say(python, "-c", ASK, out / "model.gguf", there / "prompts.json", answers)
-    theirs, style, labels = (
-        json.loads(answers.read_text()),
-        answer_style(cfg.completion),
-        LABEL_SETS[cfg.label_set],
-    )
+    theirs = json.loads(answers.read_text(encoding="utf-8"))
+    style, labels = answer_style(cfg.completion), LABEL_SETS[cfg.label_set]
     same = [
         parse_completion(t["text"], style, labels).label == o["predicted_label"] for t, o in zip(theirs, ours)
     ]
