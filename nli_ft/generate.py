@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['label_tokens', 'label_step', 'label_recorder', 'softmax', 'label_probabilities', 'stop_rule', 'json_stopper',
            'for_inference', 'length_batches', 'recurrent', 'takes', 'cache_name', 'left_pad', 'SharedStart',
-           'shared_start', 'probability_keys', 'text_streamer', 'generate_batch', 'generate_completions']
+           'shared_start', 'probability_keys', 'text_streamer', 'row_sampler', 'generate_batch', 'generate_completions']
 
 # %% ../nbs/18_generate.ipynb #9ab84b38
 import bisect
@@ -13,6 +13,7 @@ import copy
 import inspect
 import math
 import os
+import random
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -411,13 +412,35 @@ def text_streamer(
 
     return Telling()
 
+# %% ../nbs/18_generate.ipynb #1eacc491
+def row_sampler(
+    seeds: list,  # one for each row of the batch: what `random.Random` takes
+    temperature: float,  # the logits are divided by it
+):  # a transformers LogitsProcessor that leaves one token of each row
+    "Draws the next token of each row by that row's own random numbers. Greedy decoding then takes the token."
+    import torch
+    from transformers import LogitsProcessor
+
+    class RowSampler(LogitsProcessor):
+        def __init__(self):
+            self.dice = [random.Random(seed) for seed in seeds]
+
+        def __call__(self, input_ids, scores):
+            shares = (scores.float() / temperature).softmax(-1).cumsum(-1)
+            thrown = [min(die.random(), 1 - 2**-24) for die in self.dice]  # the largest below 1 in 32 bits
+            at = torch.tensor(thrown, device=scores.device).unsqueeze(1) * shares[:, -1:]
+            token = torch.searchsorted(shares, at, right=True)
+            return torch.full_like(scores, -math.inf).scatter(1, token, 0.0)
+
+    return RowSampler()
+
 # %% ../nbs/18_generate.ipynb #9729270c
 def _settings(model, tok, max_new_tokens, eos, seed, temperature):
-    "How one batch is decoded: greedily, or by sampling where there is a seed."
+    "How one batch is decoded: greedily, or by sampling where there is one seed. `row_sampler` serves several."
     from transformers import GenerationConfig
 
     sampling = dict(do_sample=False)
-    if seed is not None:
+    if isinstance(seed, int):
         sampling = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0)
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -445,8 +468,9 @@ def _generate_together(
     settings = _settings(model, tok, max_new_tokens, eos, seed, temperature)
     ids, mask = left_pad(prompts, _pad_id(tok), device, start.length if start else 0)
     stop, record = json_stopper(tok, ids.shape[1], len(prompts), set(eos), labels), label_recorder(groups)
-    with for_inference(model, settings) as inner, torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
+    dice = [row_sampler(seed, temperature)] if isinstance(seed, list) else []
+    with for_inference(model, settings) as inner, torch.random.fork_rng(enabled=isinstance(seed, int)):
+        if isinstance(seed, int):
             torch.manual_seed(seed)
         out = inner.generate(
             input_ids=ids,
@@ -454,7 +478,7 @@ def _generate_together(
             generation_config=settings,
             **({cache_name(model): start.cache(len(prompts))} if start else {}),
             stopping_criteria=StoppingCriteriaList([stop]),
-            logits_processor=LogitsProcessorList([record]),
+            logits_processor=LogitsProcessorList([record, *dice]),
             streamer=text_streamer(tok, say) if say else None,
         )
         new, logits = out[:, ids.shape[1] :].tolist(), torch.stack(record.steps, 1).cpu().numpy()
@@ -470,7 +494,9 @@ def generate_batch(
     prompts: list,  # one batch of prompt ids
     max_new_tokens: int,  # token budget of a completion
     completion: str = "cot",  # style of the completion, as in the config: what the parser expects
-    seed: int | None = None,  # None decodes greedily, a number samples with it
+    seed: int
+    | list
+    | None = None,  # None decodes greedily, a number samples with it, a list has one for each prompt
     temperature: float = 0.7,  # of sampling
     start=None,  # from `shared_start`, where all prompts have one
     labels: LabelSet = BINARY,  # what is asked for
@@ -478,17 +504,22 @@ def generate_batch(
 ) -> list:  # dicts of text, n_tokens, finish, p_entail, in the order of `prompts`
     """Complete one batch. Only completion tokens are decoded.
 
+    With a list of seeds (numbers or texts) each prompt is sampled by itself, whatever else is in the batch.
     `n_tokens` counts these tokens, EOS included. `finish` is "stop" or "length". Three labels have `probabilities`
     as well."""
     groups = _unpadded(model, [len(p) for p in prompts])
-    how = max_new_tokens, completion, seed, temperature, labels
+    own_seeds = isinstance(seed, list)
+    if own_seeds and len(seed) != len(prompts):
+        raise ValueError(f"{len(seed)} seeds for {len(prompts)} prompts")
+    how = temperature, labels
     if say and len(prompts) > 1:
         raise ValueError(f"say tells one completion, and there are {len(prompts)} prompts")
     if len(groups) < 2:
-        return _generate_together(model, tok, prompts, *how, start, say)
+        return _generate_together(model, tok, prompts, max_new_tokens, completion, seed, *how, start, say)
     completions = [None] * len(prompts)
     for group in groups:
-        outputs = _generate_together(model, tok, [prompts[i] for i in group], *how, None)
+        asked, seeds = [prompts[i] for i in group], [seed[i] for i in group] if own_seeds else seed
+        outputs = _generate_together(model, tok, asked, max_new_tokens, completion, seeds, *how, None)
         for i, output in zip(group, outputs):
             completions[i] = output
     return completions
