@@ -42,6 +42,8 @@ def prepare_rows(
     thoughts: str | None = None,  # file of thought rows
     reflections: str | None = None,  # file of reflection rows, needed where a thought is wrong
     pairs: str | None = None,  # instead: a file of labelled pairs (CSV, TSV, JSON Lines, JSON array, …)
+    preferences: list
+    | None = None,  # instead: reflections and samples of nli_think --run, for pairs of answers
     thought_column: str | None = None,  # column of the pairs that says why; NAME also takes NAME_1, NAME_2, …
     output="train_ft.jsonl",  # file to write; with splits, train in its name becomes dev and test
     strategy: str | None = None,  # a name in `STRATEGIES`
@@ -58,15 +60,29 @@ def prepare_rows(
     columns: dict | None = None,  # the file's names of premise, hypothesis (or pair: both), label and id
     words: dict | None = None,  # what the file's own label words mean, as in entails=entailment
     names: tuple | None = None,  # class names of integer labels, class 0 first; they replace the set's own
+    pairs_a_row: int | None = None,  # with preferences: pairs of answers that one row of samples may give [1]
+    balance_lengths: bool = False,  # with preferences: drop pairs until chosen is as often longer as shorter
 ) -> dict:  # counts by what was counted, and `written`: rows by file
-    "Training rows from thoughts (and reflections), or from labelled pairs."
-    if (thoughts is None) == (pairs is None):
+    "Training rows from thoughts (and reflections), or from labelled pairs; or pairs of answers for preference methods."
+    if [thoughts, pairs, preferences].count(None) != 2:
         raise DataError(
-            "name one file: --pairs for a table of premise, hypothesis and label, or --thoughts for what "
-            "nli_think wrote"
+            "name one file: --pairs for a table of premise, hypothesis and label, --thoughts for what "
+            "nli_think wrote, or --preferences for reflections and samples of which pairs of answers are made"
         )
     common = dict(output=output, splits=splits, template=template, overwrite=overwrite, seed=seed)
     common |= dict(max_bad=max_bad, contract=contract, mix=mix)
+    if preferences is not None:
+        others = dict(reflections=reflections, strategy=strategy, drop_wrong=drop_wrong, dataset=dataset)
+        others |= dict(thought_column=thought_column, columns=columns, map=words, names=names)
+        others |= dict(label_set=label_set != "binary")
+        if odd := [name for name, value in others.items() if value]:
+            raise DataError(f"--{odd[0]} does not go with --preferences")
+        from nli_ft.preference_rows import write_preferences
+
+        a_row = 1 if pairs_a_row is None else pairs_a_row
+        return write_preferences(preferences, pairs_a_row=a_row, balance_lengths=balance_lengths, **common)
+    if pairs_a_row is not None or balance_lengths:
+        raise DataError("--pairs_a_row and --balance_lengths go with --preferences")
     if pairs is None:
         of_pairs = dict(
             thought_column=thought_column, dataset=dataset, columns=columns, map=words, names=names
@@ -130,12 +146,14 @@ def _parser() -> CommandParser:
     )
     add(
         "prepare",
-        "labelled pairs, or thoughts and reflections, to training rows",
+        "labelled pairs, or thoughts and reflections, to training rows; or to pairs of answers",
         prepare_rows,
         _prepare,
         thoughts=dict(metavar="FILE"),
         reflections=dict(metavar="FILE"),
         pairs=dict(metavar="FILE"),
+        preferences=dict(metavar="FILE"),
+        pairs_a_row=dict(metavar="N"),
         thought_column=dict(metavar="NAME"),
         strategy=strategies,
         splits=splits,

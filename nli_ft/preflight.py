@@ -187,6 +187,11 @@ def training_rows(
     bad = rows.bad
     if rows.kind == "pair":
         rows = _taught_pairs(cfg, rows)
+    elif rows.kind == "preference":
+        raise DataError(
+            f"{cfg.train_data} holds preference rows, and each has two answers. Supervised training learns one answer: "
+            'set method="dpo", which learns their difference, or name a file of training rows'
+        )
     elif rows.kind not in ("sft", "text"):
         raise DataError(
             f"{cfg.train_data} holds {rows.kind} rows, which have no prompt and completion. `nli_data "

@@ -769,6 +769,7 @@ _doors = dict(
     text="They are training rows already: nli_train --train_data reads them",
     thought="nli_data prepare --thoughts reads them",
     reflection="nli_data prepare --thoughts … --reflections reads them",
+    preference="They are pairs of answers: a run of method=dpo reads them",
 )
 
 

@@ -395,7 +395,7 @@ def _device(look: bool):
 
 # %% ../nbs/25_records.ipynb #47d49836
 def _data(path, shown, declared=None):
-    """Path as configured (`shown`), sha256, rows, label contracts, sources and public sets of a data file.
+    """Path as configured (`shown`), sha256, rows, label contracts, sources, public sets and teachers of a data file.
 
     `declared` is the contract of rows that do not say. Without the file, sha256 is None and the rest is absent."""
     info = dict(path=shown, sha256=None)
@@ -410,9 +410,9 @@ def _data(path, shown, declared=None):
         values = (unsaid if r.get(k) in (None, "") else r[k] for r in rows)
         return dict(Counter(str(v) for v in values if v is not None).most_common(12))
 
-    contracts, sets = count("contract", declared), count("dataset")
+    contracts, more = count("contract", declared), dict(datasets=count("dataset"), teachers=count("teacher"))
     info |= dict(sha256=data_hash(path), rows=len(rows), contracts=contracts, sources=count("source"))
-    return info | dict(datasets=sets) if sets else info
+    return info | {k: v for k, v in more.items() if v}
 
 # %% ../nbs/25_records.ipynb #6f265a42
 def _data_files(cfg):

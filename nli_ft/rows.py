@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'WORDINGS', 'STYLES', 'RATIONALE_TASK', 'KINDS', 'MANIFEST', 'prompt_messages', 'render_completion',
            'rationale_messages', 'render_rationale', 'sft_row', 'missing_columns', 'row_kind', 'clean_text',
-           'clean_messages', 'answer_of', 'pair_in_prompt', 'text_to_sft', 'clean_sft', 'row_contract',
-           'check_relation', 'check_gold', 'check_writable', 'clean_row', 'BadRows', 'refuse', 'find_column',
-           'file_kind', 'columns_hint', 'other_spellings', 'rename', 'one_spelling', 'check_records', 'iter_rows',
-           'Rows', 'data_hash', 'read_rows', 'spread', 'template_of', 'reworded', 'in_label_set', 'seal', 'damage']
+           'clean_messages', 'answer_of', 'pair_in_prompt', 'text_to_sft', 'clean_sft', 'clean_preference',
+           'row_contract', 'check_relation', 'check_gold', 'check_writable', 'clean_row', 'BadRows', 'refuse',
+           'find_column', 'file_kind', 'columns_hint', 'other_spellings', 'rename', 'one_spelling', 'check_records',
+           'iter_rows', 'Rows', 'data_hash', 'read_rows', 'spread', 'template_of', 'reworded', 'in_label_set', 'seal',
+           'damage']
 
 # %% ../nbs/05_rows.ipynb #223584e4
 import hashlib
@@ -165,6 +166,7 @@ def sft_row(
 # %% ../nbs/05_rows.ipynb #3f4031d9
 KINDS = dict(
     text=("text",),
+    preference=("prompt", "chosen", "rejected", "premise", "hypothesis", "label"),
     sft=("prompt", "completion", "premise", "hypothesis", "label"),
     reflection=("premise", "hypothesis", "improved_thought_process", "true_label"),
     thought=("premise", "hypothesis", "thought_process", "predicted_label", "true_label"),
@@ -279,10 +281,10 @@ def text_to_sft(
     )
 
 # %% ../nbs/05_rows.ipynb #f4d2953b
-def _answer_in(row):
+def _answer_in(row, key="completion"):
     "The object that the completion of an SFT row spells. None where it spells none with a label."
     try:
-        answer = json.loads(row["completion"][-1]["content"])
+        answer = json.loads(row[key][-1]["content"])
         return answer if "predicted_label" in answer else None
     except (ValueError, KeyError, TypeError, IndexError):
         return None
@@ -312,6 +314,29 @@ def clean_sft(row: dict, contract: str | None = None) -> dict:
         thought = clean_text(row, "thought_process", empty=True)
         if answer.get("thought_process", thought) != thought:
             raise ValueError("the completion has another thought than thought_process")
+    return row
+
+# %% ../nbs/05_rows.ipynb #4f3060c3
+def clean_preference(row: dict) -> dict:
+    """Check a preference row: its messages, and that the chosen answer has the gold label and the rejected one another.
+
+    Raises `ValueError`."""
+    clean_messages(row.get("prompt"), "prompt")
+    given = {}
+    for key in ("chosen", "rejected"):
+        clean_messages(row.get(key), key)
+        answer = _answer_in(row, key)
+        if answer is None:
+            raise ValueError(f"{key} is not a JSON object with predicted_label")
+        if not str(answer.get("thought_process", "…")).strip():
+            raise ValueError(f"{key} has no thought: its thought_process is blank")
+        given[key] = answer["predicted_label"]
+        if not label_set_of([row["label"]]).holds(given[key]):
+            raise ValueError(f"{key} says {given[key]!r}, which is no label beside {row['label']}")
+    if given["chosen"] == given["rejected"]:
+        raise ValueError(f"chosen and rejected have the same label {given['chosen']}")
+    if given["chosen"] != row["label"]:
+        raise ValueError(f"chosen says {given['chosen']!r} where label is {row['label']}")
     return row
 
 # %% ../nbs/05_rows.ipynb #3fda1ad6
@@ -414,7 +439,8 @@ def clean_row(
     for key in ("premise", "hypothesis", *_texts.get(kind, [])):
         clean_text(row, key)
     key = "true_label" if "true_label" in row else "label"
-    if kind == "sft" and _says_relation(row, row.get(key)):
+    word = kind == "preference" and THREE_WAY.holds(row.get(key))
+    if word or (kind == "sft" and _says_relation(row, row.get(key))):
         label, relation = row[key], row[key]
     else:
         label, relation = _label_under(key, row, contract)
@@ -435,6 +461,8 @@ def clean_row(
     if contract:
         new["contract"] = contract
     check_writable(new)
+    if kind == "preference":
+        return clean_preference(new)
     return clean_sft(new) if kind in ("sft", "text") else new
 
 # %% ../nbs/05_rows.ipynb #4cdabda0

@@ -37,6 +37,8 @@ ON_FIRST_USE |= {("report", "corpus_thoughts"), ("preflight", "corpus_thoughts")
 ON_FIRST_USE |= {(room, "paper") for room in ("compare", "ask", "study_report")}
 # `nli_runs` stands in the room of the commands, and what it does to a record in a later one
 ON_FIRST_USE |= {("commands", "keeping")}
+# a model of this machine that is its own teacher, and what is made of its samples, stand after the commands
+ON_FIRST_USE |= {("teacher", "self_taught"), ("commands", "preference_rows"), ("launch", "star_rounds")}
 ON_FIRST_USE |= {("study", room) for room in ("study_plan", "study_run", "study_report")}
 order = {p.stem[3:]: int(p.stem[:2]) for p in numbered}
 
