@@ -127,9 +127,11 @@ class Tally:
 
 # %% ../nbs/10_check.ipynb #11ee0ae5
 def row_text(row: dict) -> str:
-    "All that a model would read of a row: prompt and completion, or the pair and its thought."
-    if "prompt" in row:
-        return "\n".join(m["content"] for k in ("prompt", "completion") for m in row[k])
+    "All that a model would read of a row: prompt and answer (of two the longer), or the pair and its thought."
+    answers = [row[k] for k in ("completion", "chosen", "rejected") if k in row]
+    if "prompt" in row and answers:
+        longest = max(answers, key=lambda messages: len(messages[-1]["content"]))
+        return "\n".join(m["content"] for m in [*row["prompt"], *longest])
     return "\n".join(row.get(k) or "" for k in ("premise", "hypothesis", "thought_process"))
 
 

@@ -42,8 +42,7 @@ def prepare_rows(
     thoughts: str | None = None,  # file of thought rows
     reflections: str | None = None,  # file of reflection rows, needed where a thought is wrong
     pairs: str | None = None,  # instead: a file of labelled pairs (CSV, TSV, JSON Lines, JSON array, …)
-    preferences: list
-    | None = None,  # instead: reflections and samples of nli_think --run, for pairs of answers
+    preferences: list | None = None,  # instead: reflections and samples, for pairs of answers
     thought_column: str | None = None,  # column of the pairs that says why; NAME also takes NAME_1, NAME_2, …
     output="train_ft.jsonl",  # file to write; with splits, train in its name becomes dev and test
     strategy: str | None = None,  # a name in `STRATEGIES`

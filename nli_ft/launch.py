@@ -655,6 +655,38 @@ def _submit_all(cfgs, executor):
         raise
     return done, _worst(codes)
 
+# %% ../nbs/37_launch.ipynb #39caad9f
+_ROUNDS = dict(  # option -> what `add_argument` takes
+    rounds=dict(
+        type=int,
+        metavar="N",
+        help="STaR: sample, train, evaluate, N times; each round is a record of its own",
+    ),
+    parent=dict(metavar="RUN", help="with --rounds: the run that round 1 is sampled from [the base]"),
+    round_samples=dict(type=int, metavar="K", help="with --rounds: samples of each pair [4]"),
+    round_temperature=dict(type=float, metavar="T", help="with --rounds: temperature of the samples [0.8]"),
+    round_rationalise=dict(
+        action="store_true",
+        help="with --rounds: show gold where no sample is right (rows of a source of their own)",
+    ),
+)
+
+
+def _add_rounds(p):
+    for name, option in _ROUNDS.items():
+        p.add_argument(f"--{name}", **option)
+
+
+def _refuse_half_rounds(ns):
+    "Raise `ConfigError` for options of rounds without rounds, and for rounds on a cluster."
+    given = [name for name in _ROUNDS if name != "rounds" and getattr(ns, name) not in (None, False)]
+    if ns.rounds is None and given:
+        raise ConfigError(f"--{given[0]} goes with --rounds N")
+    if ns.rounds is not None and ns.rounds < 1:
+        raise ConfigError(f"--rounds must be at least 1, not {ns.rounds}")
+    if ns.rounds is not None and (ns.engine != "local" or ns.dry_run):
+        raise ConfigError("--rounds runs here, one round after another: leave --engine and --dry_run out")
+
 # %% ../nbs/37_launch.ipynb #d0863679
 def _check_before(cfgs):
     """Let another process check that each run can start here, before any of them has a record.
@@ -677,10 +709,11 @@ def run_cli(argv=None) -> int:
     p = CommandParser(
         prog="nli_run",
         description=run_cli.__doc__,
-        usage="nli_run --config C [C2 …] [--seeds 1,2,3] [--key value …] [--engine submitit] [--no_check] [--dry_run]",
+        usage="nli_run --config C [C2 …] [--seeds 1,2,3] [--key value …] [--engine submitit] [--rounds N] [--no_check] "
+        "[--dry_run]",
         epilog="examples:\n  nli_run --config ablation1 ablation2 --seeds 1,2,3\n"
         "  nli_run --config ablation2 --seeds 1,2,3 --engine submitit --engine_args "
-        '"slurm_partition=gpu timeout_min=240 gpus_per_node=1"',
+        '"slurm_partition=gpu timeout_min=240 gpus_per_node=1"\n  nli_run --config star --rounds 3 --parent latest',
     )
     add_config_args(p, config=False)
     p.add_argument(
@@ -711,8 +744,10 @@ def run_cli(argv=None) -> int:
         "only that, because they run elsewhere",
     )
     p.add_argument("--dry_run", action="store_true", help="print the commands and stop")
+    _add_rounds(p)
     ns = p.parse_args(argv)
     cfgs = _planned(ns)
+    _refuse_half_rounds(ns)
     check_parameters(project_root() / "nbs/train.ipynb")
     if ns.engine_args and ns.engine == "local":
         raise ConfigError("--engine_args are for --engine submitit; give both or neither")
@@ -741,6 +776,11 @@ def run_cli(argv=None) -> int:
         return 0
     if not (executor or ns.no_check):
         _check_before(cfgs)
+    if ns.rounds is not None:
+        from nli_ft.star_rounds import rounds_by_options
+
+        with outlives_its_reader():
+            return rounds_by_options(cfgs, ns)
     with outlives_its_reader():
         runs, code = _submit_all(cfgs, executor) if executor else _run_all(cfgs)
         print("\n" + "\n".join(r if isinstance(r, str) else _result_line(r) for r in runs))

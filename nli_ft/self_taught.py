@@ -8,9 +8,10 @@ __all__ = ['WIDE', 'FEWEST', 'GOLD_SHOWN', 'ENDPOINT_ONLY', 'Sampling', 'PlainMo
            'sample_block', 'samples_path', 'counts_path', 'followers', 'catch_up', 'read_journal', 'asked_rows',
            'teach', 'summed', 'taught_by_options']
 
-# %% ../nbs/79_self_taught.ipynb #1fa9cfd6
+# %% ../nbs/79_self_taught.ipynb #38f07c64
 import json
 import sys
+import threading
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -42,7 +43,7 @@ from nli_ft.teacher_files import (
 )
 from .contestant import check_contestant, contestant
 
-# %% ../nbs/79_self_taught.ipynb #acab7156
+# %% ../nbs/79_self_taught.ipynb #8dd17347
 @dataclass(frozen=True)
 class Sampling:
     "How a model is asked to be its own teacher."
@@ -65,25 +66,16 @@ class Sampling:
                 f"--temperature must be above 0, not {self.temperature}: samples have to differ"
             )
 
-# %% ../nbs/79_self_taught.ipynb #7e935c2e
+# %% ../nbs/79_self_taught.ipynb #af5f79c8
 class PlainModel(RunModel):
     "A base without an adapter, asked as a run's model."
 
     def __init__(
         self,
-        model: str,  # as for `contestant`
-        template: str = "standard",  # wording of the question
-        label_set: str = "binary",
-        quantization: str = "nf4",
-        **changes,  # config values to replace, such as device="cpu"
+        cfg,  # Config: which base, how it is loaded and decoded
+        template: str,  # wording of the question
     ):
-        import threading
-
-        how = dict(prompt_template=template, label_set=label_set, quantization=quantization)
-        who = contestant(model, **how)
-        who = type(who)(**vars(who) | dict(cfg=who.cfg.replace(**changes)))
-        check_contestant(who)
-        self.cfg, self.template, self.name = who.cfg, template, who.cfg.model_id
+        self.cfg, self.template, self.name = cfg, template, cfg.model_id
         self.run = self.adapter = self.loaded = None
         self._lock = threading.Lock()
 
@@ -93,7 +85,7 @@ class PlainModel(RunModel):
 
         return load_for_inference(self.cfg, None), load_tokenizer(self.cfg)
 
-# %% ../nbs/79_self_taught.ipynb #a020fc14
+# %% ../nbs/79_self_taught.ipynb #29af2539
 class LocalTeacher:
     "A model of this machine that is asked for samples."
 
@@ -151,7 +143,7 @@ class LocalTeacher:
 
             yield answer
 
-# %% ../nbs/79_self_taught.ipynb #74f388a9
+# %% ../nbs/79_self_taught.ipynb #377d72b8
 def local_teacher(
     run=None,  # a run, as for `find_run`; with `:before` its base without the adapter
     model: str | None = None,  # instead: a base, as for `contestant`
@@ -164,12 +156,15 @@ def local_teacher(
             "say who is asked: --run RUN for a run of this machine, or --model NAME for a base without an adapter"
         )
     if run is None:
-        return LocalTeacher(PlainModel(model, quantization=quantization or "nf4", **changes))
+        who = contestant(model, quantization=quantization or "nf4")
+        who = type(who)(**vars(who) | dict(cfg=who.cfg.replace(**changes)))
+        check_contestant(who)
+        return LocalTeacher(PlainModel(who.cfg, who.cfg.prompt_template))
     if quantization:
         raise ConfigError("--quantization is for a base (--model). A run keeps the one of its training")
     return LocalTeacher(RunModel(run, **changes))
 
-# %% ../nbs/79_self_taught.ipynb #9bdfef6e
+# %% ../nbs/79_self_taught.ipynb #f7d6df73
 def thought_fault(
     thought: str,
     label,  # that the thought came with, which is gold
@@ -211,7 +206,7 @@ def read_sample(
         sample["refused"] = why
     return sample
 
-# %% ../nbs/79_self_taught.ipynb #f481c8dd
+# %% ../nbs/79_self_taught.ipynb #d5a2e8fd
 WIDE = 0.75  # share of all samples that agree on a label, for a suspicion
 FEWEST = 4  # samples, for a suspicion
 
@@ -268,7 +263,7 @@ def suspected(
         )
     return None
 
-# %% ../nbs/79_self_taught.ipynb #4487e55b
+# %% ../nbs/79_self_taught.ipynb #26482347
 def taught_rows(
     row: dict,  # with prompt, samples and provenance
 ) -> list:  # SFT rows that are thought rows as well
@@ -286,7 +281,7 @@ def taught_rows(
             rows.append(new | dict(predicted_label=gold, true_label=gold, correct=True))
     return rows
 
-# %% ../nbs/79_self_taught.ipynb #f88c2f2e
+# %% ../nbs/79_self_taught.ipynb #b6e9413e
 GOLD_SHOWN = (
     "The right label is {label}. Write the reasoning that leads from the premise and the hypothesis to this label, "
     "as if nobody had told you."
@@ -301,7 +296,7 @@ def with_gold(
     *before, last = prompt
     return [*before, dict(last, content=f"{last['content']}\n\n{GOLD_SHOWN.format(label=gold)}")]
 
-# %% ../nbs/79_self_taught.ipynb #bb300757
+# %% ../nbs/79_self_taught.ipynb #a1d7abe0
 def sample_block(
     rows: list,  # rows with prompt and key
     answer,  # from `LocalTeacher.session`
@@ -333,7 +328,7 @@ def _ask_often(rows, answer, teacher, how, mark):
         outputs += answer(prompts, seeds, how.temperature, shared=not mark)
     return [outputs[i : i + how.samples] for i in range(0, len(outputs), how.samples)]
 
-# %% ../nbs/79_self_taught.ipynb #b9ba6928
+# %% ../nbs/79_self_taught.ipynb #854753d8
 def samples_path(output) -> Path:
     "The journal: every pair with all its samples."
     return Path(f"{output}.samples.jsonl")
@@ -377,7 +372,7 @@ def catch_up(
     if len(there) < len(lines):
         append_text(path, b"".join(lines[len(there) :]).decode())
 
-# %% ../nbs/79_self_taught.ipynb #b15bf329
+# %% ../nbs/79_self_taught.ipynb #1a5d51e3
 def read_journal(
     output,
     rows: list,  # of the input, in order
@@ -403,7 +398,7 @@ def read_journal(
 
 _MIXED = ", or say --allow_mixed to keep its rows and make only the missing ones with these settings"
 
-# %% ../nbs/79_self_taught.ipynb #3e29cf35
+# %% ../nbs/79_self_taught.ipynb #82a46278
 def asked_rows(
     teacher: LocalTeacher,
     source: Source,
@@ -468,7 +463,7 @@ def teach(
         raise DataError(f"{output}: another run is writing this file") from None
     return summed(done, output, how)
 
-# %% ../nbs/79_self_taught.ipynb #a0a6e282
+# %% ../nbs/79_self_taught.ipynb #d307e88c
 def _sample_all(teacher, output, rows, now, how, progress):
     "All rows with their samples, and all files up to date."
     done = read_journal(output, rows, now)
@@ -529,7 +524,7 @@ def summed(
         )
     return total | dict(exit_code=0)
 
-# %% ../nbs/79_self_taught.ipynb #7bee3b7a
+# %% ../nbs/79_self_taught.ipynb #e6b81679
 ENDPOINT_ONLY = (
     "base_url prompt top_p prices max_cost allow_mixed api_key_env response_format extra_body workers timeout "
     "max_attempts max_reprompts max_retry_after"

@@ -102,6 +102,18 @@ NOT_RUN = {
     "--eval_metric_rows 40 --early_stopping_patience 3": (
         LONG + " (tests/test_eval_metric.py trains tiny models)"
     ),
+    "nli_run --config star --rounds 3": GPU
+    + " (tests/test_self_taught.py goes through the rounds of a scripted model)",
+    "nli_run --config cpu_demo --rounds 2 --parent latest": WEIGHTS.replace(
+        "test_evaluate", "test_self_taught"
+    ),
+    "nli_think --run latest --samples 4 --input pairs.csv --output self_taught.jsonl": WEIGHTS.replace(
+        "test_evaluate", "test_self_taught"
+    ),
+    "nli_data prepare --thoughts self_taught.jsonl --strategy correct_only --output data/own/train.jsonl --splits "
+    "0.9,0.1": "needs what a run taught itself (tests/test_self_taught.py prepares it)",
+    "nli_data prepare --preferences reflections.jsonl self_taught.jsonl.samples.jsonl --output preferences.jsonl "
+    "--balance_lengths": "needs what a run taught itself (tests/test_self_taught.py prepares it)",
     "nli_run --config ablation2 --use_wandb --wandb_project nli --seeds 1,2,3": GPU,
     "wandb sync runs/ablation2/RUN_ID/wandb/offline-run-*": "needs the W&B server",
     "./run_training.sh --config distributed --all-gpus": GPU,

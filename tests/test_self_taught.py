@@ -1,20 +1,24 @@
 "A model as its own teacher, and pairs of answers: what is kept, what goes on, and what is refused."
 
-import json, random
+import json, random, shutil
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
+from conftest import ROOT
 from nli_ft.commands import data_cli, prepare_rows
 from nli_ft.config_loader import load_config
 from nli_ft.files import write_jsonl
 from nli_ft.labels import LABEL_SETS
+from nli_ft.launch import RunFailed, run_cli
 from nli_ft.preflight import training_rows
 from nli_ft.process import ConfigError, DataError
-from nli_ft.records import environment
+from nli_ft.records import environment, finish_run, read_run, start_run
 from nli_ft.rows import prompt_messages, read_rows, render_completion
 from nli_ft.self_taught import LocalTeacher, Sampling, counts_path, local_teacher, samples_path, teach
 from nli_ft.sft_rows import suspect_path
+from nli_ft.star_rounds import Series, run_rounds
 from nli_ft.teacher import think_cli
 
 FOLLOWS = "A robin is a bird, and it sang. So the hypothesis follows."
@@ -339,11 +343,9 @@ def test_pairs_that_are_none_are_refused_or_counted(reflected, files, tmp_path, 
         "name one file": ("--preferences", reflected, "--pairs", files[0]),
         "leaves no pair": ("--preferences", reflected, "--balance_lengths"),
     }
-    write_jsonl(
-        reflected,
-        [reflection(i, predicted_label=1, thought_predicted_label=0) for i in range(4)],
-        overwrite=True,
-    )
+    short = dict(predicted_label=1, thought_predicted_label=0)
+    rows = [reflection(i, **short) | dict(thought_process="It is open.") for i in range(4)]
+    write_jsonl(reflected, rows, overwrite=True)
     for message, words in wrong.items():
         assert say(data_cli, "prepare", *words, *out) == 2
         assert message in (said := capsys.readouterr().err) and said.count("error:") == 1, said
@@ -363,3 +365,107 @@ def test_check_reads_pairs_of_answers(reflected, tmp_path, capsys):
     prepare_rows(preferences=[str(reflected)], output=tmp_path / "p.jsonl")
     say(data_cli, "check", tmp_path / "p.jsonl")
     assert "20 preference rows" in capsys.readouterr().out
+
+
+# rounds
+
+
+@pytest.fixture
+def star(project, tmp_path):
+    "A series whose sampler and trainer are scripted, and what they were asked."
+    write_jsonl(tmp_path / "pairs.jsonl", [pair(i, i % 2) for i in range(8)])
+    cfg = load_config(
+        "minimal_test",
+        dict(train_data="pairs.jsonl", eval_data="pairs.jsonl", runs_dir="runs", output_dir="models"),
+    )
+    asked = []
+
+    def sample(series, n, parent):
+        asked.append(("sample", n, parent and parent.name))
+        teach(Scripted([YES, NO]), "pairs.jsonl", series.data(n), series.how, progress=False)
+        return 0
+
+    def train(cfg):
+        run = start_run(cfg)
+        asked.append(("train", cfg.path("train_data").name, run.name))
+        finish_run(run, adapter=f"models/{run.name}", adapter_sha256=f"sha of {run.name}")
+        return run
+
+    return Series(cfg, 3, None, Sampling(keep=1)), sample, train, asked
+
+
+def parents(runs):
+    return [read_run(run).summary["parent"] for run in runs]
+
+
+def test_each_round_is_a_record_that_names_its_parent(star):
+    series, sample, train, asked = star
+    runs, code = run_rounds(series, sample, train)
+    assert code == 0 and len(runs) == 3
+    assert [a[0] for a in asked] == ["sample", "train"] * 3
+    one, two, three = parents(runs)
+    assert (one["round"], one["run"], one["base"]) == (1, None, series.cfg.model_id)
+    assert two["run"] == f"minimal_test/{runs[0].name}" and two["adapter_sha256"] == f"sha of {runs[0].name}"
+    assert three["run"] == f"minimal_test/{runs[1].name}"
+    for n, run in enumerate(runs, 1):
+        record = read_run(run)
+        assert record.summary["parent"]["data_sha256"] == record.environment["data"]["train"]["sha256"]
+        assert record.environment["data"]["train"]["teachers"]
+        assert record.cfg.path("train_data") == series.data(n)
+
+
+def test_an_interrupted_series_goes_on_at_the_right_place(star):
+    series, sample, train, asked = star
+
+    def killed(cfg):
+        if cfg.path("train_data").name == "round2.jsonl":
+            run = start_run(cfg)
+            finish_run(run, "interrupted")
+            raise RunFailed("stopped", run, 130)
+        return train(cfg)
+
+    runs, code = run_rounds(series, sample, killed)
+    assert code == 130 and [read_run(r).status for r in runs] == ["done", "interrupted"]
+    assert parents(runs)[1]["round"] == 2
+    done = len(asked)
+    again, code = run_rounds(series, sample, train)
+    assert code == 0 and again[0] == runs[0] and len(again) == 3
+    assert [a[:2] for a in asked[done:]] == [
+        ("sample", 2),
+        ("train", "round2.jsonl"),
+        ("sample", 3),
+        ("train", "round3.jsonl"),
+    ]
+    done = len(asked)
+    assert run_rounds(series, sample, train) == (again, 0) and len(asked) == done
+
+
+def test_more_rounds_of_the_same_series_go_on_behind_the_last(star):
+    series, sample, train, asked = star
+    first, _ = run_rounds(replace(series, rounds=1), sample, train)
+    more, _ = run_rounds(replace(series, rounds=2), sample, train)
+    assert more[0] == first[0] and [a[0] for a in asked] == ["sample", "train"] * 2
+
+
+def test_a_round_without_rows_ends_the_series_with_2(project, tmp_path, capfd):
+    write_jsonl(tmp_path / "pairs.jsonl", [pair(i, i % 2) for i in range(2)])
+    words = "train_data=pairs.jsonl eval_data=pairs.jsonl model_id=tiny-mistral quantization=none max_new_tokens=8"
+    cfg = load_config("minimal_test", f"{words} device=cpu runs_dir=runs")
+    runs, code = run_rounds(Series(cfg, 2, None, Sampling(samples=2, keep=1)))
+    said = capfd.readouterr().err
+    assert (runs, code) == ([], 2)
+    assert "no sample can be kept" in said and "round 1 of 2 stopped" in said
+
+
+def test_rounds_refuse_what_cannot_be(star, capsys):
+    base = ("--config", "minimal_test", "--no_check")
+    wrong = {
+        "--parent goes with --rounds N": (*base, "--parent", "latest"),
+        "--rounds must be at least 1, not 0": (*base, "--rounds", "0"),
+        "--rounds runs here": (*base, "--rounds", "1", "--dry_run"),
+        "nobody is no folder": (*base, "--rounds", "1", "--parent", "nobody"),
+    }
+    shutil.copy(ROOT / "nbs/train.ipynb", "nbs")
+    for message, words in wrong.items():
+        assert say(run_cli, *words) == 2
+        assert message in (said := capsys.readouterr().err), said
