@@ -661,14 +661,15 @@ def _amounts(run):
     """Optimizer steps that were done, the rows and tokens that went through them, and the tokens with loss.
 
     None where neither summary.json nor metrics.jsonl knows."""
-    names = ("steps", "rows_trained", "tokens_trained", "loss_tokens_trained")
-    steps, rows, tokens, trained = (_number_or_none(run.summary.get(k)) for k in names)
+    names = ("steps", "rows_trained", "tokens_trained", "loss_tokens_trained", "generated_tokens")
+    steps, rows, tokens, trained, generated = (_number_or_none(run.summary.get(k)) for k in names)
     log = [r for r in run.metrics if isinstance(r, dict)]
     if steps is None:
         steps = max((r["step"] for r in log if _number_or_none(r.get("step")) is not None), default=None)
     if tokens is None:
         tokens = sum(r["tokens"] for r in log if _number_or_none(r.get("tokens")) is not None) or None
-    return {"steps": steps, "rows": rows, "tokens": tokens, "loss tokens": trained}
+    amounts = {"steps": steps, "rows": rows, "tokens": tokens, "loss tokens": trained}
+    return amounts | {"generated tokens": generated}
 
 # %% ../nbs/26_differences.ipynb #293af969
 def _amount_entry(a, b, keys):
@@ -823,6 +824,17 @@ def _circumstances(one, other):
             unknown.append(name)
     return differences, unknown
 
+# %% ../nbs/26_differences.ipynb #72a71f14
+def _parent_entries(a, b, keys):
+    "The keys, with the two runs that were started from in the place of what was typed for them."
+    one, two = (run.summary.get("parent") or {} for run in (a, b))
+    if not (one or two):
+        return keys
+    rest = [k for k in keys if k != "start_from"]
+    if one.get("adapter_sha256") == two.get("adapter_sha256"):
+        return rest
+    return [*rest, f"parent {one.get('run', 'none')} → {two.get('run', 'none')}"]
+
 # %% ../nbs/26_differences.ipynb #5c6358b1
 _KNOWN = "model model_revision adapter shots completion prompt_template label_set".split()
 
@@ -896,6 +908,7 @@ def differing(
     (a, _, na), (b, _, nb) = one, other
     keys = one_factor([a.cfg, b.cfg], ignore=("seed", "train_data", "eval_data", "test_data"))
     differences, unknown = _circumstances(one, other)
+    keys = _parent_entries(a, b, keys)
     trained = [n for n in (na, nb) if not n.endswith(":before")]
     if len(trained) < 2:
         keys = ["training"] * len(trained) + [k for k in keys if k in _UNTRAINED_KEYS]

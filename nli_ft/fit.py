@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['rows_hash', 'resume_facts', 'changed_facts', 'resume_point', 'weights_of', 'how_to_go_on', 'resolved_optim',
-           'training_args', 'to_dataset', 'print_log', 'stop_requests', 'never_fatal', 'tell_as_configured', 'fit']
+           'shared_args', 'training_args', 'to_dataset', 'print_log', 'stop_requests', 'never_fatal',
+           'tell_as_configured', 'fit']
 
 # %% ../nbs/35_fit.ipynb #e769f026
 import contextlib
@@ -81,12 +82,19 @@ def resume_facts(prep: Prepared) -> dict:  # ready for JSON
         eval_rows=rows_hash(prep.eval),
         base=base_facts(prep.cfg),
     )
+    if prep.parent:
+        facts["parent"] = prep.parent.sha256
+    if prep.cfg.method == "grpo":  # the token ids of questions do not say what is right
+        gold = json.dumps([row["label"] for row in prep.train_rows])
+        facts["gold"] = hashlib.sha256(gold.encode()).hexdigest()
     return facts | dict(sharding="fsdp") if sharded() else facts
 
 # %% ../nbs/35_fit.ipynb #a0a8711a
 _FACT_NAMES = dict(
     steps="steps in all",
     train_rows="training rows (their token ids)",
+    gold="gold labels of the training rows",
+    parent="adapter of start_from (its SHA-256)",
     eval_rows="evaluation rows (their token ids)",
 )
 
@@ -220,8 +228,6 @@ def _loop_args(cfg, steps):
         seed=cfg.seed,
         data_seed=cfg.seed,
         train_sampling_strategy="group_by_length" if grouped else "random",
-        packing=cfg.use_packing,
-        max_length=cfg.max_seq_length if cfg.use_packing else None,
     )
 
 # %% ../nbs/35_fit.ipynb #38b2ca00
@@ -293,28 +299,25 @@ def _device_args(cfg):
     )
 
 # %% ../nbs/35_fit.ipynb #3677cfcd
-def training_args(
+def shared_args(
     cfg: Config,
     out,  # folder of checkpoints
     evaluates: bool,  # whether there are rows for an evaluation
     steps: int | None = None,  # steps in all, where max_loss_tokens asks for them. None: the config says it
-):  # SFTConfig
-    "A config in the words of TRL's `SFTConfig`."
-    from trl import SFTConfig
-
+) -> dict:
+    "What the configs of all TRL trainers take."
     # transformers 5.23 renames gradient_checkpointing, and TRL 1.16 still reads the old name
     warnings.filterwarnings(
         "ignore",
         message=".*(gradient_checkpointing|is_gradient_checkpointing).*deprecated",
         category=FutureWarning,
     )
-    return SFTConfig(
+    return dict(
         output_dir=str(out),
         **_loop_args(cfg, steps),
         **_optimizer_args(cfg),
         **_saving_args(cfg, evaluates),
         **_device_args(cfg),
-        dataset_kwargs=dict(skip_prepare_dataset=True),  # our rows are token ids already
         remove_unused_columns=False,  # `kind` is one of them
         prediction_loss_only=True,
         disable_tqdm=True,
@@ -325,6 +328,23 @@ def training_args(
         project=cfg.name,  # as in W&B: the group is the config, the run its record
         ddp_timeout=86400,  # the main process may answer thousands of rows while the others wait for it
         ddp_find_unused_parameters=False,
+    )
+
+
+def training_args(
+    cfg: Config,  # as for `shared_args`, and so are the others
+    out,
+    evaluates: bool,
+    steps: int | None = None,
+):  # SFTConfig
+    "A config in the words of TRL's `SFTConfig`."
+    from trl import SFTConfig
+
+    return SFTConfig(
+        **shared_args(cfg, out, evaluates, steps),
+        packing=cfg.use_packing,
+        max_length=cfg.max_seq_length if cfg.use_packing else None,
+        dataset_kwargs=dict(skip_prepare_dataset=True),  # our rows are token ids already
     )
 
 # %% ../nbs/35_fit.ipynb #d4337780
@@ -357,7 +377,11 @@ def to_dataset(
 def print_log(logs: dict):
     "One line of progress."
     parts = []
-    if "loss" in logs or "eval_loss" in logs:
+    if "rewards/margins" in logs:
+        parts.append(_pair_part(logs))
+    elif "no_signal" in logs:
+        parts.append(_reward_part(logs))
+    elif "loss" in logs or "eval_loss" in logs:
         parts.append(_loss_part(logs))
     if "eval_accuracy" in logs:
         parts.append(_task_part(logs))
@@ -375,6 +399,20 @@ def _loss_part(logs):
     held_out = "held-out " if pre else ""
     loss, thought, label = (logs.get(pre + name, math.nan) for name in ("loss", "loss_thought", "loss_label"))
     return f"{held_out}loss {loss:.4f}   thought {thought:.4f}   label {label:.4f}"
+
+
+def _pair_part(logs):
+    "How far the better answers are above the worse ones, and in how many pairs they are."
+    text = "loss {loss:.4f}   margin {rewards/margins:.3f}   chosen above rejected {rewards/accuracies:.0%}"
+    return text.format_map(logs)
+
+
+def _reward_part(logs):
+    text = "reward {reward:.3f}   right {right:.0%}   valid {valid_json:.0%}   thought {thought_tokens:.0f} tokens"
+    text += "   without signal {no_signal:.0%}"
+    if "kl" in logs:
+        text += "   KL {kl:.4f}"
+    return text.format_map(logs)
 
 
 def _task_part(logs):
@@ -604,6 +642,28 @@ def _guard_trackers(trainer, cfg):
             never_fatal(callback)
 
 
+def _trainer_of_method(prep, model, out, evaluates, callbacks):
+    cfg = prep.cfg
+    if cfg.method == "dpo":
+        from nli_ft.preferences import pair_trainer
+
+        return pair_trainer(prep, model, shared_args(cfg, out, evaluates), callbacks)
+    if cfg.method == "grpo":
+        from nli_ft.rewards import reward_trainer
+
+        return reward_trainer(prep, model, shared_args(cfg, out, evaluates), callbacks)
+    steps = run_steps(prep)["steps"] if cfg.max_loss_tokens else None  # it depends on the rows
+    return make_trainer_class()(
+        model=model,
+        args=training_args(cfg, out, evaluates, steps),
+        train_dataset=to_dataset(prep.train, cfg),
+        eval_dataset=to_dataset(prep.eval, cfg) if evaluates else None,
+        processing_class=prep.tok,
+        callbacks=callbacks,
+        cpu_speed=cfg.cpu_speed,
+    )
+
+
 def _trainer(prep, model, out, log):
     from transformers import EarlyStoppingCallback
     from transformers.trainer_callback import PrinterCallback
@@ -614,16 +674,7 @@ def _trainer(prep, model, out, log):
         callbacks.append(EarlyStoppingCallback(cfg.early_stopping_patience))
     asked = metric_rows(cfg, prep.eval_rows)
     evaluates = bool(prep.eval or asked)
-    steps = run_steps(prep)["steps"] if cfg.max_loss_tokens else None  # it depends on the rows
-    trainer = make_trainer_class()(
-        model=model,
-        args=training_args(cfg, out, evaluates, steps),
-        train_dataset=to_dataset(prep.train, cfg),
-        eval_dataset=to_dataset(prep.eval, cfg) if evaluates else None,
-        processing_class=prep.tok,
-        callbacks=callbacks,
-        cpu_speed=cfg.cpu_speed,
-    )
+    trainer = _trainer_of_method(prep, model, out, evaluates, callbacks)
     trainer.remove_callback(PrinterCallback)
     _guard_trackers(trainer, cfg)
     # FSDP casts buffers to the compute dtype. Rotary frequencies in bf16 would misplace distant tokens.
@@ -733,6 +784,8 @@ def _fit_result(prep, trainer, result, tokens, start):
         train_tokens=tokens,
         tokens_per_s=tokens / seconds,
     )
+    if prep.cfg.method == "grpo":
+        facts["generated_tokens"] = sum(row.get("generated_tokens", 0) for row in history)
     if start:
         facts["resumed_from"] = os.path.relpath(start, project_root())
     if prep.cfg.eval_metric != "loss" and prep.cfg.early_stopping_patience is not None:
@@ -745,7 +798,7 @@ def _fit_result(prep, trainer, result, tokens, start):
 # %% ../nbs/35_fit.ipynb #b88997ae
 def fit(
     prep: Prepared,  # from `prepare`
-    model,  # base with a fresh adapter
+    model,  # base with an adapter: a fresh one, or that of `start_from`
     out,  # folder for checkpoints and adapter
     on_log=print_log,  # called with every log, as it happens
     start=None,  # checkpoint to go on from, of `resume_point`. None: look for one if the config asks for it

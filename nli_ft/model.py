@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sharded', 'load_sharded_adapter', 'find_sharded_adapter', 'keep_unpacked', 'load_base', 'stacked_experts',
            'lora_targets', 'add_lora', 'seeded_lora', 'check_adapter', 'check_shapes', 'load_for_inference',
-           'save_adapter', 'merge_adapter', 'in_fp32']
+           'started_lora', 'save_adapter', 'merge_adapter', 'in_fp32']
 
 # %% ../nbs/16_model.ipynb #2022adef
 import contextlib
@@ -415,6 +415,26 @@ def load_for_inference(
         ) from e
     return model.eval()
 
+# %% ../nbs/16_model.ipynb #284fb70b
+def started_lora(
+    model,  # a base from `load_base`
+    cfg,  # Config: lora_dropout, seed
+    adapter_dir,  # folder with adapter_model.safetensors, of a run whose adapter has the config's shape
+):  # a `PeftModel`
+    "Put the adapter of another run on `model`, to be trained further. Raises `RecordError` as `check_adapter` does."
+    from peft import PeftConfig, PeftModel
+    from transformers import set_seed
+
+    folder = Path(adapter_dir)
+    check_adapter(cfg, folder)
+    set_seed(cfg.seed)
+    lora = PeftConfig.from_pretrained(folder)
+    lora.lora_dropout, lora.inference_mode = cfg.lora_dropout, False
+    with _old_name_is_read():
+        return PeftModel.from_pretrained(
+            model, folder, config=lora, is_trainable=True, use_safetensors=True, autocast_adapter_dtype=True
+        )
+
 # %% ../nbs/16_model.ipynb #87a355d7
 def save_adapter(
     model,  # a PeftModel
@@ -429,14 +449,16 @@ def save_adapter(
     from safetensors import safe_open
 
     out = Path(out)
-    model.save_pretrained(out, safe_serialization=True, state_dict=state)
+    # beside the adapter that is trained, dpo and grpo keep the frozen one of the reference
+    model.save_pretrained(out, safe_serialization=True, state_dict=state, selected_adapters=["default"])
 
     def short(k):
         return k.replace(".default", "").removesuffix(".weight")
 
     with safe_open(out / "adapter_model.safetensors", "pt") as f:
         saved = {short(k) for k in f.keys()}
-    if lost := {short(k) for k in (state or model.state_dict()) if ".lora_" in k} - saved:
+    kept = {short(k) for k in (state or model.state_dict()) if ".lora_" in k and ".ref." not in k}
+    if lost := kept - saved:
         raise RecordError(
             f"{out / 'adapter_model.safetensors'} was saved without {len(lost)} of its matrices, among them {min(lost)}"
         )

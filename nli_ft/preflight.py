@@ -10,6 +10,7 @@ __all__ = ['Prepared', 'completion_tokens', 'dots', 'filler_thought', 'false_tho
 
 # %% ../nbs/33_preflight.ipynb #54f01ec9
 import bisect
+import functools
 import math
 import os
 import textwrap
@@ -17,7 +18,7 @@ from collections import Counter
 from itertools import chain, cycle
 from dataclasses import dataclass, field
 
-from .process import DataError, alive
+from .process import ConfigError, DataError, alive
 from .config_loader import Config, answer_style, judged_files
 from .labels import BINARY, LABEL_SETS, label_set_of, words_contract
 from nli_ft.rows import (
@@ -35,6 +36,7 @@ from .public_sets import PAIR_TEMPLATE, pair_training_rows, thought_columns
 from nli_ft.prompt import (
     LABEL,
     PROMPT,
+    THOUGHT,
     encode_prompt,
     encode_rows,
     end_of_turn,
@@ -47,6 +49,7 @@ from nli_ft.prompt import (
 from .report import BLUE, GREY, ORANGE, new_figure
 from .predict import _check_rows
 from .ask import evaluation_rows, judged_set, question, without_prompt
+from .ready import find_parent
 
 # %% ../nbs/33_preflight.ipynb #f80bb25b
 @dataclass
@@ -66,6 +69,7 @@ class Prepared:
     template: str | None = None  # name of the prompt wording, None if it has none
     leakage: dict = field(default_factory=dict)  # what training and evaluation rows share, from `leakage`
     sets: list = field(default_factory=list)  # of `JudgedSet`: further evaluation sets and the test
+    parent: object = None  # `Parent`, the run whose adapter is the start; None: a fresh adapter
 
 # %% ../nbs/33_preflight.ipynb #86b73048
 def _taught_pairs(cfg, pairs) -> list:
@@ -185,6 +189,10 @@ def training_rows(
     "Rows to train on, after the data strategy. Raises `DataError` for a file without completions."
     rows = read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows, contract=words_contract(cfg))
     bad = rows.bad
+    if rows and {"chosen", "rejected"} <= rows[0].keys():
+        raise DataError(
+            f"{cfg.train_data} holds pairs of answers. Set method=dpo, or give rows to be imitated"
+        )
     if rows.kind == "pair":
         rows = _taught_pairs(cfg, rows)
     elif rows.kind == "preference":
@@ -220,6 +228,16 @@ def _refuse_two_wordings(trained, asked):
     )
 
 
+def _refuse_other_wording(cfg, parent, template):
+    "The adapter of a parent answers questions in the wording that it was taught."
+    if parent is None or "auto" in (parent.template, template or "auto") or parent.template == template:
+        return
+    raise ConfigError(
+        f"start_from = {cfg.start_from}: that run was asked in the prompt wording {parent.template!r}, and the rows of "
+        f"{cfg.train_data} are worded by {template!r}. Set prompt_template = {parent.template!r}"
+    )
+
+
 def _refuse_no_evaluation_loss(cfg, whole):
     if cfg.early_stopping_patience is None or cfg.eval_metric != "loss" or whole:
         return
@@ -230,6 +248,38 @@ def _refuse_no_evaluation_loss(cfg, whole):
         "(`nli_data prepare` makes them), take eval_metric=accuracy, which needs none, or leave "
         "early_stopping_patience out"
     )
+
+# %% ../nbs/33_preflight.ipynb #c5b0af56
+def _rows_of_method(cfg, tok, parent):
+    "`(rows, unreadable rows, function(tok, rows) that encodes them as `encode_rows` does)` of the config's method."
+    if cfg.method == "dpo":
+        from nli_ft.preferences import encode_preferences, preference_rows
+
+        return *preference_rows(cfg), functools.partial(encode_preferences, cfg=cfg)
+    if cfg.method == "grpo":
+        from nli_ft.rewards import encode_questions, question_rows
+
+        return *question_rows(cfg, parent), functools.partial(encode_questions, cfg=cfg)
+    return *training_rows(cfg, tok), functools.partial(_encode_imitated, cfg=cfg)
+
+
+def _encode_imitated(tok, rows, cfg):
+    how = dict(
+        train_on_prompt=cfg.train_on_prompt, thought_weight=cfg.thought_weight, completion=cfg.completion
+    )
+    rows, train, out = encode_rows(tok, rows, cfg.max_seq_length, cfg.too_long, **how)
+    if cfg.completion == "auxiliary":
+        train = weigh_tasks(train, cfg.label_task_weight)
+    return rows, train, out
+
+
+def _row_of_each(prep):
+    "The row of each of the `sequences`, in their order."
+    if prep.cfg.method != "dpo":
+        return cycle(prep.train_rows)
+    from nli_ft.preferences import rejected_row
+
+    return [*prep.train_rows, *map(rejected_row, prep.train_rows)]
 
 # %% ../nbs/33_preflight.ipynb #4f9dded6
 def _refuse_long_prompts(cfg, rows, prompts):
@@ -295,22 +345,22 @@ def prepare(cfg: Config, tok=None) -> Prepared:
     is cut. Raises `DataError` for rows that cannot be used, and `ConfigError` for rows that do not fit the config."""
     from nli_ft.bases import load_tokenizer
 
+    parent = find_parent(cfg)
     tok = tok or load_tokenizer(cfg)
-    rows, bad = training_rows(cfg, tok)
+    rows, bad, encode = _rows_of_method(cfg, tok, parent)
     template = template_of(rows)
+    _refuse_other_wording(cfg, parent, template)
     judged = evaluation_rows(cfg.path("eval_data"), cfg, template or "auto")
     _refuse_two_wordings(template, template_of(judged))
     how = dict(train_on_prompt=cfg.train_on_prompt, thought_weight=cfg.thought_weight)
-    rows, train, out = encode_rows(
-        tok, rows, cfg.max_seq_length, cfg.too_long, completion=cfg.completion, **how
-    )
-    if cfg.completion == "auxiliary":
-        train = weigh_tasks(train, cfg.label_task_weight)
+    rows, train, out = encode(tok, rows)
     dropped = [("train", *d) for d in out]
     # two-way gold in a three-way run is no completion to be learnt
     answers = [r for r in judged if LABEL_SETS[cfg.label_set].holds(r["label"])]
     style = answer_style(cfg.completion)
     whole = [r for r in answers if style == "label_only" or r.get("thought_process")]
+    if cfg.method != "sft":
+        whole = []  # their loss is none of likelihood
     encoded = []
     _refuse_no_evaluation_loss(cfg, whole)
     _refuse_no_score(cfg, metric_rows(cfg, judged))
@@ -319,6 +369,7 @@ def prepare(cfg: Config, tok=None) -> Prepared:
         dropped += [("eval", *d) for d in out]
     bad = {"train": list(bad)}
     prep = Prepared(cfg, tok, rows, train, judged, encoded, dropped, bad, template, leakage(rows, judged))
+    prep.parent = parent
     prep.sets = further_sets(prep)
     return prep
 
@@ -341,8 +392,8 @@ def _writes_bos(tok):
 def is_rationale(
     enc,  # an `Encoded`
 ) -> bool:
-    "Whether a sequence is the rationale task of a row. It is the only one without a label."
-    return LABEL not in enc.kind
+    "Whether a sequence is the rationale task of a row. It is the only answer without a label."
+    return THOUGHT in enc.kind and LABEL not in enc.kind
 
 # %% ../nbs/33_preflight.ipynb #fa8a29a6
 def proofs(prep: Prepared) -> dict:  # what is proved -> (holds, detail)
@@ -350,7 +401,8 @@ def proofs(prep: Prepared) -> dict:  # what is proved -> (holds, detail)
     from nli_ft.bases import base_config
 
     tok, style, n = prep.tok, answer_style(prep.cfg.completion), len(prep.train)
-    pairs = list(zip(cycle(prep.train_rows), sequences(prep.train)))
+    pairs = list(zip(_row_of_each(prep), sequences(prep.train)))
+    sampled = prep.cfg.method == "grpo"
     bos, end = tok.bos_token_id, end_of_turn(tok)
     conf = base_config(prep.cfg).get_text_config()
     embedded, limit = conf.vocab_size, getattr(conf, "max_position_embeddings", None) or math.inf
@@ -390,13 +442,13 @@ def proofs(prep: Prepared) -> dict:  # what is proved -> (holds, detail)
         return max(e.input_ids) >= embedded
 
     def positions_fail(r, e):
-        return len(e) > limit
+        return len(e) + sampled * prep.cfg.max_new_tokens > limit
 
     def length_fails(r, e):
-        return len(e) > prep.cfg.max_seq_length
+        return len(e) + sampled * prep.cfg.max_new_tokens > prep.cfg.max_seq_length
 
     def reference_fails(r, e):
-        return e.input_ids != mistral_reference(asked(r, e), spelled(r, e))
+        return e.input_ids != mistral_reference(asked(r, e), None if sampled else spelled(r, e))
 
     bos_name = "the prompt starts without BOS, as its form has it"
     if begins:
@@ -411,6 +463,12 @@ def proofs(prep: Prepared) -> dict:  # what is proved -> (holds, detail)
         "no row is longer than the model has positions": positions_fail,
         "no row is longer than max_seq_length": length_fails,
     }
+    if sampled:  # nobody has written the answers yet
+        checks = {
+            name: fails
+            for name, fails in checks.items()
+            if fails not in (end_fails, label_fails, completion_fails)
+        }
     if prompt_form(tok) == "mistral_instruct":
         checks["ids = those of mistral-common's own encoder"] = reference_fails
     results = {}
@@ -499,6 +557,10 @@ def _memory_parts(prep):
     }
     if wide < 4:  # autocast keeps them until the step is over
         parts["adapters in 16 bits"] = lora * wide
+    if cfg.method == "dpo" or cfg.method == "grpo" and cfg.beta:
+        parts["adapter of the reference"] = lora * 4
+    if cfg.method == "grpo":
+        parts["keys and values of the samples"] = _sample_bytes(prep, conf, wide)
     if cfg.use_packing and "flash" not in attention(cfg, dev, type(model)):
         tokens, *_ = _largest_batch(prep)
         parts["mask of packed rows"] = tokens**2 * (1 + wide)
@@ -540,6 +602,9 @@ def _largest_batch(prep):
 
     rows = sequences(sorted(prep.train, key=longest, reverse=True)[: prep.cfg.batch_size])
     width = max(map(len, rows))
+    if prep.cfg.method == "grpo":  # samples as long as they may be
+        n, new = prep.cfg.batch_size, prep.cfg.max_new_tokens
+        return (width + new) * n, width + new, new * n
     return width * len(rows), width, sum(y != -100 for e in rows for y in e.labels)
 
 
@@ -569,11 +634,20 @@ def _logits_tile(prep, conf, cpu, wide):
 
     On a CPU they are all logits of some positions. TRL's kernel holds a tile of fewer."""
     tokens, _, trained = _largest_batch(prep)
-    if cpu and _changes_logits(conf):  # TRL's in torch, see `scoring`
+    if cpu and (_changes_logits(conf) or prep.cfg.method != "sft"):  # TRL's in torch, see `scoring`
         return min(tokens, 4096) * min(conf.vocab_size, 32768) * (wide + 3 * 4)
     if cpu:
         return min(trained, 512) * conf.vocab_size * wide
     return min(trained, 4096) * min(conf.vocab_size, 32768) * wide
+
+# %% ../nbs/33_preflight.ipynb #e77177eb
+def _sample_bytes(prep, conf, wide):
+    "Bytes of the keys and values while all samples of a step are generated."
+    cfg, (_, width, _) = prep.cfg, _largest_batch(prep)
+    head = getattr(conf, "head_dim", None) or conf.hidden_size // conf.num_attention_heads
+    heads = getattr(conf, "num_key_value_heads", None) or conf.num_attention_heads
+    samples = cfg.batch_size * cfg.grad_accumulation_steps
+    return 2 * conf.num_hidden_layers * heads * head * wide * width * samples
 
 # %% ../nbs/33_preflight.ipynb #937f7314
 def _parts_on_cpu(parts, base, other, conf, dtype, nf4):
@@ -663,7 +737,20 @@ def rows_after(
     """Rows that went through so many steps, each counted as often as it was trained on. The last step of an
     epoch may hold fewer rows."""
     epochs_done, more = divmod(steps, counts["steps_per_epoch"])
+    n = counts.get("rows_per_epoch", n)
     return epochs_done * n + min(more * counts["rows_per_step"], n)
+
+# %% ../nbs/33_preflight.ipynb #742c4689
+def _prompt_counts(cfg, n, per_step):
+    "`step_counts` where rows are prompts that are sampled. TRL leaves out the last ones, where they fill no step."
+    per_epoch = n // per_step
+    if not per_epoch:
+        raise DataError(
+            f"{cfg.train_data} has {n} rows to sample, and a step takes {per_step} (batch_size x "
+            "grad_accumulation_steps / group_size). Give more rows, or a smaller batch"
+        )
+    counts = dict(rows_per_step=per_step, steps_per_epoch=per_epoch, rows_per_epoch=per_epoch * per_step)
+    return counts | dict(steps=cfg.max_steps or math.ceil(cfg.num_epochs * per_epoch))
 
 # %% ../nbs/33_preflight.ipynb #67e3dc56
 def _nearest_steps(counts, n, epoch_tokens, wanted):
@@ -683,6 +770,8 @@ def step_counts(
 ) -> dict:  # rows per step, steps per epoch, all steps
     "Count the optimizer steps of a run."
     per_step = cfg.batch_size * cfg.grad_accumulation_steps * world_size(cfg)
+    if cfg.method == "grpo":
+        return _prompt_counts(cfg, n, per_step // cfg.group_size)
     per_epoch = math.ceil(math.ceil(n / (cfg.batch_size * world_size(cfg))) / cfg.grad_accumulation_steps)
     counts = dict(rows_per_step=per_step, steps_per_epoch=per_epoch)
     if cfg.max_loss_tokens is None:
@@ -792,6 +881,37 @@ def _control_lines(facts):
     text = f"thoughts   those of {facts['strategy']}{note}. Row {facts['id']!r} is trained on: {shown}"
     return textwrap.wrap(text, 110, subsequent_indent=" " * 11)
 
+# %% ../nbs/33_preflight.ipynb #3bde7c87
+def _method_facts(prep):
+    "What the method will see: the run that it starts from, pairs and their lengths, groups and their rewards."
+    facts = dict(name=prep.cfg.method)
+    if prep.parent:
+        facts |= dict(parent=prep.parent.name, adapter_sha256=prep.parent.sha256)
+    if prep.cfg.method == "dpo":
+        from nli_ft.preferences import pair_facts
+
+        facts |= pair_facts(prep)
+    if prep.cfg.method == "grpo":
+        from nli_ft.rewards import group_facts
+
+        facts |= group_facts(prep)
+    return facts
+
+
+def _method_lines(facts, lines):
+    "The lines of rows, with those of the method in their place."
+    if facts["name"] == "dpo":
+        from nli_ft.preferences import pair_lines
+
+        lines = [*lines, *pair_lines(facts)]
+    if facts["name"] == "grpo":
+        from nli_ft.rewards import group_lines
+
+        lines = [line for line in lines if not line.startswith("steps")] + group_lines(facts)
+    if "parent" in facts:
+        lines.append(f"start      the adapter of {facts['parent']} ({facts['adapter_sha256'][:12]})")
+    return lines
+
 # %% ../nbs/33_preflight.ipynb #12fd04bf
 def preflight(
     prep: Prepared,
@@ -825,6 +945,8 @@ def preflight(
     )
     if prep.train[0].weights:
         report["weights"] = _weight_facts(prep)
+    if prep.cfg.method != "sft" or prep.parent:
+        report["method"] = _method_facts(prep)
     asked = metric_rows(prep.cfg, prep.eval_rows)
     if asked:
         report["metric"] = _metric_cost(prep, len(asked))
@@ -911,6 +1033,8 @@ def _row_lines(p):
         f"steps      {s['steps']} of {s['rows_per_step']} rows, {s['steps_per_epoch']} an epoch; with loss about "
         f"{t['trained_in_all']} tokens in all, {t['trained_per_step']:.0f} a step",
     ]
+    if "method" in p:
+        lines = _method_lines(p["method"], lines)
     if "thoughts" in p:
         lines += _control_lines(p["thoughts"])
     if "weights" in p:
@@ -983,7 +1107,7 @@ def plot_lengths(prep: Prepared):  # a matplotlib Figure
     labels = LABEL_SETS[prep.cfg.label_set]
     by = [[] for _ in labels.labels]  # lengths of the rows of each label
     lengths = [len(e) for e in sequences(prep.train)]
-    for row, length in zip(cycle(prep.train_rows), lengths):
+    for row, length in zip(_row_of_each(prep), lengths):
         by[labels.index(row["label"])].append(length)
     low, high, limit = min(lengths), max(lengths), prep.cfg.max_seq_length
     step = max(1, -(-(high - low + 1) // 30))  # whole tokens, so that every bar is as wide as the next

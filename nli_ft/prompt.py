@@ -325,6 +325,7 @@ class Encoded:
     n_prompt: int  # how many of the ids belong to the prompt
     weights: list | None = None  # weight of each token in the loss. None: 1 for each token that has loss
     rationale: "Encoded | None" = None  # with completion=auxiliary: the second sequence of the row
+    rejected: "Encoded | None" = None  # with method=dpo: the same prompt with the worse answer
 
     def __len__(self):
         return len(self.input_ids)
@@ -394,9 +395,11 @@ def encode_row(
 # %% ../nbs/12_prompt.ipynb #fe649a98
 def sequences(
     encs: list,  # of `Encoded`
-) -> list:  # of `Encoded`: each row, and with completion=auxiliary each row's rationale as well
+) -> (
+    list
+):  # of `Encoded`: each row, then the rationales (completion=auxiliary) or the worse answers (method=dpo)
     "All sequences that are trained on."
-    return [*encs, *(e.rationale for e in encs if e.rationale)]
+    return [*encs, *(e.rationale for e in encs if e.rationale), *(e.rejected for e in encs if e.rejected)]
 
 # %% ../nbs/12_prompt.ipynb #48007c7f
 def loss_tokens(

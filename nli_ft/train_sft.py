@@ -107,6 +107,8 @@ def run_facts(prep: Prepared) -> dict:  # ready for JSON
 
     dev = device(prep.cfg)
     sets = dict(sets=sets_summary(prep)) if prep.sets else {}
+    if prep.parent:
+        sets["parent"] = dict(run=prep.parent.name, adapter_sha256=prep.parent.sha256)
     name = torch.cuda.get_device_name(dev) if dev.type == "cuda" else f"{platform.machine()} CPU"
     return dict(
         rows=dict(train=len(prep.train), judged=len(prep.eval_rows), dropped=len(prep.dropped)),
@@ -154,8 +156,9 @@ class Session:
         self.start = resume_point(self.prep, _say())  # refused now, and not after an evaluation of an hour
 
     def load(self):
-        "The base with a fresh adapter, which changes nothing at first. It is loaded once."
-        from nli_ft.model import load_base, seeded_lora
+        """The base with a fresh adapter, which changes nothing at first, or with that of the parent. It is loaded
+        once."""
+        from nli_ft.model import load_base, seeded_lora, started_lora
 
         if self.model is None:
             if "widget" not in bar_places():  # the widget says the same
@@ -163,7 +166,11 @@ class Session:
             if busy_note():
                 _say()(busy_note())
             with alive(f"loading {self.cfg.model_id}", show=_is_main()):
-                self.model = seeded_lora(load_base(self.cfg), self.cfg)
+                base, parent = load_base(self.cfg), self.prep.parent
+                if parent:
+                    self.model = started_lora(base, self.cfg, parent.adapter)
+                else:
+                    self.model = seeded_lora(base, self.cfg)
         return self.model
 
 # %% ../nbs/36_train_sft.ipynb #cde5edaf
@@ -741,6 +748,10 @@ def _preflight_only(cfg):
     print("one row    as it is trained on:")
     for enc in sequences(prep.train[:1]):
         print(mask_text(prep.tok, enc, colour=colour))
+    if cfg.method == "grpo":
+        from nli_ft.rewards import sampled_text
+
+        print(sampled_text(prep))
     return 0 if flight["ok"] else 2
 
 # %% ../nbs/36_train_sft.ipynb #6439e477

@@ -204,6 +204,27 @@ TABLE = dict(
         max_new_tokens=96,
         logging_steps=5,
     ),
+    dpo_demo=dict(
+        model_id="smollm2-135m",
+        method="dpo",
+        start_from="cpu_demo",
+        train_data="data/finetune/preferences.jsonl",
+        batch_size=8,
+        learning_rate=1e-4,
+        beta=None,
+    ),
+    grpo_demo=dict(
+        model_id="smollm2-135m",
+        method="grpo",
+        start_from="cpu_demo",
+        train_data="data/embedded/train.jsonl",
+        max_steps=40,
+        learning_rate=1e-4,
+        group_size=8,
+        reward="label",
+        format_reward=0,
+        length_penalty=0,
+    ),
     distributed=dict(
         batch_size=8,
         grad_accumulation_steps=2,
@@ -244,6 +265,8 @@ ARMS_OF_OTHERS = dict(
     label_first_permuted=("label_first", "data_strategy", "permuted"),
     label_only_matched=("label_only", "max_loss_tokens", load_config("label_only_matched").max_loss_tokens),
     wrong_rule=("cpu_demo", "data_strategy", "wrong_rule"),
+    grpo_label_only=("grpo_demo", "completion", "label_only"),
+    grpo_random=("grpo_demo", "reward", "random"),
 )
 
 

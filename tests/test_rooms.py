@@ -40,6 +40,9 @@ ON_FIRST_USE |= {("commands", "keeping")}
 # a model of this machine that is its own teacher, and what is made of its samples, stand after the commands
 ON_FIRST_USE |= {("teacher", "self_taught"), ("commands", "preference_rows"), ("launch", "star_rounds")}
 ON_FIRST_USE |= {("study", room) for room in ("study_plan", "study_run", "study_report")}
+# other methods than imitation stand in rooms of their own
+ON_FIRST_USE |= {(room, "preferences") for room in ("preflight", "fit")}
+ON_FIRST_USE |= {(room, "rewards") for room in ("preflight", "fit", "train_sft")}
 order = {p.stem[3:]: int(p.stem[:2]) for p in numbered}
 
 

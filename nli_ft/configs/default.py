@@ -39,6 +39,17 @@ target_modules = ["q_proj", "k_proj", "v_proj", "o_proj"] # attention only. all-
 use_rslora = False
 use_dora = False
 
+# -- method
+method = "sft"                                # imitation first: the other two need a model that can answer already
+start_from = None                             # a fresh adapter
+beta = None                                   # 0.1 with dpo (Rafailov et al. 2023), 0 with grpo (TRL's, as DAPO and others do)
+group_size = 8                                # TRL's: a binary label is rarely the same 8 times, unless the row is easy
+temperature = 1.0                             # the model's own distribution: what is sampled is what is trained
+sampler = "transformers"                      # works everywhere. vllm is faster on a large GPU
+reward = "label"                              # the label alone: format and length are further factors
+format_reward = 0.0                           # off
+length_penalty = 0.0                          # off
+
 # -- optimisation: 16 rows x 2 accumulation = 32 rows a step
 seed = 42
 num_epochs = 2                                # whether a third pass helps is a question for ablation2

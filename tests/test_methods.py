@@ -1,0 +1,328 @@
+"""Pairs and rewards: the reference, what moves, what is counted, resuming, and what is refused."""
+
+import json, math, os, signal, subprocess, sys
+
+import pytest
+import torch
+
+from nli_ft.process import ConfigError, DataError, Interrupted, project_root
+from nli_ft.config_loader import config_hash, load_config
+from nli_ft.files import write_jsonl
+from nli_ft.rows import damage, prompt_messages, render_completion, sft_row
+from nli_ft.ready import check_ready, find_parent
+from nli_ft.model import load_base, seeded_lora, started_lora
+from nli_ft.preflight import prepare
+from nli_ft.fit import fit, resume_facts
+from nli_ft.train_sft import run_training
+
+root = project_root()
+WORDS = "red green blue black white grey brown pink".split()
+# fp32 and no dropout: what is compared here is arithmetic
+TINY = dict(
+    model_id="tiny-mistral",
+    device="cpu",
+    compute_dtype="fp32",
+    lora_dropout=0.0,
+    learning_rate=1e-2,
+    logging_steps=1,
+    eval_before=False,
+    max_new_tokens=8,
+    max_eval_samples=2,
+    use_wandb=False,
+)
+
+
+def said(text):
+    return [dict(role="assistant", content=text)]
+
+
+def pair_row(i, a, b, **other):
+    premise, hypothesis = f"The {a} box holds a {b} ball.", f"The {b} ball is in the {a} box."
+    right = render_completion(f"The {a} box holds the {b} ball.", 1)
+    wrong = render_completion(f"The {b} box holds the {a} ball, and no other.", 0)
+    row = dict(id=i, premise=premise, hypothesis=hypothesis, label=1)
+    row |= dict(
+        prompt=prompt_messages(premise, hypothesis, "brief"), chosen=said(right), rejected=said(wrong)
+    )
+    return row | other
+
+
+def rows_to_judge(path):
+    words = zip(WORDS, WORDS[2:] + WORDS[:2])
+    texts = [(f"A {a} cat saw a {b} dog.", f"A {b} dog was seen.") for a, b in words]
+    write_jsonl(path, [sft_row(i, p, h, p, i % 2, "test", "brief") for i, (p, h) in enumerate(texts)])
+    return str(path)
+
+
+def tiny(tmp_path, **kw):
+    pairs = tmp_path / "pairs.jsonl"
+    if not pairs.exists():
+        write_jsonl(pairs, [pair_row(i, a, b) for i, (a, b) in enumerate(zip(WORDS, WORDS[3:] + WORDS[:3]))])
+    own = dict(output_dir=str(tmp_path / "models"), runs_dir=str(tmp_path / "runs"))
+    own |= dict(train_data=str(pairs), eval_data=rows_to_judge(tmp_path / "judged.jsonl"))
+    return load_config("minimal_test", TINY | own | kw)
+
+
+def dpo(tmp_path, **kw):
+    return tiny(tmp_path, **dict(method="dpo", max_steps=4) | kw)
+
+
+def grpo(tmp_path, **kw):
+    rows = str(tmp_path / "judged.jsonl")
+    return tiny(tmp_path, **dict(method="grpo", batch_size=8, group_size=4, max_steps=3) | kw).replace(
+        train_data=rows, eval_data=rows_to_judge(tmp_path / "other.jsonl")
+    )
+
+
+def trained(cfg, out, act=lambda row: None):
+    "Logs, model and result of a training."
+    logs, prep = [], prepare(cfg)
+
+    def log(row):
+        logs.append(row)
+        act(row)
+
+    base = load_base(cfg)
+    model = started_lora(base, cfg, prep.parent.adapter) if prep.parent else seeded_lora(base, cfg)
+    return logs, model, fit(prep, model, out, on_log=log)
+
+
+def weights(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if ".default." in n}
+
+
+def imitated(tmp_path):
+    "A finished run of imitation."
+    cfg = tiny(tmp_path, max_steps=2).replace(train_data=rows_to_judge(tmp_path / "imitated.jsonl"))
+    return run_training(cfg)
+
+
+# -- pairs
+
+
+def test_the_first_loss_of_dpo_is_log_2_also_from_a_trained_adapter(tmp_path):
+    run = imitated(tmp_path)
+    cfg = dpo(tmp_path, start_from=str(run), max_steps=3)
+    assert find_parent(cfg).name == f"minimal_test/{run.name}"
+    logs, model, _ = trained(cfg, tmp_path / "out")
+    first = next(row for row in logs if "rewards/chosen" in row)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert (first["rewards/chosen"], first["rewards/rejected"]) == (0, 0)
+    # the reference is the parent's adapter, to the last bit
+    parent = started_lora(load_base(cfg), cfg, find_parent(cfg).adapter)
+    for name, p in weights(parent).items():
+        assert torch.equal(model.get_parameter(name.replace(".default.", ".ref.")), p), name
+    assert any(p.abs().max() > 0 for n, p in weights(parent).items() if "lora_B" in n)
+
+
+def test_dpo_lifts_the_better_answers_above_the_worse_ones(tmp_path):
+    logs, _, result = trained(dpo(tmp_path, max_steps=6), tmp_path / "out")
+    last = [row for row in logs if "rewards/margins" in row][-1]
+    assert last["rewards/accuracies"] == 1 and last["rewards/margins"] > 0.1
+    assert result["loss_tokens_trained"] == sum(row["loss_tokens"] for row in logs if "loss_tokens" in row)
+    assert damage(tmp_path / "out/adapter") is None and not (tmp_path / "out/adapter/ref").exists()
+
+
+def cut_off_and_resumed(cfg, folder):
+    "A training through to its end, and the same one cut off after step 2: losses by step, weights."
+    whole, model, _ = trained(cfg.replace(output_dir=str(folder / "a")), folder / "a/minimal_test/r")
+    there = cfg.replace(output_dir=str(folder / "b"))
+
+    def stop(row):
+        if row.get("step") == 2 and "loss" in row:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        trained(there, folder / "b/minimal_test/r", stop)
+    rest, other, _ = trained(there.replace(resume_from_checkpoint="latest"), folder / "b/minimal_test/s")
+    losses = [{row["step"]: row["loss"] for row in logs if "loss" in row} for logs in (whole, rest)]
+    return losses, weights(model), weights(other)
+
+
+@pytest.mark.parametrize("method", [dpo, grpo])
+def test_a_resumed_training_ends_as_the_one_that_was_not_cut_off(tmp_path, method, monkeypatch):
+    if method is grpo:
+        reward_first_token(monkeypatch)
+    cfg = method(tmp_path, max_steps=4, save_steps=1)
+    (whole, halves), ours, theirs = cut_off_and_resumed(cfg, tmp_path)
+    assert whole == halves
+    assert all(torch.equal(p, theirs[n]) for n, p in ours.items())
+
+
+def test_an_adapter_of_another_parent_is_not_gone_on_with(tmp_path):
+    prep = prepare(dpo(tmp_path, start_from=str(imitated(tmp_path))))
+    assert resume_facts(prep)["parent"] == prep.parent.sha256
+
+
+# -- rewards
+
+
+def reward_first_token(monkeypatch):
+    "Reward what the model does by chance: a first token with an even id."
+
+    def even(completions, completion_ids, log_metric, **kw):
+        for name in ("right", "valid_json", "thought_tokens"):
+            log_metric(name, 0.0)
+        return [float(ids[0] % 2 == 0) for ids in completion_ids]
+
+    monkeypatch.setattr("nli_ft.rewards.reward_functions", lambda cfg, tok: [even])
+
+
+def test_grpo_makes_what_is_rewarded_more_frequent(tmp_path, monkeypatch):
+    reward_first_token(monkeypatch)
+    cfg = grpo(tmp_path, batch_size=16, group_size=8, max_steps=16, learning_rate=3e-2, max_new_tokens=2)
+    logs, _, result = trained(cfg, tmp_path / "out")
+    rewards = [row["reward"] for row in logs if "reward" in row]
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2
+    assert result["generated_tokens"] == 2 * 16 * 16
+
+
+def test_rewards_and_advantages_of_known_answers_are_those_by_hand(tmp_path, monkeypatch):
+    from nli_ft.rewards import reward_functions, reward_trainer
+    from nli_ft.fit import shared_args
+
+    cfg = grpo(tmp_path, format_reward=0.5)
+    prep = prepare(cfg)
+    trainer = reward_trainer(prep, seeded_lora(load_base(cfg), cfg), shared_args(cfg, tmp_path, False), [])
+    gold = prep.train_rows[0]["label"]
+    texts = [render_completion("So.", y) for y in (gold, 1 - gold)] + [
+        f"Well: {render_completion('So.', gold)}",
+        "?",
+    ]
+    ids = [[*prep.tok(t, add_special_tokens=False)["input_ids"], prep.tok.eos_token_id] for t in texts]
+    monkeypatch.setattr(type(trainer), "_generate_single_turn", lambda self, *a, **k: (ids, None))
+    trainer.model.train()
+    row = dict(prompt=prep.train_rows[0]["prompt"], gold=gold, label=gold)
+    out = trainer._generate_and_score_completions([dict(row) for _ in texts])
+    rewards = torch.tensor([1.5, 0.5, 1.0, 0.0])
+    by_hand = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+    assert torch.allclose(out["advantages"], by_hand, atol=1e-5)
+    assert out["prompt_ids"][0].tolist() == prep.train[0].input_ids
+    names = [f.__name__ for f in reward_functions(cfg, prep.tok)]
+    assert names == ["label", "format"]
+
+
+@pytest.mark.parametrize("completion, texts", [("cot", '{"predicted_label": 1}'), ("label_only", "1")])
+def test_an_answer_in_another_style_than_asked_earns_nothing(tmp_path, completion, texts):
+    from nli_ft.rewards import reward_functions
+
+    cfg = grpo(tmp_path, completion=completion)
+    (label,) = reward_functions(cfg, prepare(cfg).tok)
+    assert label(completions=[said(texts)], gold=[1], label=[1]) == [0.0]
+
+
+def test_random_labels_have_the_same_shares_and_agree_with_gold_by_chance(tmp_path):
+    from nli_ft.rewards import question_dataset, rewarded_labels
+
+    cfg = grpo(tmp_path, reward="random")
+    rows = [dict(label=int(i % 4 == 0)) for i in range(4000)]
+    dealt, gold = rewarded_labels(cfg, rows), [row["label"] for row in rows]
+    assert sum(dealt) == sum(gold) and dealt == rewarded_labels(cfg, rows)
+    agree = sum(a == b for a, b in zip(dealt, gold)) / 4000
+    assert agree == pytest.approx(0.25**2 + 0.75**2, abs=0.03)
+    assert rewarded_labels(cfg.replace(seed=7), rows) != dealt
+    data = question_dataset(prepare(cfg))
+    assert sorted(data["gold"]) == sorted(data["label"])
+
+
+def test_a_training_without_any_signal_stops_and_says_why(tmp_path, monkeypatch):
+    from nli_ft.records import TrainingStopped
+
+    monkeypatch.setattr("nli_ft.rewards.QUIET_STEPS", 2)
+    with pytest.raises(TrainingStopped, match="no signal: in 2 steps"):
+        trained(grpo(tmp_path, max_steps=5), tmp_path / "out")
+
+
+def test_a_run_of_rewards_leaves_a_record_that_names_its_parent(tmp_path, monkeypatch):
+    reward_first_token(monkeypatch)
+    parent = imitated(tmp_path)
+    run = run_training(grpo(tmp_path, start_from=str(parent), beta=0.05, max_steps=2))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "done" and summary["after"]["n"] == 2
+    assert summary["parent"]["run"] == f"minimal_test/{parent.name}"
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in log if "no_signal" in row)
+    assert {"reward", "kl", "valid_json", "thought_tokens", "generated_tokens", "right"} <= first.keys()
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+
+    from nli_ft.differences import differing, load_compared
+
+    entries = load_compared([str(parent), str(run)])
+    differs = differing(*entries)
+    assert "method" in differs and any(d.startswith("parent none → minimal_test/") for d in differs)
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ("beta=0.1", "imitation has no reference"),
+        ("method=dpo beta=0", "the loss of a pair is constant"),
+        ("method=dpo group_size=4", "only grpo samples answers"),
+        ("method=dpo use_packing=true", "pairs and samples are not packed"),
+        ("method=dpo thought_weight=0.5", "the loss counts whole answers"),
+        ("method=dpo early_stopping_patience=2", "no evaluation loss"),
+        ("method=grpo group_size=3", "no whole groups"),
+        ("method=grpo group_size=1", "at least 2"),
+        (
+            "method=grpo batch_size=8 length_penalty=0.9 max_new_tokens=200",
+            "worth less than a short wrong one",
+        ),
+        ("method=grpo batch_size=8 completion=label_only length_penalty=0.1", "no thought whose length"),
+        ("method=grpo batch_size=8 sampler=vllm", "vLLM holds the base in 16 bits"),
+    ],
+)
+def test_a_combination_that_means_nothing_is_refused_by_the_name_of_its_keys(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        load_config("minimal_test", settings)
+
+
+def test_configs_of_before_keep_their_hash():
+    cfg = load_config("cpu_demo")
+    assert config_hash(cfg).startswith("e7b96ce6318c")
+    assert config_hash(cfg.replace(method="grpo")) != config_hash(cfg)
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        (dict(rejected=said(render_completion("So.", 1))), "chosen and rejected have the same label 1"),
+        (dict(label=0), "chosen says 1, and the gold label is 0"),
+        (dict(chosen=said("")), "content is empty"),
+        (dict(rejected=said("No.")), "rejected holds no answer as completion=cot asks for"),
+        (dict(chosen=[]), "chosen is not a list"),
+    ],
+)
+def test_a_bad_pair_is_refused_with_its_line(tmp_path, row, says):
+    write_jsonl(tmp_path / "pairs.jsonl", [pair_row(1, "red", "blue"), pair_row(2, "red", "pink", **row)])
+    with pytest.raises(DataError, match=f"pairs.jsonl:2: {says}"):
+        prepare(dpo(tmp_path))
+
+
+def test_files_of_another_kind_name_the_remedy(tmp_path):
+    cfg = dpo(tmp_path)
+    with pytest.raises(DataError, match="--preferences"):
+        prepare(cfg.replace(train_data=rows_to_judge(tmp_path / "sft.jsonl")))
+    with pytest.raises(DataError, match="Set method=dpo"):
+        prepare(cfg.replace(method="sft"))
+
+
+def test_a_parent_of_another_shape_is_refused_in_one_message_before_anything_is_loaded(tmp_path):
+    run = imitated(tmp_path)
+    cfg = dpo(tmp_path, start_from=str(run), lora_r=4, completion="label_only")
+    with pytest.raises(ConfigError) as e:
+        check_ready(cfg)
+    assert "completion: cot there, label_only here" in str(e.value) and "lora_r: 8 there, 4 here" in str(
+        e.value
+    )
+    args = [sys.executable, "-m", "nli_ft.train_sft", *cfg.to_args()]
+    env = os.environ | dict(CUDA_VISIBLE_DEVICES="")
+    p = subprocess.run(args, cwd=root, capture_output=True, text=True, encoding="utf-8", env=env)
+    assert p.returncode == 2 and "Traceback" not in p.stderr and "does not fit this config" in p.stderr
+    with pytest.raises(ConfigError, match="start_from = nowhere"):
+        check_ready(dpo(tmp_path, start_from="nowhere"))
+    worded = dpo(tmp_path, start_from=str(run), prompt_template="standard")
+    with pytest.raises(ConfigError, match="prompt_template: brief there, standard here"):
+        prepare(worded)
