@@ -943,18 +943,23 @@ class RunModel:
 
     def __init__(
         self,
-        run,  # as for `find_run`; with `:before` the untrained base
+        run,  # as for `find_run`; with `:before` what it started from: the untrained base, or its parent
         **changes,  # config values to replace, such as device="cpu"
     ):
         untuned = str(run).endswith(UNTUNED)
         run = str(run).removesuffix(UNTUNED) if untuned else run
         self.run, self.cfg, adapter, self.template = open_run(run, **changes)
         self.name = f"{self.cfg.name}/{self.run.name}{UNTUNED * untuned}"
-        self.adapter = None if untuned else adapter
+        self.adapter = self._started_from() if untuned else adapter
         if not untuned:
             self._refuse_lost(adapter / "adapter_model.safetensors")
         _refuse_unnamed(self.template)
         self.loaded, self._lock = None, threading.Lock()
+
+    def _started_from(self):
+        "The adapter before the training: that of the parent, or none."
+        parent = json.loads((self.run / "summary.json").read_text(encoding="utf-8")).get("parent")
+        return open_run(self.run.parent.parent / parent["run"])[2] if parent else None
 
     def _refuse_lost(self, weights):
         if not weights.is_file():

@@ -192,6 +192,9 @@ def pair_lines(facts: dict) -> list:
 class CountedLoss:
     "Part of the trainers of pairs and rewards: the losses of a step are noted, and its tokens counted."
 
+    # of the many numbers that TRL logs, those that a reader of a record needs
+    logged = ("rewards/", "logps/", "entropy")
+
     def sequences_of(self, inputs):
         "`(token ids, mask of real tokens, mask of trained tokens)` of a micro-batch."
         return inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]
@@ -206,7 +209,12 @@ class CountedLoss:
         return loss
 
     def log(self, logs, start_time=None):
-        "Add the tokens since the last log."
+        "Add the tokens since the last log, and keep what is `logged` of TRL's."
+        kept = {
+            name: values for name, values in self._metrics["train"].items() if name.startswith(self.logged)
+        }
+        self._metrics["train"].clear()
+        self._metrics["train"].update(kept)
         if "loss" in logs:
             logs.update(self._counts)
             self._counts = dict.fromkeys(self._counts, 0)

@@ -189,6 +189,9 @@ QUIET_STEPS = 20  # steps in a row in which no group had a signal
 class SampledAnswers:
     "Part of the trainer of rewards: our prompts, the sampling, what is counted, and a stop where nothing is learnt."
 
+    logged = ("reward", "right", "valid_json", "thought_tokens", "kl", "entropy", "completions/mean_length")
+    logged += ("completions/clipped_ratio",)
+
     def sequences_of(self, inputs):
         import torch
 

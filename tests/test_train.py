@@ -1076,5 +1076,7 @@ def test_a_run_reads_every_key(tmp_path, monkeypatch):
     # and only a run with a test reads when it is judged
     tested = tiny(tmp_path, max_train_samples=4, test_data=str(tiny(tmp_path).path("eval_data")))
     sets_summary(prepare(Watched(tested, seen)))
+    # and only the method that samples reads how
+    preflight(prepare(Watched(tiny(tmp_path, method="grpo", batch_size=8, use_packing=False), seen)))
     assert set(KEYS) - seen == set()
     assert any((run / "wandb").glob("offline-run-*"))
