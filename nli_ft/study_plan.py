@@ -52,6 +52,8 @@ def one_label_steps(
     "The share of steps whose rows all have one label."
     cfg = prep.cfg
     size = cfg.batch_size * cfg.grad_accumulation_steps
+    if cfg.method == "grpo":
+        size //= cfg.group_size
     group = size if cfg.group_by_length and not cfg.use_packing else None
     lengths = [max(map(len, sequences([e]))) for e in prep.train]
     labels = [prep.train_rows[i]["label"] for i in EpochOrder(lengths, cfg.seed, group)]
@@ -71,6 +73,9 @@ def work_of(prep) -> dict:  # of `Prepared`
     tokens = sum(map(len, sequences(prep.train))) / n
     trained = loss_tokens(prep.train) / n
     answers = [len(e) - e.n_prompt for e in (prep.eval or prep.train)]
+    if prep.cfg.method == "grpo":  # nobody knows the lengths of samples: at most so long
+        group, answers = prep.cfg.group_size, [prep.cfg.max_new_tokens]
+        tokens, trained = group * (tokens + answers[0]), group * answers[0]
     sets = _rows_of(prep)
     return dict(
         steps=count["steps"],
@@ -113,6 +118,7 @@ def _cell_name(cell) -> str:
 
 # the keys that decide which rows are read and how they are encoded
 _ROW_KEYS = [f.name for f in fields(DataKeys)] + ["model_id", "max_new_tokens", "test_data", "seed"]
+_ROW_KEYS += ["method", "start_from"]
 
 
 def cell_work(

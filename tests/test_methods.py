@@ -47,8 +47,9 @@ def pair_row(i, a, b, **other):
     return row | other
 
 
-def rows_to_judge(path):
-    words = zip(WORDS, WORDS[2:] + WORDS[:2])
+def imitated_rows(path, shift=2):
+    "Rows of imitation. Another shift gives other pairs."
+    words = zip(WORDS, WORDS[shift:] + WORDS[:shift])
     texts = [(f"A {a} cat saw a {b} dog.", f"A {b} dog was seen.") for a, b in words]
     write_jsonl(path, [sft_row(i, p, h, p, i % 2, "test", "brief") for i, (p, h) in enumerate(texts)])
     return str(path)
@@ -59,7 +60,7 @@ def tiny(tmp_path, **kw):
     if not pairs.exists():
         write_jsonl(pairs, [pair_row(i, a, b) for i, (a, b) in enumerate(zip(WORDS, WORDS[3:] + WORDS[:3]))])
     own = dict(output_dir=str(tmp_path / "models"), runs_dir=str(tmp_path / "runs"))
-    own |= dict(train_data=str(pairs), eval_data=rows_to_judge(tmp_path / "judged.jsonl"))
+    own |= dict(train_data=str(pairs), eval_data=imitated_rows(tmp_path / "judged.jsonl"))
     return load_config("minimal_test", TINY | own | kw)
 
 
@@ -68,9 +69,9 @@ def dpo(tmp_path, **kw):
 
 
 def grpo(tmp_path, **kw):
-    rows = str(tmp_path / "judged.jsonl")
-    return tiny(tmp_path, **dict(method="grpo", batch_size=8, group_size=4, max_steps=3) | kw).replace(
-        train_data=rows, eval_data=rows_to_judge(tmp_path / "other.jsonl")
+    rows = imitated_rows(tmp_path / "asked.jsonl", shift=3)
+    return tiny(
+        tmp_path, **dict(method="grpo", batch_size=8, group_size=4, max_steps=3, train_data=rows) | kw
     )
 
 
@@ -93,8 +94,8 @@ def weights(model):
 
 def imitated(tmp_path):
     "A finished run of imitation."
-    cfg = tiny(tmp_path, max_steps=2).replace(train_data=rows_to_judge(tmp_path / "imitated.jsonl"))
-    return run_training(cfg)
+    rows = imitated_rows(tmp_path / "imitated.jsonl", shift=3)
+    return run_training(tiny(tmp_path, max_steps=2, train_data=rows))
 
 
 # -- pairs
@@ -304,7 +305,7 @@ def test_a_bad_pair_is_refused_with_its_line(tmp_path, row, says):
 def test_files_of_another_kind_name_the_remedy(tmp_path):
     cfg = dpo(tmp_path)
     with pytest.raises(DataError, match="--preferences"):
-        prepare(cfg.replace(train_data=rows_to_judge(tmp_path / "sft.jsonl")))
+        prepare(cfg.replace(train_data=imitated_rows(tmp_path / "sft.jsonl")))
     with pytest.raises(DataError, match="Set method=dpo"):
         prepare(cfg.replace(method="sft"))
 
