@@ -12,6 +12,7 @@ from nli_ft.rows import damage, prompt_messages, render_completion, sft_row
 from nli_ft.ready import check_ready, find_parent
 from nli_ft.model import load_base, seeded_lora, started_lora
 from nli_ft.preflight import prepare
+from nli_ft.prompt import encode_prompt
 from nli_ft.fit import fit, resume_facts
 from nli_ft.train_sft import run_training
 
@@ -51,7 +52,7 @@ def imitated_rows(path, shift=2):
     "Rows of imitation. Another shift gives other pairs."
     words = zip(WORDS, WORDS[shift:] + WORDS[:shift])
     texts = [(f"A {a} cat saw a {b} dog.", f"A {b} dog was seen.") for a, b in words]
-    write_jsonl(path, [sft_row(i, p, h, p, i % 2, "test", "brief") for i, (p, h) in enumerate(texts)])
+    write_jsonl(path, [sft_row(i, p, h, p, i % 2, "test", "brief") for i, (p, h) in enumerate(texts)], True)
     return str(path)
 
 
@@ -159,23 +160,43 @@ def test_an_adapter_of_another_parent_is_not_gone_on_with(tmp_path):
 
 
 def reward_first_token(monkeypatch):
-    "Reward what the model does by chance: a first token with an even id."
+    "Reward what the model does by chance: a first token with an even id. Returns the samples, as they come."
+    samples = []
 
-    def even(completions, completion_ids, log_metric, **kw):
+    def even(prompts, completions, completion_ids, log_metric, **kw):
         for name in ("right", "valid_json", "thought_tokens"):
             log_metric(name, 0.0)
-        return [float(ids[0] % 2 == 0) for ids in completion_ids]
+        rewards = [float(ids[0] % 2 == 0) for ids in completion_ids]
+        samples.extend(zip(prompts, completion_ids, rewards))
+        return rewards
 
     monkeypatch.setattr("nli_ft.rewards.reward_functions", lambda cfg, tok: [even])
+    return samples
 
 
-def test_grpo_makes_what_is_rewarded_more_frequent(tmp_path, monkeypatch):
-    reward_first_token(monkeypatch)
-    cfg = grpo(tmp_path, batch_size=16, group_size=8, max_steps=16, learning_rate=3e-2, max_new_tokens=2)
-    logs, _, result = trained(cfg, tmp_path / "out")
-    rewards = [row["reward"] for row in logs if "reward" in row]
-    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2
-    assert result["generated_tokens"] == 2 * 16 * 16
+def log_probability(model, tok, prompt, answer):
+    "Of an answer behind a prompt."
+    start = encode_prompt(tok, prompt)
+    ids = torch.tensor([start + answer])
+    with torch.no_grad():
+        logp = model.eval()(ids).logits[0, :-1].log_softmax(-1)
+    return sum(logp[len(start) - 1 + i, y].item() for i, y in enumerate(answer))
+
+
+def test_a_step_of_grpo_makes_rewarded_answers_more_probable_than_the_others(tmp_path, monkeypatch):
+    samples = reward_first_token(monkeypatch)
+    still = dict(lr_scheduler="constant", warmup_ratio=0.0, max_steps=1, max_new_tokens=2)
+    cfg = grpo(tmp_path, batch_size=16, group_size=8, **still)
+    _, model, result = trained(cfg, tmp_path / "out")
+    assert result["generated_tokens"] == sum(len(ids) for _, ids, _ in samples) == 2 * 16
+    tok, before = prepare(cfg).tok, seeded_lora(load_base(cfg), cfg)
+    gain = {0.0: [], 1.0: []}
+    for prompt, ids, reward in samples:
+        gain[reward].append(
+            log_probability(model, tok, prompt, ids) - log_probability(before, tok, prompt, ids)
+        )
+    good, bad = (sum(gain[r]) / len(gain[r]) for r in (1.0, 0.0))
+    assert good > 0 > bad
 
 
 def test_rewards_and_advantages_of_known_answers_are_those_by_hand(tmp_path, monkeypatch):
@@ -327,3 +348,26 @@ def test_a_parent_of_another_shape_is_refused_in_one_message_before_anything_is_
     worded = dpo(tmp_path, start_from=str(run), prompt_template="standard")
     with pytest.raises(ConfigError, match="prompt_template: brief there, standard here"):
         prepare(worded)
+
+
+# -- the control, on a model that can answer
+
+
+@pytest.mark.slow
+def test_a_random_reward_does_not_raise_accuracy_beyond_its_interval(tmp_path):
+    folders = dict(output_dir=str(tmp_path / "models"), runs_dir=str(tmp_path / "runs"))
+    few = folders | dict(
+        completion="label_only", max_eval_samples=80, max_new_tokens=16, use_wandb=False, device="cpu"
+    )
+    cfg = load_config("cpu_demo", few | dict(max_steps=16, eval_before=False))
+    check_ready(cfg)
+    parent = run_training(cfg)
+    learnt = json.loads((parent / "summary.json").read_text())["after"]
+    assert learnt["valid_rate"] > 0.9, "the parent must know the form, or the control teaches it"
+    run = run_training(load_config("grpo_random", few | dict(start_from=str(parent), max_steps=12)))
+    summary = json.loads((run / "summary.json").read_text())
+    # the frozen policy: before the training it is the parent
+    assert summary["before"]["accuracy"] == learnt["accuracy"]
+    low, high = learnt["accuracy_ci"]
+    assert summary["after"]["accuracy"] <= high
+    assert summary["generated_tokens"] > 0
