@@ -14,7 +14,8 @@ from nli_ft.model import load_base, seeded_lora, started_lora
 from nli_ft.preflight import prepare
 from nli_ft.prompt import encode_prompt
 from nli_ft.fit import fit, resume_facts
-from nli_ft.train_sft import run_training
+from nli_ft.records import start_run
+from nli_ft.train_sft import Session, run_training
 
 root = project_root()
 WORDS = "red green blue black white grey brown pink".split()
@@ -154,6 +155,16 @@ def test_a_resumed_training_ends_as_the_one_that_was_not_cut_off(tmp_path, metho
 def test_an_adapter_of_another_parent_is_not_gone_on_with(tmp_path):
     prep = prepare(dpo(tmp_path, start_from=str(imitated(tmp_path))))
     assert resume_facts(prep)["parent"] == prep.parent.sha256
+
+
+def test_a_run_begins_with_the_weights_of_its_parent(tmp_path):
+    cfg = tiny(
+        tmp_path, start_from=str(imitated(tmp_path)), train_data=imitated_rows(tmp_path / "more.jsonl", 3)
+    )
+    session = Session(cfg, start_run(cfg))
+    parent = started_lora(load_base(cfg), cfg, session.prep.parent.adapter)
+    begun = weights(session.load())
+    assert all(torch.equal(p, begun[name]) for name, p in weights(parent).items())
 
 
 # -- rewards
