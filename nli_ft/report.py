@@ -129,13 +129,23 @@ def metric_series(
     return dict(series)
 
 # %% ../nbs/24_report.ipynb #37678ca4
+_IN_WORDS = {
+    "rewards/chosen": "better answer",
+    "rewards/rejected": "worse answer",
+    "rewards/margins": "difference",
+    "right": "right answers",
+    "valid_json": "answers in JSON",
+    "no_signal": "groups without a signal",
+}
+
+
 def series_name(
     key: str,  # of metrics.jsonl, such as "eval_loss_label"
 ) -> str:  # such as "held-out loss, label tokens"
     "A series in plain words. *Held-out* rows are those of the evaluation, which are not trained on."
     kind, held = key.removeprefix("eval_"), key.startswith("eval_")
     if kind != "loss" and not kind.startswith("loss_"):
-        return key.replace("_", " ")
+        return _IN_WORDS.get(key, key.replace("_", " "))
     part = kind.removeprefix("loss").strip("_").replace("_", " ")
     return f"{'held-out' if held else 'training'} loss" + (f", {part} tokens" if part else "")
 
@@ -175,16 +185,25 @@ def over_steps(
 _CURVES = BLUE, ORANGE, GREEN, GREY  # of a kind of token, in training and held out alike
 
 
+_OF_METHOD = {  # series that only this method logs -> (title, series) of its panel
+    "rewards/margins": ("implicit reward (nats)", ["rewards/chosen", "rewards/rejected", "rewards/margins"]),
+    "no_signal": ("reward and shares", ["reward", "right", "valid_json", "no_signal"]),
+}
+
+
 def plot_loss(
     metrics: list,  # rows of metrics.jsonl
 ):  # Figure of three panels, and a fourth where evaluations answered rows
-    "Loss in training and evaluation, loss on thought and on label tokens, learning rate. All over optimizer steps."
+    """Loss in training and evaluation, loss on thought and on label tokens, learning rate. All over optimizer steps.
+    Of pairs and rewards, the second panel shows what their method is about."""
     series = metric_series(metrics)
 
     losses = list(filter(_is_loss, series))
+    parts = "loss by kind of token", [k for k in losses if not k.endswith("loss")]
+    title, keys = next((panel for key, panel in _OF_METHOD.items() if key in series), parts)
     panels = [
         ("loss (nats per trained token)", [k for k in losses if k.endswith("loss")]),
-        ("loss by kind of token", [k for k in losses if not k.endswith("loss")]),
+        (title, [k for k in keys if k in series]),
         ("learning rate", [k for k in series if k == "learning_rate"]),
     ]
     asked = "eval_accuracy" in series
