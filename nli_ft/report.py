@@ -201,8 +201,9 @@ def plot_loss(
     losses = list(filter(_is_loss, series))
     parts = "loss by kind of token", [k for k in losses if not k.endswith("loss")]
     title, keys = next((panel for key, panel in _OF_METHOD.items() if key in series), parts)
+    unit = " (nats per trained token)" if title == parts[0] else ""
     panels = [
-        ("loss (nats per trained token)", [k for k in losses if k.endswith("loss")]),
+        (f"loss{unit}", [k for k in losses if k.endswith("loss")]),
         (title, [k for k in keys if k in series]),
         ("learning rate", [k for k in series if k == "learning_rate"]),
     ]
