@@ -684,8 +684,8 @@ def _refuse_half_rounds(ns):
         raise ConfigError(f"--{given[0]} goes with --rounds N")
     if ns.rounds is not None and ns.rounds < 1:
         raise ConfigError(f"--rounds must be at least 1, not {ns.rounds}")
-    if ns.rounds is not None and (ns.engine != "local" or ns.dry_run):
-        raise ConfigError("--rounds runs here, one round after another: leave --engine and --dry_run out")
+    if ns.rounds is not None and ns.engine != "local":
+        raise ConfigError("--rounds runs here, one round after another: leave --engine out")
 
 # %% ../nbs/37_launch.ipynb #d0863679
 def _check_before(cfgs):
@@ -756,7 +756,7 @@ def run_cli(argv=None) -> int:
         if ns.engine == "submitit" and not ns.dry_run
         else None
     )
-    if ns.dry_run:
+    if ns.dry_run and ns.rounds is None:
         for c in cfgs:
             print(
                 shlex.join(
@@ -774,7 +774,7 @@ def run_cli(argv=None) -> int:
                 )
             )
         return 0
-    if not (executor or ns.no_check):
+    if not (executor or ns.no_check or ns.dry_run):
         _check_before(cfgs)
     if ns.rounds is not None:
         from nli_ft.star_rounds import rounds_by_options

@@ -189,16 +189,12 @@ def training_rows(
     "Rows to train on, after the data strategy. Raises `DataError` for a file without completions."
     rows = read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows, contract=words_contract(cfg))
     bad = rows.bad
-    if rows and {"chosen", "rejected"} <= rows[0].keys():
-        raise DataError(
-            f"{cfg.train_data} holds pairs of answers. Set method=dpo, or give rows to be imitated"
-        )
     if rows.kind == "pair":
         rows = _taught_pairs(cfg, rows)
     elif rows.kind == "preference":
         raise DataError(
-            f"{cfg.train_data} holds preference rows, and each has two answers. Supervised training learns one answer: "
-            'set method="dpo", which learns their difference, or name a file of training rows'
+            f"{cfg.train_data} holds pairs of answers, and supervised training learns one answer. Set method=dpo, "
+            "which learns their difference, or name a file of training rows"
         )
     elif rows.kind not in ("sft", "text"):
         raise DataError(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WIDE', 'FEWEST_SAMPLES', 'GOLD_SHOWN', 'ENDPOINT_ONLY', 'Sampling', 'PlainModel', 'LocalTeacher', 'local_teacher',
            'thought_fault', 'read_sample', 'row_counts', 'kept_samples', 'suspected', 'taught_rows', 'with_gold',
-           'sample_block', 'samples_path', 'counts_path', 'followers', 'catch_up', 'read_journal', 'asked_rows',
-           'teach', 'summed', 'taught_by_options']
+           'sample_block', 'samples_path', 'counts_path', 'followers', 'catch_up', 'sampled_tokens', 'read_journal',
+           'asked_rows', 'teach', 'summed', 'taught_by_options']
 
 # %% ../nbs/79_self_taught.ipynb #38f07c64
 import json
@@ -373,6 +373,15 @@ def catch_up(
         append_text(path, b"".join(lines[len(there) :]).decode())
 
 # %% ../nbs/79_self_taught.ipynb #1a5d51e3
+def sampled_tokens(output) -> int:  # also those of samples that were not kept
+    "Tokens that were generated for these training rows."
+    total = 0
+    for _, row in iter_written(samples_path(output)):
+        samples = row["samples"] + row.get("rationalised", [])
+        total += sum(sample["n_tokens"] for sample in samples)
+    return total
+
+
 def read_journal(
     output,
     rows: list,  # of the input, in order

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Series', 'round_records', 'finished_round', 'check_series', 'asked_in', 'sample_round', 'sample_cli', 'sampled',
-           'round_config', 'parent_facts', 'run_rounds', 'rounds_by_options']
+           'round_config', 'parent_facts', 'round_lines', 'run_rounds', 'rounds_by_options']
 
 # %% ../nbs/81_star_rounds.ipynb #c166b5b8
 import json
@@ -22,7 +22,7 @@ from .records import _result_line, _spec, find_run, note, overrides_text, read_r
 from .ask import RunModel
 from .launch import RunFailed, run_notebook
 from .teacher_files import digest
-from .self_taught import LocalTeacher, PlainModel, Sampling, teach
+from .self_taught import LocalTeacher, PlainModel, Sampling, sampled_tokens, teach
 
 # %% ../nbs/81_star_rounds.ipynb #b2de0533
 @dataclass(frozen=True)
@@ -174,9 +174,9 @@ def parent_facts(
     n: int,  # round
     parent: Path | None,  # record that the rows were sampled from, None for the base
 ) -> dict:
-    "What the record of a round says of its parent."
+    "What the record of a round says of its parent, and the tokens that were sampled for it."
     run, data = parent and read_run(parent), series.data(n)
-    return dict(
+    facts = dict(
         round=n,
         run=run.name if run else None,
         base=series.cfg.model_id,
@@ -184,6 +184,22 @@ def parent_facts(
         data=os.path.relpath(data, series.cfg.root),
         data_sha256=data_hash(data),
     )
+    return dict(parent=facts, generated_tokens=sampled_tokens(data))
+
+
+def round_lines(series: Series) -> list:  # one line a round
+    "What a series has to do."
+    found, parent = [], series.parent
+    for n in range(1, series.rounds + 1):
+        run, rows = finished_round(series, n), os.path.relpath(series.data(n), series.cfg.root)
+        done = (
+            f"done before: {os.path.relpath(run, series.cfg.root)}" if run else f"right samples go to {rows}"
+        )
+        first = f"the base {series.cfg.model_id}" if n == 1 else f"the run of round {n - 1}"
+        who = parent.name if parent else first
+        found.append(f"round {n} of {series.rounds}: {who} answers {series.cfg.train_data}, {done}")
+        parent = run
+    return found
 
 
 def run_rounds(
@@ -210,14 +226,14 @@ def run_rounds(
             try:
                 run = train(round_config(series, n))
             except RunFailed as e:
-                note(e.run_dir, parent=parent_facts(series, n, parent))
+                note(e.run_dir, **parent_facts(series, n, parent))
                 print(
                     f"error: {e}\n{told} stopped. The same command goes on here", file=sys.stderr, flush=True
                 )
                 return [*done, e.run_dir], e.exit_code
         else:
             print(f"{told}: done before", flush=True)
-        note(run, parent=parent_facts(series, n, parent))
+        note(run, **parent_facts(series, n, parent))
         done.append(run)
         parent = run
     return done, 0
@@ -240,12 +256,15 @@ def rounds_by_options(
         )
         series = Series(cfg, ns.rounds, parent, how)
         check_series(series)
+        if ns.dry_run:
+            print("\n".join(round_lines(series)))
+            continue
         runs, code = run_rounds(series)
         print("\n" + "\n".join(_result_line(run) for run in runs), flush=True)
         codes.append(code)
         if code > 128:
             break
-    return max(codes)
+    return max(codes, default=0)
 
 # %% ../nbs/81_star_rounds.ipynb #012b270b
 #| eval: false

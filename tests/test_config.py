@@ -260,6 +260,7 @@ ARMS = dict(
     shuffled_any=("data_strategy", "shuffled_any"),
     permuted=("data_strategy", "permuted"),
     filler=("data_strategy", "filler"),
+    star=("data_strategy", "correct_only"),
 )
 ARMS_OF_OTHERS = dict(
     label_first_permuted=("label_first", "data_strategy", "permuted"),

@@ -322,9 +322,9 @@ def test_configs_of_before_keep_their_hash():
     "row, says",
     [
         (dict(rejected=said(render_completion("So.", 1))), "chosen and rejected have the same label 1"),
-        (dict(label=0), "chosen says 1, and the gold label is 0"),
+        (dict(label=0), "chosen says 1 where label is 0"),
         (dict(chosen=said("")), "content is empty"),
-        (dict(rejected=said("No.")), "rejected holds no answer as completion=cot asks for"),
+        (dict(rejected=said("No.")), "rejected is not a JSON object with predicted_label"),
         (dict(chosen=[]), "chosen is not a list"),
     ],
 )

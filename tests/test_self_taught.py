@@ -18,7 +18,7 @@ from nli_ft.records import environment, finish_run, read_run, start_run
 from nli_ft.rows import prompt_messages, read_rows, render_completion
 from nli_ft.self_taught import LocalTeacher, Sampling, counts_path, local_teacher, samples_path, teach
 from nli_ft.sft_rows import suspect_path
-from nli_ft.star_rounds import Series, run_rounds
+from nli_ft.star_rounds import Series, round_lines, run_rounds
 from nli_ft.teacher import think_cli
 
 FOLLOWS = "A robin is a bird, and it sang. So the hypothesis follows."
@@ -355,7 +355,7 @@ def test_pairs_that_are_none_are_refused_or_counted(reflected, files, tmp_path, 
 def test_supervised_training_refuses_pairs_of_answers(reflected, tmp_path):
     prepare_rows(preferences=[str(reflected)], output=tmp_path / "p.jsonl")
     cfg = load_config("default", dict(train_data=str(tmp_path / "p.jsonl")))
-    with pytest.raises(DataError, match='method="dpo"'):
+    with pytest.raises(DataError, match="Set method=dpo"):
         training_rows(cfg)
     with pytest.raises(DataError, match="pairs of answers"):
         prepare_rows(pairs=str(tmp_path / "p.jsonl"), output=tmp_path / "o.jsonl")
@@ -412,6 +412,12 @@ def test_each_round_is_a_record_that_names_its_parent(star):
         assert record.summary["parent"]["data_sha256"] == record.environment["data"]["train"]["sha256"]
         assert record.environment["data"]["train"]["teachers"]
         assert record.cfg.path("train_data") == series.data(n)
+        asked = map(json.loads, open(samples_path(series.data(n)), encoding="utf-8"))
+        assert (
+            record.summary["generated_tokens"]
+            == sum(s["n_tokens"] for row in asked for s in row["samples"])
+            > 0
+        )
 
 
 def test_an_interrupted_series_goes_on_at_the_right_place(star):
@@ -440,6 +446,15 @@ def test_an_interrupted_series_goes_on_at_the_right_place(star):
     assert run_rounds(series, sample, train) == (again, 0) and len(asked) == done
 
 
+def test_a_dry_run_tells_the_rounds_and_which_are_done(star):
+    series, sample, train, asked = star
+    first, _ = run_rounds(replace(series, rounds=1), sample, train)
+    one, two, three = round_lines(series)
+    assert "the base smollm2-135m answers pairs.jsonl, done before: runs/minimal_test/" in one
+    assert f"round 2 of 3: {first[0].name} answers" in two and "round2.jsonl" in two
+    assert "the run of round 2 answers" in three and len(asked) == 2
+
+
 def test_more_rounds_of_the_same_series_go_on_behind_the_last(star):
     series, sample, train, asked = star
     first, _ = run_rounds(replace(series, rounds=1), sample, train)
@@ -457,12 +472,25 @@ def test_a_round_without_rows_ends_the_series_with_2(project, tmp_path, capfd):
     assert "no sample can be kept" in said and "round 1 of 2 stopped" in said
 
 
+def test_a_parent_of_another_base_or_wording_is_refused(star):
+    series, sample, train, asked = star
+    wrong = {
+        "has model_id=tiny-mistral, and the config minimal_test has": dict(model_id="tiny-mistral"),
+        "was trained in the wording .brief., and": dict(prompt_template="brief"),
+    }
+    for message, changes in wrong.items():
+        parent = train(series.cfg.replace(**changes))
+        with pytest.raises(ConfigError, match=message):
+            run_rounds(replace(series, parent=parent), sample, train)
+    assert {a[0] for a in asked} == {"train"}
+
+
 def test_rounds_refuse_what_cannot_be(star, capsys):
     base = ("--config", "minimal_test", "--no_check")
     wrong = {
         "--parent goes with --rounds N": (*base, "--parent", "latest"),
         "--rounds must be at least 1, not 0": (*base, "--rounds", "0"),
-        "--rounds runs here": (*base, "--rounds", "1", "--dry_run"),
+        "--rounds runs here": (*base, "--rounds", "1", "--engine", "submitit"),
         "nobody is no folder": (*base, "--rounds", "1", "--parent", "nobody"),
     }
     shutil.copy(ROOT / "nbs/train.ipynb", "nbs")
