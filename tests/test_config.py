@@ -314,7 +314,12 @@ def test_a_config_says_what_it_asks_what_it_assumes_and_how_to_run_it(name):
     text = (CONFIGS / f"{name}.py").read_text()
     expect = r"(?:Expect: .+\n(?: {9}\S.*\n)*)?"
     assert re.match(
-        r'"""\S.*\n\nAssumes: .+\n' + expect + r"Run: .*/run_training\.sh .*--config " + name + r"\b", text
+        r'"""\S.*\n\nAssumes: .+\n'
+        + expect
+        + r"Run: .*(?:/run_training\.sh|nli_run) .*--config "
+        + name
+        + r"\b",
+        text,
     )
 
 

@@ -3,6 +3,7 @@
 import json, random, shutil
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -472,8 +473,14 @@ def test_a_round_without_rows_ends_the_series_with_2(project, tmp_path, capfd):
     assert "no sample can be kept" in said and "round 1 of 2 stopped" in said
 
 
-def test_a_parent_of_another_base_or_wording_is_refused(star):
+def test_a_parent_of_another_base_or_wording_is_refused(star, monkeypatch):
     series, sample, train, asked = star
+
+    def without_weights(run):
+        cfg = read_run(run).cfg
+        return SimpleNamespace(cfg=cfg, template=cfg.prompt_template)
+
+    monkeypatch.setattr("nli_ft.star_rounds.RunModel", without_weights)
     wrong = {
         "has model_id=tiny-mistral, and the config minimal_test has": dict(model_id="tiny-mistral"),
         "was trained in the wording .brief., and": dict(prompt_template="brief"),
