@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ANSWER_COLUMNS', 'UNTUNED', 'open_run', 'asked_wording', 'check_recorded_base', 'question', 'knows_two_labels',
-           'gold_in_label_set', 'without_prompt', 'evaluation_rows', 'refuse_other_contract', 'evaluation_dir',
-           'JudgedSet', 'in_labels_of', 'set_warnings', 'judged_set', 'set_facts', 'unjudged_sets', 'evaluate_run',
-           'evaluate_cli', 'read_pairs', 'answer_pairs', 'reasoning_so_far', 'PairAnswer', 'ask_model', 'RunModel',
-           'run_model', 'SharedModel', 'asked_model', 'predict_pairs', 'predict_cli']
+           'gold_in_label_set', 'without_prompt', 'worded_rows', 'evaluation_rows', 'other_contract',
+           'refuse_other_contract', 'started_from', 'evaluation_dir', 'JudgedSet', 'in_labels_of', 'set_warnings',
+           'judged_set', 'set_facts', 'unjudged_sets', 'evaluate_run', 'evaluate_cli', 'read_pairs', 'answer_pairs',
+           'reasoning_so_far', 'PairAnswer', 'ask_model', 'RunModel', 'run_model', 'SharedModel', 'asked_model',
+           'predict_pairs', 'predict_cli']
 
 # %% ../nbs/30_ask.ipynb #2d737bde
 import argparse
@@ -247,6 +248,20 @@ def without_prompt(row: dict) -> dict:
     return {k: v for k, v in row.items() if k != "prompt"}
 
 
+def worded_rows(
+    rows,  # of `read_rows`
+    cfg,  # Config of the run
+    template: str,  # its prompt wording
+) -> list:  # SFT rows, `max_eval_samples` of them, evenly spaced
+    "Rows as the run's model is asked them. A wording in the config replaces the rows' own."
+    labels, merged = LABEL_SETS[cfg.label_set], knows_two_labels(rows)
+    rows = spread(rows, cfg.max_eval_samples)
+    if cfg.prompt_template != "auto":
+        rows = list(map(without_prompt, rows))
+    rows = gold_in_label_set(rows, labels, None if template == "auto" else template, merged)
+    return [question(r, template, labels) for r in rows]
+
+
 def evaluation_rows(
     path,  # data file: SFT rows, `text` rows, or labelled pairs
     cfg,  # Config of the run
@@ -255,28 +270,20 @@ def evaluation_rows(
     layout: dict
     | None = None,  # dataset, columns, words, names of `source_pairs`, for a file in its own columns
 ) -> list:  # SFT rows, `max_eval_samples` of them, evenly spaced
-    "Rows to be scored. Raises `DataError` for unusable ones. A wording in the config replaces the rows' own."
-    contract, labels = contract or _contract_of_words(path, cfg), LABEL_SETS[cfg.label_set]
+    "Rows to be scored. Raises `DataError` for unusable ones."
+    contract = contract or _contract_of_words(path, cfg)
     if layout:
         rows = list(source_pairs(path, contract=contract, max_bad=cfg.max_bad_rows, **layout))
     else:
         rows = read_rows(path, max_bad=cfg.max_bad_rows, contract=contract)
-    merged = knows_two_labels(rows)
-    rows = spread(rows, cfg.max_eval_samples)
-    if cfg.prompt_template != "auto":
-        rows = list(map(without_prompt, rows))
-    rows = gold_in_label_set(rows, labels, None if template == "auto" else template, merged)
-    return [question(r, template, labels) for r in rows]
+    return worded_rows(rows, cfg, template)
 
 # %% ../nbs/30_ask.ipynb #eb555184
-def refuse_other_contract(
+def other_contract(
     run: Path,  # a run's folder
     rows: list,  # of another file than the run's own
-    data,  # that file, for the message
-):
-    """Raise `DataError` where rows are labelled under a contract that does not agree with that of the training rows.
-
-    A contract that nobody recorded, there or here, is left to the warning beside the report."""
+) -> tuple | None:  # (row, contract that the run was trained under). None where all agree
+    "The first row with a label under a contract that does not agree with that of the run's training rows."
     summary, env = (
         json.loads((run / f"{n}.json").read_text(encoding="utf-8")) for n in ("summary", "environment")
     )
@@ -286,11 +293,41 @@ def refuse_other_contract(
     for row in rows:
         other = [c for c in trained if row.get("contract") and not contracts_agree(c, row["contract"])]
         if other:
-            raise DataError(
-                f"{data}: row {row['id']!r} has a label under the contract {row['contract']!r}, and {run} was trained "
-                f"under {other[0]!r}: a 1 does not mean the same ({CONTRACTS[row['contract']]['says']}). Evaluate on "
-                "rows of the run's contract, or say --mix_contracts if you want this score all the same"
-            )
+            return row, other[0]
+    return None
+
+
+def refuse_other_contract(
+    run: Path,  # a run's folder
+    rows: list,  # of another file than the run's own
+    data,  # that file, for the message
+):
+    """Raise `DataError` where rows are labelled under a contract that does not agree with that of the training rows.
+
+    A contract that nobody recorded, there or here, is left to the warning beside the report."""
+    if found := other_contract(run, rows):
+        row, trained = found
+        raise DataError(
+            f"{data}: row {row['id']!r} has a label under the contract {row['contract']!r}, and {run} was trained "
+            f"under {trained!r}: a 1 does not mean the same ({CONTRACTS[row['contract']]['says']}). Evaluate on "
+            "rows of the run's contract, or say --mix_contracts if you want this score all the same"
+        )
+
+# %% ../nbs/30_ask.ipynb #4faf564e
+def started_from(
+    run: Path,  # a run's folder
+) -> Path | None:  # folder of an adapter. None for the base alone
+    "The adapter that a run's training began with. Raises `RecordError` where it is not that of the record any more."
+    parent = json.loads((run / "summary.json").read_text(encoding="utf-8")).get("parent")
+    if not parent:
+        return None
+    adapter = open_run(project_root() / parent["record"])[2]
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.is_file() or data_hash(weights) != parent["adapter_sha256"]:
+        raise RecordError(
+            f"{run} started from the adapter of {parent['run']}, and {weights} is not that one any more"
+        )
+    return adapter
 
 # %% ../nbs/30_ask.ipynb #7b5de41c
 def evaluation_dir(
@@ -503,7 +540,7 @@ def evaluate_run(
     # other rows or another mode are named before the model is loaded
     answered = resume_predictions(out / "predictions.jsonl", rows, mode, engine)
     how = dict(mode=mode, untuned=untuned, engine=engine)
-    adapter = None if untuned else adapter
+    adapter = started_from(run) if untuned else adapter
     preds, probed = _predict_and_probe(run, cfg, adapter, rows, answered, out, how, probe)
     facts = set_facts(run, cfg, file, len(rows), _warnings_of(cfg, file, rows, template))
     return _evaluation_report(run, cfg, rows, out, preds, facts | how | probed)
@@ -950,16 +987,11 @@ class RunModel:
         run = str(run).removesuffix(UNTUNED) if untuned else run
         self.run, self.cfg, adapter, self.template = open_run(run, **changes)
         self.name = f"{self.cfg.name}/{self.run.name}{UNTUNED * untuned}"
-        self.adapter = self._started_from() if untuned else adapter
+        self.adapter = started_from(self.run) if untuned else adapter
         if not untuned:
             self._refuse_lost(adapter / "adapter_model.safetensors")
         _refuse_unnamed(self.template)
         self.loaded, self._lock = None, threading.Lock()
-
-    def _started_from(self):
-        "The adapter before the training: that of the parent, or none."
-        parent = json.loads((self.run / "summary.json").read_text(encoding="utf-8")).get("parent")
-        return open_run(self.run.parent.parent / parent["run"])[2] if parent else None
 
     def _refuse_lost(self, weights):
         if not weights.is_file():

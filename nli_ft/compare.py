@@ -187,6 +187,14 @@ def plot_differences(
     return fig
 
 # %% ../nbs/28_compare.ipynb #621d6267
+def _common_unit(runs):
+    "The unit of all losses, or an empty text where methods differ."
+    from nli_ft.report import unit_of_loss
+
+    units = {unit_of_loss(run.metrics) for run in runs}
+    return units.pop() if len(units) == 1 else ""
+
+
 def plot_losses(
     runs,  # list of `Run`
 ):  # Figure
@@ -204,7 +212,7 @@ def plot_losses(
         label = "_" if arm in drawn else shown.replace("$", r"\$")  # matplotlib names no line that begins so
         drawn.add(arm)
         ax.plot(*series["loss"], lw=1.5, label=label, **line_look(looks.index(arm)))
-    ax.set(xlabel="optimizer step", ylabel="nats per trained token", title="training loss")
+    ax.set(xlabel="optimizer step", ylabel=_common_unit(runs) or "loss of the method", title="training loss")
     if ax.lines:
         ax.legend(frameon=False, fontsize=8)
     return fig
@@ -476,7 +484,9 @@ def compare_figures(
     folders = dict.fromkeys(r["path"] for r in rows if (Path(r["path"]) / "summary.json").is_file())
     trained = [run for run in map(read_run, folders) if run.metrics]
     if trained:
-        text = f"Training loss of {len(trained)} runs{_seeds_text(rows)}, in nats per trained token."
+        unit = _common_unit(trained)
+        unit = f"in {unit}" if unit else "each in the unit of its method"
+        text = f"Training loss of {len(trained)} runs{_seeds_text(rows)}, {unit}."
         figures.append(dict(name="losses", draw=functools.partial(plot_losses, trained), caption=text))
     return figures
 

@@ -1048,9 +1048,9 @@ def _reward_rules(c):
     if rows % c.group_size:
         why = f"a step has {rows} samples, which are no whole groups. Choose a multiple of group_size."
         yield ("batch_size", "grad_accumulation_steps", "group_size"), why
-    if c.length_penalty * c.max_new_tokens >= 100:
-        why = "a long right answer would be worth less than a short wrong one. Lower one of the two."
-        yield ("length_penalty", "max_new_tokens"), why
+    if c.format_reward + c.length_penalty * c.max_new_tokens / 100 >= 1:
+        why = "a right answer could be worth no more than a wrong one in better form. Their sum must be below 1."
+        yield ("format_reward", "length_penalty", "max_new_tokens"), why
     if c.length_penalty and c.completion == "label_only":
         why = "there is no thought whose length could cost. Set length_penalty to 0."
         yield ("length_penalty", "completion"), why

@@ -826,14 +826,15 @@ def _circumstances(one, other):
 
 # %% ../nbs/26_differences.ipynb #72a71f14
 def _parent_entries(a, b, keys):
-    "The keys, with the two runs that were started from in the place of what was typed for them."
-    one, two = (run.summary.get("parent") or {} for run in (a, b))
-    if not (one or two):
-        return keys
-    rest = [k for k in keys if k != "start_from"]
-    if one.get("adapter_sha256") == two.get("adapter_sha256"):
-        return rest
-    return [*rest, f"parent {one.get('run', 'none')} → {two.get('run', 'none')}"]
+    "The keys, with the runs that two runs came from in the place of what was typed for them."
+    if any(run.summary.get("parent") for run in (a, b)):
+        keys = [k for k in keys if k != "start_from"]
+    for fact, word in dict(parent="parent", sampled_from="rows sampled from").items():
+        one, two = (run.summary.get(fact) or {} for run in (a, b))
+        if one.get("adapter_sha256") != two.get("adapter_sha256"):
+            names = [x.get("run") or x.get("base") or "none" for x in (one, two)]
+            keys = [*keys, f"{word} {' → '.join(names)}"]
+    return keys
 
 # %% ../nbs/26_differences.ipynb #5c6358b1
 _KNOWN = "model model_revision adapter shots completion prompt_template label_set".split()
@@ -911,7 +912,8 @@ def differing(
     keys = _parent_entries(a, b, keys)
     trained = [n for n in (na, nb) if not n.endswith(":before")]
     if len(trained) < 2:
-        keys = ["training"] * len(trained) + [k for k in keys if k in _UNTRAINED_KEYS]
+        asked = [k for k in keys if k in _UNTRAINED_KEYS or k.startswith("parent ")]
+        keys = ["training"] * len(trained) + asked
     else:
         keys += _files(a, b)
         if _amounts(a)["steps"] is None or _amounts(b)["steps"] is None:

@@ -65,6 +65,7 @@ _STATED_OTHERWISE = (
     "num_epochs",
     "distributed_training",
     "num_processes",
+    "start_from",
 )
 
 
@@ -806,8 +807,9 @@ def fit(
     """Train, and save the adapter in `out/adapter`. Returns what was done in all (steps, rows_trained,
     tokens_trained, loss_tokens_trained) and what it cost. The cost of a resumed run counts from its start.
 
-    `train_loss` is the mean negative log-likelihood, in nats a token with loss. `train_s` is in seconds. The method is
-    QLoRA (Dettmers et al. 2023, NeurIPS): a frozen base in NF4 and LoRA matrices (Hu et al. 2022, ICLR) beside it.
+    `train_loss` is the mean loss: for sft the negative log-likelihood, in nats a token with loss. `train_s` is in
+    seconds. The weights are QLoRA's (Dettmers et al. 2023, NeurIPS): a frozen base in NF4, and LoRA matrices (Hu et al.
+    2022, ICLR) beside it.
 
     Raises `Interrupted` after SIGINT, SIGTERM or SIGHUP, with a checkpoint saved. Raises `TrainingStopped` for
     a step that is not finite or a checkpoint that cannot be written. Both say how to go on."""

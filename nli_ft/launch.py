@@ -684,6 +684,12 @@ def _refuse_half_rounds(ns):
         raise ConfigError(f"--{given[0]} goes with --rounds N")
     if ns.rounds is not None and ns.rounds < 1:
         raise ConfigError(f"--rounds must be at least 1, not {ns.rounds}")
+    if ns.round_samples is not None and ns.round_samples < 1:
+        raise ConfigError(f"--round_samples must be at least 1, not {ns.round_samples}")
+    if ns.round_temperature is not None and not 0 < ns.round_temperature < 100:
+        raise ConfigError(
+            f"--round_temperature must be above 0, not {ns.round_temperature}: samples have to differ"
+        )
     if ns.rounds is not None and ns.engine != "local":
         raise ConfigError("--rounds runs here, one round after another: leave --engine out")
 

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from .process import Interrupted, RecordError, notebook_in_front, notebook_shell, print_line
-from .report import Shown, metric_series, new_figure, over_steps, plot_loss
+from .report import Shown, metric_series, new_figure, over_steps, plot_loss, unit_of_loss
 from nli_ft.records import (
     _duration,
     _machine,
@@ -237,7 +237,9 @@ def plot_runs(
     "Loss in training and on held-out rows, and its parts for thought and label, of several runs over each other."
     fig, axes = new_figure(11, 3.6, 3)
     panels = ("loss", "loss_thought", "loss_label")
-    titles = ("loss (nats per trained token)", "loss of thought tokens", "loss of label tokens")
+    units = {unit_of_loss(rows) for rows in metrics.values()}
+    unit = f" ({units.pop()})" if units == {"nats per trained token"} else ""
+    titles = (f"loss{unit}", "loss of thought tokens", "loss of label tokens")
     for n, (name, rows) in enumerate(metrics.items()):
         series = metric_series(rows)
         for ax, key in zip(axes, panels):

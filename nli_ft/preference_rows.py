@@ -104,14 +104,15 @@ def journal_rows(
     "The rows of a journal of samples. Raises `DataError` for a row that is none."
     for line, row in own_lines(path):
         try:
-            parts = (row["prompt"], row["provenance"]["teacher"], row["samples"][0]["verdict"])
+            wanted = (row["prompt"], row["provenance"]["teacher"], row["samples"][0])
+            for sample in (*row["samples"], *row.get("rationalised", [])):
+                wanted += (sample["verdict"], sample["thought_process"], sample["predicted_label"])
             clean_row(row, "pair")
         except (LookupError, TypeError, ValueError) as e:
             raise DataError(
                 f"{path}:{line}: not a row of samples as nli_think --run writes it ({e})"
             ) from None
-        if parts:
-            yield row
+        yield row
 
 
 def pairs_of_file(
@@ -121,13 +122,13 @@ def pairs_of_file(
     counts: Counter,
     max_bad: float = 0.0,
     contract: str | None = None,
-    drop_wrong: bool = False,
 ):  # yields preference rows
     "The pairs of one file. Raises `DataError` for a file of another kind."
     first = next((rec for _, rec in records(path) if isinstance(rec, dict)), {})
     if first.get("source") in TAUGHT and samples_path(path).is_file():
         path = samples_path(path)  # the training rows were named, and every sample stands beside them
-    if path == samples_path(str(path).removesuffix(".samples.jsonl")) or "samples" in first:
+        first = next((rec for _, rec in records(path) if isinstance(rec, dict)), {})
+    if "samples" in first:
         yield from sample_pairs(journal_rows(path), most, counts)
         return
     meta = {}

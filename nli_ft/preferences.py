@@ -183,12 +183,10 @@ class CountedLoss:
 
     def log(self, logs, start_time=None):
         "Add the tokens since the last log, and keep what is `logged` of TRL's."
-        kept = {
-            name: values for name, values in self._metrics["train"].items() if name.startswith(self.logged)
-        }
-        self._metrics["train"].clear()
-        self._metrics["train"].update(kept)
-        if "loss" in logs:
+        if "loss" in logs:  # an evaluation may lie between two logs of the training
+            noted = self._metrics["train"]
+            for name in [name for name in noted if not name.startswith(self.logged)]:
+                del noted[name]
             logs.update(self._counts)
             self._counts = dict.fromkeys(self._counts, 0)
         super().log(logs, start_time)

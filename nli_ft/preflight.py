@@ -32,6 +32,7 @@ from nli_ft.rows import (
 )
 from .sft_rows import permute_thoughts, refuse_no_thought, shuffle_thoughts, with_thought
 from .check import leakage, leakage_text
+from .sft_rows import TAUGHT
 from .public_sets import PAIR_TEMPLATE, pair_training_rows, thought_columns
 from nli_ft.prompt import (
     LABEL,
@@ -48,7 +49,7 @@ from nli_ft.prompt import (
 )
 from .report import BLUE, GREY, ORANGE, new_figure
 from .predict import _check_rows
-from .ask import evaluation_rows, judged_set, question, without_prompt
+from .ask import evaluation_rows, judged_set, other_contract, question, without_prompt
 from .ready import find_parent
 
 # %% ../nbs/33_preflight.ipynb #f80bb25b
@@ -202,7 +203,8 @@ def training_rows(
             f"prepare --{rows.kind}s {cfg.train_data}` makes training rows of them."
         )
     if cfg.data_strategy == "correct_only":
-        rows = [r for r in rows if r["source"] != "reflection"]
+        shown_gold = ("reflection", TAUGHT[1])  # their teacher knew the label
+        rows = [r for r in rows if r["source"] not in shown_gold]
     if not rows:
         raise DataError(f"{cfg.train_data}: data_strategy={cfg.data_strategy} leaves no row")
     template, labels = cfg.prompt_template, LABEL_SETS[cfg.label_set]
@@ -232,6 +234,16 @@ def _refuse_other_wording(cfg, parent, template):
         f"start_from = {cfg.start_from}: that run was asked in the prompt wording {parent.template!r}, and the rows of "
         f"{cfg.train_data} are worded by {template!r}. Set prompt_template = {parent.template!r}"
     )
+
+
+def _refuse_contract_of_parent(cfg, parent, rows):
+    "The adapter of a parent means by its labels what its own rows meant."
+    if found := parent and other_contract(parent.run, rows):
+        row, trained = found
+        raise DataError(
+            f"{cfg.train_data}: row {row['id']!r} has a label under the contract {row['contract']!r}, and start_from = "
+            f"{cfg.start_from} was trained under {trained!r}. A 1 does not mean the same. Give rows of one contract"
+        )
 
 
 def _refuse_no_evaluation_loss(cfg, whole):
@@ -346,6 +358,7 @@ def prepare(cfg: Config, tok=None) -> Prepared:
     rows, bad, encode = _rows_of_method(cfg, tok, parent)
     template = template_of(rows)
     _refuse_other_wording(cfg, parent, template)
+    _refuse_contract_of_parent(cfg, parent, rows)
     judged = evaluation_rows(cfg.path("eval_data"), cfg, template or "auto")
     _refuse_two_wordings(template, template_of(judged))
     how = dict(train_on_prompt=cfg.train_on_prompt, thought_weight=cfg.thought_weight)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'GREY', 'COLOURS', 'EXAMPLE_COLUMNS', 'FRAME_COLUMNS', 'PLOTS', 'line_look', 'new_figure',
-           'plot_confusion', 'metric_series', 'series_name', 'over_steps', 'plot_loss', 'plot_reliability',
-           'plot_risk_coverage', 'plot_accuracy_by_length', 'plot_slice', 'Shown', 'show_examples', 'readable',
-           'predictions_frame', 'side_by_side', 'report', 'report_text', 'report_tables', 'save_report',
+           'plot_confusion', 'metric_series', 'series_name', 'unit_of_loss', 'over_steps', 'plot_loss',
+           'plot_reliability', 'plot_risk_coverage', 'plot_accuracy_by_length', 'plot_slice', 'Shown', 'show_examples',
+           'readable', 'predictions_frame', 'side_by_side', 'report', 'report_text', 'report_tables', 'save_report',
            'report_figures']
 
 # %% ../nbs/24_report.ipynb #d4d1c88e
@@ -129,6 +129,10 @@ def metric_series(
     return dict(series)
 
 # %% ../nbs/24_report.ipynb #37678ca4
+_OF_METHOD = {  # series that only this method logs -> (title, series) of its panel
+    "rewards/margins": ("implicit reward (nats)", ["rewards/chosen", "rewards/rejected", "rewards/margins"]),
+    "no_signal": ("reward and shares", ["reward", "right", "valid_json", "no_signal"]),
+}
 _IN_WORDS = {
     "rewards/chosen": "better answer",
     "rewards/rejected": "worse answer",
@@ -148,6 +152,13 @@ def series_name(
         return _IN_WORDS.get(key, key.replace("_", " "))
     part = kind.removeprefix("loss").strip("_").replace("_", " ")
     return f"{'held-out' if held else 'training'} loss" + (f", {part} tokens" if part else "")
+
+
+def unit_of_loss(
+    metrics: list,  # rows of metrics.jsonl
+) -> str:  # "" for a method whose loss is none of likelihood
+    "What a loss is counted in."
+    return "" if any(_OF_METHOD.keys() & row.keys() for row in metrics) else "nats per trained token"
 
 
 def _is_loss(key: str) -> bool:
@@ -185,12 +196,6 @@ def over_steps(
 _CURVES = BLUE, ORANGE, GREEN, GREY  # of a kind of token, in training and held out alike
 
 
-_OF_METHOD = {  # series that only this method logs -> (title, series) of its panel
-    "rewards/margins": ("implicit reward (nats)", ["rewards/chosen", "rewards/rejected", "rewards/margins"]),
-    "no_signal": ("reward and shares", ["reward", "right", "valid_json", "no_signal"]),
-}
-
-
 def plot_loss(
     metrics: list,  # rows of metrics.jsonl
 ):  # Figure of three panels, and a fourth where evaluations answered rows
@@ -201,9 +206,9 @@ def plot_loss(
     losses = list(filter(_is_loss, series))
     parts = "loss by kind of token", [k for k in losses if not k.endswith("loss")]
     title, keys = next((panel for key, panel in _OF_METHOD.items() if key in series), parts)
-    unit = " (nats per trained token)" if title == parts[0] else ""
+    unit = unit_of_loss(metrics)
     panels = [
-        (f"loss{unit}", [k for k in losses if k.endswith("loss")]),
+        (f"loss ({unit})" if unit else "loss", [k for k in losses if k.endswith("loss")]),
         (title, [k for k in keys if k in series]),
         ("learning rate", [k for k in series if k == "learning_rate"]),
     ]
@@ -822,6 +827,7 @@ def report_figures(
         draw = functools.partial(plot_slice, preds, by)
         figures.append(dict(name=f"accuracy_by_{by}", draw=draw, caption=f"{n} {said}"))
     if metrics:
-        said = f"{about + ': ' if about else ''}losses in nats per token, and the learning rate, over optimizer steps."
+        unit = f" in {unit_of_loss(metrics)}" if unit_of_loss(metrics) else ""
+        said = f"{about + ': ' if about else ''}losses{unit}, and the learning rate, over optimizer steps."
         figures.append(dict(name="loss", draw=functools.partial(plot_loss, metrics), caption=said))
     return figures

@@ -13,13 +13,14 @@ import random
 
 from .process import DataError
 from .config_loader import Config, answer_style
-from .labels import LABEL_SETS
+from .labels import LABEL_SETS, words_contract
+from .rows import read_rows
 from .public_sets import PAIR_TEMPLATE
 from .prompt import PROMPT, Encoded, encode_prompt
 from .answers import parse_completion
 from .generate import _end_ids, for_inference
 from .records import TrainingStopped
-from .ask import evaluation_rows
+from .ask import worded_rows
 from .preflight import run_steps
 from .trainer import ExactResume, FiniteSteps, TaskMetric, put_back, trained_weights
 from .preferences import CountedLoss, beta_of, refuse_inexact_head
@@ -42,13 +43,17 @@ def reward_terms(
     judged: tuple,  # of `judge_answer`
     gold,  # the label that is rewarded
 ) -> dict:  # term -> its share in the reward. Terms that are off are absent
-    "The reward of a sample, by its parts. Raises `ValueError` for a reward out of range."
+    """The reward of a sample, by its parts. Raises `ValueError` for a reward out of range.
+
+    An answer that cannot be read costs as much length as the longest one, so that it never beats one that can. Terms
+    are multiples of 1/65536: sums of equal rewards are exact then, and TRL sees that a group has no signal."""
     label, strict, thought = judged
     terms = dict(label=float(label is not None and label == gold))
     if cfg.format_reward:
         terms["format"] = cfg.format_reward * strict
     if cfg.length_penalty:
-        terms["length"] = -cfg.length_penalty * thought / 100
+        terms["length"] = -cfg.length_penalty * (cfg.max_new_tokens if label is None else thought) / 100
+    terms = {name: round(value * 65536) / 65536 for name, value in terms.items()}
     total = sum(terms.values())
     # a thought has no more tokens than its completion, up to the spelling of a piece at its edges
     low, high = -cfg.length_penalty * 1.5 * cfg.max_new_tokens / 100, 1 + cfg.format_reward
@@ -73,11 +78,15 @@ def question_rows(
     parent=None,  # `Parent`, whose wording pairs without a prompt get
 ) -> tuple:  # (rows with prompt and label, unreadable rows)
     "The rows whose questions are sampled. Raises `DataError`."
-    path = cfg.path("train_data")
     template = cfg.prompt_template
     if template == "auto":
         template = parent.template if parent and parent.template != "auto" else PAIR_TEMPLATE
-    rows = evaluation_rows(path, cfg.replace(max_eval_samples=cfg.max_train_samples), template)
+    read = read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows, contract=words_contract(cfg))
+    if read.kind == "preference":
+        raise DataError(
+            f"{cfg.train_data} holds pairs of answers. Set method=dpo, or give questions with gold labels"
+        )
+    rows = worded_rows(read, cfg.replace(max_eval_samples=cfg.max_train_samples), template)
     labels = LABEL_SETS[cfg.label_set]
     odd = next((row for row in rows if not labels.holds(row["label"])), None)
     if odd:
@@ -85,7 +94,7 @@ def question_rows(
             f"{cfg.train_data}: row {odd['id']!r} has the label {odd['label']!r}, and answers are one of "
             f"{labels.spelled}. Give rows that carry their relation, or choose label_set=binary"
         )
-    return [dict(row, source=row.get("source", "pair")) for row in rows], []
+    return [dict(row, source=row.get("source", "pair")) for row in rows], read.bad
 
 
 def encode_questions(
@@ -291,6 +300,7 @@ def reward_args(
         disable_dropout=True,  # what is sampled is what is scored
         use_vllm=cfg.sampler == "vllm",
         vllm_mode="colocate",
+        vllm_max_model_length=cfg.max_seq_length,
     )
 
 

@@ -23,7 +23,7 @@ from .process import ConfigError, DataError, ProgressBar
 from .config_loader import answer_style
 from .labels import LABEL_SETS, two_way, words_contract
 from .files import append_text, cut_torn, json_line
-from .rows import BadRows, in_label_set, sft_row
+from .rows import BadRows, data_hash, in_label_set, sft_row
 from .sft_rows import CARRY, TAUGHT, suspect_path
 from .reading import agrees
 from .prompt import encode_prompt
@@ -109,10 +109,7 @@ class LocalTeacher:
         return f"{self.asked.name}@{sha[:16]}" if sha else self.asked.name
 
     def _adapter_sha256(self):
-        if not (self.asked.run and self.asked.adapter):
-            return None
-        summary = json.loads((self.asked.run / "summary.json").read_text(encoding="utf-8"))
-        return summary.get("adapter_sha256")
+        return self.asked.adapter and data_hash(self.asked.adapter / "adapter_model.safetensors")
 
     @contextmanager
     def session(
@@ -310,7 +307,7 @@ def sample_block(
     unsolved = [row for row in new if not kept_samples(row)] if how.rationalise else []
     shown = [dict(row, prompt=with_gold(row["prompt"], row["label"])) for row in unsolved]
     for row, outputs in zip(unsolved, _ask_often(shown, answer, teacher, how, " gold")):
-        row["rationalised"] = [read_sample(o, row["label"], teacher) for o in outputs]
+        row["rationalised"] = [read_sample(o, row["label"], teacher, how.readers) for o in outputs]
     return new
 
 
@@ -443,8 +440,6 @@ def teach(
     """Let a model be its own teacher. The same call goes on where an earlier one was stopped.
 
     Raises `ConfigError` or `DataError` before anything is sampled, and `DataError` where nothing can be kept."""
-    from filelock import FileLock, Timeout
-
     how.check()
     output, source = Path(output), Source(input, **source_options)
     if output.is_dir():
@@ -457,7 +452,10 @@ def teach(
     rows = asked_rows(teacher, source, allow_eval_rows or not how.rationalise)
     rows = [row | dict(key=f"{prefix}-{row_hash(THINK, row)}", provenance=now) for row in rows]
     if dry_run:
-        done = len(read_journal(output, rows, now)) if samples_path(output).exists() else 0
+        done = 0
+        if samples_path(output).exists():
+            with _alone(output):
+                done = len(read_journal(output, rows, now))
         todo = len(rows) - done
         print(
             f"dry run, nothing was sampled\nrows: {len(rows):,} in {input}, {done:,} finished, {todo:,} to do"
@@ -465,12 +463,25 @@ def teach(
         print(f"samples: {todo * how.samples:,} of at most {teacher.cfg.max_new_tokens} tokens each")
         return dict(rows=len(rows), todo=todo, exit_code=0)
     output.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(output):
+        done = _sample_all(teacher, output, rows, now, how, progress)
+    return summed(done, output, how)
+
+
+@contextmanager
+def _alone(output: Path):
+    "Raise `DataError` where another process writes this file."
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
     try:
-        with FileLock(output.with_name(f".{output.name}.lock"), timeout=0):
-            done = _sample_all(teacher, output, rows, now, how, progress)
+        lock.acquire()
     except Timeout:
         raise DataError(f"{output}: another run is writing this file") from None
-    return summed(done, output, how)
+    try:
+        yield
+    finally:
+        lock.release()
 
 # %% ../nbs/79_self_taught.ipynb #d307e88c
 def _sample_all(teacher, output, rows, now, how, progress):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .process import ConfigError, RecordError, command
 from .checkpoints import newest_checkpoint
-from .config_loader import Config, config_hash, load_config
+from .config_loader import Config, answer_style, config_hash, load_config
 from .rows import data_hash, read_rows, template_of
 from .records import _result_line, _spec, find_run, note, overrides_text, read_run
 from .ask import RunModel
@@ -81,10 +81,17 @@ def finished_round(
 def check_series(series: Series):
     "Raise `ConfigError` for a series that cannot be: no round, or a parent of another base or wording."
     cfg = series.cfg
-    series.how.check()
     if series.rounds < 1:
         raise ConfigError(f"--rounds must be at least 1, not {series.rounds}")
-    if getattr(cfg, "start_from", None):
+    if cfg.method != "sft":
+        raise ConfigError(
+            f"--rounds imitates right samples, and {cfg.name} has method={cfg.method}. Use method=sft"
+        )
+    if answer_style(cfg.completion) == "label_only":
+        raise ConfigError(
+            f"--rounds needs thoughts to imitate, and {cfg.name} has completion=label_only. Use cot"
+        )
+    if cfg.start_from:
         raise ConfigError(
             "--rounds trains each adapter from the base: leave start_from out, and name a run with --parent"
         )
@@ -131,7 +138,7 @@ def sample_round(
     load_tokenizer(asked.cfg)  # a base that is not here is told before the rows are read
     limit, bad = cfg.max_train_samples, cfg.max_bad_rows
     source = dict(contract=cfg.contract, max_bad=bad, limit=limit)
-    return teach(LocalTeacher(asked), cfg.path("train_data"), output, how, allow_eval_rows=True, **source)
+    return teach(LocalTeacher(asked), cfg.path("train_data"), output, how, **source)
 
 
 @command
@@ -184,7 +191,7 @@ def parent_facts(
         data=os.path.relpath(data, series.cfg.root),
         data_sha256=data_hash(data),
     )
-    return dict(parent=facts, generated_tokens=sampled_tokens(data))
+    return dict(sampled_from=facts, generated_tokens=sampled_tokens(data))
 
 
 def round_lines(series: Series) -> list:  # one line a round
@@ -217,7 +224,8 @@ def run_rounds(
             who = os.path.relpath(parent, series.cfg.root) if parent else f"the base {series.cfg.model_id}"
             print(f"{told}: {who} answers {series.cfg.train_data}", flush=True)
             if code := sample(series, n, parent):
-                print(f"{told} stopped: it has no training rows", file=sys.stderr, flush=True)
+                why = "stopped while it sampled, for the reason above. The same command goes on here"
+                print(f"{told} {why}", file=sys.stderr, flush=True)
                 return done, code if code > 0 else 128 - code
             print(
                 f"{told}: training from the base on {os.path.relpath(series.data(n), series.cfg.root)}",

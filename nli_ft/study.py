@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .process import ConfigError, completes, project_root
+from .process import ConfigError, RecordError, completes, project_root
 from nli_ft.config_loader import (
     _nearest,
     _refuse,
@@ -414,7 +414,19 @@ def _loaded_config(self: Study, run: PlannedRun) -> Config:
     own = dict(runs_dir=str(self.folder / "runs"), output_dir=str(self.folder / "models"), judge_test=False)
     values = own | self.settings | condition | arm | dict(run.grid) | dict(seed=run.seed)
     with contextlib.chdir(project_root()):  # paths start there, wherever the command was typed
-        return load_config(name, values)
+        return _with_parent(load_config(name, values))
+
+
+def _with_parent(cfg):
+    "The config with the record that `start_from` names. The study's own records, in which all arms lie, are not asked."
+    if cfg.start_from is None:
+        return cfg
+    from nli_ft.ready import named_run
+
+    try:
+        return cfg.replace(start_from=os.path.relpath(named_run(cfg), project_root()))
+    except RecordError as e:
+        raise ConfigError(f"start_from = {cfg.start_from}: {e}") from e
 
 # %% ../nbs/60_study.ipynb #e89e8d53
 _OWN = ("seed", "runs_dir", "output_dir", "judge_test", "resume_from_checkpoint", "allow_changed")

@@ -54,7 +54,8 @@ def one_label_steps(
     size = cfg.batch_size * cfg.grad_accumulation_steps
     if cfg.method == "grpo":
         size //= cfg.group_size
-    group = size if cfg.group_by_length and not cfg.use_packing else None
+    grouped = cfg.group_by_length and not cfg.use_packing and cfg.method != "grpo"
+    group = size if grouped else None
     lengths = [max(map(len, sequences([e]))) for e in prep.train]
     labels = [prep.train_rows[i]["label"] for i in EpochOrder(lengths, cfg.seed, group)]
     found = [set(labels[at : at + size]) for at in range(0, len(labels), size)][:steps]
@@ -72,16 +73,18 @@ def work_of(prep) -> dict:  # of `Prepared`
     rows_seen = rows_after(count, n, count["steps"])
     tokens = sum(map(len, sequences(prep.train))) / n
     trained = loss_tokens(prep.train) / n
-    answers = [len(e) - e.n_prompt for e in (prep.eval or prep.train)]
+    answers, samples = [len(e) - e.n_prompt for e in (prep.eval or prep.train)], 0
     if prep.cfg.method == "grpo":  # nobody knows the lengths of samples: at most so long
         group, answers = prep.cfg.group_size, [prep.cfg.max_new_tokens]
         tokens, trained = group * (tokens + answers[0]), group * answers[0]
+        samples = rows_seen * group * answers[0]
     sets = _rows_of(prep)
     return dict(
         steps=count["steps"],
         rows=n,
         tokens=round(rows_seen * tokens),
         loss_tokens=round(rows_seen * trained),
+        sampled_tokens=samples,  # at most, and by transformers
         answer_tokens=sum(answers) / len(answers),
         sets={name: dict(rows=len(rows), clusters=len(set(groups_of(rows)))) for name, rows in sets.items()},
         groups={name: cluster_codes(groups_of(rows)) for name, rows in sets.items()},
@@ -274,7 +277,8 @@ def run_minutes(
 ) -> float:
     "Minutes of one run: loading, training, answering."
     rows = sum(s["rows"] for name, s in work["sets"].items() if tests or name in dev)
-    answers = rows * work["answer_tokens"] * (speed["answer_s_per_token"] or 0)
+    written = rows * work["answer_tokens"] + work.get("sampled_tokens", 0)
+    answers = written * (speed["answer_s_per_token"] or 0)
     loads = 2 if tests and len(work["sets"]) > len(dev) else 1
     return (work["tokens"] / speed["tokens_per_s"] + answers + loads * (speed["load_s"] or 0)) / 60
 

@@ -108,7 +108,7 @@ def run_facts(prep: Prepared) -> dict:  # ready for JSON
     dev = device(prep.cfg)
     sets = dict(sets=sets_summary(prep)) if prep.sets else {}
     if prep.parent:
-        sets["parent"] = dict(run=prep.parent.name, adapter_sha256=prep.parent.sha256)
+        sets["parent"] = prep.parent.facts
     name = torch.cuda.get_device_name(dev) if dev.type == "cuda" else f"{platform.machine()} CPU"
     return dict(
         rows=dict(train=len(prep.train), judged=len(prep.eval_rows), dropped=len(prep.dropped)),
@@ -427,6 +427,8 @@ def memory_advice(
         if need(changes) < limit:
             flags = " ".join(f"--{key} {str(value).lower()}" for key, value in changes.items())
             return f"{text}About {need(changes):.1f} GiB, with the same rows a step: {flags}. "
+    if prep.cfg.method == "grpo":
+        text += "Samples need memory, too: lower grad_accumulation_steps, group_size or max_new_tokens. "
     return text + "No batch size makes it fit: lower max_seq_length or lora_r, or choose a smaller model. "
 
 # %% ../nbs/36_train_sft.ipynb #295d3f7a
