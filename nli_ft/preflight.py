@@ -32,7 +32,6 @@ from nli_ft.rows import (
 )
 from .sft_rows import permute_thoughts, refuse_no_thought, shuffle_thoughts, with_thought
 from .check import leakage, leakage_text
-from .sft_rows import TAUGHT
 from .public_sets import PAIR_TEMPLATE, pair_training_rows, thought_columns
 from nli_ft.prompt import (
     LABEL,
@@ -203,8 +202,7 @@ def training_rows(
             f"prepare --{rows.kind}s {cfg.train_data}` makes training rows of them."
         )
     if cfg.data_strategy == "correct_only":
-        shown_gold = ("reflection", TAUGHT[1])  # their teacher knew the label
-        rows = [r for r in rows if r["source"] not in shown_gold]
+        rows = [r for r in rows if r["source"] != "reflection"]
     if not rows:
         raise DataError(f"{cfg.train_data}: data_strategy={cfg.data_strategy} leaves no row")
     template, labels = cfg.prompt_template, LABEL_SETS[cfg.label_set]

@@ -57,7 +57,7 @@ def reward_terms(
     total = sum(terms.values())
     # a thought has no more tokens than its completion, up to the spelling of a piece at its edges
     low, high = -cfg.length_penalty * 1.5 * cfg.max_new_tokens / 100, 1 + cfg.format_reward
-    if not (math.isfinite(total) and low <= total <= high):
+    if not (math.isfinite(total) and low - 1e-4 <= total <= high + 1e-4):
         raise ValueError(f"a reward of {total} is out of the range from {low:g} to {high:g}")
     return terms
 

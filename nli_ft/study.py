@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_SEED', 'METRICS', 'GUESSES', 'Declaration', 'read_study_file', 'PlannedRun', 'Study', 'study_names',
-           'facts_hash']
+           'with_parent', 'facts_hash']
 
 # %% ../nbs/60_study.ipynb #0c300d22
 import ast
@@ -414,10 +414,10 @@ def _loaded_config(self: Study, run: PlannedRun) -> Config:
     own = dict(runs_dir=str(self.folder / "runs"), output_dir=str(self.folder / "models"), judge_test=False)
     values = own | self.settings | condition | arm | dict(run.grid) | dict(seed=run.seed)
     with contextlib.chdir(project_root()):  # paths start there, wherever the command was typed
-        return _with_parent(load_config(name, values))
+        return with_parent(load_config(name, values))
 
 
-def _with_parent(cfg):
+def with_parent(cfg: Config) -> Config:
     "The config with the record that `start_from` names. The study's own records, in which all arms lie, are not asked."
     if cfg.start_from is None:
         return cfg

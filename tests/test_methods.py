@@ -5,16 +5,22 @@ import json, math, os, signal, subprocess, sys
 import pytest
 import torch
 
-from nli_ft.process import ConfigError, DataError, Interrupted, project_root
+from nli_ft.process import ConfigError, DataError, Interrupted, RecordError, project_root
+from nli_ft.ask import RunModel, started_from
 from nli_ft.config_loader import config_hash, load_config
 from nli_ft.files import write_jsonl
 from nli_ft.rows import damage, prompt_messages, render_completion, sft_row
-from nli_ft.ready import check_ready, find_parent
+from nli_ft.ready import check_ready, find_parent, named_run
 from nli_ft.model import load_base, seeded_lora, started_lora
 from nli_ft.preflight import prepare
 from nli_ft.prompt import encode_prompt
-from nli_ft.fit import fit, resume_facts
-from nli_ft.records import start_run
+from nli_ft.fit import changed_facts, fit, resume_facts
+from nli_ft.preferences import CountedLoss
+from nli_ft.records import finish_run, start_run
+from nli_ft.rewards import SampledAnswers, reward_terms
+from nli_ft.self_taught import LocalTeacher
+from nli_ft.study import with_parent
+from nli_ft.study_plan import trial_config
 from nli_ft.train_sft import Session, run_training
 
 root = project_root()
@@ -94,10 +100,10 @@ def weights(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if ".default." in n}
 
 
-def imitated(tmp_path):
+def imitated(tmp_path, **kw):
     "A finished run of imitation."
     rows = imitated_rows(tmp_path / "imitated.jsonl", shift=3)
-    return run_training(tiny(tmp_path, max_steps=2, train_data=rows))
+    return run_training(tiny(tmp_path, max_steps=2, train_data=rows, **kw))
 
 
 # -- pairs
@@ -152,9 +158,43 @@ def test_a_resumed_training_ends_as_the_one_that_was_not_cut_off(tmp_path, metho
     assert all(torch.equal(p, theirs[n]) for n, p in ours.items())
 
 
-def test_an_adapter_of_another_parent_is_not_gone_on_with(tmp_path):
-    prep = prepare(dpo(tmp_path, start_from=str(imitated(tmp_path))))
-    assert resume_facts(prep)["parent"] == prep.parent.sha256
+def test_a_resumed_run_has_the_same_parent_whatever_it_is_called(tmp_path):
+    run = imitated(tmp_path)
+    other = run_training(tiny(tmp_path, max_steps=1, train_data=imitated_rows(tmp_path / "o.jsonl", 3)))
+    names = (str(run), f"minimal_test/{run.name}", str(other))
+    one, same, another = (resume_facts(prepare(dpo(tmp_path, start_from=name))) for name in names)
+    assert changed_facts(one, same) == []
+    [line] = changed_facts(one, another)
+    assert line.startswith("adapter of start_from")
+
+
+def noted_run(cfg):
+    "A record that is done, of a run that nobody trained."
+    run = start_run(cfg)
+    finish_run(run)
+    return run
+
+
+def test_the_name_of_a_config_means_its_run_of_the_same_seed(tmp_path):
+    runs = {seed: noted_run(tiny(tmp_path, seed=seed)) for seed in (1, 2)}
+    for seed, run in runs.items():
+        cfg = dpo(tmp_path, start_from="minimal_test", seed=seed)
+        assert named_run(cfg, cfg.path("runs_dir")).name == run.name
+    with pytest.raises(ConfigError, match=r"no finished run with seed 3 \(but with 1, 2\)"):
+        find_parent(dpo(tmp_path, start_from="minimal_test", seed=3))
+    cfg = dpo(tmp_path, start_from=str(runs[1]), seed=3)
+    assert named_run(cfg).name == runs[1].name
+
+
+def test_an_arm_of_a_study_starts_from_a_run_outside_of_it(project, tmp_path):
+    rows = imitated_rows(tmp_path / "asked.jsonl")
+    mine = dict(train_data=rows, eval_data=rows, seed=5)
+    run = noted_run(load_config("cpu_demo", mine))
+    inside = noted_run(load_config("cpu_demo", mine | dict(runs_dir="studies/s/runs")))
+    cfg = load_config("grpo_demo", mine | dict(runs_dir="studies/s/runs", max_new_tokens=8))
+    pinned = with_parent(cfg)
+    assert inside.name != run.name and pinned.start_from == f"runs/cpu_demo/{run.name}"
+    assert named_run(trial_config(pinned, tmp_path)).resolve() == run.resolve()
 
 
 def test_a_run_begins_with_the_weights_of_its_parent(tmp_path):
@@ -183,6 +223,40 @@ def reward_first_token(monkeypatch):
 
     monkeypatch.setattr("nli_ft.rewards.reward_functions", lambda cfg, tok: [even])
     return samples
+
+
+@pytest.mark.parametrize(
+    "terms", [dict(format_reward=f) for f in (0.05, 0.2, 0.3)] + [dict(length_penalty=0.07)]
+)
+def test_a_group_of_equal_rewards_has_no_signal_to_the_last_bit(tmp_path, terms):
+    from trl.trainer.utils import nanstd
+
+    total = sum(reward_terms(grpo(tmp_path, **terms), (1, True, 7), 1).values())
+    for n in range(2, 33):
+        assert nanstd(torch.full((1, n), total), dim=1) == 0, n
+
+
+def test_an_answer_that_cannot_be_read_is_never_worth_more_than_one_that_can(tmp_path):
+    cfg = grpo(tmp_path, length_penalty=0.5)
+    lost, wrong, right = ((None, False, 0), (0, True, 8), (1, False, 8))
+    lost, wrong, right = (sum(reward_terms(cfg, judged, 1).values()) for judged in (lost, wrong, right))
+    assert lost <= wrong < right
+
+
+def test_an_evaluation_between_two_logs_takes_nothing_away():
+    class Logger:
+        def log(self, logs, start_time=None):
+            self.said = logs
+
+    class Trainer(SampledAnswers, CountedLoss, Logger):
+        _metrics = dict(train=dict(frac_reward_zero_std=[1.0, 0.0], reward=[0.5], clip=[1]))
+        _counts = dict(tokens=4)
+
+    trainer = Trainer()
+    trainer.log(dict(eval_accuracy=0.5))
+    trainer.log(dict(loss=0.1))
+    assert trainer.said["no_signal"] == 0.5 and trainer.said["tokens"] == 4
+    assert trainer._metrics["train"] == dict(reward=[0.5])
 
 
 def log_probability(model, tok, prompt, answer):
@@ -268,8 +342,9 @@ def test_a_training_without_any_signal_stops_and_says_why(tmp_path, monkeypatch)
 
 def test_a_run_of_rewards_leaves_a_record_that_names_its_parent(tmp_path, monkeypatch):
     reward_first_token(monkeypatch)
-    parent = imitated(tmp_path)
-    run = run_training(grpo(tmp_path, start_from=str(parent), beta=0.05, max_steps=2))
+    parent = imitated(tmp_path, eval_before=True)
+    cfg = grpo(tmp_path, start_from=str(parent), beta=0.05, max_steps=2, eval_before=True)
+    run = run_training(cfg)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "done" and summary["after"]["n"] == 2
     assert summary["parent"]["run"] == f"minimal_test/{parent.name}"
@@ -283,6 +358,14 @@ def test_a_run_of_rewards_leaves_a_record_that_names_its_parent(tmp_path, monkey
     entries = load_compared([str(parent), str(run)])
     differs = differing(*entries)
     assert "method" in differs and any(d.startswith("parent none → minimal_test/") for d in differs)
+    entries = load_compared([f"{parent}:before", f"{run}:before"])
+    assert any(d.startswith("parent none → minimal_test/") for d in differing(*entries))
+    assert (started_from(parent), started_from(run)) == (None, find_parent(cfg).adapter)
+    assert LocalTeacher(RunModel(f"{run}:before")).name.endswith(summary["parent"]["adapter_sha256"][:16])
+    weights_file = find_parent(cfg).adapter / "adapter_model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes() + b" ")
+    with pytest.raises(RecordError, match="is not that one any more"):
+        started_from(run)
 
 
 # -- what is refused
@@ -299,9 +382,10 @@ def test_a_run_of_rewards_leaves_a_record_that_names_its_parent(tmp_path, monkey
         ("method=dpo early_stopping_patience=2", "no evaluation loss"),
         ("method=grpo group_size=3", "no whole groups"),
         ("method=grpo group_size=1", "at least 2"),
+        ("method=grpo batch_size=8 format_reward=1", "no more than a wrong one in better form"),
         (
-            "method=grpo batch_size=8 length_penalty=0.9 max_new_tokens=200",
-            "worth less than a short wrong one",
+            "method=grpo batch_size=8 length_penalty=0.4 format_reward=0.3 max_new_tokens=200",
+            "no more than a wrong one in better form",
         ),
         ("method=grpo batch_size=8 completion=label_only length_penalty=0.1", "no thought whose length"),
         ("method=grpo batch_size=8 sampler=vllm", "vLLM holds the base in 16 bits"),
@@ -332,6 +416,31 @@ def test_a_bad_pair_is_refused_with_its_line(tmp_path, row, says):
     write_jsonl(tmp_path / "pairs.jsonl", [pair_row(1, "red", "blue"), pair_row(2, "red", "pink", **row)])
     with pytest.raises(DataError, match=f"pairs.jsonl:2: {says}"):
         prepare(dpo(tmp_path))
+
+
+def test_a_parent_on_a_base_that_has_changed_or_of_another_contract_is_refused(tmp_path, monkeypatch):
+    run = imitated(tmp_path)
+    summary = json.loads((run / "summary.json").read_text())
+    contracts = dict(summary["contracts"], train=["entailment"])
+    (run / "summary.json").write_text(json.dumps(summary | dict(contracts=contracts)))
+    rows = [pair_row(i, "red", "blue", contract="course") for i in (1, 2)]
+    write_jsonl(tmp_path / "pairs.jsonl", rows, True)
+    with pytest.raises(DataError, match="A 1 does not mean the same"):
+        prepare(dpo(tmp_path, start_from=str(run)))
+    (run / "summary.json").write_text(json.dumps(summary | dict(base=dict(commit="old"))))
+    monkeypatch.setattr("nli_ft.bases.base_facts", lambda cfg: dict(commit="new"))
+    with pytest.raises(ConfigError, match="belongs to another base than tiny-mistral is now"):
+        find_parent(dpo(tmp_path, start_from=str(run)))
+
+
+def test_bad_lines_of_questions_are_counted_and_pairs_are_none(tmp_path):
+    cfg = grpo(tmp_path, max_bad_rows=0.2)
+    with open(cfg.path("train_data"), "a") as f:
+        f.write("{}\n")
+    assert [line for line, _ in prepare(cfg).bad["train"]] == [9]
+    write_jsonl(tmp_path / "pairs.jsonl", [pair_row(i, "red", "blue") for i in (1, 2)], True)
+    with pytest.raises(DataError, match="holds pairs of answers"):
+        prepare(cfg.replace(train_data=str(tmp_path / "pairs.jsonl")))
 
 
 def test_files_of_another_kind_name_the_remedy(tmp_path):

@@ -19,7 +19,7 @@ from nli_ft.records import environment, finish_run, read_run, start_run
 from nli_ft.rows import prompt_messages, read_rows, render_completion
 from nli_ft.self_taught import LocalTeacher, Sampling, counts_path, local_teacher, samples_path, teach
 from nli_ft.sft_rows import suspect_path
-from nli_ft.star_rounds import Series, round_lines, run_rounds
+from nli_ft.star_rounds import Series, round_lines, run_rounds, sample_round
 from nli_ft.teacher import think_cli
 
 FOLLOWS = "A robin is a bird, and it sang. So the hypothesis follows."
@@ -335,7 +335,12 @@ def test_pairs_that_are_none_are_refused_or_counted(reflected, files, tmp_path, 
     write_jsonl(tmp_path / "equal.jsonl", equal)
     with pytest.raises(DataError, match="chosen and rejected have the same label"):
         read_rows(tmp_path / "equal.jsonl")
+    teach(Scripted([YES, NO]), *files, progress=False)
+    damaged = json.loads(samples_path(files[1]).read_text().splitlines()[0])
+    del damaged["samples"][1]["thought_process"]
+    write_jsonl(tmp_path / "damaged.jsonl", [damaged])
     wrong = {
+        "damaged.jsonl:1: not a row of samples": ("--preferences", tmp_path / "damaged.jsonl"),
         "3 reflections whose own label is not gold": ("--preferences", tmp_path / "stubborn.jsonl"),
         "holds pair rows": ("--preferences", files[0]),
         "--pairs_a_row must be at least 1, not 0": ("--preferences", reflected, "--pairs_a_row", 0),
@@ -396,7 +401,7 @@ def star(project, tmp_path):
 
 
 def parents(runs):
-    return [read_run(run).summary["parent"] for run in runs]
+    return [read_run(run).summary["sampled_from"] for run in runs]
 
 
 def test_each_round_is_a_record_that_names_its_parent(star):
@@ -410,7 +415,7 @@ def test_each_round_is_a_record_that_names_its_parent(star):
     assert three["run"] == f"minimal_test/{runs[1].name}"
     for n, run in enumerate(runs, 1):
         record = read_run(run)
-        assert record.summary["parent"]["data_sha256"] == record.environment["data"]["train"]["sha256"]
+        assert record.summary["sampled_from"]["data_sha256"] == record.environment["data"]["train"]["sha256"]
         assert record.environment["data"]["train"]["teachers"]
         assert record.cfg.path("train_data") == series.data(n)
         asked = map(json.loads, open(samples_path(series.data(n)), encoding="utf-8"))
@@ -445,6 +450,16 @@ def test_an_interrupted_series_goes_on_at_the_right_place(star):
     ]
     done = len(asked)
     assert run_rounds(series, sample, train) == (again, 0) and len(asked) == done
+
+
+def test_rounds_show_no_gold_of_rows_that_judge(star, tmp_path):
+    series, *_ = star
+    write_jsonl(tmp_path / "judging.jsonl", [pair(1, split="dev"), pair(2, 0)])
+    cfg = series.cfg.replace(
+        train_data="judging.jsonl", model_id="tiny-mistral", quantization="none", device="cpu"
+    )
+    with pytest.raises(DataError, match="1 rows are marked dev or test"):
+        sample_round(cfg, None, tmp_path / "o.jsonl", Sampling(rationalise=True))
 
 
 def test_a_dry_run_tells_the_rounds_and_which_are_done(star):
@@ -498,6 +513,10 @@ def test_rounds_refuse_what_cannot_be(star, capsys):
         "--parent goes with --rounds N": (*base, "--parent", "latest"),
         "--rounds must be at least 1, not 0": (*base, "--rounds", "0"),
         "--rounds runs here": (*base, "--rounds", "1", "--engine", "submitit"),
+        "--round_samples must be at least 1, not 0": (*base, "--rounds", "1", "--round_samples", "0"),
+        "--round_temperature must be above 0": (*base, "--rounds", "1", "--round_temperature", "-1"),
+        "has method=dpo. Use method=sft": (*base, "--rounds", "1", "--method", "dpo"),
+        "has completion=label_only. Use cot": (*base, "--rounds", "1", "--completion", "label_only"),
         "nobody is no folder": (*base, "--rounds", "1", "--parent", "nobody"),
     }
     shutil.copy(ROOT / "nbs/train.ipynb", "nbs")

@@ -5,4 +5,4 @@ Expect:  other rows than those of ablation2, the model's own. Compare with it, s
 Run:     nli_run --config star --rounds 3
 """
 base = "ablation2"
-data_strategy = "correct_only"       # no thought of a teacher that was shown gold, also where there are no rounds
+data_strategy = "correct_only"       # no reflections, also where there are no rounds
