@@ -148,14 +148,26 @@ def cut_off_and_resumed(cfg, folder):
     return losses, weights(model), weights(other)
 
 
-@pytest.mark.parametrize("method", [dpo, grpo])
-def test_a_resumed_training_ends_as_the_one_that_was_not_cut_off(tmp_path, method, monkeypatch):
+@pytest.mark.parametrize("method, more", [(dpo, {}), (grpo, {}), (grpo, dict(beta=0.05))])
+def test_a_resumed_training_ends_as_the_one_that_was_not_cut_off(tmp_path, method, more, monkeypatch):
     if method is grpo:
         reward_first_token(monkeypatch)
-    cfg = method(tmp_path, max_steps=4, save_steps=1)
+    cfg = method(tmp_path, max_steps=4, save_steps=1, **more)
     (whole, halves), ours, theirs = cut_off_and_resumed(cfg, tmp_path)
     assert whole == halves
     assert all(torch.equal(p, theirs[n]) for n, p in ours.items())
+
+
+@pytest.mark.parametrize("method", [dpo, grpo])
+def test_an_evaluation_within_the_training_answers_rows_and_keeps_the_best(tmp_path, method, monkeypatch):
+    if method is grpo:
+        reward_first_token(monkeypatch)
+    asked = dict(
+        eval_metric="accuracy", eval_metric_rows=2, eval_steps=2, save_steps=2, early_stopping_patience=1
+    )
+    logs, _, result = trained(method(tmp_path, max_steps=4, **asked), tmp_path / "out")
+    assert [row["eval_answered"] for row in logs if "eval_accuracy" in row][0] == 0  # it writes no JSON
+    assert result["best"]["step"] == 2
 
 
 def test_a_resumed_run_has_the_same_parent_whatever_it_is_called(tmp_path):
