@@ -454,7 +454,7 @@ def teach(
     if dry_run:
         done = 0
         if samples_path(output).exists():
-            with _alone(output):
+            with _own_file(output):
                 done = len(read_journal(output, rows, now))
         todo = len(rows) - done
         print(
@@ -463,13 +463,13 @@ def teach(
         print(f"samples: {todo * how.samples:,} of at most {teacher.cfg.max_new_tokens} tokens each")
         return dict(rows=len(rows), todo=todo, exit_code=0)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(output):
+    with _own_file(output):
         done = _sample_all(teacher, output, rows, now, how, progress)
     return summed(done, output, how)
 
 
 @contextmanager
-def _alone(output: Path):
+def _own_file(output: Path):
     "Raise `DataError` where another process writes this file."
     from filelock import FileLock, Timeout
 

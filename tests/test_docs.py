@@ -115,6 +115,7 @@ NOT_RUN = {
     "nli_data prepare --preferences reflections.jsonl self_taught.jsonl.samples.jsonl --output preferences.jsonl "
     "--balance_lengths": "needs what a run taught itself (tests/test_self_taught.py prepares it)",
     "nli_run --config cpu_demo": LONG,
+    "nli_run --config cpu_demo --seeds 1,2,3": LONG,
     "nli_run --config grpo_demo --start_from cpu_demo": LONG + " (tests/test_methods.py trains tiny models)",
     "nli_run --config grpo_random --start_from cpu_demo": LONG + " (tests/test_methods.py deals the labels)",
     "nli_run --config ablation2 --use_wandb --wandb_project nli --seeds 1,2,3": GPU,

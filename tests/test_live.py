@@ -117,6 +117,7 @@ def test_loading_is_said_once(monkeypatch, capsys):
     for places, lines in ((["widget"], 0), (["lines"], 1), (["lines", "terminal"], 1)):
         session = train_sft.Session.__new__(train_sft.Session)
         session.cfg, session.model = load_config("minimal_test"), None
+        session.prep = SimpleNamespace(parent=None)
         monkeypatch.setattr(train_sft, "bar_places", lambda: places)
         assert session.load() == "base"
         assert capsys.readouterr().out.count("loading smollm2-135m") == lines, places

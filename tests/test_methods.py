@@ -485,7 +485,7 @@ def test_a_parent_of_another_shape_is_refused_in_one_message_before_anything_is_
 # -- the control, on a model that can answer
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_a_random_reward_does_not_raise_accuracy_beyond_its_interval(tmp_path):
     folders = dict(output_dir=str(tmp_path / "models"), runs_dir=str(tmp_path / "runs"))
     few = folders | dict(
