@@ -265,8 +265,8 @@ class MethodKeys:
     )
     start_from: str | None = key(
         "a run whose adapter is the start, and with dpo and grpo the frozen reference: a record's folder, "
-        "CONFIG/RUN_ID, a config's name (its newest finished run) or latest; none: a fresh adapter, and the reference "
-        "is the base",
+        "CONFIG/RUN_ID, a config's name (its newest run of this seed) or latest; none: a fresh adapter, and the "
+        "reference is the base",
         was=None,
     )
     beta: float | None = key(

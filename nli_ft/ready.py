@@ -284,7 +284,8 @@ def named_run(
     named = cfg.start_from
     if named.startswith((".", "/", "~")):
         return find_run(cfg.path("start_from"), runs_dir)
-    if "/" in named or named not in config_names():
+    root = Path(runs_dir or load_config().path("runs_dir"))
+    if "/" in named or not (named in config_names() or (root / named).is_dir()):
         return find_run(named, runs_dir)
     newest(named, runs_dir)  # says what there is, where the config has no finished run
     runs = [r for r in list_runs(runs_dir) if r["config"] == named and r["status"] == "done"]

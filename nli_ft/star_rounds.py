@@ -263,8 +263,8 @@ def rounds_by_options(
             rationalise=ns.round_rationalise,
         )
         series = Series(cfg, ns.rounds, parent, how)
-        check_series(series)
         if ns.dry_run:
+            check_series(series)
             print("\n".join(round_lines(series)))
             continue
         runs, code = run_rounds(series)

@@ -6,7 +6,7 @@ Run:     ./run_training.sh --local --config dpo_demo
 """
 base = "cpu_demo"
 method = "dpo"
-start_from = "cpu_demo"            # its newest finished run. Give a record's folder to name one for good
+start_from = "cpu_demo"            # its newest run of this seed. Give a record's folder to name one for good
 train_data = "data/finetune/preferences.jsonl"
 batch_size = 8                     # pairs: 16 sequences a step, as cpu_demo. 8 rows x 1 accumulation = 8 rows a step
 learning_rate = 1e-4               # a tenth of cpu_demo's: the adapter is trained already

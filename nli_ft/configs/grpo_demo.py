@@ -7,6 +7,6 @@ Run:     ./run_training.sh --local --config grpo_demo
 """
 base = "cpu_demo"
 method = "grpo"
-start_from = "cpu_demo"            # its newest finished run. Give a record's folder to name one for good
+start_from = "cpu_demo"            # its newest run of this seed. Give a record's folder to name one for good
 max_steps = 40                     # as many as cpu_demo: 16 rows x 1 accumulation = 16 rows a step, 8 answers to 2 questions
 learning_rate = 1e-4               # a tenth of cpu_demo's: the adapter is trained already
