@@ -916,8 +916,9 @@ def test_an_interrupt_keeps_what_arrived_and_says_how_to_go_on(files, sig, code)
     assert sorted(r["id"] for r in rows(out)) == list(range(40)) and len(server.calls) == 28
 
 
-def test_twenty_kills_lose_nothing_and_repeat_only_what_was_in_flight(files):
-    n, workers, kills, rng = 400, 4, 20, random.Random(1)
+@pytest.mark.parametrize("kills, n", [(5, 120), pytest.param(20, 400, marks=pytest.mark.every)])
+def test_kills_lose_nothing_and_repeat_only_what_was_in_flight(files, kills, n):
+    workers, rng = 4, random.Random(1)
     inp, out = files(n)
     finished_then_called, killed = [], 0
 

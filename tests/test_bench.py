@@ -62,6 +62,7 @@ def losses(cfg, name):
 # -- the same mathematics
 
 
+@pytest.mark.every
 def test_every_variant_of_the_same_mathematics_has_the_same_losses_and_runs_what_its_name_says(
     cfg, monkeypatch
 ):
@@ -396,6 +397,7 @@ def test_what_is_missing_is_said_in_full_by_the_child_that_looks(capsys, tmp_pat
     assert made["refused"] and "train_data" in made["died"] and "eval_data" in made["died"]
 
 
+@pytest.mark.every
 def test_growth_measures_every_axis(cfg, monkeypatch):
     swap(
         monkeypatch,

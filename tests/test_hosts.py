@@ -126,7 +126,7 @@ def test_processes_that_have_met_may_wait_for_each_other_for_a_day(tmp_path):
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["1 day, 0:00:00"] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_accelerate_on_two_machine_ranks_of_a_cpu_is_one_run_of_two_processes(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

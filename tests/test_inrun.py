@@ -70,7 +70,15 @@ def trained_session(cfg, tmp_path):
     return session
 
 
-@pytest.fixture(scope="module", params=[(f, s) for f in FAMILIES for s in STYLES], ids="-".join)
+KINDS = [(f, s) for f in FAMILIES for s in STYLES]
+OFTEN = ("mistral", "cot"), ("qwen2", "label_first")  # the others: `pytest -m every`
+
+
+@pytest.fixture(
+    scope="module",
+    params=[k if k in OFTEN else pytest.param(k, marks=pytest.mark.every) for k in KINDS],
+    ids="-".join,
+)
 def run(request, bases, tmp_path_factory):
     family, style = request.param
     tmp_path = tmp_path_factory.mktemp(f"{family}-{style}")
@@ -178,12 +186,13 @@ def test_generation_after_training_gives_each_row_its_positions_and_computes_one
 
 # --- bf16: the norms and embeddings of a model that trains are in fp32, those of a loaded one are not
 
+EVERY = pytest.mark.every
 LEAVES_MORE = [
     dict(),
-    dict(gradient_checkpointing=True, lora_dropout=0.1),
     dict(use_dora=True),
-    dict(quantization="none", gradient_checkpointing=True),
-    dict(early_stopping_patience=1, eval_steps=2, save_steps=2),
+    pytest.param(dict(gradient_checkpointing=True, lora_dropout=0.1), marks=EVERY),
+    pytest.param(dict(quantization="none", gradient_checkpointing=True), marks=EVERY),
+    pytest.param(dict(early_stopping_patience=1, eval_steps=2, save_steps=2), marks=EVERY),
 ]
 
 

@@ -69,7 +69,7 @@ def test_the_way_has_at_most_six_commands():
     assert 4 <= len(readme_commands()) <= 6
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_the_commands_of_readme_lead_from_a_clone_and_a_csv_file_to_a_table(tmp_path):
     here = fresh_copy(tmp_path / "nli_ft")
     install(here)

@@ -200,6 +200,7 @@ def test_a_verdict_is_coloured_on_a_terminal_only(monkeypatch, capsys, tmp_path)
     assert re.sub(r"\033\[\d+m", "", seen["terminal"]) == seen["pipe"]
 
 
+@pytest.mark.every
 def test_a_clock_moves_on_a_terminal_while_a_heavy_package_is_loaded(tmp_path):
     import pty
 

@@ -322,10 +322,10 @@ def assert_halves(tmp_path, fsdp, dtype):
 
 
 @pytest.mark.slow
-def test_two_processes_with_or_without_shards_are_one_and_go_on_from_shards_to_the_same_end(tmp_path):
+def test_shards_of_two_processes_are_one_process_and_go_on_to_the_same_end(tmp_path):
     kw = dict(compute_dtype="fp32", quantization="nf4", save_steps=2)
-    _, ddp, fsdp = in_three_ways(tmp_path, "fp32", "nf4")
-    assert summary(fsdp)["sharding"] == "fsdp" and "sharding" not in summary(ddp)
+    _, fsdp = in_three_ways(tmp_path, "fp32", "nf4", ("one", "fsdp"))
+    assert summary(fsdp)["sharding"] == "fsdp"
     assert_halves(tmp_path, fsdp, "fp32")
     [at] = (tmp_path / "fsdp").glob("models/*/*/checkpoint-2")
     r = two_processes(tiny(tmp_path / "on", batch_size=2, resume_from_checkpoint=str(at), **kw), sharded=True)
@@ -347,10 +347,11 @@ def test_shards_of_other_weights_are_one_process_too(tmp_path, dtype, quantizati
     assert_halves(tmp_path, fsdp, dtype)
 
 
-@pytest.mark.simulation
-@pytest.mark.parametrize("dtype, quantization", [("fp32", "none"), ("bf16", "nf4")])
-def test_two_processes_without_shards_are_one_with_other_weights_too(tmp_path, dtype, quantization):
-    in_three_ways(tmp_path, dtype, quantization, ("one", "ddp"))
+@pytest.mark.every
+@pytest.mark.parametrize("dtype, quantization", [("fp32", "nf4"), ("fp32", "none"), ("bf16", "nf4")])
+def test_two_processes_without_shards_are_one(tmp_path, dtype, quantization):
+    _, ddp = in_three_ways(tmp_path, dtype, quantization, ("one", "ddp"))
+    assert "sharding" not in summary(ddp)
 
 
 # -- SLURM
@@ -1047,6 +1048,7 @@ def test_every_tracker_is_given_a_place_in_the_record_unless_the_user_has_one(
         assert all(os.environ[k] == "mine" for k in new)
 
 
+@pytest.mark.every
 def test_wandb_is_sent_no_path_or_host_of_this_machine_and_goes_on_with_a_run(tmp_path):
     "Read from the bytes that `wandb sync` would send."
     kw = dict(use_wandb=True, wandb_run_id="abc123", max_steps=4, save_steps=2)

@@ -1354,11 +1354,35 @@ def nli_study(*args):
     )
 
 
+SHORT = ("eval_before=False", "eval_before=False, max_steps=2, max_new_tokens=8")
+
+
+def assert_as_planned(study, seeds):
+    plan, lines = read_plan(study), lines_of(study, "run")
+    cells = {c["arm"]: c for c in plan["cells"]}
+    assert [line["seed"] for line in lines] == seeds
+    for line in lines:
+        cell = cells[line["arm"]]
+        said = line["steps"], line["rows_trained"], line["tokens_trained"], line["loss_tokens_trained"]
+        assert said == (cell["steps"], cell["rows"], cell["tokens"], cell["loss_tokens"])
+        assert read_run(project_root() / line["record"]).status == "done"
+        assert shlex.split(line["command"])[0] == "nli_run"
+
+
 @pytest.mark.slow
+def test_two_arms_train_and_are_what_was_planned(tmp_path):
+    file = declare(tmp_path, "", SHORT).path
+    file.write_text(file.read_text().replace("[1, 2]", "[1]"))
+    for args in (["plan", file], ["run", file], ["report", file]):
+        r = nli_study(*args)
+        assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-3000:]
+    assert_as_planned(Study(file), [1, 1])
+
+
+@pytest.mark.every
 def test_two_arms_train_as_jobs_and_with_another_seed_here_and_are_what_was_planned(tmp_path):
     pytest.importorskip("submitit")
-    short = ("eval_before=False", "eval_before=False, max_steps=2, max_new_tokens=8")
-    file = declare(tmp_path, "", short).path
+    file = declare(tmp_path, "", SHORT).path
     two_seeds = file.read_text()
     file.write_text(two_seeds.replace("[1, 2]", "[1]"))
     jobs = ["--engine", "submitit", "--engine_args", "cluster=local timeout_min=9"]
@@ -1372,15 +1396,7 @@ def test_two_arms_train_as_jobs_and_with_another_seed_here_and_are_what_was_plan
         r = nli_study(*args)
         assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-3000:]
     study = Study(file)
-    plan, lines = read_plan(study), lines_of(study, "run")
-    cells = {c["arm"]: c for c in plan["cells"]}
-    assert [line["seed"] for line in lines] == [1, 1, 2, 2]
-    for line in lines:
-        cell = cells[line["arm"]]
-        said = line["steps"], line["rows_trained"], line["tokens_trained"], line["loss_tokens_trained"]
-        assert said == (cell["steps"], cell["rows"], cell["tokens"], cell["loss_tokens"])
-        assert read_run(project_root() / line["record"]).status == "done"
-        assert shlex.split(line["command"])[0] == "nli_run"
+    assert_as_planned(study, [1, 1, 2, 2])
     assert read_results(study).sets == ["dev", "test"]
     assert [(look["number"], look["runs"]) for look in lines_of(study, "look")] == [(1, 2), (2, 2)]
     assert (study.folder / "report.ipynb").is_file()

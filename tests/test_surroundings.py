@@ -49,7 +49,14 @@ def latin(tmp_path_factory):
     return dict(LOCPATH=str(folder), LC_ALL="en_US.ISO-8859-1")
 
 
-@pytest.fixture(params=["ascii", "latin-1", "latin-1 streams", "ascii streams"])
+@pytest.fixture(
+    params=[
+        "latin-1",
+        "ascii streams",
+        pytest.param("ascii", marks=pytest.mark.every),
+        pytest.param("latin-1 streams", marks=pytest.mark.every),
+    ]
+)
 def locale(request):
     "Variables that leave Python without UTF-8: by the locale, or for its streams alone."
     if request.param == "ascii":
@@ -127,6 +134,7 @@ def test_light_commands_read_and_write_any_text_in_every_locale(tmp_path, locale
     assert nli("data", "check", there / "fehlt 狗.jsonl", **locale)[0] == 2
 
 
+@pytest.mark.every
 def test_a_model_is_trained_evaluated_and_asked_in_a_latin_and_an_ascii_locale(tmp_path, latin):
     there = tmp_path / "données 狗"
     places = ["--runs_dir", there / "r", "--output_dir", there / "m"]

@@ -915,7 +915,7 @@ def check_record(summary_path, steps):
     return [m["loss"] for m in metrics if "loss" in m]
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_module_file_and_two_processes_leave_one_record_each_and_the_same_losses(tmp_path):
     launch = [
         str(Path(sys.executable).with_name("accelerate")),
@@ -985,7 +985,7 @@ def test_module_file_and_two_processes_leave_one_record_each_and_the_same_losses
     assert losses["two"] == pytest.approx(losses["module"], rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_the_notebook_is_the_door_for_several_processes_too(tmp_path):
     r = subprocess.run(
         [
