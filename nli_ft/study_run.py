@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TRIES', 'budget_seconds', 'coded_answers', 'set_items', 'read_items', 'read_lines', 'coded_thoughts', 'judged_line',
            'run_line', 'coded_line', 'opened_line', 'Progress', 'records_of', 'refuse_running', 'refuse_changed_data',
-           'has_planned_data', 'refuse_changed_answers', 'keep_result', 'adopt_records', 'runs_to_do', 'minutes_left',
-           'minutes_of_test', 'time_text', 'Budget', 'Essentials', 'answer_tests', 'judge_tests', 'is_committed',
-           'run_study', 'pooled_items', 'Results', 'read_results', 'results_frame']
+           'has_planned_data', 'refuse_changed_answers', 'keep_result', 'adopt_records', 'runs_to_do', 'minutes_taken',
+           'minutes_left', 'minutes_of_test', 'time_text', 'Budget', 'Essentials', 'answer_tests', 'judge_tests',
+           'is_committed', 'run_study', 'pooled_items', 'Results', 'read_results', 'results_frame']
 
 # %% ../nbs/62_study_run.ipynb #53ca26ee
 import base64
@@ -536,17 +536,33 @@ def runs_to_do(progress: Progress) -> list:  # of `PlannedRun`
     return progress.missing() + lost
 
 # %% ../nbs/62_study_run.ipynb #4e450e5e
+def minutes_taken(progress: Progress, line: dict) -> tuple:  # line of a run -> (minutes, with its tests?)
+    "What a run took: loading, training, development sets, and the tests where their time was noted."
+    sealed = [answers for (run, _), answers in progress.sealed.items() if run == line["run"]]
+    tests = [answers["wall_s"] for answers in sealed if "wall_s" in answers]
+    return (line["wall_s"] + sum(tests)) / 60, bool(tests)
+
+
 def minutes_left(progress: Progress, todo: list) -> float:
-    "The plan's minutes for these runs and their tests, times what earlier runs took of theirs."
+    """What these runs and their tests will take, in minutes: the mean of the runs of the same arm and condition, or
+    the plan's minutes times what all earlier runs took of theirs. Of a resumed run only the rest is known."""
     cells = {(c["arm"], c["condition"]): c for c in progress.plan["cells"]}
-    planned = {place: c["minutes_a_run"] for place, c in cells.items()}
-    done = [
-        (line["wall_s"] / 60, planned.get((line["arm"], line["condition"])))
-        for line in progress.runs.values()
-    ]
-    done = [(took, said) for took, said in done if said]
-    ratio = sum(took for took, _ in done) / sum(said for _, said in done) if done else 1.0
-    return ratio * sum(planned[run.cell] + minutes_of_test(cells[run.cell]) for run in todo)
+    own, took, planned = defaultdict(list), 0.0, 0.0
+    for line in progress.runs.values():
+        cell = cells.get((line["arm"], line["condition"]))
+        if cell is None or "--resume_from_checkpoint" in line.get("command", ""):
+            continue
+        minutes, tested = minutes_taken(progress, line)
+        took, planned = took + minutes, planned + cell["minutes_a_run"] + tested * minutes_of_test(cell)
+        own[line["arm"], line["condition"]].append(minutes + (not tested) * minutes_of_test(cell))
+    ratio = took / planned if planned else 1.0
+
+    def expected(place: tuple) -> float:
+        if place in own:
+            return sum(own[place]) / len(own[place])
+        return ratio * (cells[place]["minutes_a_run"] + minutes_of_test(cells[place]))
+
+    return sum(expected(run.cell) for run in todo)
 
 
 def minutes_of_test(
@@ -657,6 +673,7 @@ def _give_answers(study: Study, line: dict, names: list):  # line of the run, na
     "Let the weights of a run answer test sets. Nothing is scored."
     from nli_ft.model import load_for_inference
 
+    begun = time.monotonic()  # loading belongs to the first set
     record, cfg, adapter, _ = open_run(project_root() / line["record"])
     check_recorded_base(record, cfg)
     prep = prepare(cfg)
@@ -671,7 +688,9 @@ def _give_answers(study: Study, line: dict, names: list):  # line of the run, na
         _keep_items(study, file.name, set_items(preds, data_hash(file.path)))
         answers = judged_line(record, cfg, file, texts, judged.rows)
         kept = {key: answers[key] for key in ("hash", "run", "set", "role", "at")}
-        _add_line(study, dict(what="sealed", **kept, text=coded_line(answers)))
+        now = time.monotonic()
+        _add_line(study, dict(what="sealed", **kept, wall_s=round(now - begun, 1), text=coded_line(answers)))
+        begun = now
 
 # %% ../nbs/62_study_run.ipynb #95e79d8f
 def answer_tests(progress: Progress, budget: Budget, say=print) -> bool:  # whether all have answered
