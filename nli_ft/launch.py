@@ -662,7 +662,11 @@ _ROUNDS = dict(  # option -> what `add_argument` takes
         metavar="N",
         help="STaR: sample, train, evaluate, N times; each round is a record of its own",
     ),
-    parent=dict(metavar="RUN", help="with --rounds: the run that round 1 is sampled from [the base]"),
+    parent=dict(
+        metavar="RUN",
+        help="with --rounds: the run that round 1 is sampled from. A config's name: its newest run of the same seed "
+        "[the base]",
+    ),
     round_samples=dict(type=int, metavar="K", help="with --rounds: samples of each pair [4]"),
     round_temperature=dict(type=float, metavar="T", help="with --rounds: temperature of the samples [0.8]"),
     round_rationalise=dict(

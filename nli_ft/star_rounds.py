@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Series', 'round_records', 'finished_round', 'check_series', 'asked_in', 'sample_round', 'sample_cli', 'sampled',
-           'round_config', 'parent_facts', 'round_lines', 'run_rounds', 'rounds_by_options']
+           'round_config', 'parent_facts', 'round_lines', 'run_rounds', 'first_parent', 'rounds_by_options']
 
 # %% ../nbs/81_star_rounds.ipynb #c166b5b8
 import json
@@ -20,6 +20,7 @@ from .config_loader import Config, answer_style, config_hash, load_config
 from .rows import data_hash, read_rows, template_of
 from .records import _result_line, _spec, find_run, note, overrides_text, read_run
 from .ask import RunModel
+from .ready import named_run
 from .launch import RunFailed, run_notebook
 from .teacher_files import digest
 from .self_taught import LocalTeacher, PlainModel, Sampling, sampled_tokens, teach
@@ -247,15 +248,28 @@ def run_rounds(
     return done, 0
 
 # %% ../nbs/81_star_rounds.ipynb #fb1f7ae9
+def first_parent(
+    cfg: Config,
+    named: str | None,  # --parent
+) -> Path | None:  # the record's folder. None for the base
+    """The run that round 1 is sampled from. The name of a config means its newest finished run with the seed of `cfg`,
+    as in `start_from`. Raises `RecordError` where there is none."""
+    if named is None:
+        return None
+    if named.startswith((".", "/", "~")):  # below the folder in which the command was given
+        return find_run(named, cfg.path("runs_dir"))
+    return named_run(cfg.replace(start_from=named), cfg.path("runs_dir"))
+
+
 def rounds_by_options(
     cfgs: list,  # of `Config`: one series each
     ns,  # options of `nli_run`
 ) -> int:  # exit code
     "`nli_run --rounds`."
-    parent = None if ns.parent is None else find_run(ns.parent, cfgs[0].path("runs_dir"))
+    parents = [first_parent(cfg, ns.parent) for cfg in cfgs]  # all are found before anything is sampled
     given = dict(samples=ns.round_samples, temperature=ns.round_temperature)
     codes = []
-    for cfg in cfgs:
+    for cfg, parent in zip(cfgs, parents):
         how = Sampling(
             **{k: v for k, v in given.items() if v is not None},
             seed=cfg.seed,

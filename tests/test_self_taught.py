@@ -14,12 +14,12 @@ from nli_ft.files import write_jsonl
 from nli_ft.labels import LABEL_SETS
 from nli_ft.launch import RunFailed, run_cli
 from nli_ft.preflight import training_rows
-from nli_ft.process import ConfigError, DataError
+from nli_ft.process import ConfigError, RecordError, DataError
 from nli_ft.records import environment, finish_run, read_run, start_run
 from nli_ft.rows import prompt_messages, read_rows, render_completion
 from nli_ft.self_taught import LocalTeacher, Sampling, counts_path, local_teacher, samples_path, teach
 from nli_ft.sft_rows import suspect_path
-from nli_ft.star_rounds import Series, round_lines, run_rounds, sample_round
+from nli_ft.star_rounds import Series, first_parent, round_lines, run_rounds, sample_round
 from nli_ft.teacher import think_cli
 
 FOLLOWS = "A robin is a bird, and it sang. So the hypothesis follows."
@@ -505,6 +505,19 @@ def test_a_parent_of_another_base_or_wording_is_refused(star, monkeypatch):
         with pytest.raises(ConfigError, match=message):
             run_rounds(replace(series, parent=parent), sample, train)
     assert {a[0] for a in asked} == {"train"}
+
+
+def test_each_seed_of_a_series_has_a_parent_of_its_own(star, tmp_path):
+    series, _, train, _ = star
+    of_seed = {seed: train(series.cfg.replace(seed=seed)).name for seed in (1, 2)}
+    two = [series.cfg.replace(seed=seed) for seed in (2, 1)]
+    assert [first_parent(cfg, "minimal_test").name for cfg in two] == [of_seed[2], of_seed[1]]
+    one = str(tmp_path / "runs/minimal_test" / of_seed[1])
+    assert {first_parent(cfg, one).name for cfg in two} == {of_seed[1]}
+    assert {first_parent(cfg, f"minimal_test/{of_seed[1]}").name for cfg in two} == {of_seed[1]}
+    with pytest.raises(RecordError, match="minimal_test has no finished run with seed 3"):
+        first_parent(series.cfg.replace(seed=3), "minimal_test")
+    assert first_parent(series.cfg, None) is None
 
 
 def test_rounds_refuse_what_cannot_be(star, capsys):
