@@ -23,7 +23,7 @@ from .rows import find_column
 from .duplicates import pair_key
 from .generate import probability_keys, softmax
 from .predictions import CARRIED, answer_keys, check_predictions, read_predictions, surest_label
-from .records import Run, _read_json, code_changed, find_run, read_evaluation, read_run
+from .records import Run, _read_json, code_changed, find_run, read_evaluation, read_run, recipe_hash
 
 # %% ../nbs/26_differences.ipynb #77fa89e4
 @dataclass
@@ -825,11 +825,22 @@ def _circumstances(one, other):
     return differences, unknown
 
 # %% ../nbs/26_differences.ipynb #72a71f14
+_ORIGINS = dict(parent="parent", sampled_from="rows sampled from")  # a fact of summary.json, in words
+
+
+def _are_siblings(a, b):
+    "Do two runs repeat one arm with another seed, each with a parent, or with sampled rows, of its own seed?"
+    have_origin = any(run.summary.get(fact) for run in (a, b) for fact in _ORIGINS)
+    return have_origin and a.seed != b.seed and recipe_hash(a) == recipe_hash(b)
+
+
 def _parent_entries(a, b, keys):
     "The keys, with the runs that two runs came from in the place of what was typed for them."
     if any(run.summary.get("parent") for run in (a, b)):
         keys = [k for k in keys if k != "start_from"]
-    for fact, word in dict(parent="parent", sampled_from="rows sampled from").items():
+    if _are_siblings(a, b):
+        return keys
+    for fact, word in _ORIGINS.items():
         one, two = (run.summary.get(fact) or {} for run in (a, b))
         if one.get("adapter_sha256") != two.get("adapter_sha256"):
             names = [x.get("run") or x.get("base") or "none" for x in (one, two)]
@@ -915,10 +926,11 @@ def differing(
         asked = [k for k in keys if k in _UNTRAINED_KEYS or k.startswith("parent ")]
         keys = ["training"] * len(trained) + asked
     else:
-        keys += _files(a, b)
+        siblings = _are_siblings(a, b)  # then rows and amounts are what the parents and the samples came to
+        keys += [entry for entry in _files(a, b) if not (siblings and entry.startswith("train_data"))]
         if _amounts(a)["steps"] is None or _amounts(b)["steps"] is None:
             unknown.insert(0, "steps")
-        key, text = _amount_entry(a, b, keys) or (None, None)
+        key, text = (None, None) if siblings else _amount_entry(a, b, keys) or (None, None)
         if key:
             keys[keys.index(key)] = f"{key} ({text})"
         elif text:
@@ -966,12 +978,23 @@ def _keys_apart(entries) -> list:
     return [k for k in keys if k in _UNTRAINED_KEYS] if any(map(_is_before, entries)) else keys
 
 
+def _setting_text(run, key) -> str:
+    "A setting as it was typed. A parent of the same seed is named by its config, and sampled rows by their round."
+    parent, sampled = (run.summary.get(fact) or {} for fact in _ORIGINS)
+    if key == "train_data" and sampled:
+        return f"round={sampled['round']}"
+    if key == "start_from" and parent:
+        config, _, _ = parent["run"].partition("/")
+        return f"start_from={config if parent.get('seed') == run.seed else parent['run']}"
+    return f"{key}={_as_typed(key, getattr(run.cfg, key))}"
+
+
 def _settings_texts(entries) -> list:  # such as ["", "completion=label_only"]
     "What differs between runs of one config, in words. The same words only where nothing of it differs."
     keys, typed = _keys_apart(entries), [_typed_keys(run) for run, *_ in entries]
 
     def text(run, shown):
-        return ", ".join(f"{k}={_as_typed(k, getattr(run.cfg, k))}" for k in shown)
+        return ", ".join(_setting_text(run, k) for k in shown)
 
     full = [text(run, keys) for run, *_ in entries]
     if None in typed:

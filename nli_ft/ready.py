@@ -38,7 +38,7 @@ from nli_ft.config_loader import (
     load_config,
 )
 from .rows import data_hash
-from .records import find_run, list_runs, newest
+from .records import find_run, list_runs, newest, read_run, recipe_hash
 from .checkpoints import find_checkpoint
 from .corpus import outdated, write_corpus
 
@@ -249,8 +249,9 @@ class Parent(NamedTuple):
 
     @property
     def facts(self) -> dict:  # for a record
-        record = os.path.relpath(self.run, project_root())
-        return dict(run=self.name, record=record, adapter_sha256=self.sha256)
+        run = read_run(self.run)
+        origin = dict(run=self.name, record=os.path.relpath(self.run, project_root()))
+        return origin | dict(adapter_sha256=self.sha256, seed=run.seed, recipe=recipe_hash(run))
 
 
 # what the adapter of a parent decides

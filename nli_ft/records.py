@@ -6,9 +6,9 @@
 __all__ = ['LATEST', 'NOTES', 'EVALUATIONS', 'DELETED', 'redact', 'new_run_dir', 'is_code', 'code_changed', 'environment',
            'overrides_text', 'run_command', 'typed_command', 'start_run', 'append_metrics', 'read_metrics', 'note',
            'finish_run', 'TrainingStopped', 'close_failed', 'keep_notebook', 'NotebookFollower', 'watch_cells',
-           'newest', 'find_run', 'Run', 'read_run', 'before_text', 'read_notes', 'list_runs', 'typed_names',
-           'read_evaluation', 'list_evaluations', 'judged_shas', 'looks', 'set_text', 'text_table', 'show_runs',
-           'show_evaluations']
+           'newest', 'find_run', 'Run', 'read_run', 'recipe_hash', 'before_text', 'read_notes', 'list_runs',
+           'typed_names', 'read_evaluation', 'list_evaluations', 'judged_shas', 'looks', 'set_text', 'text_table',
+           'show_runs', 'show_evaluations']
 
 # %% ../nbs/25_records.ipynb #b0307105
 import hashlib
@@ -877,6 +877,26 @@ def _refuse_two_seeds(path, settings, summary):
         "them was changed after it was written: "
         "restore the record from git or a backup, or make the run again"
     )
+
+# %% ../nbs/25_records.ipynb #51a88f55
+def recipe_hash(
+    run,  # `Run`
+) -> str:  # 64 hex digits
+    """SHA-256 over what made a run apart from its seed: settings, training rows, and what made its parent.
+
+    Runs of one recipe repeat one arm, also where each seed starts from an adapter of its own or has sampled its own
+    rows. A parent that has another seed than the run stands for itself: its adapter counts."""
+    left_out = ("seed", "train_data", "eval_data", "test_data", "start_from")
+    parent, sampled = (run.summary.get(fact) or {} for fact in ("parent", "sampled_from"))
+
+    def origin(facts: dict):
+        return facts.get("recipe") if facts.get("seed") == run.seed else facts.get("adapter_sha256")
+
+    rows = [sampled.get(k) for k in ("round", "base", "pairs_sha256", "how")] + [origin(sampled)]
+    if not sampled:
+        rows = (run.environment["data"].get("train") or {}).get("sha256")
+    facts = [config_hash(run.cfg, ignore=left_out), rows, bool(parent), origin(parent)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/25_records.ipynb #ebcf1d24
 def before_text(

@@ -36,7 +36,8 @@ def _configs(entries):
         first = group[0]
         if first[0].config["name"] != entry[0].config["name"] or _is_before(first) != _is_before(entry):
             return False
-        return not explains(differing(first, entry))
+        # with each of them: one that shares its parent with one seed is no seed among those with their own parents
+        return not any(explains(differing(member, entry)) for member in group)
 
     for e in entries:
         group = next((g for g in groups if belongs(e, g)), None)

@@ -18,7 +18,7 @@ from .process import ConfigError, RecordError, command
 from .checkpoints import newest_checkpoint
 from .config_loader import Config, answer_style, config_hash, load_config
 from .rows import data_hash, read_rows, template_of
-from .records import _result_line, _spec, find_run, note, overrides_text, read_run
+from .records import _result_line, _spec, find_run, note, overrides_text, read_run, recipe_hash
 from .ask import RunModel
 from .ready import named_run
 from .launch import RunFailed, run_notebook
@@ -189,6 +189,10 @@ def parent_facts(
         run=run.name if run else None,
         base=series.cfg.model_id,
         adapter_sha256=run.summary.get("adapter_sha256") if run else None,
+        seed=run.seed if run else None,
+        recipe=recipe_hash(run) if run else None,
+        pairs_sha256=data_hash(series.cfg.path("train_data")),
+        how={k: v for k, v in asdict(series.how).items() if k != "seed"},
         data=os.path.relpath(data, series.cfg.root),
         data_sha256=data_hash(data),
     )

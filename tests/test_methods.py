@@ -16,7 +16,7 @@ from nli_ft.preflight import prepare
 from nli_ft.prompt import encode_prompt
 from nli_ft.fit import changed_facts, fit, resume_facts
 from nli_ft.preferences import CountedLoss
-from nli_ft.records import finish_run, start_run
+from nli_ft.records import finish_run, read_run, recipe_hash, start_run
 from nli_ft.rewards import SampledAnswers, reward_terms
 from nli_ft.self_taught import LocalTeacher
 from nli_ft.study import with_parent
@@ -367,6 +367,7 @@ def test_a_run_of_rewards_leaves_a_record_that_names_its_parent(tmp_path, monkey
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "done" and summary["after"]["n"] == 2
     assert summary["parent"]["run"] == f"minimal_test/{parent.name}"
+    assert summary["parent"]["recipe"] == recipe_hash(read_run(parent))
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first = next(row for row in log if "no_signal" in row)
     assert {"reward", "kl", "valid_json", "thought_tokens", "generated_tokens", "right"} <= first.keys()

@@ -740,6 +740,49 @@ def test_runs_of_one_seed_count_once_and_the_last_of_them(project):
     assert "over 3 and 3 seeds" not in out.stdout and "3 and 2 seeds" not in out.stdout
 
 
+def child_of(parent, seed, data="pairs", **facts):
+    "A run that started from another one."
+    run = nli_ft.records.read_run(parent)
+    recipe = nli_ft.records.recipe_hash(run)
+    origin = dict(run=run.name, adapter_sha256=run.path.name, seed=run.seed, recipe=recipe)
+    return finished(
+        "dpo_demo", seed=seed, overrides=f"train_data={data}.jsonl", facts=dict(parent=origin) | facts
+    )
+
+
+def test_seeds_that_start_from_parents_of_their_own_seed_are_one_arm(project):
+    (project / "pairs.jsonl").write_text("{}\n")
+    (project / "other.jsonl").write_text("{} \n")
+    parents = [finished("cpu_demo", seed=seed) for seed in (1, 2, 3)]
+    children = [child_of(p, seed) for seed, p in zip((1, 2, 3), parents)]
+    assert seeds_of(*parents, *children) == [[1, 2, 3], [1, 2, 3]]
+    longer = finished("cpu_demo", seed=4, overrides="max_steps=7")
+    others = child_of(longer, 4), child_of(parents[0], 5), child_of(parents[1], 6, data="other")
+    assert seeds_of(*children, *others) == [[1, 2, 3], [4], [5], [6]]
+    names = nli_ft.differences.arm_names(nli_ft.differences.load_compared(list(map(str, children))))
+    assert set(names) == {"dpo_demo"}
+
+
+def sampled_by(parent, seed, n=1, **changed):
+    "A run that learnt what another one had sampled."
+    run = nli_ft.records.read_run(parent)
+    Path(f"round{n}-s{seed}.jsonl").write_text(json.dumps([n, seed]) + "\n")
+    origin = dict(run=run.name, adapter_sha256=run.path.name, seed=run.seed, base="smollm2-135m", round=n)
+    origin |= dict(recipe=nli_ft.records.recipe_hash(run), pairs_sha256="…", how=dict(samples=4)) | changed
+    facts = dict(sampled_from=origin, generated_tokens=1000 * seed, steps=10 + seed)
+    return finished("cpu_demo", seed=seed, overrides=f"train_data=round{n}-s{seed}.jsonl", facts=facts)
+
+
+def test_seeds_that_learn_what_runs_of_their_own_seed_have_sampled_are_one_arm(project):
+    parents = [finished("cpu_demo", seed=seed) for seed in (1, 2)]
+    first = [sampled_by(p, seed) for seed, p in zip((1, 2), parents)]
+    second = [sampled_by(p, seed, n=2) for seed, p in zip((1, 2), first)]
+    assert seeds_of(*parents, *first, *second) == [[1, 2]] * 3
+    assert seeds_of(first[0], sampled_by(parents[1], 2, how=dict(samples=8))) == [[1], [2]]
+    names = nli_ft.differences.arm_names(nli_ft.differences.load_compared(list(map(str, [*first, *second]))))
+    assert names == ["cpu_demo [round=1]"] * 2 + ["cpu_demo [round=2]"] * 2
+
+
 def test_a_copied_folder_is_no_run_whatever_its_name_and_seed(project):
     one, two = finished(seed=1), finished("cpu_demo", right=lambda i: i % 3 > 0, seed=1)
     copies = [one.with_name(name) for name in ("copy", "20261126-000000-s2-00000000")]

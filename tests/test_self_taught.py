@@ -15,7 +15,7 @@ from nli_ft.labels import LABEL_SETS
 from nli_ft.launch import RunFailed, run_cli
 from nli_ft.preflight import training_rows
 from nli_ft.process import ConfigError, RecordError, DataError
-from nli_ft.records import environment, finish_run, read_run, start_run
+from nli_ft.records import environment, finish_run, read_run, recipe_hash, start_run
 from nli_ft.rows import prompt_messages, read_rows, render_completion
 from nli_ft.self_taught import LocalTeacher, Sampling, counts_path, local_teacher, samples_path, teach
 from nli_ft.sft_rows import suspect_path
@@ -518,6 +518,21 @@ def test_each_seed_of_a_series_has_a_parent_of_its_own(star, tmp_path):
     with pytest.raises(RecordError, match="minimal_test has no finished run with seed 3"):
         first_parent(series.cfg.replace(seed=3), "minimal_test")
     assert first_parent(series.cfg, None) is None
+
+
+def test_rounds_of_two_seeds_have_one_recipe_and_of_other_pairs_or_samples_another(star, tmp_path):
+    series, sample, train, _ = star
+
+    def recipes(series):
+        runs, _ = run_rounds(series, sample, train)
+        return [recipe_hash(read_run(run)) for run in runs]
+
+    one, two = [replace(series, cfg=series.cfg.replace(seed=seed), rounds=2) for seed in (1, 2)]
+    assert recipes(one) == recipes(two) and len(set(recipes(one))) == 2
+    more = replace(one, how=replace(one.how, samples=2))
+    write_jsonl(tmp_path / "fewer.jsonl", [pair(i, i % 2) for i in range(6)])
+    fewer = replace(one, cfg=one.cfg.replace(train_data="fewer.jsonl"))
+    assert not set(recipes(more) + recipes(fewer)) & set(recipes(one))
 
 
 def test_rounds_refuse_what_cannot_be(star, capsys):
