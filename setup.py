@@ -83,6 +83,7 @@ extras["dev"] = sum(extras.values(), []) + [
     "ghapi>=1.1,<2",
     "fastgit>=0.1,<0.2",
     "nbclient>=0.11,<1",
+    "jsonschema>=4.18,<4.25",  # nbformat imports it, and newer ones compile a grammar then: over a second each time
     "packaging>=26",
     "pytest>=9.2,<10",
     "pytest-xdist>=3.8,<4",

@@ -1,6 +1,7 @@
 "What every test starts from, and what tests of several files share."
 
 import shutil, signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # closing terminal sends
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items):
+    "Files that train come first, so that no worker begins a long one when the others have nothing left to do."
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture

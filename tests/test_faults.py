@@ -556,11 +556,12 @@ def test_the_checkpoint_before_is_deleted_only_when_the_new_one_is_whole(tmp_pat
     assert "checkpoint-3: it was not saved to its end" in said[0]
 
 
+@pytest.mark.every
 @pytest.mark.parametrize(
     "kw, steps",
     [
         (dict(max_steps=4), lambda n: n == 4),  # in the middle of the second epoch
-        pytest.param(
+        (
             dict(
                 eval_steps=1,
                 early_stopping_patience=1,
@@ -570,7 +571,6 @@ def test_the_checkpoint_before_is_deleted_only_when_the_new_one_is_whole(tmp_pat
                 warmup_ratio=0.0,
             ),
             lambda n: n < 12,
-            marks=pytest.mark.every,
         ),
     ],
     ids=["all steps", "stopped early"],
@@ -832,7 +832,7 @@ def test_a_terminal_that_closes_ends_the_step_and_saves(tmp_path):
     assert damage(at) is None and summary(only_run(tmp_path))["status"] == "interrupted"
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_ctrl_c_in_the_notebook_of_a_run_saves_and_says_how_to_go_on(tmp_path):
     p = started(tmp_path, module="nli_ft.launch")
     p.send_signal(signal.SIGINT)

@@ -48,6 +48,7 @@ def groups(rows):
     return out
 
 
+@pytest.mark.every
 def test_each_label_has_a_third_of_every_file_and_of_every_category():
     for split, rows in made().items():
         judged = set(VARIANT_CATEGORIES[HARDER.get(split, "plain")]) - set(NOT_JUDGED.get(split, ()))
