@@ -47,9 +47,8 @@ echo "== notebooks: every example and test in them"
 OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --skip_file_glob train.ipynb
 
 echo "== site: every page is made, and every link leads somewhere"
-wait "$site" && site_ok=1 || site_ok=
+wait "$site" || { cat .venv/site.log >&2; exit 1; }
 cat .venv/site.log
-[[ $site_ok ]]
 
 echo "== pytest"
 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=120 --durations-min=3 "${only[@]}"

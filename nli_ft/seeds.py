@@ -213,9 +213,9 @@ def _has_config(entry):
 
 
 def _is_seedless(entry):
-    "Is an entry a model that no seed changes?"
+    "Is an entry a model that no seed changes? A run that started from another one was a trained model before, too."
     if _is_run(entry):
-        return _is_before(entry)
+        return _is_before(entry) and not entry[0].summary.get("parent")
     asked_once = not any(str(p.get("mode")).startswith("vote") for p in entry[1])
     return entry[0].kind == "evaluation" and not entry[0].facts.get("shots") and asked_once
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Series', 'round_records', 'finished_round', 'check_series', 'asked_in', 'sample_round', 'sample_cli', 'sampled',
-           'round_config', 'parent_facts', 'round_lines', 'run_rounds', 'first_parent', 'rounds_by_options']
+           'round_config', 'parent_facts', 'refuse_other_pairs', 'round_lines', 'run_rounds', 'first_parent',
+           'rounds_by_options']
 
 # %% ../nbs/81_star_rounds.ipynb #c166b5b8
 import json
@@ -56,14 +57,17 @@ def round_records(
     series: Series,
     n: int,  # round
 ) -> list:  # of `Run`, oldest first
-    "The records that were trained on the rows of a round, finished or not."
-    found, wanted = [], series.data(n).resolve()
+    "The records that were trained on the rows of a round as they are now, finished or not."
+    if not series.data(n).is_file():  # somebody wants the rounds anew
+        return []
+    found, wanted, sha = [], series.data(n).resolve(), data_hash(series.data(n))
     for path in sorted((series.cfg.path("runs_dir") / series.cfg.name).glob("*/environment.json")):
         try:
             run = read_run(path.parent)
         except (RecordError, ConfigError):
             continue  # `nli_runs` says what is wrong with it
-        if run.cfg.path("train_data").resolve() == wanted:
+        trained = run.environment["data"].get("train") or {}
+        if run.cfg.path("train_data").resolve() == wanted and trained.get("sha256") == sha:
             found.append(run)
     return found
 
@@ -199,6 +203,19 @@ def parent_facts(
     return dict(sampled_from=facts, generated_tokens=sampled_tokens(data))
 
 
+def refuse_other_pairs(
+    series: Series,
+    run: Path,  # record of a finished round
+):
+    "Raise `RecordError` where the pairs of a series are not those of a round that is done."
+    known = (read_run(run).summary.get("sampled_from") or {}).get("pairs_sha256")
+    if known is not None and known != data_hash(series.cfg.path("train_data")):
+        raise RecordError(
+            f"{series.cfg.train_data} has changed since {run.name} was sampled from it. Restore it, or move "
+            f"{os.path.relpath(series.folder, series.cfg.root)} away: then all rounds are made anew"
+        )
+
+
 def round_lines(series: Series) -> list:  # one line a round
     "What a series has to do."
     found, parent = [], series.parent
@@ -245,8 +262,10 @@ def run_rounds(
                 )
                 return [*done, e.run_dir], e.exit_code
         else:
+            refuse_other_pairs(series, run)
             print(f"{told}: done before", flush=True)
-        note(run, **parent_facts(series, n, parent))
+        if "sampled_from" not in read_run(run).summary:
+            note(run, **parent_facts(series, n, parent))
         done.append(run)
         parent = run
     return done, 0
@@ -257,12 +276,23 @@ def first_parent(
     named: str | None,  # --parent
 ) -> Path | None:  # the record's folder. None for the base
     """The run that round 1 is sampled from. The name of a config means its newest finished run with the seed of `cfg`,
-    as in `start_from`. Raises `RecordError` where there is none."""
+    as in `start_from`. Raises `RecordError` where there is none.
+
+    A name may come to mean a round of the series itself. Then the run with which that series began is meant. So the
+    same command goes on."""
     if named is None:
         return None
     if named.startswith((".", "/", "~")):  # below the folder in which the command was given
         return find_run(named, cfg.path("runs_dir"))
-    return named_run(cfg.replace(start_from=named), cfg.path("runs_dir"))
+    run = read_run(named_run(cfg.replace(start_from=named), cfg.path("runs_dir")))
+    while "/" not in named and (sampled := run.summary.get("sampled_from")):
+        if sampled["run"] is None:
+            raise RecordError(
+                f"--parent {named} means {run.name}, a round of a series that began with the base. Give the folder of "
+                "a record"
+            )
+        run = read_run(find_run(sampled["run"], cfg.path("runs_dir")))
+    return run.path
 
 
 def rounds_by_options(

@@ -763,6 +763,15 @@ def test_seeds_that_start_from_parents_of_their_own_seed_are_one_arm(project):
     assert set(names) == {"dpo_demo"}
 
 
+def test_parents_before_their_children_were_trained_are_as_many_seeds(project):
+    parents = [finished("cpu_demo", right=lambda i, s=s: (i + s) % 4 > 0, seed=s) for s in (1, 2, 3)]
+    children = [child_of(p, seed) for seed, p in zip((1, 2, 3), parents)]
+    for parent, child in zip(parents, children):
+        shutil.copy(parent / "predictions.jsonl", child / "predictions_before.jsonl")
+    before, after = nli_ft.seeds.compare_configs([*(f"{c}:before" for c in children), *children])
+    assert before["seeds"] == after["seeds"] == [1, 2, 3] and before["sd"] is not None
+
+
 def sampled_by(parent, seed, n=1, **changed):
     "A run that learnt what another one had sampled."
     run = nli_ft.records.read_run(parent)

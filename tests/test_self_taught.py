@@ -520,6 +520,40 @@ def test_each_seed_of_a_series_has_a_parent_of_its_own(star, tmp_path):
     assert first_parent(series.cfg, None) is None
 
 
+def test_a_name_that_has_come_to_mean_a_round_is_the_run_with_which_the_series_began(star, monkeypatch):
+    series, sample, train, _ = star
+    monkeypatch.setattr(
+        "nli_ft.star_rounds.check_series", lambda series: None
+    )  # scripted runs have no weights
+    began = train(series.cfg)
+    for named in ("minimal_test", "latest"):
+        assert first_parent(series.cfg, named) == began
+        rounds, _ = run_rounds(replace(series, parent=began, rounds=2), sample, train)
+        assert first_parent(series.cfg, named) == began
+    assert first_parent(series.cfg, f"minimal_test/{rounds[0].name}") == rounds[0]
+
+
+def test_a_round_of_the_base_is_no_parent_by_name(star):
+    series, sample, train, _ = star
+    run_rounds(replace(series, rounds=1), sample, train)
+    with pytest.raises(RecordError, match="a series that began with the base"):
+        first_parent(series.cfg, "minimal_test")
+
+
+def test_a_finished_round_keeps_its_facts_and_other_pairs_are_refused(star, tmp_path):
+    series, sample, train, asked = star
+    one = replace(series, rounds=1)
+    [run], _ = run_rounds(one, sample, train)
+    facts = parents([run])
+    write_jsonl(tmp_path / "pairs.jsonl", [pair(i, i % 2) for i in range(5)], overwrite=True)
+    with pytest.raises(RecordError, match="pairs.jsonl has changed since"):
+        run_rounds(one, sample, train)
+    assert parents([run]) == facts
+    series.folder.rename(tmp_path / "away")
+    [again], code = run_rounds(one, sample, train)
+    assert code == 0 and again != run and parents([again])[0]["pairs_sha256"] != facts[0]["pairs_sha256"]
+
+
 def test_rounds_of_two_seeds_have_one_recipe_and_of_other_pairs_or_samples_another(star, tmp_path):
     series, sample, train, _ = star
 
