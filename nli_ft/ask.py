@@ -6,9 +6,9 @@
 __all__ = ['ANSWER_COLUMNS', 'UNTUNED', 'open_run', 'asked_wording', 'check_recorded_base', 'question', 'knows_two_labels',
            'gold_in_label_set', 'without_prompt', 'worded_rows', 'evaluation_rows', 'other_contract',
            'refuse_other_contract', 'started_from', 'evaluation_dir', 'JudgedSet', 'in_labels_of', 'set_warnings',
-           'judged_set', 'set_facts', 'unjudged_sets', 'evaluate_run', 'evaluate_cli', 'read_pairs', 'answer_pairs',
-           'reasoning_so_far', 'PairAnswer', 'ask_model', 'RunModel', 'run_model', 'SharedModel', 'asked_model',
-           'predict_pairs', 'predict_cli']
+           'judged_set', 'set_facts', 'unjudged_sets', 'evaluate_run', 'evaluate_cli', 'learnt_before', 'read_pairs',
+           'answer_pairs', 'reasoning_so_far', 'PairAnswer', 'ask_model', 'RunModel', 'run_model', 'SharedModel',
+           'asked_model', 'predict_pairs', 'predict_cli']
 
 # %% ../nbs/30_ask.ipynb #2d737bde
 import argparse
@@ -406,11 +406,13 @@ def set_warnings(
 def judged_set(
     file: JudgedFile,  # a set that does not select
     rows: list,  # its rows
-    train: list,  # rows that are trained on
+    train: list,  # rows that are trained on, and were before
     others: list,  # `(JudgedFile, rows)` of the sets that were looked at before
+    unread: list = (),  # as for `leakage`
 ) -> JudgedSet:
     "A set with what it shares with the training rows and with the other sets."
-    return JudgedSet(file, rows, leakage(in_labels_of(train, rows), rows), set_warnings(file, rows, others))
+    leaks = leakage(in_labels_of(train, rows), rows, unread=unread)
+    return JudgedSet(file, rows, leaks, set_warnings(file, rows, others))
 
 # %% ../nbs/30_ask.ipynb #6270a9bc
 def _set_file(file, n=None):
@@ -558,7 +560,9 @@ def _evaluation_report(run: Path, cfg, rows, out: Path, preds, extra: dict) -> t
     train = in_labels_of(_learnt_pairs(cfg), rows) if cfg.path("train_data").is_file() else None
     untuned = dict(before=run / "predictions_before.jsonl", forced=run / "predictions_before_forced.jsonl")
     untuned = {k: read_predictions(p) for k, p in untuned.items() if out == run and p.is_file()}
-    extra["leakage"] = leakage(train, rows) if train else None
+    before, unread = learnt_before(_parent_folder(read_run(run)))
+    learnt = in_labels_of(before, rows) + (train or [])
+    extra["leakage"] = leakage(learnt, rows, unread=unread) if train else None
     report = save_report(out, preds, extra, train=train, rows=rows, **untuned)
     beside = set_text(report)
     if train is None:
@@ -711,6 +715,34 @@ def _learnt_pairs(cfg):
         map(without_prompt, spread(rows, cfg.max_train_samples))
     )  # a wording of its own is no obstacle
     return [in_label_set(r, labels) for r in rows]
+
+# %% ../nbs/30_ask.ipynb #eed81a94
+def _parent_folder(run):
+    "Folder of the record that a `Run` started from. None for a fresh adapter."
+    parent = run.summary.get("parent")
+    return parent and project_root() / parent["record"]
+
+
+def learnt_before(
+    parent: Path | None,  # record of the run whose adapter is the start. None: a fresh adapter
+) -> tuple:  # rows with labels; sentences on the rows that cannot be read any more
+    """The pairs that an adapter had learnt before a training started from it: those of its run, and of the runs
+    before. Rows of a file that is gone, or that is not the recorded one any more, are named in a sentence."""
+    rows, unread = [], []
+    while parent:
+        lost = f"Rows that this run learnt before, through {Path(parent).name}, were not looked for: "
+        try:
+            run = read_run(parent)
+        except RecordError as e:
+            return rows, unread + [f"{lost}{e}"]
+        known = (run.environment["data"].get("train") or {}).get("sha256")
+        path = run.cfg.path("train_data")
+        if path.is_file() and data_hash(path) == known:
+            rows += _learnt_pairs(run.cfg)
+        else:
+            unread.append(f"{lost}{run.cfg.train_data} is gone or has changed.")
+        parent = _parent_folder(run)
+    return rows, unread
 
 # %% ../nbs/30_ask.ipynb #6a935097
 def _predict_and_probe(

@@ -442,13 +442,14 @@ def leakage(
     train: list,  # rows that are trained on
     judged: list,  # rows that are scored
     near_rows: int = 20_000,  # rows of both that are held for near-copies
+    unread: list = (),  # sentences on rows that were trained on and cannot be read any more
 ) -> dict:  # counts of judged rows, ready for JSON. `sample`: among how many rows near-copies were sought
     """What training rows and evaluation rows share: pairs (with the same and with the other label), premises,
     near-copies, label contracts.
 
     Pairs and premises are equal if their keys are equal (`norm_text`). Near-copies are sought among the judged
     rows and those training rows that could be one. If these are more than `near_rows`, they are sought in a
-    sample (`NearSample`)."""
+    sample (`NearSample`). `unread` is kept under its own key, if there is any."""
     if label_set_of(r["label"] for r in train) is not label_set_of(r["label"] for r in judged):
         # a three-way model that is judged on two-way gold
         train, judged = _merged_gold(train), _merged_gold(judged)
@@ -479,6 +480,7 @@ def leakage(
         near_other_label=near[False],
         sample=dict(rows=len(sample.rows), of=sample.n, judged=sum(r[1] for r in sample.rows)),
         contracts=dict(train=_contracts(train), eval=_contracts(judged)),
+        **(dict(unread=list(unread)) if unread else {}),
     )
 
 # %% ../nbs/10_check.ipynb #50266170
@@ -490,7 +492,7 @@ def leakage_text(
         return ["Training and evaluation rows may share pairs or premises. That was not looked for."]
     n, s = leaks["judged"], leaks["sample"]
     where = "" if s["rows"] == s["of"] else f" (sought in a sample: {s['judged']:,} of {n:,} evaluation rows)"
-    sentences = []
+    sentences = list(leaks.get("unread", []))
     if leaks["pairs"]:
         other = ""
         if leaks["pairs_other_label"]:

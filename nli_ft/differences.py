@@ -829,9 +829,11 @@ _ORIGINS = dict(parent="parent", sampled_from="rows sampled from")  # a fact of 
 
 
 def _are_siblings(a, b):
-    "Do two runs repeat one arm with another seed, each with a parent, or with sampled rows, of its own seed?"
+    """Do two runs repeat one arm with another seed? Parents, or sampled rows, are of their own seeds, or both have the
+    same."""
     have_origin = any(run.summary.get(fact) for run in (a, b) for fact in _ORIGINS)
-    return have_origin and a.seed != b.seed and recipe_hash(a) == recipe_hash(b)
+    alike = (recipe_hash(a, one) == recipe_hash(b, one) for one in (False, True))
+    return have_origin and a.seed != b.seed and any(alike)
 
 
 def _parent_entries(a, b, keys):

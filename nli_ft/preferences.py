@@ -124,7 +124,7 @@ def encode_preferences(
 # %% ../nbs/77_preferences.ipynb #0125b6c4
 def pair_facts(
     prep,  # `Prepared`
-) -> dict:  # beta, mean tokens of both sides, share of pairs whose better answer is longer, pairs rewritten
+) -> dict:  # beta, mean tokens of both sides, how often the better one is longer or shorter, pairs rewritten
     "Lengths of the two sides, in tokens of the answers with the end of turn."
     better = [len(e) - e.n_prompt for e in prep.train]
     worse = [len(e.rejected) - e.n_prompt for e in prep.train]
@@ -134,6 +134,7 @@ def pair_facts(
         chosen_tokens=sum(better) / n,
         rejected_tokens=sum(worse) / n,
         chosen_longer=sum(a > b for a, b in zip(better, worse)) / n,
+        chosen_shorter=sum(a < b for a, b in zip(better, worse)) / n,
         rewritten=sum(row["rewritten"] for row in prep.train_rows),
     )
 
@@ -149,9 +150,10 @@ def pair_lines(facts: dict) -> list:
     "These facts for a person."
     lines = [
         f"pairs      answers of {facts['chosen_tokens']:.1f} tokens chosen, {facts['rejected_tokens']:.1f} rejected; "
-        f"chosen is longer in {facts['chosen_longer']:.0%}; beta {facts['beta']:g}"
+        f"chosen is longer in {facts['chosen_longer']:.0%}, shorter in {facts['chosen_shorter']:.0%}; "
+        f"beta {facts['beta']:g}"
     ]
-    if abs(facts["chosen_longer"] - 0.5) > 0.25:
+    if abs(facts["chosen_longer"] - facts["chosen_shorter"]) > 0.5:
         lines.append(
             "WARNING    length tells most pairs apart, so the model may learn length. Balance the pairs"
         )
@@ -183,13 +185,16 @@ class CountedLoss:
 
     def log(self, logs, start_time=None):
         "Add the tokens since the last log, and keep what is `logged` of TRL's."
+        was_training = self.model.training
         if "loss" in logs:  # an evaluation may lie between two logs of the training
+            self.model.train()  # by this TRL tells the numbers of a training from those of an evaluation
             noted = self._metrics["train"]
             for name in [name for name in noted if not name.startswith(self.logged)]:
                 del noted[name]
             logs.update(self._counts)
             self._counts = dict.fromkeys(self._counts, 0)
         super().log(logs, start_time)
+        self.model.train(was_training)
 
     def create_model_card(self, *a, **k):
         "Checkpoints are not published, so no model card is written into them."

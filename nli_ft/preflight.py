@@ -48,7 +48,15 @@ from nli_ft.prompt import (
 )
 from .report import BLUE, GREY, ORANGE, new_figure
 from .predict import _check_rows
-from .ask import evaluation_rows, judged_set, other_contract, question, without_prompt
+from nli_ft.ask import (
+    evaluation_rows,
+    in_labels_of,
+    judged_set,
+    learnt_before,
+    other_contract,
+    question,
+    without_prompt,
+)
 from .ready import find_parent
 
 # %% ../nbs/33_preflight.ipynb #f80bb25b
@@ -70,6 +78,7 @@ class Prepared:
     leakage: dict = field(default_factory=dict)  # what training and evaluation rows share, from `leakage`
     sets: list = field(default_factory=list)  # of `JudgedSet`: further evaluation sets and the test
     parent: object = None  # `Parent`, the run whose adapter is the start; None: a fresh adapter
+    learnt_before: tuple = ((), ())  # rows that the parents learnt, and sentences on those that are gone
 
 # %% ../nbs/33_preflight.ipynb #86b73048
 def _taught_pairs(cfg, pairs) -> list:
@@ -310,6 +319,8 @@ def further_sets(
         return []
     cfg, (first, *files) = prep.cfg, judged_files(prep.cfg)
     seen, sets = [(first, prep.eval_rows)], []
+    before, unread = prep.learnt_before
+    learnt = [*before, *prep.train_rows]
     for file in files:
         try:
             rows = evaluation_rows(file.path, cfg, prep.template or "auto")
@@ -317,7 +328,7 @@ def further_sets(
             _refuse_long_prompts(cfg, rows, _check_rows(prep.tok, rows))
         except DataError as e:
             raise DataError(f"{file.key}, set {file.name}: {e}") from e
-        sets.append(judged_set(file, rows, prep.train_rows, seen))
+        sets.append(judged_set(file, rows, learnt, seen, unread))
         if file.role != "test":
             seen.append((file, rows))
     return sets
@@ -375,8 +386,10 @@ def prepare(cfg: Config, tok=None) -> Prepared:
         _, encoded, out = encode_rows(tok, whole, cfg.max_seq_length, cfg.too_long, completion=style, **how)
         dropped += [("eval", *d) for d in out]
     bad = {"train": list(bad)}
-    prep = Prepared(cfg, tok, rows, train, judged, encoded, dropped, bad, template, leakage(rows, judged))
-    prep.parent = parent
+    before, unread = learnt_before(parent and parent.run)
+    leaks = leakage(in_labels_of(before, rows) + rows, judged, unread=unread)
+    prep = Prepared(cfg, tok, rows, train, judged, encoded, dropped, bad, template, leaks, parent=parent)
+    prep.learnt_before = (before, unread)
     prep.sets = further_sets(prep)
     return prep
 

@@ -881,6 +881,7 @@ def _refuse_two_seeds(path, settings, summary):
 # %% ../nbs/25_records.ipynb #51a88f55
 def recipe_hash(
     run,  # `Run`
+    one_parent: bool = False,  # do all seeds share one parent? Then its adapter counts for each of them
 ) -> str:  # 64 hex digits
     """SHA-256 over what made a run apart from its seed: settings, training rows, and what made its parent.
 
@@ -890,7 +891,8 @@ def recipe_hash(
     parent, sampled = (run.summary.get(fact) or {} for fact in ("parent", "sampled_from"))
 
     def origin(facts: dict):
-        return facts.get("recipe") if facts.get("seed") == run.seed else facts.get("adapter_sha256")
+        own = facts.get("seed") == run.seed and not one_parent
+        return facts.get("recipe") if own else facts.get("adapter_sha256")
 
     rows = [sampled.get(k) for k in ("round", "base", "pairs_sha256", "how")] + [origin(sampled)]
     if not sampled:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import Counter
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -412,7 +412,7 @@ def asked_rows(
 ) -> list:  # pair rows with label in the teacher's label set, prompt and key
     "The rows of a file as they are asked. Raises `DataError` for rows without gold, or of another contract."
     contract, bad = source.contract or words_contract(teacher.cfg), BadRows()
-    source = Source(source.path, contract, source.max_bad, source.limit)
+    source = replace(source, contract=contract)
     rows = [in_label_set(row, teacher.labels) for row in wanted_rows(THINK, source, bad)]
     if bad.total:
         print(f"note: {bad.total:,} rows of the input are unusable and left out", file=sys.stderr)
@@ -435,7 +435,7 @@ def teach(
     allow_eval_rows: bool = False,  # rationalise dev and test rows, too
     dry_run: bool = False,  # only say what there is to do
     progress: bool = True,
-    **source_options,  # contract, max_bad, limit: see `Source`
+    **source_options,  # contract, max_bad, limit, evenly: see `Source`
 ) -> dict:  # counts
     """Let a model be its own teacher. The same call goes on where an earlier one was stopped.
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from .process import ConfigError, RecordError, command
 from .checkpoints import newest_checkpoint
 from .config_loader import Config, answer_style, config_hash, load_config
+from .labels import words_contract
 from .rows import data_hash, read_rows, template_of
 from .records import _result_line, _spec, find_run, note, overrides_text, read_run, recipe_hash
 from .ask import RunModel
@@ -123,7 +124,7 @@ def asked_in(cfg: Config) -> str:
     "The wording in which a config asks: its own, else that of its rows, else standard."
     if cfg.prompt_template != "auto":
         return cfg.prompt_template
-    rows = read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows, contract=cfg.contract)
+    rows = read_rows(cfg.path("train_data"), max_bad=cfg.max_bad_rows, contract=words_contract(cfg))
     return template_of(r for r in rows if "prompt" in r) or "standard"
 
 # %% ../nbs/81_star_rounds.ipynb #bc5698f5
@@ -142,7 +143,8 @@ def sample_round(
         asked = RunModel(parent, **{k: getattr(cfg, k) for k in ("eval_batch_size", "device")})
     load_tokenizer(asked.cfg)  # a base that is not here is told before the rows are read
     limit, bad = cfg.max_train_samples, cfg.max_bad_rows
-    source = dict(contract=cfg.contract, max_bad=bad, limit=limit)
+    # the rows that a training with this config would take
+    source = dict(contract=words_contract(cfg), max_bad=bad, limit=limit, evenly=True)
     return teach(LocalTeacher(asked), cfg.path("train_data"), output, how, **source)
 
 
@@ -302,7 +304,7 @@ def rounds_by_options(
     "`nli_run --rounds`."
     parents = [first_parent(cfg, ns.parent) for cfg in cfgs]  # all are found before anything is sampled
     given = dict(samples=ns.round_samples, temperature=ns.round_temperature)
-    codes = []
+    series, codes = [], []
     for cfg, parent in zip(cfgs, parents):
         how = Sampling(
             **{k: v for k, v in given.items() if v is not None},
@@ -310,12 +312,14 @@ def rounds_by_options(
             keep=1,
             rationalise=ns.round_rationalise,
         )
-        series = Series(cfg, ns.rounds, parent, how)
+        series.append(Series(cfg, ns.rounds, parent, how))
+    for one in series:
+        check_series(one)
+    for one in series:
         if ns.dry_run:
-            check_series(series)
-            print("\n".join(round_lines(series)))
+            print("\n".join(round_lines(one)))
             continue
-        runs, code = run_rounds(series)
+        runs, code = run_rounds(one)
         print("\n" + "\n".join(_result_line(run) for run in runs), flush=True)
         codes.append(code)
         if code > 128:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .process import DataError
 from .files import json_line, own_lines
-from .rows import BadRows, iter_rows
+from .rows import BadRows, iter_rows, spread
 from .sft_rows import suspect_path
 from .teacher_replies import REPROMPT, Stage, response_schema
 from .teacher_session import Endpoint, estimate_tokens
@@ -180,6 +180,7 @@ class Source:
     contract: str | None = None  # what the labels mean, for rows that do not say it
     max_bad: float = 0.0  # largest share of unusable rows
     limit: int | None = None  # read only so many rows
+    evenly: bool = False  # spread these over the file (`spread`), instead of the first ones
 
 # %% ../nbs/49_teacher_files.ipynb #05cd1572
 ADDED = set(  # what the stages of this package add to a pair
@@ -195,7 +196,8 @@ def wanted_rows(
 ):
     "The rows that the stage is about, one by one. Raises `DataError` for unusable input."
     meta = {}
-    for row in islice(iter_rows(source.path, None, source.max_bad, source.contract, bad, meta), source.limit):
+    rows = iter_rows(source.path, None, source.max_bad, source.contract, bad, meta)
+    for row in spread(list(rows), source.limit) if source.evenly else islice(rows, source.limit):
         if not stage.saw_gold:
             yield {k: v for k, v in row.items() if k not in ADDED}
         elif meta["kind"] != "thought":

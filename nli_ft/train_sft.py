@@ -128,9 +128,10 @@ def _refuse_training_files(cfg):
 
 def _refuse_trained_rows(prep):
     "Raise `DataError` where every pair of a set is trained on."
-    refuse_leaked(prep.leakage, prep.cfg.train_data, judged_files(prep.cfg)[0].file)
+    learnt = f"{prep.cfg.train_data} or of a run it starts from" if prep.parent else prep.cfg.train_data
+    refuse_leaked(prep.leakage, learnt, judged_files(prep.cfg)[0].file)
     for judged in prep.sets:
-        refuse_leaked(judged.leakage, prep.cfg.train_data, judged.file.file)
+        refuse_leaked(judged.leakage, learnt, judged.file.file)
 
 # %% ../nbs/36_train_sft.ipynb #aa947b0d
 def _is_main():

@@ -1,12 +1,15 @@
 """Pairs and rewards: the reference, what moves, what is counted, resuming, and what is refused."""
 
 import json, math, os, signal, subprocess, sys
+from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
 
 from nli_ft.process import ConfigError, DataError, Interrupted, RecordError, project_root
-from nli_ft.ask import RunModel, started_from
+from nli_ft.ask import RunModel, evaluate_run, started_from
+from nli_ft.check import leakage_text
 from nli_ft.config_loader import config_hash, load_config
 from nli_ft.files import write_jsonl
 from nli_ft.rows import damage, prompt_messages, render_completion, sft_row
@@ -130,6 +133,13 @@ def test_dpo_lifts_the_better_answers_above_the_worse_ones(tmp_path):
     assert last["rewards/accuracies"] == 1 and last["rewards/margins"] > 0.1
     assert result["loss_tokens_trained"] == sum(row["loss_tokens"] for row in logs if "loss_tokens" in row)
     assert damage(tmp_path / "out/adapter") is None and not (tmp_path / "out/adapter/ref").exists()
+
+
+def test_rewards_are_logged_also_right_after_an_evaluation(tmp_path):
+    often = dict(eval_metric="accuracy", eval_metric_rows=2, eval_steps=3, save_steps=3)
+    logs, _, _ = trained(dpo(tmp_path, logging_steps=2, max_steps=3, **often), tmp_path / "out")
+    steps = [row for row in logs if "loss" in row]
+    assert len(steps) == 3 and all("rewards/margins" in row for row in steps)
 
 
 def cut_off_and_resumed(cfg, folder):
@@ -510,3 +520,35 @@ def test_a_random_reward_does_not_raise_accuracy_beyond_its_interval(tmp_path):
     assert summary["before"]["accuracy"] == learnt["accuracy"]
     assert summary["after"]["accuracy"] <= learnt["accuracy_ci"][1]
     assert summary["generated_tokens"] > 0
+
+
+def test_leakage_is_sought_among_the_rows_of_every_parent(tmp_path):
+    first = imitated(tmp_path)
+    second = run_training(
+        tiny(tmp_path, start_from=str(first), train_data=imitated_rows(tmp_path / "second.jsonl", 4))
+    )
+    rows = imitated_rows(tmp_path / "third.jsonl", 5)
+    # rows that the first run was trained on, and the third was not
+    further = dict(also=str(tmp_path / "imitated.jsonl"), new=imitated_rows(tmp_path / "new.jsonl", 6))
+    cfg = tiny(
+        tmp_path, start_from=str(second), train_data=rows, eval_data=further, max_eval_samples=4, max_steps=1
+    )
+    alone = prepare(cfg.replace(start_from=None))
+    prep = prepare(cfg)
+    n = len(prep.eval_rows)
+    assert (alone.leakage["pairs"], prep.leakage["pairs"]) == (0, n) and prep.sets[0].leakage["pairs"] == 0
+    with pytest.raises(DataError, match=f"all {n} evaluation pairs .*third.jsonl or of a run it starts from"):
+        run_training(cfg)
+    # a set that shares some pairs: the record and a later evaluation say how many
+    mixed = tmp_path / "mixed.jsonl"
+    lines = [Path(path).read_text().splitlines()[:2] for path in further.values()]
+    write_jsonl(mixed, [dict(json.loads(line), id=i) for i, line in enumerate(chain(*lines))])
+    run = run_training(cfg.replace(eval_data=str(mixed)))
+    assert read_run(run).summary["leakage"]["pairs"] == 2
+    report, _, beside = evaluate_run(run, data=further["also"])
+    assert report["leakage"]["pairs"] == n and any("among the training rows" in line for line in beside)
+    # what is gone is named, not passed over
+    (tmp_path / "imitated.jsonl").unlink()
+    leaks = prepare(cfg.replace(eval_data=further["new"])).leakage
+    [sentence] = [s for s in leakage_text(leaks) if first.name in s]
+    assert "imitated.jsonl is gone or has changed" in sentence

@@ -788,6 +788,8 @@ def test_seeds_that_learn_what_runs_of_their_own_seed_have_sampled_are_one_arm(p
     second = [sampled_by(p, seed, n=2) for seed, p in zip((1, 2), first)]
     assert seeds_of(*parents, *first, *second) == [[1, 2]] * 3
     assert seeds_of(first[0], sampled_by(parents[1], 2, how=dict(samples=8))) == [[1], [2]]
+    # all seeds may share one parent, also where one of them has its seed
+    assert seeds_of(*[sampled_by(parents[0], seed, n=3) for seed in (1, 2, 3)]) == [[1, 2, 3]]
     names = nli_ft.differences.arm_names(nli_ft.differences.load_compared(list(map(str, [*first, *second]))))
     assert names == ["cpu_demo [round=1]"] * 2 + ["cpu_demo [round=2]"] * 2
 

@@ -16,10 +16,18 @@ from nli_ft.launch import RunFailed, run_cli
 from nli_ft.preflight import training_rows
 from nli_ft.process import ConfigError, RecordError, DataError
 from nli_ft.records import environment, finish_run, read_run, recipe_hash, start_run
-from nli_ft.rows import prompt_messages, read_rows, render_completion
+from nli_ft.rows import prompt_messages, read_rows, render_completion, spread
 from nli_ft.self_taught import LocalTeacher, Sampling, counts_path, local_teacher, samples_path, teach
 from nli_ft.sft_rows import suspect_path
-from nli_ft.star_rounds import Series, first_parent, round_lines, run_rounds, sample_round
+from nli_ft.star_rounds import (
+    Series,
+    asked_in,
+    first_parent,
+    round_lines,
+    rounds_by_options,
+    run_rounds,
+    sample_round,
+)
 from nli_ft.teacher import think_cli
 
 FOLLOWS = "A robin is a bird, and it sang. So the hypothesis follows."
@@ -567,6 +575,41 @@ def test_rounds_of_two_seeds_have_one_recipe_and_of_other_pairs_or_samples_anoth
     write_jsonl(tmp_path / "fewer.jsonl", [pair(i, i % 2) for i in range(6)])
     fewer = replace(one, cfg=one.cfg.replace(train_data="fewer.jsonl"))
     assert not set(recipes(more) + recipes(fewer)) & set(recipes(one))
+
+
+def test_a_round_samples_the_rows_that_a_training_would_take(star, monkeypatch, tmp_path):
+    cfg = star[0].cfg.replace(max_train_samples=8)
+    write_jsonl(tmp_path / "pairs.jsonl", [pair(i, i % 2) for i in range(40)], overwrite=True)
+    monkeypatch.setattr("nli_ft.star_rounds.PlainModel", lambda *a: SimpleNamespace(cfg=cfg))
+    monkeypatch.setattr("nli_ft.star_rounds.LocalTeacher", lambda asked: Scripted([YES, NO]))
+    monkeypatch.setattr("nli_ft.bases.load_tokenizer", lambda cfg: None)
+    out = tmp_path / "sampled.jsonl"
+    sample_round(cfg, None, out, Sampling(samples=8))
+    ids = {row["id"] for row in read_rows(out)}
+    taken = {row["id"] for row in spread(read_rows(tmp_path / "pairs.jsonl"), 8)}
+    assert ids == taken != set(range(8))
+
+
+def test_pairs_in_words_are_asked_in_a_three_way_series(star, tmp_path):
+    words = "entailment neutral contradiction".split()
+    rows = [dict(pair(i), label=words[i % 3]) for i in range(6)]
+    for row in rows:
+        del row["contract"]
+    write_jsonl(tmp_path / "words.jsonl", rows)
+    assert asked_in(star[0].cfg.replace(train_data="words.jsonl", label_set="three_way")) == "standard"
+
+
+def test_every_series_is_checked_before_the_first_begins(star, monkeypatch):
+    cfg, begun = star[0].cfg, []
+    monkeypatch.setattr("nli_ft.star_rounds.run_rounds", lambda series: begun.append(series) or ([], 0))
+    options = SimpleNamespace(
+        rounds=1, parent=None, round_samples=1, round_temperature=1.0, round_rationalise=False, dry_run=False
+    )
+    with pytest.raises(ConfigError, match="completion=label_only"):
+        rounds_by_options([cfg, cfg.replace(seed=2, completion="label_only")], options)
+    assert begun == []
+    rounds_by_options([cfg, cfg.replace(seed=2)], options)
+    assert len(begun) == 2
 
 
 def test_rounds_refuse_what_cannot_be(star, capsys):
