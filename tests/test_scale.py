@@ -321,7 +321,7 @@ def assert_halves(tmp_path, fsdp, dtype):
     assert mine == sum(t.numel() for t in saved(fsdp).values()) / 2
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_shards_of_two_processes_are_one_process_and_go_on_to_the_same_end(tmp_path):
     kw = dict(compute_dtype="fp32", quantization="nf4", save_steps=2)
     _, fsdp = in_three_ways(tmp_path, "fp32", "nf4", ("one", "fsdp"))
