@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One training run: nbs/train.ipynb through papermill, into a new folder under runs/.
 #
-#   ./run_training.sh --local --config cpu_demo          in .venv on this machine: under ten minutes without a GPU, once installed
+#   ./run_training.sh --local --config cpu_demo          in .venv, once it is made: 3 minutes, longer with AVX2 only
 #   ./run_training.sh --config ablation2 --gpu 0         in Docker, on one GPU
 #   ./run_training.sh --config distributed --gpus 0,1    in Docker, both GPUs through accelerate
 #
@@ -81,7 +81,8 @@ while (($#)); do
             IFS=, read -ra files <<<"$value"
             for file in "${files[@]}"; do paths+=("${arg#--}=${file#*=}"); done
           else paths+=("${arg#--}=$value"); fi ;;
-        --train_data | --model_id | --resume_from_checkpoint | --output_dir | --runs_dir) paths+=("${arg#--}=$value") ;;
+        --train_data | --model_id | --resume_from_checkpoint | --start_from | --parent | --output_dir | --runs_dir)
+          paths+=("${arg#--}=$value") ;;
       esac ;;
   esac
 done

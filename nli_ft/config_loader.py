@@ -378,7 +378,7 @@ class RecordKeys:
         choices=("auto", "cuda", "cpu"),
     )
     cpu_speed: bool = key(
-        "on a CPU: the faster attention, products, head and memory of this package (two to four times "
+        "on a CPU: the faster attention, products, head and memory of this package (1.7 to 4.6 times "
         "as fast); false: those of PyTorch and TRL",
         result=False,
     )

@@ -323,6 +323,16 @@ def test_a_config_given_by_path_is_mounted_too(place):
     ]
 
 
+def test_a_record_that_a_run_starts_from_is_mounted_if_it_is_named_by_path(place):
+    record = place.away / "runs/cpu_demo/ID"
+    record.mkdir(parents=True)
+    assert more_mounts(place.docker_run("--start_from", record)) == [bind(record, ro=True)]
+    argv = place.docker_run("--rounds", "2", "--parent", "./runs/cpu_demo/ID", cwd=place.away)
+    assert more_mounts(argv) == [bind(record, ro=True)]
+    for name in ("latest", "cpu_demo", "cpu_demo/ID"):
+        assert more_mounts(place.docker_run("--start_from", name)) == []
+
+
 def test_a_path_that_docker_cannot_mount_is_refused(place):
     (place.away / "a,b.jsonl").write_text("{}\n")
     p = place.run("--train_data", place.away / "a,b.jsonl")
