@@ -72,6 +72,7 @@ from nli_ft.rows import (
     spread,
     template_of,
 )
+from .duplicates import pair_key
 from .check import equal_files, leakage, leakage_text, shared_pairs
 from .public_sets import LAYOUT, SOURCES, column_option, source_pairs
 from .prompt import encode_prompt
@@ -557,12 +558,15 @@ def _warnings_of(cfg, file, rows, template):
 
 # %% ../nbs/30_ask.ipynb #52ede729
 def _evaluation_report(run: Path, cfg, rows, out: Path, preds, extra: dict) -> tuple:
-    train = in_labels_of(_learnt_pairs(cfg), rows) if cfg.path("train_data").is_file() else None
+    own = _learnt_pairs(cfg) if cfg.path("train_data").is_file() else []
+    train = in_labels_of(own, rows) if own else None
     untuned = dict(before=run / "predictions_before.jsonl", forced=run / "predictions_before_forced.jsonl")
     untuned = {k: read_predictions(p) for k, p in untuned.items() if out == run and p.is_file()}
-    before, unread = learnt_before(_parent_folder(read_run(run)))
-    learnt = in_labels_of(before, rows) + (train or [])
-    extra["leakage"] = leakage(learnt, rows, unread=unread) if train else None
+    before, unread = learnt_before(_parent_folder(read_run(run)), own)
+    if not own:
+        unread.append(f"Rows that this run learnt were not looked for: {cfg.train_data} is gone.")
+    learnt = in_labels_of([*before, *own], rows)
+    extra["leakage"] = leakage(learnt, rows, unread=unread) if learnt else None
     report = save_report(out, preds, extra, train=train, rows=rows, **untuned)
     beside = set_text(report)
     if train is None:
@@ -723,26 +727,36 @@ def _parent_folder(run):
     return parent and project_root() / parent["record"]
 
 
+def _recorded_pairs(run):
+    "The pairs that a `Run` learnt from. Raises `DataError` where their file is not the recorded one any more."
+    path, known = run.cfg.path("train_data"), run.environment["data"].get("train") or {}
+    if not path.is_file() or data_hash(path) != known.get("sha256"):
+        raise DataError(f"{run.cfg.train_data} is gone or has changed")
+    return _learnt_pairs(run.cfg)
+
+
 def learnt_before(
     parent: Path | None,  # record of the run whose adapter is the start. None: a fresh adapter
-) -> tuple:  # rows with labels; sentences on the rows that cannot be read any more
-    """The pairs that an adapter had learnt before a training started from it: those of its run, and of the runs
-    before. Rows of a file that is gone, or that is not the recorded one any more, are named in a sentence."""
-    rows, unread = [], []
+    own: list,  # rows that are learnt now
+) -> (
+    tuple
+):  # rows with labels that are not among `own`, each once; sentences on files that cannot be read any more
+    "The pairs that an adapter had learnt before a training started from it: those of its run, and of the runs before."
+    rows, unread = {}, []
+    known = {(pair_key(r), r["label"]) for r in own} if parent else set()
     while parent:
         lost = f"Rows that this run learnt before, through {Path(parent).name}, were not looked for: "
         try:
             run = read_run(parent)
-        except RecordError as e:
-            return rows, unread + [f"{lost}{e}"]
-        known = (run.environment["data"].get("train") or {}).get("sha256")
-        path = run.cfg.path("train_data")
-        if path.is_file() and data_hash(path) == known:
-            rows += _learnt_pairs(run.cfg)
-        else:
-            unread.append(f"{lost}{run.cfg.train_data} is gone or has changed.")
+        except RecordError as e:  # nobody knows what came before it
+            unread.append(f"{lost}{e}")
+            break
+        try:
+            rows |= {(pair_key(r), r["label"]): r for r in _recorded_pairs(run)}
+        except (ConfigError, DataError) as e:
+            unread.append(f"{lost}{e}")
         parent = _parent_folder(run)
-    return rows, unread
+    return [r for key, r in rows.items() if key not in known], unread
 
 # %% ../nbs/30_ask.ipynb #6a935097
 def _predict_and_probe(

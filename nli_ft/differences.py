@@ -23,7 +23,7 @@ from .rows import find_column
 from .duplicates import pair_key
 from .generate import probability_keys, softmax
 from .predictions import CARRIED, answer_keys, check_predictions, read_predictions, surest_label
-from .records import Run, _read_json, code_changed, find_run, read_evaluation, read_run, recipe_hash
+from .records import Run, _read_json, code_changed, find_run, read_evaluation, read_run, recipe_hashes
 
 # %% ../nbs/26_differences.ipynb #77fa89e4
 @dataclass
@@ -832,8 +832,7 @@ def _are_siblings(a, b):
     """Do two runs repeat one arm with another seed? Parents, or sampled rows, are of their own seeds, or both have the
     same."""
     have_origin = any(run.summary.get(fact) for run in (a, b) for fact in _ORIGINS)
-    alike = (recipe_hash(a, one) == recipe_hash(b, one) for one in (False, True))
-    return have_origin and a.seed != b.seed and any(alike)
+    return have_origin and a.seed != b.seed and bool(set(recipe_hashes(a)) & set(recipe_hashes(b)))
 
 
 def _parent_entries(a, b, keys):

@@ -386,7 +386,7 @@ def prepare(cfg: Config, tok=None) -> Prepared:
         _, encoded, out = encode_rows(tok, whole, cfg.max_seq_length, cfg.too_long, completion=style, **how)
         dropped += [("eval", *d) for d in out]
     bad = {"train": list(bad)}
-    before, unread = learnt_before(parent and parent.run)
+    before, unread = learnt_before(parent and parent.run, rows)
     leaks = leakage(in_labels_of(before, rows) + rows, judged, unread=unread)
     prep = Prepared(cfg, tok, rows, train, judged, encoded, dropped, bad, template, leaks, parent=parent)
     prep.learnt_before = (before, unread)

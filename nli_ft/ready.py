@@ -38,7 +38,7 @@ from nli_ft.config_loader import (
     load_config,
 )
 from .rows import data_hash
-from .records import find_run, list_runs, newest, read_run, recipe_hash
+from .records import find_run, list_runs, newest, read_run, recipe_hashes
 from .checkpoints import find_checkpoint
 from .corpus import outdated, write_corpus
 
@@ -251,7 +251,7 @@ class Parent(NamedTuple):
     def facts(self) -> dict:  # for a record
         run = read_run(self.run)
         origin = dict(run=self.name, record=os.path.relpath(self.run, project_root()))
-        return origin | dict(adapter_sha256=self.sha256, seed=run.seed, recipe=recipe_hash(run))
+        return origin | dict(adapter_sha256=self.sha256, seed=run.seed, recipes=recipe_hashes(run))
 
 
 # what the adapter of a parent decides

@@ -6,7 +6,7 @@
 __all__ = ['LATEST', 'NOTES', 'EVALUATIONS', 'DELETED', 'redact', 'new_run_dir', 'is_code', 'code_changed', 'environment',
            'overrides_text', 'run_command', 'typed_command', 'start_run', 'append_metrics', 'read_metrics', 'note',
            'finish_run', 'TrainingStopped', 'close_failed', 'keep_notebook', 'NotebookFollower', 'watch_cells',
-           'newest', 'find_run', 'Run', 'read_run', 'recipe_hash', 'before_text', 'read_notes', 'list_runs',
+           'newest', 'find_run', 'Run', 'read_run', 'recipe_hashes', 'before_text', 'read_notes', 'list_runs',
            'typed_names', 'read_evaluation', 'list_evaluations', 'judged_shas', 'looks', 'set_text', 'text_table',
            'show_runs', 'show_evaluations']
 
@@ -30,6 +30,7 @@ from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 
 from nli_ft.process import (
@@ -879,26 +880,31 @@ def _refuse_two_seeds(path, settings, summary):
     )
 
 # %% ../nbs/25_records.ipynb #51a88f55
-def recipe_hash(
+def _origins(facts, seed):
+    """What may stand for the run that another one came from: what made it, if it has the same seed, or its adapter.
+    None for no run."""
+    same = facts.get("recipes") or [facts.get("recipe")]  # older records have one
+    same = same if facts.get("seed") == seed else []
+    return [o for o in (*same, facts.get("adapter_sha256") or facts.get("run")) if o] or [None]
+
+
+def recipe_hashes(
     run,  # `Run`
-    one_parent: bool = False,  # do all seeds share one parent? Then its adapter counts for each of them
-) -> str:  # 64 hex digits
+) -> list:  # of 64 hex digits each
     """SHA-256 over what made a run apart from its seed: settings, training rows, and what made its parent.
 
-    Runs of one recipe repeat one arm, also where each seed starts from an adapter of its own or has sampled its own
-    rows. A parent that has another seed than the run stands for itself: its adapter counts."""
+    Runs that share a hash repeat one arm. There are several, because a parent counts in two ways. Each seed may start
+    from an adapter of its own, or sample its own rows: then what made the parent counts. Or all seeds share one parent:
+    then its adapter counts, also for the seed that the parent has, too."""
     left_out = ("seed", "train_data", "eval_data", "test_data", "start_from")
     parent, sampled = (run.summary.get(fact) or {} for fact in ("parent", "sampled_from"))
-
-    def origin(facts: dict):
-        own = facts.get("seed") == run.seed and not one_parent
-        return facts.get("recipe") if own else facts.get("adapter_sha256")
-
-    rows = [sampled.get(k) for k in ("round", "base", "pairs_sha256", "how")] + [origin(sampled)]
-    if not sampled:
-        rows = (run.environment["data"].get("train") or {}).get("sha256")
-    facts = [config_hash(run.cfg, ignore=left_out), rows, bool(parent), origin(parent)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    settings = config_hash(run.cfg, ignore=left_out)
+    rows = (run.environment["data"].get("train") or {}).get("sha256")
+    known, found = [sampled.get(k) for k in ("round", "base", "pairs_sha256", "how")], []
+    for one, other in product(_origins(parent, run.seed), _origins(sampled, run.seed)):
+        facts = [settings, [*known, other] if sampled else rows, bool(parent), one]
+        found.append(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
+    return found
 
 # %% ../nbs/25_records.ipynb #ebcf1d24
 def before_text(

@@ -20,7 +20,7 @@ from .checkpoints import newest_checkpoint
 from .config_loader import Config, answer_style, config_hash, load_config
 from .labels import words_contract
 from .rows import data_hash, read_rows, template_of
-from .records import _result_line, _spec, find_run, note, overrides_text, read_run, recipe_hash
+from .records import _result_line, _spec, find_run, note, overrides_text, read_run, recipe_hashes
 from .ask import RunModel
 from .ready import named_run
 from .launch import RunFailed, run_notebook
@@ -42,6 +42,7 @@ class Series:
         "Holds the rows of each round."
         start = self.parent.name if self.parent else "base"
         facts = [config_hash(self.cfg), self.cfg.train_data, self.cfg.seed, start, asdict(self.how)]
+        facts += ["spread"] * bool(self.cfg.max_train_samples)  # which rows they are has changed once
         name = f"{self.cfg.name}-s{self.cfg.seed}-{digest(facts, 4)}"
         return self.cfg.root / "data" / "self_taught" / name
 
@@ -196,7 +197,7 @@ def parent_facts(
         base=series.cfg.model_id,
         adapter_sha256=run.summary.get("adapter_sha256") if run else None,
         seed=run.seed if run else None,
-        recipe=recipe_hash(run) if run else None,
+        recipes=recipe_hashes(run) if run else [],
         pairs_sha256=data_hash(series.cfg.path("train_data")),
         how={k: v for k, v in asdict(series.how).items() if k != "seed"},
         data=os.path.relpath(data, series.cfg.root),

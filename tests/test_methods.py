@@ -19,7 +19,7 @@ from nli_ft.preflight import prepare
 from nli_ft.prompt import encode_prompt
 from nli_ft.fit import changed_facts, fit, resume_facts
 from nli_ft.preferences import CountedLoss
-from nli_ft.records import finish_run, read_run, recipe_hash, start_run
+from nli_ft.records import finish_run, read_run, recipe_hashes, start_run
 from nli_ft.rewards import SampledAnswers, reward_terms
 from nli_ft.self_taught import LocalTeacher
 from nli_ft.study import with_parent
@@ -377,7 +377,7 @@ def test_a_run_of_rewards_leaves_a_record_that_names_its_parent(tmp_path, monkey
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "done" and summary["after"]["n"] == 2
     assert summary["parent"]["run"] == f"minimal_test/{parent.name}"
-    assert summary["parent"]["recipe"] == recipe_hash(read_run(parent))
+    assert summary["parent"]["recipes"] == recipe_hashes(read_run(parent))
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first = next(row for row in log if "no_signal" in row)
     assert {"reward", "kl", "valid_json", "thought_tokens", "generated_tokens", "right"} <= first.keys()
@@ -547,8 +547,21 @@ def test_leakage_is_sought_among_the_rows_of_every_parent(tmp_path):
     assert read_run(run).summary["leakage"]["pairs"] == 2
     report, _, beside = evaluate_run(run, data=further["also"])
     assert report["leakage"]["pairs"] == n and any("among the training rows" in line for line in beside)
+    # rows that are learnt again are sought once
+    again = tiny(tmp_path, start_from=str(first), train_data=str(tmp_path / "imitated.jsonl"))
+    assert prepare(again).learnt_before == ([], [])
     # what is gone is named, not passed over
     (tmp_path / "imitated.jsonl").unlink()
     leaks = prepare(cfg.replace(eval_data=further["new"])).leakage
     [sentence] = [s for s in leakage_text(leaks) if first.name in s]
     assert "imitated.jsonl is gone or has changed" in sentence
+    # as is a record of another version
+    config = json.loads((first / "config.json").read_text())
+    (first / "config.json").write_text(json.dumps(config | dict(config=config["config"] | dict(gone_key=1))))
+    report, _, beside = evaluate_run(second, data=further["new"])
+    assert any("gone_key" in line and "were not looked for" in line for line in beside)
+    Path(read_run(second).cfg.path("train_data")).unlink()
+    report, _, beside = evaluate_run(second, data=rows)
+    assert (
+        len(report["leakage"]["unread"]) == 2 if report["leakage"] else "not looked for" in " ".join(beside)
+    )

@@ -743,8 +743,8 @@ def test_runs_of_one_seed_count_once_and_the_last_of_them(project):
 def child_of(parent, seed, data="pairs", **facts):
     "A run that started from another one."
     run = nli_ft.records.read_run(parent)
-    recipe = nli_ft.records.recipe_hash(run)
-    origin = dict(run=run.name, adapter_sha256=run.path.name, seed=run.seed, recipe=recipe)
+    recipes = nli_ft.records.recipe_hashes(run)
+    origin = dict(run=run.name, adapter_sha256=run.path.name, seed=run.seed, recipes=recipes)
     return finished(
         "dpo_demo", seed=seed, overrides=f"train_data={data}.jsonl", facts=dict(parent=origin) | facts
     )
@@ -777,7 +777,7 @@ def sampled_by(parent, seed, n=1, **changed):
     run = nli_ft.records.read_run(parent)
     Path(f"round{n}-s{seed}.jsonl").write_text(json.dumps([n, seed]) + "\n")
     origin = dict(run=run.name, adapter_sha256=run.path.name, seed=run.seed, base="smollm2-135m", round=n)
-    origin |= dict(recipe=nli_ft.records.recipe_hash(run), pairs_sha256="…", how=dict(samples=4)) | changed
+    origin |= dict(recipes=nli_ft.records.recipe_hashes(run), pairs_sha256="…", how=dict(samples=4)) | changed
     facts = dict(sampled_from=origin, generated_tokens=1000 * seed, steps=10 + seed)
     return finished("cpu_demo", seed=seed, overrides=f"train_data=round{n}-s{seed}.jsonl", facts=facts)
 
@@ -789,7 +789,13 @@ def test_seeds_that_learn_what_runs_of_their_own_seed_have_sampled_are_one_arm(p
     assert seeds_of(*parents, *first, *second) == [[1, 2]] * 3
     assert seeds_of(first[0], sampled_by(parents[1], 2, how=dict(samples=8))) == [[1], [2]]
     # all seeds may share one parent, also where one of them has its seed
-    assert seeds_of(*[sampled_by(parents[0], seed, n=3) for seed in (1, 2, 3)]) == [[1, 2, 3]]
+    shared = [sampled_by(parents[0], seed, n=3) for seed in (1, 2, 3)]
+    later = [sampled_by(run, seed, n=4) for seed, run in zip((1, 2, 3), shared)]
+    assert seeds_of(*shared, *later) == [[1, 2, 3]] * 2
+    # records without the hash of an adapter tell their parents by name
+    other = finished("cpu_demo", seed=4, overrides="max_steps=7")
+    unknown = [sampled_by(p, s, n=5, adapter_sha256=None) for p, s in ((parents[0], 2), (other, 3))]
+    assert seeds_of(*unknown) == [[2], [3]]
     names = nli_ft.differences.arm_names(nli_ft.differences.load_compared(list(map(str, [*first, *second]))))
     assert names == ["cpu_demo [round=1]"] * 2 + ["cpu_demo [round=2]"] * 2
 

@@ -15,7 +15,7 @@ from nli_ft.labels import LABEL_SETS
 from nli_ft.launch import RunFailed, run_cli
 from nli_ft.preflight import training_rows
 from nli_ft.process import ConfigError, RecordError, DataError
-from nli_ft.records import environment, finish_run, read_run, recipe_hash, start_run
+from nli_ft.records import environment, finish_run, read_run, recipe_hashes, start_run
 from nli_ft.rows import prompt_messages, read_rows, render_completion, spread
 from nli_ft.self_taught import LocalTeacher, Sampling, counts_path, local_teacher, samples_path, teach
 from nli_ft.sft_rows import suspect_path
@@ -567,7 +567,7 @@ def test_rounds_of_two_seeds_have_one_recipe_and_of_other_pairs_or_samples_anoth
 
     def recipes(series):
         runs, _ = run_rounds(series, sample, train)
-        return [recipe_hash(read_run(run)) for run in runs]
+        return [recipe_hashes(read_run(run))[0] for run in runs]
 
     one, two = [replace(series, cfg=series.cfg.replace(seed=seed), rounds=2) for seed in (1, 2)]
     assert recipes(one) == recipes(two) and len(set(recipes(one))) == 2
