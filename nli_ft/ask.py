@@ -562,7 +562,7 @@ def _evaluation_report(run: Path, cfg, rows, out: Path, preds, extra: dict) -> t
     train = in_labels_of(own, rows) if own else None
     untuned = dict(before=run / "predictions_before.jsonl", forced=run / "predictions_before_forced.jsonl")
     untuned = {k: read_predictions(p) for k, p in untuned.items() if out == run and p.is_file()}
-    before, unread = learnt_before(_parent_folder(read_run(run)), own)
+    before, unread = learnt_before(_parent_folder(_record_parts(run)[1]), own)
     if not own:
         unread.append(f"Rows that this run learnt were not looked for: {cfg.train_data} is gone.")
     learnt = in_labels_of([*before, *own], rows)
@@ -721,9 +721,9 @@ def _learnt_pairs(cfg):
     return [in_label_set(r, labels) for r in rows]
 
 # %% ../nbs/30_ask.ipynb #eed81a94
-def _parent_folder(run):
-    "Folder of the record that a `Run` started from. None for a fresh adapter."
-    parent = run.summary.get("parent")
+def _parent_folder(summary):
+    "Folder of the record that a run started from. None for a fresh adapter."
+    parent = summary.get("parent")
     return parent and project_root() / parent["record"]
 
 
@@ -755,7 +755,7 @@ def learnt_before(
             rows |= {(pair_key(r), r["label"]): r for r in _recorded_pairs(run)}
         except (ConfigError, DataError) as e:
             unread.append(f"{lost}{e}")
-        parent = _parent_folder(run)
+        parent = _parent_folder(run.summary)
     return [r for key, r in rows.items() if key not in known], unread
 
 # %% ../nbs/30_ask.ipynb #6a935097

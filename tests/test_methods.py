@@ -280,6 +280,7 @@ def test_an_evaluation_between_two_logs_takes_nothing_away():
     class Trainer(SampledAnswers, CountedLoss, Logger):
         _metrics = dict(train=dict(frac_reward_zero_std=[1.0, 0.0], reward=[0.5], clip=[1]))
         _counts = dict(tokens=4)
+        model = torch.nn.Identity()
 
     trainer = Trainer()
     trainer.log(dict(eval_accuracy=0.5))
