@@ -627,7 +627,7 @@ def test_leakage_is_counted_before_training_and_written_into_the_record(tmp_path
 @pytest.mark.parametrize(
     "change, steps, rows",
     [
-        (dict(max_steps=2), 2, 8),
+        pytest.param(dict(max_steps=2), 2, 8, marks=pytest.mark.every),
         (dict(max_steps=4), 4, 14),
         (dict(num_epochs=2), 6, 20),
         (dict(num_epochs=1, grad_accumulation_steps=2), 2, 10),
@@ -719,7 +719,9 @@ def gradients(loss, prep, model, out):
     return wanted, before - adapter(model), logs[0], result
 
 
-@pytest.mark.parametrize("weight, accumulation", [(0.25, 1), (0.25, 2), (0, 1)])
+@pytest.mark.parametrize(
+    "weight, accumulation", [pytest.param(0.25, 1, marks=pytest.mark.every), (0.25, 2), (0, 1)]
+)
 def test_a_step_with_a_thought_weight_has_the_gradient_of_a_weighted_loss_by_hand(
     tmp_path, weight, accumulation
 ):
@@ -741,7 +743,7 @@ def test_a_step_with_a_thought_weight_has_the_gradient_of_a_weighted_loss_by_han
     assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("share", [0.3, 1])
+@pytest.mark.parametrize("share", [0.3, pytest.param(1, marks=pytest.mark.every)])
 def test_a_step_of_two_tasks_has_the_gradient_of_the_weighted_sum_of_their_means(tmp_path, share):
     cfg = one_step(tmp_path, completion="auxiliary", label_task_weight=share)
     prep, model = prepare(cfg), with_an_effect(cfg)
