@@ -1136,7 +1136,7 @@ def predict_pairs(
 
     Returns a list of dicts, one a pair and in order, with the keys of `ANSWER_COLUMNS`. `predicted_label` is None where
     the model gave no answer. Raises `DataError` for sentences that cannot be read, and `RecordError` for a run that
-    cannot be asked. Nothing of it goes into the record."""
+    cannot be asked. Nothing of it goes into the results."""
     parse_mode(mode)
     column_names, pairs = _asked_pairs(premise, hypothesis, table, columns, output)
     changes = _only_set(eval_batch_size=eval_batch_size, max_new_tokens=max_new_tokens, device=device)

@@ -296,6 +296,8 @@ def _execute(notebook, out, params, managers, show=True):
         starting.enter_context(alive("starting the notebook", show=show, lines=False))
         import papermill
 
+        # it takes a line with two `=` for no assignment, and then every run for one with an unknown parameter
+        logging.getLogger("papermill").setLevel(logging.ERROR)
         papermill.execute_notebook(
             str(notebook),
             path,

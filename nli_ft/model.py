@@ -399,13 +399,13 @@ def load_for_inference(
 ):
     """Base and adapter, in eval mode. Raises `RecordError` for what `check_adapter` refuses and for weights of
     other shapes."""
-    from peft import PeftModel
-
     if adapter_dir is None:
         return load_base(cfg, train=False)
     d = Path(adapter_dir)
     check_adapter(cfg, d, renamed)
     base = load_base(cfg, train=False)
+    from peft import PeftModel  # after `load_base`, which keeps a warning of bitsandbytes away
+
     try:
         with _old_name_is_read():
             model = PeftModel.from_pretrained(base, d, use_safetensors=True)

@@ -576,7 +576,7 @@ def _missing(scores):
 def _baseline_lines(baselines):
     if not baselines:
         return []
-    head = f"{'baseline on the same items':<32} accuracy   this run is better by      p (Holm)   p (McNemar)"
+    head = f"{'baseline on the same items':<32} accuracy   this run is better by     p (Holm)   p (McNemar)"
     lines = [
         f"{k:<32} {b['accuracy']:>8.3f}   {b['difference']:+.3f} {_interval_text(b['ci']):<18} "
         f"{b['p_holm']:<10.2g} {b['p_mcnemar']:.2g}"

@@ -1421,3 +1421,14 @@ load([])
         str(project / "nbs/train.ipynb"), str(project / "out.ipynb"), cwd=str(project), progress_bar=False
     )
     assert printed(nb) == "imported\n"
+
+
+def test_overrides_that_somebody_saved_in_the_notebook_bring_no_warnings_of_papermill(project):
+    notebook(project, "print(overrides)")
+    path = project / "nbs/train.ipynb"
+    nb = nbformat.read(path, 4)
+    nb.cells[0].source = nb.cells[0].source.replace('""', '"max_steps=2 eval_before=false"')
+    nbformat.write(nb, path)
+    p = nli_run("--config", "minimal_test", "--max_steps", "3")
+    assert "max_steps=3" in p.stdout + p.stderr, p.stderr
+    assert "unknown parameter" not in p.stderr and "Unable to parse" not in p.stderr
