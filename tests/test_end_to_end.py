@@ -202,6 +202,8 @@ def test_smollm2_trains_through_run_training_local_on_the_embedded_rows(tmp_path
     record, s = only_record(tmp_path / "runs")
     assert s["status"] == "done" and s["after"]["n"] == 8 and (record / "train.ipynb").is_file()
     assert re.search(r"accuracy \S+ .*→ \S+ +valid JSON", r.stdout) and record.name in r.stdout
+    report = json.loads((record / "report.json").read_text())
+    assert report["thought_validity"]["n"] == 8  # the rows are the corpus' own, so their thoughts are checked
 
 
 @pytest.mark.every
