@@ -738,9 +738,7 @@ def _recorded_pairs(run):
 def learnt_before(
     parent: Path | None,  # record of the run whose adapter is the start. None: a fresh adapter
     own: list,  # rows that are learnt now
-) -> (
-    tuple
-):  # rows with labels that are not among `own`, each once; sentences on files that cannot be read any more
+) -> tuple:  # rows that are not among `own`, each once; sentences on files that cannot be read any more
     "The pairs that an adapter had learnt before a training started from it: those of its run, and of the runs before."
     rows, unread = {}, []
     known = {(pair_key(r), r["label"]) for r in own} if parent else set()

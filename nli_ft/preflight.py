@@ -388,8 +388,8 @@ def prepare(cfg: Config, tok=None) -> Prepared:
     bad = {"train": list(bad)}
     before, unread = learnt_before(parent and parent.run, rows)
     leaks = leakage(in_labels_of(before, rows) + rows, judged, unread=unread)
-    prep = Prepared(cfg, tok, rows, train, judged, encoded, dropped, bad, template, leaks, parent=parent)
-    prep.learnt_before = (before, unread)
+    origin = dict(parent=parent, learnt_before=(before, unread))
+    prep = Prepared(cfg, tok, rows, train, judged, encoded, dropped, bad, template, leaks, **origin)
     prep.sets = further_sets(prep)
     return prep
 

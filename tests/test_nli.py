@@ -245,9 +245,8 @@ WAITING = {
 def test_a_terminal_shows_what_a_command_waits_for_before_it_has_a_result(name, tmp_path):
     rows = tmp_path / "rows.jsonl"
     row = '{"id": "%d", "premise": "A dog runs.", "hypothesis": "An animal runs.", "label": 1}\n'
-    rows.write_text(
-        "".join(row % i for i in range(30_000))
-    )  # a few rows are checked before anyone has waited
+    # a few rows are checked before anyone has waited
+    rows.write_text("".join(row % i for i in range(30_000)))
     words, sign = WAITING[name]
     words = words.replace("{}", str(tmp_path / "new" if name == "corpus" else rows)).split()
     master, slave = pty.openpty()
